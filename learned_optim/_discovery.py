@@ -1,0 +1,20 @@
+"""Registries filled by being there: importing a package's modules registers what they define."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+
+
+def import_submodules(package: ModuleType | str) -> Iterator[ModuleType]:
+    """Import every direct, public submodule of ``package`` and yield them in name order."""
+    module = importlib.import_module(package) if isinstance(package, str) else package
+    for info in sorted(pkgutil.iter_modules(module.__path__), key=lambda info: info.name):
+        if not info.name.startswith("_"):
+            yield importlib.import_module(f"{module.__name__}.{info.name}")
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> ValueError:
+    """The error for a name that no registry entry has: it lists the names that exist."""
+    listing = ", ".join(sorted(known)) or "none"
+    return ValueError(f"unknown {kind} {name!r}; known: {listing}")

@@ -1,0 +1,164 @@
+"""Image sets in memory: torchvision's files and scikit-learn's bundled digits, as plain tensors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DATA_VARIABLE = "LEARNED_OPTIM_DATA"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where image sets are looked for."""
+
+    data_dir: Path | None = None
+    """Folder in torchvision's layout; otherwise $LEARNED_OPTIM_DATA, otherwise a cache folder."""
+    download: bool = True
+    """Let torchvision download a set that the folder lacks."""
+
+    def root(self) -> Path:
+        """The folder in force."""
+        if self.data_dir is not None:
+            return Path(self.data_dir).expanduser()
+        if os.environ.get(DATA_VARIABLE):
+            return Path(os.environ[DATA_VARIABLE]).expanduser()
+        return Path.home() / ".cache" / "learned_optim" / "data"
+
+
+@dataclass(frozen=True)
+class Images:
+    """A labelled image set.
+
+    Attributes:
+        pixels: uint8, shape ``(N, C, H, W)``, 0 to ``white``.
+        labels: int64, shape ``(N,)``, 0 to ``classes - 1``.
+        classes: number of classes.
+        white: the pixel value that means 1.0.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: int
+    white: int = 255
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of one image."""
+        _, c, h, w = self.pixels.shape
+        return c, h, w
+
+    def subset(self, index: Tensor) -> Images:
+        """The images at ``index`` (int64, shape ``(M,)``)."""
+        return Images(self.pixels[index], self.labels[index], self.classes, self.white)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images at ``index`` as float32 in [0, 1], shape ``(M, C, H, W)``, and their labels."""
+        return self.pixels[index].float().div_(self.white), self.labels[index]
+
+
+def halves(images: Images) -> tuple[Images, Images]:
+    """One fixed random split: the half that meta-trains and the half that evaluates.
+
+    The permutation depends on the number of images alone, so every process and every version
+    sees the same two halves.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    middle = len(images) // 2
+    return images.subset(order[:middle]), images.subset(order[middle:])
+
+
+IMAGE_SETS = ("mnist", "fashion", "emnist-letters", "cifar10", "svhn", "digits")
+
+
+def load_images(name: str, train: bool, options: DataOptions) -> Images:
+    """An image set by name, from disk, cached in memory for the process.
+
+    Args:
+        name: one of :data:`IMAGE_SETS`.
+        train: the training images, otherwise the test images.
+        options: where to look, and whether to download.
+
+    Raises:
+        ValueError: unknown name.
+        FileNotFoundError: the set is not there and was not or could not be downloaded.
+    """
+    if name not in IMAGE_SETS:
+        raise ValueError(f"unknown image set {name!r}; known: {', '.join(IMAGE_SETS)}")
+    if name == "digits":
+        return _load_digits(train)
+    return _load_torchvision(name, train, options.root(), options.download)
+
+
+@lru_cache(maxsize=4)
+def _load_digits(train: bool) -> Images:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "the digits set comes with scikit-learn: pip install 'learned-optim[meta]'"
+        ) from error
+    bunch = load_digits()
+    pixels = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)  # (1797, 1, 8, 8), 0..16
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    index = order[360:] if train else order[:360]
+    return Images(pixels[index], torch.from_numpy(bunch.target).long()[index], 10, white=16)
+
+
+@lru_cache(maxsize=8)
+def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Images:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"the image set {name!r} is read through torchvision: pip install 'learned-optim[meta]'"
+        ) from error
+    split = "train" if train else "test"
+    builders = {
+        "mnist": lambda get: datasets.MNIST(root, train=train, download=get),
+        "fashion": lambda get: datasets.FashionMNIST(root, train=train, download=get),
+        "emnist-letters": lambda get: datasets.EMNIST(
+            root, split="letters", train=train, download=get
+        ),
+        "cifar10": lambda get: datasets.CIFAR10(root, train=train, download=get),
+        "svhn": lambda get: datasets.SVHN(root, split=split, download=get),
+    }
+    try:
+        try:
+            found = builders[name](False)
+        except RuntimeError:  # torchvision's "Dataset not found"
+            if not download:
+                raise
+            found = builders[name](True)
+    except (RuntimeError, OSError) as error:
+        attempt = "downloading it failed" if download else "downloading is switched off"
+        raise FileNotFoundError(
+            f"no {name} images under {root} and {attempt} ({error}). Point --data-dir or "
+            f"${DATA_VARIABLE} at a folder in torchvision's layout, or run once with --download "
+            f"on a machine with network access"
+        ) from error
+    return _as_images(name, found)
+
+
+def _as_images(name: str, found: object) -> Images:
+    """torchvision's four different layouts as one."""
+    data, labels = found.data, getattr(found, "targets", None)  # type: ignore[attr-defined]
+    pixels = torch.as_tensor(data)
+    if name == "svhn":  # (N, 3, H, W) already
+        labels = found.labels  # type: ignore[attr-defined]
+    elif name == "cifar10":  # (N, H, W, 3)
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()
+    else:  # (N, H, W)
+        pixels = pixels.unsqueeze(1)
+    target = torch.as_tensor(labels).long()
+    if name == "emnist-letters":  # labels 1 to 26
+        return Images(pixels, target - 1, 26)
+    return Images(pixels, target, 10)

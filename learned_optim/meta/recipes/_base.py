@@ -1,0 +1,101 @@
+"""Recipes: everything that determines a meta-training run, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from learned_optim._discovery import import_submodules, unknown_name
+from learned_optim.rules import RuleConfig, rule_class, rule_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What to meta-train, on what, and how."""
+
+    task: str
+    """Registered task family; its meta-training split is used."""
+    rule: RuleConfig
+    """Configuration of the update rule; its type says which rule."""
+    epochs: int
+    """How many epochs to run."""
+    meta_lr: float
+    """Learning rate of the meta-optimizer, Adam."""
+    runs_per_epoch: int = 100
+    """Optimizee runs per epoch (thesis section 4.1), one after another."""
+    tasks_per_meta_step: int = 1
+    """Optimizees side by side in every run; their meta-gradients are averaged."""
+    horizon: int = 100
+    """Inner steps of one optimizee run."""
+    truncation: int = 20
+    """Inner steps per unroll, and so per meta-step."""
+    estimator: Literal["replay", "autograd", "full"] = "replay"
+    """How meta-gradients are computed."""
+    coordinates: int | None = None
+    """Coordinates sampled per replay; all of them if not given."""
+    meta_lr_final: float | None = None
+    """Where a cosine takes the meta-learning rate by the last meta-step; constant if not given."""
+    clip_norm: float | None = None
+    """Largest norm of a meta-gradient; longer ones are scaled down."""
+    average: float = 0.0
+    """Decay of the moving average of weights that is validated and kept; 0 keeps the last."""
+    validation_runs: int = 20
+    """Fresh optimizee runs, the same after every epoch, that choose the best epoch."""
+    test_runs: int = 100
+    """Fresh optimizee runs of the evaluation split for the figures in the checkpoint."""
+    patience: int | None = None
+    """Stop after this many epochs without a better validation."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "runs_per_epoch", "tasks_per_meta_step", "horizon", "truncation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.meta_lr <= 0:
+            raise ValueError(f"meta_lr must be positive, got {self.meta_lr}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average must lie in [0, 1), got {self.average}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data; :func:`recipe_from_json` reads it back."""
+        data = dataclasses.asdict(self)
+        data["rule"] = {"name": rule_for(self.rule).name, "config": data["rule"]}
+        return data
+
+
+def recipe_from_json(data: dict[str, Any]) -> Recipe:
+    """The inverse of :meth:`Recipe.to_json`.
+
+    Raises:
+        ValueError: unknown or missing fields.
+    """
+    try:
+        rule = data["rule"]
+        config = rule_class(rule["name"]).Config(**rule["config"])
+        return Recipe(**{**data, "rule": config})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a recipe: {error}") from error
+
+
+def recipes() -> dict[str, Recipe]:
+    """The recipes that ship with the package, by name: each module's ``RECIPE``."""
+    modules = import_submodules("learned_optim.meta.recipes")
+    return {module.__name__.rsplit(".", 1)[1].replace("_", "-"): module.RECIPE for module in modules}
+
+
+def load_recipe(source: str) -> Recipe:
+    """A recipe by shipped name or from a JSON file.
+
+    Raises:
+        ValueError: neither a shipped name nor a readable recipe file.
+    """
+    known = recipes()
+    if source in known:
+        return known[source]
+    path = Path(source)
+    if path.suffix != ".json" or not path.is_file():
+        raise unknown_name("recipe", source, list(known))
+    return recipe_from_json(json.loads(path.read_text()))

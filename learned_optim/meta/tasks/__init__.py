@@ -1,0 +1,25 @@
+"""Tasks: what is optimized. One file per family, registered by its ``FAMILIES`` table."""
+
+from learned_optim.meta.tasks._base import (
+    Batch,
+    FixedTask,
+    ModuleTask,
+    Params,
+    Task,
+    TaskFamily,
+    TaskOptions,
+    build_tasks,
+    task_names,
+)
+
+__all__ = [
+    "Batch",
+    "FixedTask",
+    "ModuleTask",
+    "Params",
+    "Task",
+    "TaskFamily",
+    "TaskOptions",
+    "build_tasks",
+    "task_names",
+]

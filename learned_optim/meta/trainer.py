@@ -1,0 +1,315 @@
+"""Meta-training: epochs of optimizee runs, validation, and a run folder that survives a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Generator, Tensor
+
+from learned_optim.checkpoint import save_rule, write_atomically
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
+from learned_optim.meta.recipes import Recipe
+from learned_optim.meta.rollout import Optimizees
+from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
+from learned_optim.rules import UpdateRule, rule_for
+
+
+def seeded(*parts: object) -> Generator:
+    """A generator whose seed is a stable hash of ``parts``."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """One line of ``metrics.jsonl``.
+
+    Attributes:
+        epoch: 1-based.
+        meta_loss: mean over the epoch's runs of the loss summed over the horizon.
+        validation: the same over the validation runs with the weights that would be kept.
+        best: smallest validation so far.
+        dropped: unrolls of this epoch left out because something in them was not finite.
+        meta_lr: meta-learning rate after the epoch.
+        seconds: duration of the epoch with its validation.
+    """
+
+    epoch: int
+    meta_loss: float
+    validation: float
+    best: float
+    dropped: int
+    meta_lr: float
+    seconds: float
+
+
+def summed_losses(
+    rule: UpdateRule,
+    family: TaskFamily,
+    horizon: int,
+    seeds: list[tuple[object, ...]],
+    together: int = 8,
+) -> Tensor:
+    """Loss summed over ``horizon`` steps of frozen-rule runs, one per seed; shape ``(seeds,)``.
+
+    Args:
+        seeds: what :func:`seeded` makes each run's generator from.
+        together: runs side by side.
+    """
+    sums = []
+    for low in range(0, len(seeds), together):
+        generators = [seeded(*parts) for parts in seeds[low : low + together]]
+        tasks = [family.sample(generator) for generator in generators]
+        optimizees = Optimizees(rule, tasks, generators)
+        sums.append(torch.stack([optimizees.advance(rule) for _ in range(horizon)]).sum(0))
+    return torch.cat(sums)
+
+
+class MetaTrainer:
+    """Runs a recipe in a folder; a second trainer on the same folder goes on where it stopped.
+
+    The folder holds ``recipe.json``, ``metrics.jsonl`` (one line per epoch), ``best.safetensors``
+    (best by validation) and ``resume.pt``. A kill loses at most the current epoch, and a resumed
+    run gives the same bits as an uninterrupted one.
+
+    Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients.
+
+    Args:
+        recipe: what to train.
+        folder: the run folder, created if needed.
+        data: where image sets are looked for.
+
+    Raises:
+        ValueError: the folder belongs to a run of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, data: DataOptions | None = None) -> None:
+        self.recipe, self.folder = recipe, Path(folder)
+        self.data = data or DataOptions()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        if recipe.tasks_per_meta_step % self.world:
+            raise ValueError(
+                f"tasks_per_meta_step={recipe.tasks_per_meta_step} cannot be shared evenly by "
+                f"{self.world} ranks: make it a multiple"
+            )
+        self.family = build_tasks(recipe.task, TaskOptions("meta", self.data))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.rule = rule_for(recipe.rule)
+            self.kept = rule_for(recipe.rule)  # the moving average: what is validated and saved
+        self.kept.load_state_dict(self.rule.state_dict())
+        self.meta_optimizer = torch.optim.Adam(self.rule.parameters(), lr=recipe.meta_lr)
+        self.epoch = 0
+        self.meta_steps = 0
+        self.history: list[EpochMetrics] = []
+        self._open_folder()
+
+    @property
+    def best(self) -> EpochMetrics | None:
+        """The epoch with the smallest validation."""
+        return min(self.history, key=lambda m: m.validation, default=None)
+
+    # ---- the run folder
+
+    def _open_folder(self) -> None:
+        recipe_file = self.folder / "recipe.json"
+        mine = self.recipe.to_json()
+        if recipe_file.exists():
+            found = json.loads(recipe_file.read_text())
+            # Training for longer, or stopping earlier, continues the same run.
+            free = {"epochs", "patience", "test_runs"}
+            differing = {k for k in mine.keys() | found.keys() if mine.get(k) != found.get(k)} - free
+            if "epochs" not in free or self.recipe.meta_lr_final is not None:
+                differing |= {"epochs"} if mine["epochs"] != found.get("epochs") else set()
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds a run of another recipe (different: "
+                    f"{', '.join(sorted(differing))}): choose another folder, or delete it"
+                )
+        if self.rank == 0:
+            _write_text(recipe_file, json.dumps(mine, indent=2, sort_keys=True) + "\n")
+        resume = self.folder / "resume.pt"
+        if resume.exists():
+            self._load(torch.load(resume, weights_only=True))
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self.rule.load_state_dict(saved["rule"])
+        self.kept.load_state_dict(saved["kept"])
+        self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
+        self.epoch, self.meta_steps = saved["epoch"], saved["meta_steps"]
+        self.history = [EpochMetrics(**line) for line in saved["history"]]
+
+    def _save(self) -> None:
+        """Best checkpoint first, resume state last: a kill in between repeats the epoch."""
+        if self.rank != 0:
+            return
+        if self.best is self.history[-1]:
+            save_rule(self.kept, self.folder / "best.safetensors", self.record())
+        lines = (json.dumps(asdict(m)) + "\n" for m in self.history)
+        _write_text(self.folder / "metrics.jsonl", "".join(lines))
+        state = {
+            "rule": self.rule.state_dict(),
+            "kept": self.kept.state_dict(),
+            "meta_optimizer": self.meta_optimizer.state_dict(),
+            "epoch": self.epoch,
+            "meta_steps": self.meta_steps,
+            "history": [asdict(m) for m in self.history],
+        }
+        write_atomically(self.folder / "resume.pt", lambda path: torch.save(state, path))
+
+    def record(self) -> dict[str, Any]:
+        """How the kept weights were made, for the checkpoint's header."""
+        best = self.best
+        return {
+            "recipe": self.recipe.to_json(),
+            "commit": source_version(),
+            "epoch": best.epoch if best else 0,
+            "validation": best.validation if best else None,
+            "dropped_unrolls": sum(m.dropped for m in self.history),
+        }
+
+    # ---- training
+
+    def train(self, on_run: Callable[[int, int, float], None] | None = None) -> None:
+        """Run the remaining epochs.
+
+        Args:
+            on_run: told ``(epoch, run, meta_loss)`` after every optimizee run.
+        """
+        while self.epoch < self.recipe.epochs and not self._patience_is_over():
+            started = time.perf_counter()
+            epoch = self.epoch + 1
+            sums, dropped = [], 0
+            for run in range(self.recipe.runs_per_epoch):
+                meta_loss, lost = self._train_run(epoch, run)
+                sums.append(meta_loss)
+                dropped += lost
+                if on_run is not None:
+                    on_run(epoch, run, meta_loss)
+            finite = [s for s in sums if math.isfinite(s)]
+            validation = self.validate()
+            self.epoch = epoch
+            previous = self.best.validation if self.best else math.inf
+            metrics = EpochMetrics(
+                epoch=epoch,
+                meta_loss=sum(finite) / len(finite) if finite else math.inf,
+                validation=validation,
+                best=min(previous, validation),
+                dropped=dropped,
+                meta_lr=self.meta_optimizer.param_groups[0]["lr"],
+                seconds=time.perf_counter() - started,
+            )
+            self.history.append(metrics)
+            self._save()
+
+    def _patience_is_over(self) -> bool:
+        best, patience = self.best, self.recipe.patience
+        return best is not None and patience is not None and self.epoch - best.epoch >= patience
+
+    def _train_run(self, epoch: int, run: int) -> tuple[float, int]:
+        """One optimizee run, a meta-step per unroll: its mean summed loss, and unrolls dropped."""
+        recipe = self.recipe
+        share = range(self.rank, recipe.tasks_per_meta_step, self.world)
+        generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
+        tasks = [self.family.sample(generator) for generator in generators]
+        optimizees = Optimizees(self.rule, tasks, generators)
+        sampler = seeded(recipe.seed, "coordinates", epoch, run, self.rank)
+        estimate = ESTIMATORS[recipe.estimator]
+        total = 0.0
+        while optimizees.step < recipe.horizon:
+            steps = min(recipe.truncation, recipe.horizon - optimizees.step)
+            options = EstimatorOptions(recipe.coordinates, sampler)
+            meta = estimate(self.rule, optimizees, steps, options)
+            packed = torch.cat([g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]])
+            if self.world > 1:
+                dist.all_reduce(packed)
+                packed /= self.world
+            if not torch.isfinite(packed).all():
+                # Averaging it in would poison the weights, and the optimizee will not recover.
+                return math.inf, 1
+            total += packed[-1].item()
+            self._meta_step(packed[:-1])
+        return total, 0
+
+    def _meta_step(self, flat_grad: Tensor) -> None:
+        recipe = self.recipe
+        if recipe.clip_norm is not None:
+            flat_grad = flat_grad * (recipe.clip_norm / (flat_grad.norm() + 1e-12)).clamp(max=1.0)
+        weights = list(self.rule.parameters())
+        parts = flat_grad.split([w.numel() for w in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.grad = part.view_as(weight).clone()
+        for group in self.meta_optimizer.param_groups:
+            group["lr"] = self._meta_lr()
+        self.meta_optimizer.step()
+        self.meta_steps += 1
+        with torch.no_grad():
+            for kept, weight in zip(self.kept.parameters(), weights, strict=True):
+                kept.lerp_(weight, 1.0 - recipe.average)
+
+    def _meta_lr(self) -> float:
+        """Cosine from ``meta_lr`` to ``meta_lr_final`` over all meta-steps, or constant."""
+        recipe = self.recipe
+        if recipe.meta_lr_final is None:
+            return recipe.meta_lr
+        unrolls = math.ceil(recipe.horizon / recipe.truncation)
+        done = min(1.0, self.meta_steps / (recipe.epochs * recipe.runs_per_epoch * unrolls))
+        swing = 0.5 * (1.0 + math.cos(math.pi * done))
+        return recipe.meta_lr_final + (recipe.meta_lr - recipe.meta_lr_final) * swing
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean summed loss of the kept weights over the validation runs; inf if not finite."""
+        seeds: list[tuple[object, ...]] = [
+            (self.recipe.seed, "validation", i) for i in range(self.recipe.validation_runs)
+        ]
+        sums = self._summed(self.kept, self.family, seeds[self.rank :: self.world])
+        total = sums.double().sum()
+        if self.world > 1:
+            dist.all_reduce(total)
+        mean = total.item() / len(seeds)
+        return mean if math.isfinite(mean) else math.inf
+
+    def _summed(
+        self, rule: UpdateRule, family: TaskFamily, seeds: list[tuple[object, ...]]
+    ) -> Tensor:
+        if not seeds:
+            return torch.zeros(0)
+        together = max(8, self.recipe.tasks_per_meta_step)
+        return summed_losses(rule, family, self.recipe.horizon, seeds, together)
+
+
+def source_version() -> str:
+    """The commit of the source tree this package is run from, or the installed version."""
+    from learned_optim import __version__
+
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+            env={**os.environ, "GIT_DISCOVERY_ACROSS_FILESYSTEM": "0"},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return done.stdout.strip() or __version__
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text) and None)
+
+
+__all__ = ["EpochMetrics", "MetaTrainer", "replace", "seeded", "summed_losses"]

@@ -1,0 +1,254 @@
+"""The contract of an update rule: a pure function from gradient and state to update and state."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim._discovery import import_submodules, unknown_name
+
+State = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleConfig:
+    """Base of every rule's configuration: frozen and JSON-serializable."""
+
+
+# Rows per block of the in-place path: the gates of 4,096 coordinates of a 20-unit LSTM (80 floats
+# each) and their states stay in a 2 MiB L2 cache.
+BLOCK_ROWS = 4096
+
+_RULES: dict[str, type[UpdateRule]] = {}
+
+
+class UpdateRule(nn.Module):
+    """What computes one parameter tensor's update from its gradient history.
+
+    ``theta <- theta + lr * update`` (thesis eq. 3.2): the update already points downhill.
+
+    A subclass names itself with ``name``, declares its frozen, JSON-serializable dataclass as
+    ``Config``, and is registered by being defined in a module of ``learned_optim.rules``.
+
+    Args:
+        config: rebuilds the rule, together with its weights; ``None`` takes the defaults.
+    """
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[RuleConfig]] = RuleConfig
+
+    #: Every coordinate is treated alike and alone: tensors may be flattened and concatenated
+    #: without changing any update. Rules with per-tensor statistics or per-tensor state say False.
+    coordinatewise: ClassVar[bool] = True
+    #: An exactly zero gradient history gives an exactly zero update. Promised, and tested.
+    zero_preserving: ClassVar[bool] = False
+
+    def __init__(self, config: RuleConfig | None = None) -> None:
+        super().__init__()
+        self.config: Any = self.Config() if config is None else config
+        if not isinstance(self.config, self.Config):
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.Config.__name__}, "
+                f"got {type(self.config).__name__}"
+            )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            _RULES[cls.name] = cls
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether ``forward`` must be given the loss (the optimizer takes it from its closure)."""
+        return False
+
+    @abstractmethod
+    def init_state(self, param: Tensor) -> State:
+        """State before the first gradient of ``param``.
+
+        Returns:
+            Tensors by name. Per-coordinate state has shape ``(*param.shape, k)``, per-tensor
+            state ``()`` or ``(k,)``; dtype is the rule's (see :attr:`dtype`), device ``param``'s.
+            Built from ``zeros_like(param)``, so that a sharded parameter has sharded state.
+        """
+
+    @abstractmethod
+    def forward(
+        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One inner step: the update to add to ``param``, and the state after it.
+
+        Pure: nothing is changed in place. Differentiable in the rule's weights.
+
+        Args:
+            grad: gradient, shape and device of ``param``, in the rule's dtype.
+            state: as :meth:`init_state` or the previous call returned it.
+            param: the parameter's value, read only.
+            loss: the loss at ``param``, shape ``()``; only rules with :attr:`needs_loss` read it.
+
+        Returns:
+            ``(update, new_state)``; the update has the shape of ``param``.
+        """
+
+    def update_(
+        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`forward` without a graph, writing the new state into ``state``'s tensors.
+
+        The optimizer and the rollouts of meta-training call this. Rules override it with a fast
+        path, which a test holds against :meth:`forward`.
+        """
+        with torch.no_grad():
+            update, new_state = self(grad, state, param, loss)
+            for key, value in new_state.items():
+                state[key].copy_(value)
+        return update
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype the rule computes in: that of its weights, float32 for a rule without any."""
+        return next((p.dtype for p in self.parameters()), torch.float32)
+
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready data."""
+        return dataclasses.asdict(self.config)
+
+    def fingerprint(self) -> str:
+        """Identity of this rule: 16 hex digits over its name, configuration and weight bits."""
+        digest = hashlib.sha256(self.name.encode())
+        digest.update(json.dumps(self.config_dict(), sort_keys=True).encode())
+        for key, weight in sorted(self.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class RecurrentRule(UpdateRule):
+    """A rule that splits into weight-free observation and a learned response to it.
+
+    The split is what makes meta-gradients by replay possible: :meth:`observe` runs once, without
+    a graph, during the rollout; :meth:`respond` is run again over the recorded signals, with one.
+    """
+
+    #: State entries that belong to the network; :meth:`observe` owns all others.
+    network_state: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def observe(
+        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """What the network sees of this step. Arguments as for :meth:`forward`.
+
+        Returns:
+            ``(signals, new_state)``: signals of shape ``(*param.shape, k)``; the entries of the
+            state that observation owns (running moments), empty where there are none.
+        """
+
+    @abstractmethod
+    def respond(self, signals: Tensor, state: State) -> tuple[Tensor, State]:
+        """The learned network over a sequence of signals, differentiable in the weights.
+
+        Args:
+            signals: shape ``(T, n, k)``: steps, coordinates, features.
+            state: the network's own entries before step 0, each of shape ``(n, k)``.
+
+        Returns:
+            ``(updates, new_state)``: updates of shape ``(T, n)``; the network's own entries after
+            step T.
+        """
+
+    @abstractmethod
+    def respond_(self, signals: Tensor, state: State) -> Tensor:
+        """One step of :meth:`respond` without a graph, on a block of rows, in place in ``state``.
+
+        Args:
+            signals: shape ``(n, k)``; n is at most :data:`BLOCK_ROWS`.
+            state: the network's own entries in the rule's dtype, each of shape ``(n, k)``.
+
+        Returns:
+            Updates of shape ``(n,)``.
+        """
+
+    @torch.no_grad()
+    def update_(
+        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`forward` in place and block by block, so that temporaries stay in the cache."""
+        per_optimizee_loss = loss is not None and loss.dim() > 0
+        if torch.compiler.is_compiling() or grad.numel() == 0 or per_optimizee_loss:
+            return super().update_(grad, state, param, loss)
+        n = grad.numel()
+        update = grad.new_empty(n)
+        rows = {k: v.reshape(n, -1) for k, v in state.items() if k in self.network_state}
+        if not self.coordinatewise:
+            observed, new = self.observe(grad, state, param, loss)
+            for key, value in new.items():
+                state[key].copy_(value)
+            signals = observed.reshape(n, -1)
+        flat_grad, flat_param = grad.reshape(-1), param.reshape(-1)
+        owned = {k: v.reshape(n, -1) for k, v in state.items() if k not in rows}
+        for start in range(0, n, BLOCK_ROWS):
+            block = slice(start, min(start + BLOCK_ROWS, n))
+            if self.coordinatewise:
+                before = {k: v[block] for k, v in owned.items()}
+                seen, after = self.observe(flat_grad[block], before, flat_param[block], loss)
+                for key, value in after.items():
+                    before[key].copy_(value)
+            else:
+                seen = signals[block]
+            # Views where the state is already in the rule's dtype, copies where it is half.
+            work = {k: v[block].to(grad.dtype) for k, v in rows.items()}
+            update[block] = self.respond_(seen, work)
+            for key, value in work.items():
+                if value.dtype != rows[key].dtype:
+                    rows[key][block] = value
+        return update.view(grad.shape)
+
+
+def rule_class(name: str) -> type[UpdateRule]:
+    """The update rule registered under ``name``.
+
+    Raises:
+        ValueError: no rule has that name; the message lists those that exist.
+    """
+    known = rule_names()
+    if name not in known:
+        raise unknown_name("update rule", name, known)
+    return _RULES[name]
+
+
+def rule_names() -> list[str]:
+    """Names of all registered update rules."""
+    list(import_submodules("learned_optim.rules"))
+    return sorted(_RULES)
+
+
+def rule_for(config: RuleConfig) -> UpdateRule:
+    """A rule with fresh weights for a configuration: its type tells which rule."""
+    for name in rule_names():
+        if _RULES[name].Config is type(config):
+            return _RULES[name](config)
+    raise TypeError(f"no update rule is configured by {type(config).__name__}")
+
+
+def build_rule(name: str, config: dict[str, Any]) -> UpdateRule:
+    """A rule with fresh weights from its registered name and its configuration as plain data.
+
+    Raises:
+        ValueError: unknown name, or a configuration with unknown or missing fields.
+    """
+    cls = rule_class(name)
+    try:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return cls(cls.Config(**values))
+    except TypeError as error:
+        fields = ", ".join(field.name for field in dataclasses.fields(cls.Config))
+        raise ValueError(
+            f"configuration {config} does not fit update rule {name!r} (fields: {fields}): {error}"
+        ) from error
