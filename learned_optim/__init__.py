@@ -1,3 +1,19 @@
-"""Optimizers that are learned: a drop-in replacement for torch.optim."""
+"""Learned optimizers: update rules trained by gradient descent, used like ``torch.optim``."""
+
+from learned_optim.checkpoint import CheckpointError, save_rule
+from learned_optim.optimizer import LearnedOptimizer
+from learned_optim.pretrained import list_pretrained, load_record, load_rule
+from learned_optim.rules import UpdateRule
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "LearnedOptimizer",
+    "UpdateRule",
+    "__version__",
+    "list_pretrained",
+    "load_record",
+    "load_rule",
+    "save_rule",
+]

@@ -1,0 +1,252 @@
+"""The learned optimizer as a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from learned_optim.pretrained import load_rule
+from learned_optim.rules import State, UpdateRule
+
+# A learning rate from Adam's world: kept by keyword, it would scale every learned update by it.
+SUSPICIOUS_LR = 0.01
+
+# Weight decay is in AdamW's units: at lr = 1 it shrinks as AdamW does at its usual lr of 1e-3.
+DECAY_UNIT = 1e-3
+
+
+class LearnedOptimizer(Optimizer):
+    """Trains with updates computed by a learned update rule (Andrychowicz et al. 2016).
+
+    ``theta <- theta * (1 - 1e-3 * lr * weight_decay) + lr * rule(gradient history)``
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for any ``torch.optim`` class.
+        rule: a shipped checkpoint's name (:func:`learned_optim.list_pretrained`), a path to a
+            checkpoint file or folder, a Hub id ``"user/repo"`` (optionally ``"@revision"``), or
+            an :class:`~learned_optim.rules.UpdateRule` (which is copied).
+        lr: multiplier of the learned update, a float or a tensor of one element. 1.0 is what the
+            rule was trained for; the learning rates of other optimizers do not carry over.
+        weight_decay: decoupled, in AdamW's units: at ``lr=1`` a value shrinks the parameters as
+            it does in ``AdamW(lr=1e-3)``.
+        maximize: maximize the objective instead of minimizing it.
+        state_dtype: dtype of the rule's per-parameter state; ``None`` keeps the rule's (float32).
+            ``torch.bfloat16`` halves the memory.
+
+    A gradient entry that is NaN or infinite counts as zero, so that one bad batch poisons neither
+    the parameters nor the recurrent state.
+
+    Raises:
+        TypeError: a learning rate in the place of the rule (``LearnedOptimizer(params, 1e-3)``).
+        ValueError: a negative learning rate or weight decay, an unknown checkpoint name, or an
+            empty parameter list.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = LearnedOptimizer(model.parameters(), "mnist")
+        >>> model(torch.ones(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        rule: str | os.PathLike[str] | UpdateRule = "default",
+        *,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(rule, (int, float, Tensor)):
+            raise TypeError(
+                f"the second argument of LearnedOptimizer is the update rule, got {rule!r}. If it "
+                f"was Adam's learning rate, leave it out: LearnedOptimizer(params) needs none "
+                f"(lr=1.0 is a multiplier of the learned update)"
+            )
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise ValueError(f"state_dtype must be a floating point dtype, got {state_dtype}")
+        loaded = copy.deepcopy(rule) if isinstance(rule, UpdateRule) else load_rule(rule)
+        self.rule = loaded.requires_grad_(False).eval()
+        self.state_dtype = state_dtype
+        self._reset_caches()
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+        small = [g["lr"] for g in self.param_groups if 0.0 < float(g["lr"]) <= SUSPICIOUS_LR]
+        if small:
+            warnings.warn(
+                f"LearnedOptimizer got lr={float(small[0]):g}, which scales every learned update "
+                f"by that much and trains about {1 / float(small[0]):.0f} times too slowly. lr "
+                f"multiplies the update; learning rates of other optimizers do not carry over. "
+                f"Leave it out, or pass lr=1.0",
+                stacklevel=2,
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        lr = param_group.get("lr", self.defaults["lr"])
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not math.isfinite(lr) or lr < 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        weight_decay = param_group.get("weight_decay", self.defaults["weight_decay"])
+        if not math.isfinite(weight_decay) or weight_decay < 0.0:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        super().add_param_group(param_group)
+
+    # ---- one step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss and its gradients and returns the loss. Needed by rules
+                that read the loss, optional otherwise.
+
+        Returns:
+            The closure's loss, or ``None``.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            ValueError: the rule reads the loss and there is no closure.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.rule.needs_loss and loss is None:
+            raise ValueError(
+                f"the update rule {self.rule.name!r} of this optimizer reads the loss: call "
+                f"step(closure) with a closure that returns it"
+            )
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group, loss)
+        return loss
+
+    def _update(self, param: Tensor, group: dict[str, Any], loss: float | Tensor | None) -> None:
+        grad = param.grad
+        assert grad is not None
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"LearnedOptimizer does not support sparse gradients, and a parameter of shape "
+                f"{tuple(param.shape)} has one of layout {grad.layout}: use sparse=False in the "
+                f"embedding, or give that parameter to torch.optim.SparseAdam"
+            )
+        state = self.state[param]
+        if torch.is_complex(param):
+            param, grad = torch.view_as_real(param), torch.view_as_real(grad)
+        rule = self._rule_on(param.device)
+        if "step" not in state:
+            state.update(self._init_state(rule, param))
+        # NaN and infinity read as "nothing known about this coordinate", without a host sync.
+        grad = torch.nan_to_num(grad.to(rule.dtype), nan=0.0, posinf=0.0, neginf=0.0)
+        if group["maximize"]:
+            grad = grad.neg()
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        if weight_decay != 0:
+            param.mul_(1.0 - DECAY_UNIT * lr * weight_decay)
+        seen_loss = None
+        if rule.needs_loss:
+            seen_loss = torch.as_tensor(loss, dtype=rule.dtype, device=param.device)
+        rule_state = {key: value for key, value in state.items() if key != "step"}
+        update = rule.update_(grad, rule_state, param.to(rule.dtype), seen_loss)
+        state["step"] += 1
+        if isinstance(lr, Tensor):
+            param.add_(update * lr.to(update.device))
+        else:
+            param.add_(update, alpha=lr)
+
+    def _init_state(self, rule: UpdateRule, param: Tensor) -> State:
+        """State before the first gradient: the count of steps, and what the rule keeps."""
+        state = rule.init_state(param)
+        if self.state_dtype is not None:
+            state = {key: value.to(self.state_dtype) for key, value in state.items()}
+        return {"step": torch.zeros((), dtype=torch.float32, device=param.device), **state}
+
+    def _rule_on(self, device: torch.device) -> UpdateRule:
+        """The rule with its weights on ``device``, copied there at first use."""
+        if device not in self._rules:
+            self._rules[device] = copy.deepcopy(self.rule).to(device)
+        return self._rules[device]
+
+    # ---- saving, copying, loading
+
+    def _reset_caches(self) -> None:
+        self._rules: dict[torch.device, UpdateRule] = {}
+        self._identity = {"name": self.rule.name, "fingerprint": self.rule.fingerprint()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim``'s, with the update rule's name and fingerprint under ``"rule"``."""
+        return {**super().state_dict(), "rule": dict(self._identity)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; recurrent state keeps its dtype and bits.
+
+        Raises:
+            ValueError: the state belongs to another update rule, or to other parameter groups.
+        """
+        # torch casts floating state to the parameter's dtype, which would round the recurrent
+        # state of half-precision parameters: the saved values are put back before any other hook.
+        final: dict[str, Any] = {}
+        last = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        first = self.register_load_state_dict_post_hook(
+            lambda _: self._restore_state(final), prepend=True
+        )
+        try:
+            self._check_identity(state_dict)
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()
+
+    def _check_identity(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict.get("rule")
+        if saved is not None and saved != self._identity:
+            raise ValueError(
+                f"loaded state dict belongs to the update rule {saved['name']!r} "
+                f"({saved['fingerprint']}), and this optimizer runs {self._identity['name']!r} "
+                f"({self._identity['fingerprint']}): construct it with the same checkpoint"
+            )
+
+    def _restore_state(self, saved: dict[str, Any]) -> None:
+        own = [param for group in self.param_groups for param in group["params"]]
+        ids = [index for group in saved["param_groups"] for index in group["params"]]
+        for param, index in zip(own, ids, strict=True):
+            for key, value in saved["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    chosen = self.state_dtype if key != "step" and value.is_floating_point() else None
+                    value = value.detach().to(param.device, chosen or value.dtype, copy=True)
+                elif key == "step":
+                    value = torch.tensor(float(value), device=param.device)
+                self.state[param][key] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps defaults, state and groups alone: the network would vanish in a copy.
+        return {**super().__getstate__(), "rule": self.rule, "state_dtype": self.state_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            group.setdefault("weight_decay", 0.0)
+        if "rule" in state:  # copied or unpickled; load_state_dict comes by here as well
+            self._reset_caches()
+
+    def __repr__(self) -> str:
+        rule = f"{self._identity['name']} {self._identity['fingerprint']}"
+        return super().__repr__().replace(" (\n", f" (\nUpdate rule: {rule}\n", 1)
