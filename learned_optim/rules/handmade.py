@@ -6,6 +6,7 @@ whatever differs in a learned rule's behaviour is the rule, not the plumbing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -113,8 +114,9 @@ class AdamRule(UpdateRule):
         count = state["count"] + 1
         first = cfg.beta1 * state["first_moment"].squeeze(-1) + (1 - cfg.beta1) * grad
         second = cfg.beta2 * state["second_moment"].squeeze(-1) + (1 - cfg.beta2) * grad.square()
-        first_hat = first / (1 - cfg.beta1**count)
-        second_hat = second / (1 - cfg.beta2**count)
+        # 1 - beta^t without cancellation, which float32 would feel while beta^t is near 1.
+        first_hat = first / -torch.expm1(count * math.log(cfg.beta1))
+        second_hat = second / -torch.expm1(count * math.log(cfg.beta2))
         update = -cfg.lr * first_hat / (second_hat.sqrt() + cfg.eps)
         new_state = {
             "first_moment": first.unsqueeze(-1),
