@@ -107,7 +107,7 @@ class LSTMStack(nn.LSTM):
         return w_ih, w_hh, b_ih, b_hh
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": None}
+        return {**super().__getstate__(), "_fast": None}
 
 
 class _FastWeights:
