@@ -1,5 +1,6 @@
 """Tasks: what the thesis defines, and the split that keeps meta-training honest."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_thesis_networks(name: str, image_data: DataOptions) -> None:
     generator = seeded(1)
     params = task.init(generator)
     widths = [inputs, *hidden, classes]
-    shapes = [s for i, o in zip(widths, widths[1:], strict=False) for s in ((o, i), (o,))]
+    shapes = [s for i, o in pairwise(widths) for s in ((o, i), (o,))]
     assert [tuple(p.shape) for p in params.values()] == shapes
     weights = torch.cat([p.flatten() for p in params.values() if p.dim() > 1])
     assert weights.std().item() == pytest.approx(0.001, rel=0.05)
@@ -69,9 +70,11 @@ def test_thesis_networks(name: str, image_data: DataOptions) -> None:
     assert x.min() >= 0.0
     assert x.max() <= 1.0
     assert x.max() > 0.5
-    assert 0 <= y.min()
+    assert y.min() >= 0
     assert y.max() < classes
-    assert task.loss(params, (x, y)).item() == pytest.approx(torch.tensor(classes).log().item(), 0.01)
+    assert task.loss(params, (x, y)).item() == pytest.approx(
+        torch.tensor(classes).log().item(), 0.01
+    )
     assert 0.0 <= task.test(params)["accuracy"] <= 2.5 / classes
 
 

@@ -83,7 +83,9 @@ def recipe_from_json(data: dict[str, Any]) -> Recipe:
 def recipes() -> dict[str, Recipe]:
     """The recipes that ship with the package, by name: each module's ``RECIPE``."""
     modules = import_submodules("learned_optim.meta.recipes")
-    return {module.__name__.rsplit(".", 1)[1].replace("_", "-"): module.RECIPE for module in modules}
+    return {
+        module.__name__.rsplit(".", 1)[1].replace("_", "-"): module.RECIPE for module in modules
+    }
 
 
 def load_recipe(source: str) -> Recipe:

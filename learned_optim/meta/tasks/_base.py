@@ -64,7 +64,7 @@ class ModuleTask(Task):
     Example:
         >>> task = ModuleTask(
         ...     build=lambda: nn.Linear(3, 1),
-        ...     batches=lambda generator: (torch.randn(8, 3, generator=generator), torch.ones(8, 1)),
+        ...     batches=lambda g: (torch.randn(8, 3, generator=g), torch.ones(8, 1)),
         ...     criterion=nn.functional.mse_loss,
         ... )
 
