@@ -293,11 +293,10 @@ class Evaluation:
             for lr in LR_GRID
             for spec in self._tuning_runs(task, baseline, lr)
         ]
-        self._perform(tuning, "tuning")
-        tests = [
-            spec for task in config.tasks for entry in self._entries(task) for spec in entry.specs
-        ]
-        self._perform(tests, "testing")
+        with self._workers() as workers:
+            self._perform(tuning, "tuning", workers)
+            tests = [s for task in config.tasks for e in self._entries(task) for s in e.specs]
+            self._perform(tests, "testing", workers)
         summary = self.summary()
         write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
@@ -306,29 +305,41 @@ class Evaluation:
         seeds, steps = range(self.config.tuning_seeds), self.config.length
         return [RunSpec(task, baseline, lr, "tune", seed, steps) for seed in seeds]
 
-    def _perform(self, specs: Sequence[RunSpec], what: str) -> None:
+    @contextmanager
+    def _workers(self) -> Iterator[ProcessPoolExecutor | None]:
+        """Processes to run in, if there are to be several; they start when first needed."""
+        if self.config.workers == 1:
+            yield None
+            return
+        pool = ProcessPoolExecutor(self.config.workers, mp_context=get_context("spawn"))
+        try:
+            yield pool
+        finally:  # after an error or an interrupt, what has not begun never does
+            pool.shutdown(cancel_futures=True)
+
+    def _perform(
+        self, specs: Sequence[RunSpec], what: str, workers: ProcessPoolExecutor | None
+    ) -> None:
         missing = {spec.key: spec for spec in specs if spec.key not in self._log.runs}
         total = len({spec.key for spec in specs})
         done = total - len(missing)
         self._progress(done, total, what)
-        for key, finished in self._results(missing):
+        for key, finished in self._results(missing, workers):
             self._log.add(key, finished)
             done += 1
             self._progress(done, total, what)
 
-    def _results(self, missing: dict[str, RunSpec]) -> Iterator[tuple[str, Run]]:
+    def _results(
+        self, missing: dict[str, RunSpec], workers: ProcessPoolExecutor | None
+    ) -> Iterator[tuple[str, Run]]:
         data = self.config.data
-        if self.config.workers == 1 or len(missing) < 2:
+        if workers is None:
             for key, spec in missing.items():
                 yield key, run(spec, data)
             return
-        pool = ProcessPoolExecutor(self.config.workers, mp_context=get_context("spawn"))
-        try:
-            futures = {pool.submit(run, spec, data): key for key, spec in missing.items()}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:  # after an error or an interrupt, what has not begun never does
-            pool.shutdown(cancel_futures=True)
+        futures = {workers.submit(run, spec, data): key for key, spec in missing.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
     # ---- choosing learning rates, and the figures
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +147,9 @@ def plot(summary: dict[str, Any], task: str, horizon: int, path: Path) -> None:
 
 def _draw(axes: Any, name: str, row: dict[str, Any], colour: str) -> None:
     """One optimizer's curve with its interval; it ends where a seed diverged."""
-    curve = row["curve"]
-    points = [
-        (step, mean, half or 0.0)
-        for step, mean, half in zip(curve["step"], curve["mean"], curve["half"], strict=True)
-        if mean is not None
-    ]
     step, mean, half = (
-        (list(column) for column in zip(*points, strict=True)) if points else ([],) * 3
+        [math.nan if x is None else x for x in row["curve"][part]]
+        for part in ("step", "mean", "half")
     )
     is_learned = row["kind"] == "learned"
     axes.plot(
@@ -174,11 +170,11 @@ def _set_log_axis(axes: Any, optimizers: dict[str, Any]) -> None:
     """Plain numbers, and a range that shows every curve from its start down."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
     curves = [[m for m in row["curve"]["mean"] if m] for row in optimizers.values()]
     curves = [curve for curve in curves if curve]
-    if not curves:
+    if not curves:  # everything diverged at once
         return
+    axes.set_yscale("log")
     # Not the excursions far above the start: they would flatten everything else.
     low, high = 0.8 * min(map(min, curves)), 2.0 * max(curve[0] for curve in curves)
     top = 1.1 * max(map(max, curves))
