@@ -54,6 +54,8 @@ def _list(args: list[str]) -> int:
     from learned_optim.meta.tasks import task_names
     from learned_optim.rules import rule_names
 
+    if args:
+        raise ValueError(f"list takes no arguments, got {' '.join(args)}")
     aliases = [f"{a} (= {n})" for a, n in ALIASES.items() if n in list_pretrained()]
     shipped = [name for name in list_pretrained() if name not in ALIASES]
     for title, names in (
@@ -63,12 +65,12 @@ def _list(args: list[str]) -> int:
         ("recipes", sorted(recipes())),
         ("baselines", list(BASELINES)),
     ):
-        print(f"{title}: {', '.join(names)}")
+        print(f"{title}: {', '.join(names) or 'none'}")
     return 0
 
 
 def _show(args: list[str]) -> int:
-    if len(args) != 1:
+    if len(args) != 1 or args[0].startswith("-"):
         raise ValueError("show takes one checkpoint: a shipped name, a file or a Hub id")
     rule = load_rule(args[0])
     described = {

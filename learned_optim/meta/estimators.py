@@ -149,7 +149,7 @@ def replay(
             optimizees.params[name] = optimizees.params[name] + update
         optimizees.step += 1
 
-    weights = list(rule.parameters())
+    weights: list[Tensor] = list(rule.parameters())
     meta = [torch.zeros_like(w) for w in weights]
     scale = total / kept / len(optimizees)
     for name in index:
@@ -187,7 +187,7 @@ def _accumulate(
     weights: list[Tensor],
     meta: list[Tensor],
 ) -> None:
-    """Add the gradient of ``sum(after * updates)`` to ``meta``, a slice of coordinates at a time."""
+    """Add the gradient of ``sum(after * updates)`` to ``meta``, slice by slice of coordinates."""
     for low in range(0, signals.shape[1], REPLAY_ROWS):
         part = slice(low, low + REPLAY_ROWS)
         with torch.enable_grad():

@@ -100,4 +100,7 @@ def load_recipe(source: str) -> Recipe:
     path = Path(source)
     if path.suffix != ".json" or not path.is_file():
         raise unknown_name("recipe", source, list(known))
-    return recipe_from_json(json.loads(path.read_text()))
+    try:
+        return recipe_from_json(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
