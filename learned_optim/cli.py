@@ -7,6 +7,7 @@ and :class:`~learned_optim.meta.evaluate.EvaluateConfig`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args[0] not in commands:
         print(f"learned-optim: unknown command {args[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
+    # As under `python -m`: tasks of one's own, "my_tasks:name", may lie in the current folder.
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         return commands[args[0]](args[1:])
     except (ValueError, OSError, ImportError) as error:
@@ -46,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nlearned-optim: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    finally:
+        sys.path.remove(here)
 
 
 def _list(args: list[str]) -> int:

@@ -34,6 +34,24 @@ def test_unknown_task_lists_the_known() -> None:
         build_tasks("mnits")
 
 
+def test_tasks_of_another_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tasks_of_mine.py").write_text(
+        "from learned_optim.meta.tasks.quadratic import Quadratics\n"
+        "FAMILIES = {'small': lambda options: Quadratics(size=3)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    task = build_tasks("tasks_of_mine:small").sample(seeded("q"))
+    assert task.batch(seeded("unused"))[0].shape == (3, 3)
+    with pytest.raises(
+        ValueError, match="unknown task 'tasks_of_mine:big'; known: tasks_of_mine:s"
+    ):
+        build_tasks("tasks_of_mine:big")
+    with pytest.raises(ValueError, match=r"no tasks from module 'nowhere' \(No module named"):
+        build_tasks("nowhere:small")
+    with pytest.raises(ValueError, match=r"no tasks from module 'json' .* define FAMILIES"):
+        build_tasks("json:small")
+
+
 def test_quadratic_by_hand() -> None:
     task = build_tasks("quadratic").sample(seeded("q"))
     w, y = task.batch(seeded("unused"))

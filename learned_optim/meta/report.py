@@ -191,7 +191,7 @@ def write_report(summary: dict[str, Any], folder: Path) -> list[Path]:
     write_text(written[0], markdown(summary))
     for task in summary["tasks"]:
         for horizon in summary["protocol"]["horizons"]:
-            path = folder / f"{task}-{horizon}.png"
+            path = folder / f"{task.rpartition(':')[2]}-{horizon}.png"
             plot(summary, task, horizon, path)
             written.append(path)
     return written

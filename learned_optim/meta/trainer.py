@@ -219,7 +219,8 @@ class MetaTrainer:
         sums = self._summed(rule, family, list(seeds))
         record["test"] = {"mean": sums.mean().item(), "std": sums.std().item(), "runs": len(sums)}
         record["epochs_run"] = self.epoch
-        path = output or self.folder / f"{self.recipe.task}.safetensors"
+        name = self.recipe.task.rpartition(":")[2]
+        path = output or self.folder / f"{name}.safetensors"
         save_rule(rule, path, record)
         return path
 
