@@ -1,4 +1,4 @@
-"""Docstrings' cross-reference roles, such as :class:`~torch.optim.Adam`, as plain code for the web."""
+"""Docstrings' cross-references, such as :class:`~torch.optim.Adam`, as plain code for the web."""
 
 import re
 from typing import Any

@@ -161,9 +161,7 @@ def replay(
     return MetaGradient(torch.stack(losses), meta)
 
 
-def _sample_coordinates(
-    optimizees: Optimizees, options: EstimatorOptions
-) -> dict[str, Tensor]:
+def _sample_coordinates(optimizees: Optimizees, options: EstimatorOptions) -> dict[str, Tensor]:
     """Sorted indices into each parameter's flattened coordinates."""
     sizes = {name: p.numel() for name, p in optimizees.params.items()}
     total = sum(sizes.values())
