@@ -34,7 +34,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
-    assert "mnist, quadratic" in capsys.readouterr().out
+    assert f"({', '.join(sorted(recipes()))})" in capsys.readouterr().out
     assert main(["train"]) == 2
     with pytest.raises(SystemExit) as done:
         main(["train", "quadratic", "--help"])
@@ -151,7 +151,7 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["show"], "show takes one checkpoint"),
         (["show", "gone.safetensors"], "no checkpoint file at gone.safetensors"),
         (["list", "rules"], "list takes no arguments, got rules"),
-        (["train", "nonesuch"], "unknown recipe 'nonesuch'; known: mnist, quadratic"),
+        (["train", "nonesuch"], f"unknown recipe 'nonesuch'; known: {', '.join(sorted(recipes()))}"),
         (["train", "quadratic", "--task", "fashion"], "'fashion' is for evaluation only"),
         (["evaluate", "--checkpoints", "nonesuch"], "unknown checkpoint 'nonesuch'; known: "),
         (["evaluate", "--checkpoints", "--tasks", "nonesuch"], "unknown task 'nonesuch'; known: "),
