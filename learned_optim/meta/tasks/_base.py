@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ class ModuleTask(Task):
     Example:
         >>> task = ModuleTask(
         ...     build=lambda: nn.Linear(3, 1),
-        ...     batches=lambda generator: (torch.randn(8, 3, generator=generator), torch.ones(8, 1)),
+        ...     batches=lambda g: (torch.randn(8, 3, generator=g), torch.ones(8, 1)),
         ...     criterion=nn.functional.mse_loss,
         ... )
 
@@ -184,12 +185,30 @@ def task_names() -> list[str]:
 def build_tasks(name: str, options: TaskOptions | None = None) -> TaskFamily:
     """The task family registered under ``name``.
 
+    Args:
+        name: a registered name, or ``"module:name"`` for an entry of the ``FAMILIES`` table of any
+            importable module: your own tasks, in recipes and on the command line too.
+        options: which split, and where data is.
+
     Raises:
         ValueError: unknown name (the message lists those that exist), or the family has no
             images that may meta-train.
         FileNotFoundError: its data is not there.
     """
-    families = _families()
-    if name not in families:
-        raise unknown_name("task", name, list(families))
-    return families[name](options or TaskOptions())
+    module, _, own = name.rpartition(":")
+    families = _families_of(module) if module else _families()
+    if own not in families:
+        raise unknown_name("task", name, [f"{module}:{n}" if module else n for n in families])
+    return families[own](options or TaskOptions())
+
+
+def _families_of(module: str) -> dict[str, Builder]:
+    """The ``FAMILIES`` of a module of the user's."""
+    try:
+        found: dict[str, Builder] = importlib.import_module(module).FAMILIES
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"no tasks from module {module!r} ({error}): it must be importable (PYTHONPATH) and "
+            f"define FAMILIES, a table from names to functions of TaskOptions"
+        ) from error
+    return found
