@@ -21,7 +21,15 @@ from learned_optim.meta import EvaluateConfig, Evaluation
 from learned_optim.meta.report import plot, ratio_text, table, value_text
 
 DOCS = Path(__file__).parent.parent / "docs"
-NETWORKS = ("mnist", "mnist-40", "mnist-2layer", "mnist-relu", "fashion", "emnist-letters", "cifar10")
+NETWORKS = (
+    "mnist",
+    "mnist-40",
+    "mnist-2layer",
+    "mnist-relu",
+    "fashion",
+    "emnist-letters",
+    "cifar10",
+)
 ALL = ("sgd", "nesterov", "rmsprop", "adam", "adamw", "schedulefree")
 FOUR = ("sgd", "nesterov", "rmsprop", "adam")
 
@@ -102,7 +110,7 @@ def page() -> str:
         for name in GROUPS
         if (path := DOCS / "results" / f"{name}.json").exists()
     }
-    for name, summary in summaries.items():
+    for summary in summaries.values():
         for task in summary["tasks"]:
             for horizon in summary["protocol"]["horizons"]:
                 plot(summary, task, horizon, DOCS / "results" / f"{task}-{horizon}.png")
@@ -130,10 +138,14 @@ def _thesis_table(summaries: dict[str, Any]) -> str:
         mine = next(row for row in optimizers.values() if row["kind"] == "learned")
         rows.append(
             [
-                figure, task, baseline, learned,
+                figure,
+                task,
+                baseline,
+                learned,
                 f"{value_text(optimizers[best]['sum'])} ({best}, lr {optimizers[best]['lr']:g})",
-                value_text(mine["sum"]), ratio_text(mine["ratio"]),
-            ]  # fmt: skip
+                value_text(mine["sum"]),
+                ratio_text(mine["ratio"]),
+            ]
         )
     return table(head, rows)
 
@@ -147,7 +159,8 @@ def _tables(summary: dict[str, Any]) -> str:
                 "last 10 steps: learned", "best baseline"]  # fmt: skip
         final = horizon == max(protocol["horizons"])
         if final:
-            head += ["test accuracy: learned", "best baseline", "ms per step: learned", "best baseline"]
+            head += ["test accuracy: learned", "best baseline"]
+            head += ["ms per step: learned", "best baseline"]
         if horizon > 1000:
             head += ["worst after step 1,000: learned", "best baseline"]
         rows = []

@@ -229,7 +229,9 @@ class LearnedOptimizer(Optimizer):
         for param, index in zip(own, ids, strict=True):
             for key, value in saved["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    chosen = self.state_dtype if key != "step" and value.is_floating_point() else None
+                    chosen = (
+                        self.state_dtype if key != "step" and value.is_floating_point() else None
+                    )
                     value = value.detach().to(param.device, chosen or value.dtype, copy=True)
                 elif key == "step":
                     value = torch.tensor(float(value), device=param.device)

@@ -1,6 +1,7 @@
 """Tasks: what the thesis defines, and the split that keeps meta-training honest."""
 
 from itertools import pairwise
+import math
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,115 @@ def test_any_module_is_a_task() -> None:
     assert task.loss(exact, task.batch(seeded(1))).item() == 0.0
     assert task.loss(params, task.batch(seeded(1))).item() > 0.0
     assert task.test(params) == {}
+
+
+# ---- what users train
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "untrained"),
+    [
+        ("mnist-cnn", 8 * 9 + 8 + 16 * 72 + 16 + 10 * 16 * 49 + 10, 2.303),
+        ("mnist-cnn-bn", 8 * 9 + 8 + 16 * 72 + 16 + 10 * 16 * 49 + 10 + 2 * (8 + 16), 2.5),
+        ("cifar10-cnn", 8 * 27 + 8 + 16 * 72 + 16 + 10 * 16 * 64 + 10, 2.303),
+        ("cifar10-cnn-bn", 8 * 27 + 8 + 16 * 72 + 16 + 10 * 16 * 64 + 10 + 2 * (8 + 16), 2.5),
+    ],
+)
+def test_convolutional_networks(
+    name: str, parameters: int, untrained: float, image_data: DataOptions
+) -> None:
+    task = build_tasks(name, TaskOptions(data=image_data)).sample(seeded(0))
+    params = task.init(seeded(1))
+    assert sum(p.numel() for p in params.values()) == parameters
+    loss = task.loss(params, task.batch(seeded(2)))
+    assert loss.item() == pytest.approx(untrained, abs=0.3)
+    assert 0.02 < task.test(params)["accuracy"] < 0.3
+
+
+def test_running_statistics_start_afresh_and_are_used_in_the_test(image_data: DataOptions) -> None:
+    task = build_tasks("mnist-cnn-bn", TaskOptions(data=image_data)).sample(seeded(0))
+    params = task.init(seeded(1))
+    first = task.test(params)
+    for step in range(20):
+        task.loss(params, task.batch(seeded(step)))
+    assert task.test(params) != first
+    assert task.module.training
+    task.init(seeded(1))
+    assert task.test(params) == first
+
+
+@pytest.mark.parametrize("name", ["char-lm-gru", "char-lm-transformer"])
+def test_language_models(name: str, tmp_path: Path) -> None:
+    text = "to be, or not to be: that is the question. " * 60
+    (tmp_path / "hamlet.txt").write_text(text)
+    options = TaskOptions(data=DataOptions(text=tmp_path / "hamlet.txt"))
+    task = build_tasks(name, options).sample(seeded(0))
+    params = {n: p.requires_grad_() for n, p in task.init(seeded(1)).items()}
+    x, y = task.batch(seeded(2))
+    assert x.shape == y.shape == (16, 64)
+    assert torch.equal(x[:, 1:], y[:, :-1])  # targets are the inputs, one character on
+    vocabulary = len(set(text))
+    assert task.loss(params, (x, y)).item() == pytest.approx(
+        torch.tensor(vocabulary).log(), rel=0.2
+    )
+    # A later character must not change what is predicted before it.
+    changed = x.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % vocabulary
+    before, after = (
+        torch.func.functional_call(task.module, params, (tokens,)) for tokens in (x, changed)
+    )
+    torch.testing.assert_close(before[:, :40], after[:, :40])
+    assert not torch.allclose(before[:, 40:], after[:, 40:])
+    optimizer = torch.optim.Adam(params.values(), lr=0.01)
+    for step in range(40):
+        optimizer.zero_grad()
+        task.loss(params, task.batch(seeded(step))).backward()
+        optimizer.step()
+    assert task.test({n: p.detach() for n, p in params.items()})["loss"] < 1.5
+
+
+def test_text_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no text file at .*: --text names the one"):
+        build_tasks("char-lm-gru", TaskOptions(data=DataOptions(text=tmp_path / "none.txt")))
+    (tmp_path / "short.txt").write_text("brief")
+    with pytest.raises(ValueError, match="has 5 characters; at least 650 are needed"):
+        build_tasks("char-lm-gru", TaskOptions(data=DataOptions(text=tmp_path / "short.txt")))
+
+
+def test_regression() -> None:
+    task = build_tasks("regression").sample(seeded(0))
+    params = task.init(seeded(1))
+    zero = {name: torch.zeros_like(p) for name, p in params.items()}
+    # Standardized targets: predicting zero costs their variance.
+    assert task.test(zero)["loss"] == pytest.approx(1.0, abs=0.25)
+    assert "accuracy" not in task.test(zero)
+    x, y = task.batch(seeded(2))
+    assert x.shape == (64, 10)
+    assert y.shape == (64, 1)
+
+
+def test_general_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of member trains: finite losses that a plain SGD step lowers, no global state."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (64, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    images = Images(pixels, torch.arange(64) % 10, 10)
+    monkeypatch.setattr("learned_optim.meta.tasks.general.load_images", lambda *_: images)
+    family = build_tasks("general", TaskOptions("meta"))
+    assert not family.stackable
+    kinds, lowered = set(), 0
+    for seed in range(60):
+        draws = seeded("general", seed)
+        task = family.sample(draws)
+        kinds.add(type(getattr(task, "module", task)).__name__)
+        params = {n: p.requires_grad_() for n, p in task.init(draws).items()}
+        batch = task.batch(draws)
+        loss = task.loss(params, batch)
+        grads = torch.autograd.grad(loss, list(params.values()))
+        assert torch.isfinite(loss)
+        step = 1e-3 / (1e-9 + sum(g.square().sum() for g in grads).sqrt())
+        moved = {n: p - step * g for (n, p), g in zip(params.items(), grads, strict=True)}
+        lowered += bool(task.loss(moved, batch) <= loss)
+        again = family.sample(seeded("general", seed)).init(seeded(seed))
+        assert [p.shape for p in again.values()] == [p.shape for p in params.values()]
+    assert lowered >= 57
+    assert kinds >= {"Sequential", "SequenceNet", "IllConditioned", "Quadratic"}
