@@ -14,6 +14,9 @@ from torch import Generator, Tensor, nn
 from learned_optim._discovery import import_submodules, unknown_name
 from learned_optim.meta.data import DataOptions
 
+#: Examples per forward pass when a held-out set is tested.
+TEST_SLICE = 1000
+
 Params = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
 
@@ -79,7 +82,12 @@ class ModuleTask(Task):
         criterion: ``(outputs, targets) -> loss`` of shape ``()``.
         init_std: weights ~ N(0, init_std^2) and biases 0 (one-dimensional parameters), as in the
             thesis; ``None`` keeps the module's own initialization.
-        tests: held-out ``(inputs, targets)`` for classification accuracy, or ``None``.
+        tests: held-out ``(inputs, targets)``, or ``None``. Their loss is reported and, where the
+            targets are classes, the accuracy.
+
+    Buffers (running statistics of batch norm) belong to the module: :meth:`init` resets them and
+    :meth:`loss` updates them, so such a module can be evaluated but not meta-trained on, where
+    several optimizees share it.
     """
 
     def __init__(
@@ -98,8 +106,11 @@ class ModuleTask(Task):
         self._tests = tests
         with torch.random.fork_rng(devices=[]):
             self.module = build()
+        self._buffers = {name: b.clone() for name, b in self.module.named_buffers()}
 
     def init(self, generator: Generator) -> Params:
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(self._buffers[name])
         if self._init_std is None:
             seed = int(torch.randint(2**62, (), generator=generator))
             with torch.random.fork_rng(devices=[]):
@@ -126,8 +137,23 @@ class ModuleTask(Task):
         if self._tests is None:
             return {}
         inputs, targets = self._tests()
-        outputs = torch.func.functional_call(self.module, params, (inputs,))
-        return {"accuracy": (outputs.argmax(-1) == targets).float().mean().item()}
+        self.module.eval()
+        try:
+            # In slices, because a test set on a convolutional network fills gigabytes at once.
+            slices = zip(inputs.split(TEST_SLICE), targets.split(TEST_SLICE), strict=True)
+            weights, losses, correct = [], [], []
+            for x, y in slices:
+                outputs = torch.func.functional_call(self.module, params, (x,))
+                weights.append(float(len(x)))
+                losses.append(self._criterion(outputs, y).item() * len(x))
+                if not y.is_floating_point():
+                    correct.append((outputs.argmax(-1) == y).float().mean().item() * len(x))
+        finally:
+            self.module.train()
+        figures = {"loss": sum(losses) / sum(weights)}
+        if correct:
+            figures["accuracy"] = sum(correct) / sum(weights)
+        return figures
 
 
 class FixedTask(TaskFamily):
