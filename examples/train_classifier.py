@@ -48,9 +48,7 @@ def train(
     """One training run; returns the model and the loss at every step."""
     torch.manual_seed(seed)
     inputs = data[0][0].numel()
-    model = nn.Sequential(
-        nn.Linear(inputs, 20), ACTIVATIONS[args.activation](), nn.Linear(20, 10)
-    )
+    model = nn.Sequential(nn.Linear(inputs, 20), ACTIVATIONS[args.activation](), nn.Linear(20, 10))
     sampler = RandomSampler(data, replacement=True, num_samples=args.steps * 128)
     loader = DataLoader(data, batch_size=128, sampler=sampler)
 
@@ -93,7 +91,8 @@ def plot(curves: dict[str, list[list[float]]], title: str, path: Path) -> None:
     for name, runs in curves.items():
         mean = torch.tensor(runs).mean(0)
         learned = name.startswith("LearnedOptimizer")
-        axes.plot(mean, label=name, linestyle="-" if learned else "--", linewidth=2 if learned else 1.3)
+        style = {"linestyle": "-", "linewidth": 2} if learned else {"linestyle": "--"}
+        axes.plot(mean, label=name, **style)
     axes.set(yscale="log", xlabel="step", ylabel="training loss", title=title)
     axes.grid(True, which="both", alpha=0.2)
     axes.legend()

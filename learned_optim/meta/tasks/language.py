@@ -54,7 +54,8 @@ class GRUModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         # nn.GRU caches its weights and would miss functional_call's: the functional form does not.
         gru = self.gru
-        weights = [gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0]
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        weights: list[Tensor] = [getattr(gru, name) for name in names]
         start = torch.zeros(1, len(tokens), gru.hidden_size)
         states, _ = torch.gru(
             self.embed(tokens), start, weights, True, 1, 0.0, self.training, False, True
@@ -107,7 +108,7 @@ def char_lm(model: Callable[[int], nn.Module], options: TaskOptions) -> TaskFami
     train, held_out = tokens[:cut], tokens[cut:]
     window = torch.arange(LENGTH + 1)
 
-    def sequences(text: Tensor, starts: Tensor) -> Batch:
+    def sequences(text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         chunk = text[starts[:, None] + window]  # (batch, LENGTH + 1)
         return chunk[:, :-1], chunk[:, 1:]
 
@@ -115,7 +116,7 @@ def char_lm(model: Callable[[int], nn.Module], options: TaskOptions) -> TaskFami
         starts = torch.randint(len(train) - LENGTH, (BATCH_SIZE,), generator=generator)
         return sequences(train, starts)
 
-    def tests() -> Batch:
+    def tests() -> tuple[Tensor, Tensor]:
         return sequences(held_out, torch.arange(0, len(held_out) - LENGTH, LENGTH))
 
     def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
