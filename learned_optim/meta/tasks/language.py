@@ -20,6 +20,8 @@ from learned_optim.meta.tasks._base import Batch, FixedTask, ModuleTask, TaskFam
 LENGTH = 64
 BATCH_SIZE = 16
 
+GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 @lru_cache(maxsize=2)
 def read_text(path: Path | None) -> tuple[Tensor, int]:
@@ -54,8 +56,7 @@ class GRUModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         # nn.GRU caches its weights and would miss functional_call's: the functional form does not.
         gru = self.gru
-        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-        weights: list[Tensor] = [getattr(gru, name) for name in names]
+        weights: list[Tensor] = [getattr(gru, f"{name}_l0") for name in GRU_WEIGHTS]
         start = torch.zeros(1, len(tokens), gru.hidden_size)
         states, _ = torch.gru(
             self.embed(tokens), start, weights, True, 1, 0.0, self.training, False, True
