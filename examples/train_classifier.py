@@ -91,8 +91,8 @@ def plot(curves: dict[str, list[list[float]]], title: str, path: Path) -> None:
     for name, runs in curves.items():
         mean = torch.tensor(runs).mean(0)
         learned = name.startswith("LearnedOptimizer")
-        line = {"linestyle": "-", "linewidth": 2.0} if learned else {"linestyle": "--"}
-        axes.plot(mean, label=name, **line)
+        style = {"linestyle": "-", "linewidth": 2} if learned else {"linestyle": "--"}
+        axes.plot(mean, label=name, **style)
     axes.set(yscale="log", xlabel="step", ylabel="training loss", title=title)
     axes.grid(True, which="both", alpha=0.2)
     axes.legend()

@@ -74,7 +74,7 @@ def _detail(horizon: str, cell: dict[str, Any]) -> str:
                 value_text(final["last"], 3) if final else "",
                 *(value_text(row["test"].get(test), 3) for test in tests),
                 *([value_text(row.get("worst_after_1000"), 3)] * long),
-                value_text(row["milliseconds_per_step"], 2),
+                value_text(row.get("milliseconds_per_step"), 2),
                 _steps(row),
             ]
         )
@@ -83,7 +83,8 @@ def _detail(horizon: str, cell: dict[str, Any]) -> str:
 
 def _sum(row: dict[str, Any]) -> str:
     """The summed loss, or on how many seeds the optimizer diverged."""
-    return f"{row['diverged']} diverged" if row["diverged"] else value_text(row["sum"])
+    count = row.get("diverged", 0)
+    return f"{count} diverged" if count else value_text(row["sum"])
 
 
 def _steps(row: dict[str, Any]) -> str:
@@ -91,7 +92,8 @@ def _steps(row: dict[str, Any]) -> str:
         return ""
     if row["steps_to_best"] is None:
         return "never"
-    return f"{row['steps_to_best']:,.0f} ({row['seconds_to_best']:.2g} s)"
+    seconds = row.get("seconds_to_best")
+    return f"{row['steps_to_best']:,.0f}" + (f" ({seconds:.2g} s)" if seconds else "")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -101,7 +103,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
-    if interval is None or interval["mean"] is None:
+    if interval is None:  # not measured
+        return ""
+    if interval["mean"] is None:
         return "diverged"
     return f"{interval['mean']:.{digits}f} ± {interval['half'] or 0.0:.{digits}f}"
 
