@@ -64,7 +64,7 @@ class LSTMRule(RecurrentRule):
         super().__init__(config)
         features = 1 if self.config.preprocessing == "raw" else 2
         inputs = features * (2 if self.config.loss_input else 1)
-        self.lstm = nn.LSTM(inputs, self.config.hidden_size, self.config.num_layers)
+        self.lstm = _LSTMWeights(inputs, self.config.hidden_size, self.config.num_layers)
         self.readout = nn.Linear(self.config.hidden_size, 1)
         with torch.no_grad():
             # An untrained rule should barely move the optimizee: a random direction of full size
@@ -162,6 +162,18 @@ class LSTMRule(RecurrentRule):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fast": None}
+
+
+class _LSTMWeights(nn.Module):
+    """The parameters of an ``nn.LSTM`` under its own names, drawn as it draws them.
+
+    Nothing here runs ``nn.LSTM`` itself, and torch.compile refuses any module that holds one.
+    """
+
+    def __init__(self, inputs: int, hidden_size: int, num_layers: int) -> None:
+        super().__init__()
+        for name, weight in nn.LSTM(inputs, hidden_size, num_layers).named_parameters():
+            self.register_parameter(name, nn.Parameter(weight.detach()))
 
 
 class _FastWeights:

@@ -1,0 +1,84 @@
+"""What a rule may ask about a whole tensor while it sees only one shard of it.
+
+A sharded parameter (DTensor: FSDP2, tensor parallelism) is updated shard by shard: the rule is
+handed local tensors, which is all a coordinatewise rule needs. A rule with per-tensor statistics
+takes them with :func:`whole_mean` and sizes with :func:`whole_shape`; on an ordinary tensor these
+are the plain mean and shape, on a shard they speak of the whole tensor, and every rank gets the
+same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How the tensor being updated was cut."""
+
+    shape: torch.Size
+    """Shape of the whole tensor."""
+    groups: tuple[Any, ...]
+    """Process groups along which the shards lie; none if every rank holds the whole tensor."""
+
+
+_cut: _Cut | None = None
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, asked without importing torch.distributed."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+@contextmanager
+def shards_of(tensor: Any, shape: torch.Size) -> Iterator[None]:
+    """Let a rule's statistics speak of the whole of ``tensor`` while it works on the local shard.
+
+    Args:
+        tensor: a DTensor.
+        shape: shape of the whole tensor as the rule sees it (complex ones as pairs of reals).
+    """
+    global _cut
+    groups = [
+        tensor.device_mesh.get_group(dim)
+        for dim, placement in enumerate(tensor.placements)
+        if not placement.is_replicate()
+    ]
+    outer, _cut = _cut, _Cut(shape, tuple(groups))
+    try:
+        yield
+    finally:
+        _cut = outer
+
+
+def whole_shape(param: Tensor) -> torch.Size:
+    """Shape of the whole tensor that ``param`` is, or is a shard of."""
+    return param.shape if _cut is None else _cut.shape
+
+
+def whole_mean(values: Tensor) -> Tensor:
+    """Mean over all coordinates of the whole tensor.
+
+    Call it the same number of times on every rank, also for an empty shard; stack statistics
+    along the last dimension rather than calling it once for each, since every call on a sharded
+    tensor is one all-reduce.
+
+    Args:
+        values: ``k`` numbers for every coordinate at hand, shape ``(*param.shape, k)``.
+
+    Returns:
+        Shape ``(k,)``, dtype of ``values``; NaN for a tensor without coordinates.
+    """
+    rows = values.reshape(-1, values.shape[-1])
+    if _cut is None:
+        return rows.mean(0)
+    total = rows.sum(0)
+    for group in _cut.groups:
+        torch.distributed.all_reduce(total, group=group)
+    return total / _cut.shape.numel()
