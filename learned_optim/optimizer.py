@@ -77,8 +77,11 @@ class LearnedOptimizer(Optimizer):
                 f"was Adam's learning rate, leave it out: LearnedOptimizer(params) needs none "
                 f"(lr=1.0 is a multiplier of the learned update)"
             )
-        if state_dtype is not None and not state_dtype.is_floating_point:
-            raise ValueError(f"state_dtype must be a floating point dtype, got {state_dtype}")
+        if state_dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(
+                f"state_dtype must be torch.float32, torch.float64 or torch.bfloat16 (float16's "
+                f"range is too short for running moments), got {state_dtype}"
+            )
         loaded = copy.deepcopy(rule) if isinstance(rule, UpdateRule) else load_rule(rule)
         self.rule = loaded.requires_grad_(False).eval()
         self.state_dtype = state_dtype

@@ -1,0 +1,79 @@
+"""Rules and small problems that all tests of the optimizer share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim import list_pretrained, load_rule
+from learned_optim.pretrained import ALIASES
+from learned_optim.rules import UpdateRule, rule_class, rule_names
+from learned_optim.rules.lstm import LSTMConfig, LSTMRule
+
+HANDMADE = ["adam", "rmsprop", "sgd"]
+SHIPPED = [f"checkpoint:{name}" for name in list_pretrained() if name not in ALIASES]
+#: Every registered rule, an LSTM that is known to descend, and every shipped checkpoint.
+ALL_RULES = [*rule_names(), "lstm-descending", *SHIPPED]
+#: Those of which it may be asked that a loss goes down.
+DESCENDING_RULES = [*HANDMADE, "lstm-descending", *SHIPPED]
+
+
+def descending_lstm(step: float = 0.5) -> LSTMRule:
+    """An LSTM with weights set by hand: a momentum of the gradient's sign, zero for zero history.
+
+    Only unit 0 of either layer is alive. Its candidate gate reads the gradient's sign, or the unit
+    below; all gates stand at 1/2.
+    """
+    rule = LSTMRule(LSTMConfig())
+    size = rule.config.hidden_size
+    with torch.no_grad():
+        for weight in rule.parameters():
+            weight.zero_()
+        rule.lstm.weight_ih_l0[2 * size, 1] = 1.0
+        rule.lstm.weight_ih_l1[2 * size, 0] = 2.0
+        rule.readout.weight[0, 0] = -step
+    return rule
+
+
+def make_rule(name: str) -> UpdateRule:
+    """A rule by its name in :data:`ALL_RULES`; fresh weights are the same every time."""
+    if name == "lstm-descending":
+        return descending_lstm()
+    if name.startswith("checkpoint:"):
+        return load_rule(name.removeprefix("checkpoint:"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return rule_class(name)()
+
+
+def small_net(seed: int = 0) -> nn.Sequential:
+    """5-8-3 with tanh; the same weights for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def small_batch(seed: int = 0, n: int = 16) -> tuple[Tensor, Tensor]:
+    """Inputs ``(n, 5)`` and learnable labels ``(n,)`` out of 3 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=generator)
+    return x, x[:, :3].argmax(1)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Plain full-batch training in the model's dtype; the losses before every step."""
+    x, y = small_batch()
+    x = x.to(next(model.parameters()).dtype)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All parameters of a model in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
