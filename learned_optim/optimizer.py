@@ -196,7 +196,7 @@ class LearnedOptimizer(Optimizer):
             state["step"] += 1
             for key, value in before.items():
                 state[key].copy_(torch.where(lr != 0, state[key], value))
-            if isinstance(lr, Tensor):
+            if isinstance(lr, Tensor) or torch.compiler.is_compiling():
                 param.add_(update * lr)
             else:
                 param.add_(update, alpha=lr)
