@@ -24,8 +24,9 @@ SUSPICIOUS_LR = 0.01
 # Weight decay is in AdamW's units: at lr = 1 it shrinks as AdamW does at its usual lr of 1e-3.
 DECAY_UNIT = 1e-3
 
-# Finite gradients are cut off here: their squares, which many rules average, fit into float32.
-LARGEST_GRAD = 2.0**63
+# Finite gradients are cut off here: their squares, which many rules average, fit into float32 even
+# when summed over a tensor of two thousand million coordinates.
+LARGEST_GRAD = 2.0**48
 
 
 class LearnedOptimizer(Optimizer):

@@ -73,12 +73,12 @@ def whole_mean(values: Tensor) -> Tensor:
         values: ``k`` numbers for every coordinate at hand, shape ``(*param.shape, k)``.
 
     Returns:
-        Shape ``(k,)``, dtype of ``values``; NaN for a tensor without coordinates.
+        Shape ``(k,)``, dtype of ``values``; zeros for a tensor without coordinates.
     """
-    rows = values.reshape(-1, values.shape[-1])
-    if _cut is None:
-        return rows.mean(0)
-    total = rows.sum(0)
-    for group in _cut.groups:
-        torch.distributed.all_reduce(total, group=group)
-    return total / _cut.shape.numel()
+    rows = values.flatten(0, -2) if values.dim() > 1 else values.unsqueeze(0)
+    total, count = rows.sum(0), rows.shape[0]
+    if _cut is not None:
+        for group in _cut.groups:
+            torch.distributed.all_reduce(total, group=group)
+        count = _cut.shape.numel()
+    return total / max(1, count)

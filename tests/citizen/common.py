@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 from learned_optim import list_pretrained, load_rule
 from learned_optim.pretrained import ALIASES
-from learned_optim.rules import UpdateRule, rule_class, rule_names
+from learned_optim.rules import State, UpdateRule, rule_class, rule_names, whole_mean, whole_shape
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
 HANDMADE = ["adam", "rmsprop", "sgd"]
 SHIPPED = [f"checkpoint:{name}" for name in list_pretrained() if name not in ALIASES]
-#: Every registered rule, an LSTM that is known to descend, and every shipped checkpoint.
-ALL_RULES = [*rule_names(), "lstm-descending", *SHIPPED]
+#: Every registered rule, an LSTM that is known to descend, a rule with per-tensor statistics, and
+#: every shipped checkpoint.
+ALL_RULES = [*rule_names(), "lstm-descending", "normalized", *SHIPPED]
 #: Those of which it may be asked that a loss goes down.
-DESCENDING_RULES = [*HANDMADE, "lstm-descending", *SHIPPED]
+DESCENDING_RULES = [*HANDMADE, "lstm-descending", "normalized", *SHIPPED]
 
 
 def descending_lstm(step: float = 0.5) -> LSTMRule:
@@ -35,10 +36,45 @@ def descending_lstm(step: float = 0.5) -> LSTMRule:
     return rule
 
 
+class NormalizedRule(UpdateRule):
+    """A rule with per-tensor statistics and per-tensor state, for tests of sharding.
+
+    Steps along the gradient over its running root mean square in the whole tensor, in units of
+    the parameter's own root mean square or of 1/sqrt(fan-in), whichever is larger.
+    """
+
+    coordinatewise = False
+    zero_preserving = True
+
+    def init_state(self, param: Tensor) -> State:
+        return {
+            "momentum": torch.zeros_like(param, dtype=torch.float32).unsqueeze(-1),
+            "mean_square": torch.zeros(2, device=param.device),
+            "steps": torch.zeros((), device=param.device),
+        }
+
+    def forward(
+        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        squares = whole_mean(torch.stack((grad.square(), param.square()), -1))  # (2,)
+        mean_square = 0.8 * state["mean_square"] + 0.2 * squares
+        momentum = 0.5 * state["momentum"].squeeze(-1) + grad
+        fan_in = max(1, whole_shape(param)[1:].numel())
+        scale = squares[1].sqrt().clamp(min=0.1 / fan_in**0.5)
+        update = -0.1 * scale * momentum / (mean_square[0].sqrt() + 1e-8)
+        return update, {
+            "momentum": momentum.unsqueeze(-1),
+            "mean_square": mean_square,
+            "steps": state["steps"] + 1,
+        }
+
+
 def make_rule(name: str) -> UpdateRule:
     """A rule by its name in :data:`ALL_RULES`; fresh weights are the same every time."""
     if name == "lstm-descending":
         return descending_lstm()
+    if name == "normalized":
+        return NormalizedRule()
     if name.startswith("checkpoint:"):
         return load_rule(name.removeprefix("checkpoint:"))
     with torch.random.fork_rng():

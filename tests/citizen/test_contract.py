@@ -149,7 +149,7 @@ def test_sparse_gradients_are_refused_with_a_remedy(rule: UpdateRule) -> None:
     opt = LearnedOptimizer(embedding.parameters(), rule)
     embedding(torch.tensor([1])).sum().backward()
     before = flat(embedding)
-    with pytest.raises(RuntimeError, match="does not support sparse gradients.*SparseAdam"):
+    with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*SparseAdam"):
         opt.step()
     assert torch.equal(flat(embedding), before)
 
@@ -468,11 +468,11 @@ def test_state_of_another_rule_is_refused_before_anything_changes() -> None:
     before = copy.deepcopy(ours.state_dict())
     other = LearnedOptimizer(params, make_rule("adam"))
     step_with_random_grads(other)
-    with pytest.raises(ValueError, match="update rule 'adam'.*runs 'lstm'"):
+    with pytest.raises(ValueError, match=r"update rule 'adam'.*runs 'lstm'"):
         ours.load_state_dict(other.state_dict())
     adam = torch.optim.Adam(params)
     step_with_random_grads(adam)
-    with pytest.raises(ValueError, match="does not fit the update rule 'lstm'.*exp_avg"):
+    with pytest.raises(ValueError, match=r"does not fit the update rule 'lstm'.*exp_avg"):
         ours.load_state_dict(adam.state_dict())
     smaller = LearnedOptimizer([Parameter(torch.ones(3, 5)), params[1]], descending_lstm())
     step_with_random_grads(smaller)
@@ -572,7 +572,7 @@ def test_load_state_dict_hooks_see_and_change_the_final_state(rule: UpdateRule) 
 
 
 def test_deepcopy_keeps_all_public_attributes_and_the_network(rule: UpdateRule) -> None:
-    params, x = problem()
+    params, _ = problem()
     opt = LearnedOptimizer(params, rule, state_dtype=torch.bfloat16)
     step_with_random_grads(opt)
     twin = copy.deepcopy(opt)

@@ -55,7 +55,7 @@ def test_a_double_rule_computes_in_double() -> None:
     reference, state = param.detach().clone(), rule.init_state(param)
     for seed in range(4):
         grad = torch.randn(5, generator=torch.Generator().manual_seed(seed)).double()
-        update, state = rule(grad, state, reference)
+        _, state = rule(grad, state, reference)
     assert_close(opt.state[param]["hidden"], state["hidden"], rtol=1e-13, atol=1e-15)
 
 
