@@ -1,0 +1,38 @@
+"""Meta-training and evaluation of update rules: tasks, meta-gradients, trainer, baselines."""
+
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions, MetaGradient
+from learned_optim.meta.evaluate import EvaluateConfig, Evaluation
+from learned_optim.meta.recipes import Recipe, load_recipe, recipes
+from learned_optim.meta.rollout import Optimizees
+from learned_optim.meta.tasks import (
+    FixedTask,
+    ModuleTask,
+    Task,
+    TaskFamily,
+    TaskOptions,
+    build_tasks,
+    task_names,
+)
+from learned_optim.meta.trainer import MetaTrainer
+
+__all__ = [
+    "ESTIMATORS",
+    "DataOptions",
+    "EstimatorOptions",
+    "EvaluateConfig",
+    "Evaluation",
+    "FixedTask",
+    "MetaGradient",
+    "MetaTrainer",
+    "ModuleTask",
+    "Optimizees",
+    "Recipe",
+    "Task",
+    "TaskFamily",
+    "TaskOptions",
+    "build_tasks",
+    "load_recipe",
+    "recipes",
+    "task_names",
+]

@@ -131,14 +131,11 @@ def replay(
     kept = sum(len(i) for i in index.values())
     total = sum(p.numel() for p in optimizees.params.values())
 
-    def rows(x: Tensor, name: str) -> Tensor:  # (B, *shape, k) -> (sampled, k)
+    start: dict[str, State] = {}  # the network's state before the unroll, (sampled, k)
+    for name, chosen in index.items():
         n = optimizees.params[name].numel()
-        return x.reshape(n, -1)[index[name]]
-
-    start = {
-        name: {k: rows(optimizees.state[name][k], name).clone() for k in rule.network_state}
-        for name in index
-    }
+        state = optimizees.state[name]
+        start[name] = {key: state[key].view(n, -1)[chosen] for key in rule.network_state}
     losses: list[Tensor] = []
     signals: dict[str, list[Tensor]] = {name: [] for name in index}
     slopes: dict[str, list[Tensor]] = {name: [] for name in index}
@@ -146,10 +143,9 @@ def replay(
         loss, grads = optimizees.losses_and_grads(optimizees.params, optimizees.next_batch())
         losses.append(loss.detach())
         for name, grad in grads.items():
-            seen = _observe(rule, optimizees, name, grad, loss.detach())
-            signals[name].append(rows(seen, name))
-            slopes[name].append(rows(grad, name)[:, 0])
-            update = optimizees.update_(rule, name, grad, loss.detach())
+            update, seen = optimizees.recorded_update_(rule, name, grad, loss.detach())
+            signals[name].append(seen[index[name]])
+            slopes[name].append(grad.reshape(-1)[index[name]])
             optimizees.params[name] = optimizees.params[name] + update
         optimizees.step += 1
 
@@ -181,20 +177,6 @@ def _sample_coordinates(
         index[name] = chosen[inside] - offset
         offset += size
     return index
-
-
-@torch.no_grad()
-def _observe(
-    rule: RecurrentRule, optimizees: Optimizees, name: str, grad: Tensor, losses: Tensor
-) -> Tensor:
-    """What the network is about to see, ``(B, *shape, k)``; the state is left alone."""
-    state, param = optimizees.state[name], optimizees.params[name]
-    if rule.coordinatewise:
-        loss = losses.unsqueeze(1) if rule.needs_loss else None
-        return rule.observe(grad, state, param, loss)[0]
-    return torch.vmap(lambda g, s, p, loss: rule.observe(g, s, p, loss)[0])(
-        grad, state, param, losses
-    )
 
 
 def _accumulate(

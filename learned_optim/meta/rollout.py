@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.tasks import Batch, Params, Task
-from learned_optim.rules import State, UpdateRule
+from learned_optim.rules import RecurrentRule, State, UpdateRule
 
 #: Key under which a coordinatewise rule sees all parameters as one tensor.
 PACKED = "packed"
@@ -105,15 +105,34 @@ class Optimizees:
 
     def update_(self, rule: UpdateRule, name: str, grad: Tensor, losses: Tensor) -> Tensor:
         """The rule's update for one parameter, advancing its state in place."""
-        state, param = self.state[name], self.params[name]
         if rule.coordinatewise:
             loss = losses.unsqueeze(1) if rule.needs_loss else None
-            return rule.update_(grad, state, param, loss)
+            return rule.update_(grad, self.state[name], self.params[name], loss)
+        return torch.stack([rule.update_(*each) for each in self._separately(name, grad, losses)])
+
+    def recorded_update_(
+        self, rule: RecurrentRule, name: str, grad: Tensor, losses: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`update_`, and the signals the network saw, of shape ``(B * n, k)``."""
+        parts = [(grad, self.state[name], self.params[name], losses.unsqueeze(1))]
+        if not rule.coordinatewise:
+            parts = self._separately(name, grad, losses)
+        seen = [rule.observe_(*part).reshape(part[0].numel(), -1) for part in parts]
         updates = [
-            rule.update_(g, {k: v[b] for k, v in state.items()}, p, loss)
-            for b, (g, p, loss) in enumerate(zip(grad, param, losses, strict=True))
+            rule.respond_to_all_(signals, part[1])
+            for signals, part in zip(seen, parts, strict=True)
         ]
-        return torch.stack(updates)
+        return torch.cat(updates).view(grad.shape), torch.cat(seen)
+
+    def _separately(
+        self, name: str, grad: Tensor, losses: Tensor
+    ) -> list[tuple[Tensor, State, Tensor, Tensor]]:
+        """What a rule is called with for each optimizee; the states are views."""
+        state, param = self.state[name], self.params[name]
+        return [
+            (grad[b], {key: value[b] for key, value in state.items()}, param[b], losses[b])
+            for b in range(len(self))
+        ]
 
     def forward(
         self, rule: UpdateRule, name: str, grad: Tensor, param: Tensor, losses: Tensor

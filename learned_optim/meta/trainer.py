@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor
+from torch import Tensor
 
-from learned_optim.checkpoint import save_rule, write_atomically
+from learned_optim.checkpoint import read_checkpoint, save_rule, write_atomically
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
+from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
 from learned_optim.rules import UpdateRule, rule_for
 
 
-def seeded(*parts: object) -> Generator:
-    """A generator whose seed is a stable hash of ``parts``."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+@dataclass(frozen=True)
+class TrainConfig:
+    """Meta-train an update rule; an interrupted run goes on when started again."""
+
+    recipe: Recipe
+    folder: Path = Path("runs")
+    """Run folder: metrics, best checkpoint, resume state."""
+    output: Path | None = None
+    """Where the finished checkpoint goes; into the run folder if not given."""
+    threads: int = 1
+    """Threads of torch: more change the last bits, and hardly the time, of small optimizees."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run folder."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """Where image sets are looked for."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +101,20 @@ class MetaTrainer:
         recipe: what to train.
         folder: the run folder, created if needed.
         data: where image sets are looked for.
+        tensorboard: also write the metrics as TensorBoard events into the folder.
 
     Raises:
         ValueError: the folder belongs to a run of another recipe.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, data: DataOptions | None = None) -> None:
-        self.recipe, self.folder = recipe, Path(folder)
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        data: DataOptions | None = None,
+        tensorboard: bool = False,
+    ) -> None:
+        self.recipe, self.folder, self.tensorboard = recipe, Path(folder), tensorboard
         self.data = data or DataOptions()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -129,11 +147,12 @@ class MetaTrainer:
         mine = self.recipe.to_json()
         if recipe_file.exists():
             found = json.loads(recipe_file.read_text())
-            # Training for longer, or stopping earlier, continues the same run.
-            free = {"epochs", "patience", "test_runs"}
-            differing = {k for k in mine.keys() | found.keys() if mine.get(k) != found.get(k)} - free
-            if "epochs" not in free or self.recipe.meta_lr_final is not None:
-                differing |= {"epochs"} if mine["epochs"] != found.get("epochs") else set()
+            # Stopping earlier or later continues the same run, unless the schedule depends on it.
+            free = {"patience", "test_runs"}
+            if self.recipe.meta_lr_final is None:
+                free.add("epochs")
+            fields = mine.keys() | found.keys()
+            differing = {k for k in fields if mine.get(k) != found.get(k)} - free
             if differing:
                 raise ValueError(
                     f"{self.folder} holds a run of another recipe (different: "
@@ -169,6 +188,40 @@ class MetaTrainer:
             "history": [asdict(m) for m in self.history],
         }
         write_atomically(self.folder / "resume.pt", lambda path: torch.save(state, path))
+        if self.tensorboard:
+            self._write_events(self.history[-1])
+
+    def _write_events(self, metrics: EpochMetrics) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "TensorBoard events need its package: pip install 'learned-optim[meta]'"
+            ) from error
+        with SummaryWriter(str(self.folder / "tensorboard")) as writer:
+            for name, value in asdict(metrics).items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, metrics.epoch)
+
+    def finish(self, output: Path | None = None) -> Path:
+        """Test the best weights on fresh tasks and write the finished checkpoint.
+
+        Args:
+            output: where to; ``<task>.safetensors`` in the run folder if not given.
+
+        Returns:
+            The file written. Its record holds the recipe, the commit, and the validation and test
+            figures; test tasks come from the evaluation split and choose nothing.
+        """
+        rule, record = read_checkpoint(self.folder / "best.safetensors")
+        family = build_tasks(self.recipe.task, TaskOptions("evaluation", self.data))
+        seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
+        sums = self._summed(rule, family, list(seeds))
+        record["test"] = {"mean": sums.mean().item(), "std": sums.std().item(), "runs": len(sums)}
+        record["epochs_run"] = self.epoch
+        path = output or self.folder / f"{self.recipe.task}.safetensors"
+        save_rule(rule, path, record)
+        return path
 
     def record(self) -> dict[str, Any]:
         """How the kept weights were made, for the checkpoint's header."""
@@ -311,5 +364,3 @@ def source_version() -> str:
 def _write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text) and None)
 
-
-__all__ = ["EpochMetrics", "MetaTrainer", "replace", "seeded", "summed_losses"]

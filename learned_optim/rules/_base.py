@@ -178,38 +178,60 @@ class RecurrentRule(UpdateRule):
         """
 
     @torch.no_grad()
+    def observe_(
+        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`observe` without a graph, in place in ``state``; returns the signals."""
+        signals, new_state = self.observe(grad, state, param, loss)
+        for key, value in new_state.items():
+            state[key].copy_(value)
+        return signals
+
+    @torch.no_grad()
+    def respond_to_all_(self, signals: Tensor, state: State) -> Tensor:
+        """:meth:`respond_` over any number of rows, block by block.
+
+        Args:
+            signals: shape ``(n, k)``.
+            state: the whole state; the network's own entries are changed in place, whatever
+                their dtype.
+
+        Returns:
+            Updates of shape ``(n,)``.
+        """
+        n = signals.shape[0]
+        rows = {key: state[key].view(n, -1) for key in self.network_state}
+        update = signals.new_empty(n)
+        for start in range(0, n, BLOCK_ROWS):
+            block = slice(start, min(start + BLOCK_ROWS, n))
+            # Views where the state is already in the rule's dtype, copies where it is half.
+            work = {key: value[block].to(signals.dtype) for key, value in rows.items()}
+            update[block] = self.respond_(signals[block], work)
+            for key, value in work.items():
+                if value.dtype != rows[key].dtype:
+                    rows[key][block] = value
+        return update
+
+    @torch.no_grad()
     def update_(
         self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
     ) -> Tensor:
         """:meth:`forward` in place and block by block, so that temporaries stay in the cache."""
-        per_optimizee_loss = loss is not None and loss.dim() > 0
-        if torch.compiler.is_compiling() or grad.numel() == 0 or per_optimizee_loss:
-            return super().update_(grad, state, param, loss)
         n = grad.numel()
-        update = grad.new_empty(n)
-        rows = {k: v.reshape(n, -1) for k, v in state.items() if k in self.network_state}
+        several_losses = loss is not None and loss.dim() > 0
+        if torch.compiler.is_compiling() or n == 0 or several_losses:
+            return super().update_(grad, state, param, loss)
         if not self.coordinatewise:
-            observed, new = self.observe(grad, state, param, loss)
-            for key, value in new.items():
-                state[key].copy_(value)
-            signals = observed.reshape(n, -1)
+            signals = self.observe_(grad, state, param, loss)
+            return self.respond_to_all_(signals.reshape(n, -1), state).view(grad.shape)
+        update = grad.new_empty(n)
         flat_grad, flat_param = grad.reshape(-1), param.reshape(-1)
-        owned = {k: v.reshape(n, -1) for k, v in state.items() if k not in rows}
+        rows = {key: value.view(n, -1) for key, value in state.items()}
         for start in range(0, n, BLOCK_ROWS):
             block = slice(start, min(start + BLOCK_ROWS, n))
-            if self.coordinatewise:
-                before = {k: v[block] for k, v in owned.items()}
-                seen, after = self.observe(flat_grad[block], before, flat_param[block], loss)
-                for key, value in after.items():
-                    before[key].copy_(value)
-            else:
-                seen = signals[block]
-            # Views where the state is already in the rule's dtype, copies where it is half.
-            work = {k: v[block].to(grad.dtype) for k, v in rows.items()}
-            update[block] = self.respond_(seen, work)
-            for key, value in work.items():
-                if value.dtype != rows[key].dtype:
-                    rows[key][block] = value
+            part = {key: value[block] for key, value in rows.items()}
+            signals = self.observe_(flat_grad[block], part, flat_param[block], loss)
+            update[block] = self.respond_to_all_(signals, part)
         return update.view(grad.shape)
 
 

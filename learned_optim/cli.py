@@ -1,0 +1,184 @@
+"""The ``learned-optim`` command: list, show, train, evaluate.
+
+Options of ``train`` and ``evaluate`` are generated from :class:`~learned_optim.meta.recipes.Recipe`
+and :class:`~learned_optim.meta.evaluate.EvaluateConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from learned_optim.pretrained import ALIASES, list_pretrained, load_record, load_rule
+
+if TYPE_CHECKING:
+    from learned_optim.meta.trainer import TrainConfig
+
+USAGE = """usage: learned-optim COMMAND ...
+
+commands:
+  list                 shipped checkpoints, update rules, tasks, recipes and baselines
+  show CHECKPOINT      what a checkpoint is and how it was made
+  train RECIPE         meta-train an update rule (learned-optim train --help)
+  evaluate             compare learned with tuned hand-written optimizers (... evaluate --help)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"list": _list, "show": _show, "train": _train, "evaluate": _evaluate}
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] not in commands:
+        print(f"learned-optim: unknown command {args[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        return commands[args[0]](args[1:])
+    except (ValueError, OSError, ImportError) as error:
+        print(f"learned-optim: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nlearned-optim: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _list(args: list[str]) -> int:
+    from learned_optim.meta.baselines import BASELINES
+    from learned_optim.meta.recipes import recipes
+    from learned_optim.meta.tasks import task_names
+    from learned_optim.rules import rule_names
+
+    aliases = [f"{a} (= {n})" for a, n in ALIASES.items() if n in list_pretrained()]
+    shipped = [name for name in list_pretrained() if name not in ALIASES]
+    for title, names in (
+        ("checkpoints", shipped + aliases),
+        ("update rules", rule_names()),
+        ("tasks", task_names()),
+        ("recipes", sorted(recipes())),
+        ("baselines", list(BASELINES)),
+    ):
+        print(f"{title}: {', '.join(names)}")
+    return 0
+
+
+def _show(args: list[str]) -> int:
+    if len(args) != 1:
+        raise ValueError("show takes one checkpoint: a shipped name, a file or a Hub id")
+    rule = load_rule(args[0])
+    described = {
+        "rule": rule.name,
+        "config": rule.config_dict(),
+        "weights": sum(p.numel() for p in rule.parameters()),
+        "fingerprint": rule.fingerprint(),
+        "record": load_record(args[0]),
+    }
+    print(json.dumps(described, indent=2, sort_keys=True))
+    return 0
+
+
+def _train(args: list[str]) -> int:
+    import tyro
+
+    from learned_optim.meta.recipes import load_recipe, recipes
+    from learned_optim.meta.trainer import TrainConfig
+
+    names = ", ".join(sorted(recipes()))
+    if not args or args[0] in ("-h", "--help"):
+        print(
+            f"usage: learned-optim train RECIPE [options]\n\nRECIPE is a shipped recipe ({names}) "
+            f"or a JSON file as\nwritten into every run folder. Options: learned-optim train "
+            f"RECIPE --help"
+        )
+        return 0 if args else 2
+    config = tyro.cli(
+        TrainConfig,
+        args=args[1:],
+        default=TrainConfig(load_recipe(args[0]), folder=Path("runs") / Path(args[0]).stem),
+        prog=f"learned-optim train {args[0]}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return _run_training(config)
+
+
+def _run_training(config: TrainConfig) -> int:
+    import torch
+    import torch.distributed as dist
+
+    from learned_optim.meta.trainer import MetaTrainer
+
+    torch.set_num_threads(config.threads)
+    under_torchrun = dist.is_torchelastic_launched()
+    if under_torchrun:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        trainer = MetaTrainer(config.recipe, config.folder, config.data, config.tensorboard)
+        first = trainer.rank == 0
+        bar = _bar("meta-training") if first else nullcontext()
+        with bar as show:
+
+            def on_run(epoch: int, run: int, meta_loss: float) -> None:
+                if show is not None:
+                    done = (epoch - 1) * config.recipe.runs_per_epoch + run + 1
+                    best = trainer.best.validation if trainer.best else float("nan")
+                    total = config.recipe.epochs * config.recipe.runs_per_epoch
+                    show(done, total, f"epoch {epoch} loss {meta_loss:.1f} best {best:.2f}")
+
+            trainer.train(on_run)
+        if first:
+            path = trainer.finish(config.output)
+            print(f"wrote {path}")
+    finally:
+        if under_torchrun:
+            dist.destroy_process_group()
+    return 0
+
+
+def _evaluate(args: list[str]) -> int:
+    import tyro
+
+    from learned_optim.meta.evaluate import EvaluateConfig, Evaluation
+    from learned_optim.meta.report import markdown, write_report
+
+    config = tyro.cli(
+        EvaluateConfig,
+        args=args,
+        prog="learned-optim evaluate",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    with _bar("evaluation") as show:
+        summary = Evaluation(config, show).execute()
+    print(markdown(summary))
+    for path in write_report(summary, config.output):
+        print(f"wrote {path}")
+    return 0
+
+
+class _bar:
+    """A progress bar over ``(done, total, what)`` reports, on standard error."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def __enter__(self) -> Callable[[int, int, str], None]:
+        from tqdm import tqdm
+
+        self.tqdm = tqdm(desc=self.title, dynamic_ncols=True, mininterval=0.5)
+        return self._show
+
+    def _show(self, done: int, total: int, what: str) -> None:
+        self.tqdm.total = total
+        self.tqdm.set_postfix_str(what, refresh=False)
+        self.tqdm.update(done - self.tqdm.n)
+
+    def __exit__(self, *exc: object) -> None:
+        self.tqdm.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""A stack of LSTM layers in three forms that agree: one pure step, a sequence, one in-place step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from learned_optim.rules._base import State
+
+
+class LSTMStack(nn.Module):
+    """LSTM layers whose state is kept as ``hidden`` and ``cell``, layers side by side.
+
+    The parameters are named and drawn as those of ``nn.LSTM``, which is not a base class because
+    torch.compile traces no module that holds one.
+
+    Args:
+        inputs: features per coordinate.
+        hidden_size: units per layer.
+        num_layers: layers.
+    """
+
+    STATE = ("hidden", "cell")
+
+    def __init__(self, inputs: int, hidden_size: int, num_layers: int) -> None:
+        super().__init__()
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        for name, weight in nn.LSTM(inputs, hidden_size, num_layers).named_parameters():
+            self.register_parameter(name, nn.Parameter(weight.detach()))
+        self._fast: _FastWeights | None = None
+
+    def zero_state(self, param: Tensor, dtype: torch.dtype) -> State:
+        """``hidden`` and ``cell``, each ``(*param.shape, num_layers * hidden_size)``."""
+        like = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+        width = self.num_layers * self.hidden_size
+        zeros = like.unsqueeze(-1).repeat(*(1,) * param.dim(), width)
+        return {"hidden": zeros, "cell": zeros.clone()}
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step, pure, on any leading dimensions.
+
+        Args:
+            x: features, ``(*S, inputs)``.
+            state: ``hidden`` and ``cell``, each ``(*S, num_layers * hidden_size)``.
+
+        Returns:
+            The last layer's hidden state ``(*S, hidden_size)``, and the new state.
+        """
+        hidden, cell = [], []
+        layers = zip(
+            state["hidden"].chunk(self.num_layers, dim=-1),
+            state["cell"].chunk(self.num_layers, dim=-1),
+            strict=True,
+        )
+        for layer, (h, c) in enumerate(layers):
+            w_ih, w_hh, b_ih, b_hh = self.layer(layer)
+            gates = F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)
+            i, f, g, o = gates.chunk(4, dim=-1)  # each (*S, hidden_size)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            x = o.sigmoid() * c.tanh()
+            hidden.append(x)
+            cell.append(c)
+        return x, {"hidden": torch.cat(hidden, -1), "cell": torch.cat(cell, -1)}
+
+    def sequence(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """All steps of a sequence, differentiable in the weights.
+
+        Args:
+            x: features, ``(T, n, inputs)``.
+            state: ``hidden`` and ``cell`` before step 0, each ``(n, num_layers * hidden_size)``.
+
+        Returns:
+            The last layer's hidden states ``(T, n, hidden_size)``, and the state after step T.
+        """
+
+        def unstack(s: Tensor) -> Tensor:  # (n, layers * size) -> (layers, n, size)
+            return s.unflatten(-1, (self.num_layers, self.hidden_size)).transpose(0, 1).contiguous()
+
+        weights = [w for layer in range(self.num_layers) for w in self.layer(layer)]
+        start = (unstack(state["hidden"]), unstack(state["cell"]))
+        # The functional form, because nn.LSTM caches its weights and would miss functional_call's.
+        out, h, c = torch.lstm(
+            x, start, weights, True, self.num_layers, 0.0, False, False, False
+        )
+        return out, {"hidden": h.transpose(0, 1).flatten(1), "cell": c.transpose(0, 1).flatten(1)}
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: State) -> Tensor:
+        """:meth:`step` on a block of rows, in place in ``state``.
+
+        Args:
+            x: features, ``(n, inputs)``.
+            state: ``hidden`` and ``cell``, each ``(n, num_layers * hidden_size)``.
+
+        Returns:
+            The last layer's hidden state, ``(n, hidden_size)``, a view into ``state``.
+        """
+        key = tuple((w.data_ptr(), w._version) for w in self.parameters())
+        if self._fast is None or self._fast.key != key:
+            self._fast = _FastWeights(self, key)
+        hidden, size = state["hidden"], self.hidden_size
+        gates = x.new_empty(x.shape[0], 4 * size)
+        self._fast.run(x, hidden, state["cell"], gates)
+        return hidden[:, -size:]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``weight_ih, weight_hh, bias_ih, bias_hh`` of one layer."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        w_ih, w_hh, b_ih, b_hh = (getattr(self, f"{name}_l{index}") for name in names)
+        return w_ih, w_hh, b_ih, b_hh
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fast": None}
+
+
+class _FastWeights:
+    """Weights rearranged so that one sigmoid serves all gates: tanh(z) = 2 sigmoid(2z) - 1.
+
+    The candidate gate's weights are doubled; gates are reordered from i, f, g, o to i, f, o, g.
+    """
+
+    def __init__(self, stack: LSTMStack, key: tuple[tuple[int, int], ...]) -> None:
+        self.key = key
+        self.size = stack.hidden_size
+
+        def arrange(w: Tensor) -> Tensor:  # (4 * size, k), gates i, f, g, o -> i, f, o, 2g
+            i, f, g, o = w.detach().chunk(4)
+            return torch.cat((i, f, o, 2 * g))
+
+        self.products: list[Tensor] = []  # per layer: (inputs + size, 4 * size)
+        self.biases: list[Tensor] = []  # per layer: (4 * size,)
+        for layer in range(stack.num_layers):
+            w_ih, w_hh, b_ih, b_hh = stack.layer(layer)
+            self.products.append(torch.cat((arrange(w_ih), arrange(w_hh)), 1).t().contiguous())
+            self.biases.append(arrange(b_ih + b_hh))
+
+    def run(self, x: Tensor, h: Tensor, c: Tensor, gates: Tensor) -> None:
+        """One step of all layers on a block of ``n`` rows, in place in ``h`` and ``c``.
+
+        Args:
+            x: features, ``(n, k)``.
+            h: hidden state, ``(n, layers * size)``; ``c`` likewise.
+            gates: buffer of ``(n, 4 * size)``.
+        """
+        size = self.size
+        i, f, o, g = gates.chunk(4, dim=1)
+        for layer, (weight, bias) in enumerate(zip(self.products, self.biases, strict=True)):
+            own = slice(layer * size, (layer + 1) * size)
+            if layer == 0:
+                torch.addmm(bias, x, weight[: x.shape[1]], out=gates)
+                gates.addmm_(h[:, own], weight[x.shape[1] :])
+            else:
+                # The new state of the layer below and this layer's own lie side by side.
+                torch.addmm(bias, h[:, own.start - size : own.stop], weight, out=gates)
+            gates.sigmoid_()
+            cell = c[:, own]
+            cell.mul_(f).addcmul_(i, g, value=2.0).sub_(i)  # f c + i (2 sigmoid(2g) - 1)
+            tanh_cell = (2.0 * cell).sigmoid_().mul_(2.0).sub_(1.0)
+            torch.mul(o, tanh_cell, out=h[:, own])

@@ -1,0 +1,39 @@
+"""Shared fixtures: one thread, fixed seeds, and the data folder where there is one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from learned_optim.meta.data import DATA_VARIABLE, DataOptions
+from learned_optim.rules import UpdateRule, rule_class
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def image_data() -> DataOptions:
+    """The real image sets; tests that ask for them are skipped where there are none."""
+    folder = os.environ.get(DATA_VARIABLE)
+    if not folder or not (Path(folder) / "MNIST").is_dir():
+        pytest.skip(f"needs MNIST and others in the folder that ${DATA_VARIABLE} names")
+    return DataOptions(Path(folder), download=False)
+
+
+def random_rule(name: str, dtype: torch.dtype = torch.float32) -> UpdateRule:
+    """A registered rule with seeded weights, large enough to make every part of it matter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        rule = rule_class(name)().to(dtype)
+        with torch.no_grad():
+            for weight in rule.parameters():
+                weight.add_(0.3 * torch.randn_like(weight))
+    return rule

@@ -1,0 +1,73 @@
+"""The oracle: hand-written rules inside the wrapper must follow ``torch.optim``."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from learned_optim import LearnedOptimizer
+from learned_optim.rules import UpdateRule
+from learned_optim.rules.handmade import (
+    AdamConfig,
+    AdamRule,
+    RMSpropConfig,
+    RMSpropRule,
+    SGDConfig,
+    SGDRule,
+)
+
+PAIRS: dict[str, tuple[UpdateRule, Callable[..., torch.optim.Optimizer]]] = {
+    "sgd": (SGDRule(SGDConfig(lr=0.1)), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "momentum": (
+        SGDRule(SGDConfig(lr=0.03, momentum=0.9)),
+        lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9),
+    ),
+    "nesterov": (
+        SGDRule(SGDConfig(lr=0.03, momentum=0.9, nesterov=True)),
+        lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, nesterov=True),
+    ),
+    "rmsprop": (RMSpropRule(RMSpropConfig(lr=0.003)), lambda p: torch.optim.RMSprop(p, lr=0.003)),
+    "adam": (AdamRule(AdamConfig(lr=0.01)), lambda p: torch.optim.Adam(p, lr=0.01)),
+    "adam-beta": (
+        AdamRule(AdamConfig(lr=0.01, beta1=0.5, beta2=0.9, eps=1e-3)),
+        lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.9), eps=1e-3),
+    ),
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_follows_torch_optim(name: str) -> None:
+    rule, make = PAIRS[name]
+    ours, theirs = network(), network()
+    optimizers = (LearnedOptimizer(ours.parameters(), rule), make(theirs.parameters()))
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(100):
+        x = torch.randn(16, 6, generator=generator)
+        y = torch.randint(3, (16,), generator=generator)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=2e-5, atol=2e-6)
+
+
+def test_weight_decay_is_adamw_at_its_usual_learning_rate() -> None:
+    ours, theirs = network(), network()
+    optimizers = (
+        LearnedOptimizer(ours.parameters(), AdamRule(AdamConfig(lr=1e-3)), weight_decay=0.1),
+        torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.1),
+    )
+    for _ in range(60):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(torch.ones(2, 6)).square().mean().backward()
+            optimizer.step()
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=2e-5, atol=2e-6)

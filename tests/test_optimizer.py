@@ -1,0 +1,276 @@
+"""Everyday use of :class:`LearnedOptimizer`; its wider contract is tested in ``tests/citizen``."""
+
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from conftest import random_rule
+from torch import nn
+
+from learned_optim import LearnedOptimizer
+from learned_optim.meta import Optimizees, build_tasks
+from learned_optim.meta.seeding import seeded
+from learned_optim.rules import rule_names
+from learned_optim.rules.lstm import LSTMConfig, LSTMRule
+
+RULES = rule_names()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(8, 4, generator=generator)
+        optimizer.zero_grad()
+        model(x.to(next(model.parameters()).dtype)).float().square().mean().backward()
+        optimizer.step()
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(dtype)
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().float().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("task_name", ["quadratic", "digits-torch"])
+def test_wrapper_equals_differentiable_unroll(name: str, task_name: str) -> None:
+    """What is meta-trained is what users run: the same numbers, tensor by tensor."""
+    rule, steps = random_rule(name), 12
+    family = build_tasks(task_name)
+    generator = seeded("unroll")
+    optimizees = Optimizees(rule, [family.sample(generator)], [generator])
+    unrolled = torch.stack([optimizees.advance(rule) for _ in range(steps)])[:, 0]
+
+    generator = seeded("unroll")
+    task = family.sample(generator)
+    params = {n: nn.Parameter(p) for n, p in task.init(generator).items()}
+    optimizer = LearnedOptimizer(params.values(), rule)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = task.loss(params, task.batch(generator))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    torch.testing.assert_close(torch.stack(losses), unrolled, rtol=2e-4, atol=1e-5)
+
+
+def test_lr_multiplies_the_update_and_groups_have_their_own() -> None:
+    rule = random_rule("lstm")
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(4)]
+    optimizer = LearnedOptimizer(
+        [
+            {"params": params[:1]},
+            {"params": params[1:2], "lr": 0.5},
+            {"params": params[2:3], "lr": torch.tensor(2.0)},
+        ],
+        rule,
+    )
+    optimizer.add_param_group({"params": params[3:], "maximize": True})
+    for param in params:
+        param.grad = torch.tensor([1.0, -2.0, 1e-3])
+    params[3].grad.neg_()
+    optimizer.step()
+    base = params[0].detach()
+    assert base.abs().min() > 0
+    torch.testing.assert_close(params[1].detach(), 0.5 * base)
+    torch.testing.assert_close(params[2].detach(), 2.0 * base)
+    torch.testing.assert_close(params[3].detach(), base)
+
+
+def test_weight_decay_is_decoupled() -> None:
+    param = nn.Parameter(torch.tensor([2.0]))
+    rule = LSTMRule()
+    nn.init.zeros_(rule.readout.weight)  # the rule itself does nothing
+    optimizer = LearnedOptimizer([param], rule, lr=3.0, weight_decay=0.5)
+    param.grad = torch.ones(1)
+    optimizer.step()
+    assert param.item() == pytest.approx(2.0 * (1 - 1e-3 * 3.0 * 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
+def test_resumed_run_equals_uninterrupted(dtype: torch.dtype, copied: str) -> None:
+    rule = random_rule("lstm")
+    model = network(dtype)
+    optimizer = LearnedOptimizer(model.parameters(), rule)
+    train(model, optimizer, 5)
+    if copied == "state_dict":
+        twin = copy.deepcopy(model)
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        resumed = LearnedOptimizer(twin.parameters(), rule)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+    elif copied == "deepcopy":
+        twin, resumed = copy.deepcopy((model, optimizer))
+    else:
+        twin, resumed = pickle.loads(pickle.dumps((model, optimizer)))
+    for state in resumed.state.values():
+        assert state["hidden"].dtype == torch.float32
+    train(model, optimizer, 5, seed=1)
+    train(twin, resumed, 5, seed=1)
+    assert torch.equal(flat(twin), flat(model))
+
+
+def test_state_of_another_rule_is_refused() -> None:
+    model = network()
+    saved = LearnedOptimizer(model.parameters(), random_rule("lstm")).state_dict()
+    other = LearnedOptimizer(model.parameters(), random_rule("adam"))
+    with pytest.raises(ValueError, match=r"belongs to the update rule 'lstm' .* runs 'adam'"):
+        other.load_state_dict(saved)
+
+
+def test_state_dtype_halves_the_memory() -> None:
+    sizes = {}
+    for dtype in (None, torch.bfloat16):
+        model = network()
+        optimizer = LearnedOptimizer(model.parameters(), random_rule("lstm"), state_dtype=dtype)
+        train(model, optimizer, 1)
+        sizes[dtype] = sum(
+            v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values()
+        )
+    steps = 4 * len(list(network().parameters()))
+    assert 2 * (sizes[torch.bfloat16] - steps) == sizes[None] - steps
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_odd_parameters(name: str) -> None:
+    """None, empty, 0-d, non-contiguous and complex, all in one optimizer."""
+    without = nn.Parameter(torch.ones(2))
+    empty = nn.Parameter(torch.ones(0, 3))
+    scalar = nn.Parameter(torch.tensor(1.0))
+    strided = nn.Parameter(torch.ones(6, 4).t()[::2])
+    dense = nn.Parameter(torch.ones(2, 6))
+    complex_ = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = LearnedOptimizer([without, empty, scalar, strided, dense, complex_], random_rule(name))
+    for _ in range(3):
+        for param in (empty, scalar, strided, dense):
+            param.grad = torch.full(param.shape, 0.5)
+        complex_.grad = torch.full((3,), 0.5 + 0.5j)
+        optimizer.step()
+    assert torch.equal(without, torch.ones(2))
+    assert without not in optimizer.state
+    assert scalar.item() != 1.0
+    # Complex numbers are pairs of reals, each updated like any real with that gradient.
+    torch.testing.assert_close(torch.view_as_real(complex_.detach())[0, 0], scalar.detach())
+    assert torch.isfinite(strided).all()
+    if optimizer.rule.coordinatewise:
+        torch.testing.assert_close(strided.detach().flatten()[0], scalar.detach())
+        torch.testing.assert_close(strided.detach().flatten(), dense.detach().flatten())
+
+
+def test_closure() -> None:
+    param = nn.Parameter(torch.tensor([2.0]))
+    optimizer = LearnedOptimizer([param], random_rule("adam"))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4.0
+    assert param.item() < 2.0
+
+
+def test_rule_that_reads_the_loss() -> None:
+    param = nn.Parameter(torch.tensor([2.0]))
+    optimizer = LearnedOptimizer([param], LSTMRule(LSTMConfig(loss_input=True)))
+    param.grad = torch.ones(1)
+    with pytest.raises(ValueError, match=r"reads the loss: call step\(closure\)"):
+        optimizer.step()
+    optimizer.step(lambda: param.square().sum())
+    assert optimizer.state[param]["step"].item() == 1
+
+
+def test_one_bad_batch_is_survived() -> None:
+    model = network()
+    optimizer = LearnedOptimizer(model.parameters(), random_rule("lstm"))
+    train(model, optimizer, 3)
+    for param, bad in zip(model.parameters(), (math.nan, math.inf, -math.inf, math.nan), strict=True):
+        param.grad = torch.full_like(param, bad)
+    optimizer.step()
+    train(model, optimizer, 3)
+    assert torch.isfinite(flat(model)).all()
+    states = [v for state in optimizer.state.values() for v in state.values()]
+    assert all(torch.isfinite(value).all() for value in states)
+
+
+class TestAdamHabits:
+    """What somebody types who swaps Adam out without reading further."""
+
+    def test_positional_learning_rate(self) -> None:
+        with pytest.raises(TypeError, match=r"second argument .* is the update rule, got 0\.001"):
+            LearnedOptimizer(network().parameters(), 1e-3)
+
+    def test_kept_keyword(self) -> None:
+        with pytest.warns(UserWarning, match=r"lr=0\.001, which scales .* 1000 times too slowly") as w:
+            LearnedOptimizer(
+                [{"params": [p]} for p in network().parameters()], random_rule("lstm"), lr=1e-3
+            )
+        assert len(w) == 1
+
+    def test_schedulers_may_go_there(self) -> None:
+        optimizer = LearnedOptimizer(network().parameters(), random_rule("lstm"))
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(3):
+                optimizer.step()
+                scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+        ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
+        ({"lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
+        ({"weight_decay": -0.1}, ValueError, "Invalid weight_decay value: -0.1"),
+        ({"state_dtype": torch.int8}, ValueError, "floating point dtype, got torch.int8"),
+        ({"rule": "nonesuch"}, ValueError, "unknown checkpoint 'nonesuch'; known: "),
+        ({"rule": "missing.safetensors"}, FileNotFoundError, "no checkpoint file at missing"),
+    ],
+)
+def test_bad_arguments(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LearnedOptimizer(network().parameters(), **{"rule": random_rule("lstm"), **arguments})
+
+
+def test_empty_parameter_list() -> None:
+    with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
+        LearnedOptimizer([], random_rule("lstm"))
+
+
+def test_sparse_gradients() -> None:
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = LearnedOptimizer(embedding.parameters(), random_rule("lstm"))
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients, .* sparse=False"):
+        optimizer.step()
+
+
+def test_weights_are_copied_and_frozen() -> None:
+    rule = random_rule("lstm")
+    optimizer = LearnedOptimizer(network().parameters(), rule)
+    assert rule.readout.weight.requires_grad
+    assert not any(w.requires_grad for w in optimizer.rule.parameters())
+    nn.init.zeros_(rule.readout.weight)
+    assert optimizer.rule.readout.weight.abs().sum() > 0
+
+
+def test_repr_names_rule_and_groups() -> None:
+    text = repr(LearnedOptimizer(network().parameters(), random_rule("lstm"), weight_decay=0.1))
+    assert text.startswith("LearnedOptimizer (\nUpdate rule: lstm ")
+    assert "weight_decay: 0.1" in text

@@ -1,0 +1,192 @@
+"""Tasks: what the thesis defines, and the split that keeps meta-training honest."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from learned_optim.meta import ModuleTask, TaskOptions, build_tasks, task_names
+from learned_optim.meta.data import DATA_VARIABLE, DataOptions, Images, halves, load_images
+from learned_optim.meta.seeding import seeded
+from learned_optim.meta.tasks.images import META_SETS
+
+THESIS = {
+    "mnist": (784, [20], 10),
+    "mnist-40": (784, [40], 10),
+    "mnist-2layer": (784, [20, 20], 10),
+    "mnist-relu": (784, [20], 10),
+    "fashion": (784, [20], 10),
+    "emnist-letters": (784, [20], 26),
+    "cifar10": (3072, [20], 10),
+}
+
+
+def test_registry_has_every_thesis_task() -> None:
+    names = set(task_names())
+    assert {"quadratic", "svhn", "digits", *THESIS} <= names
+    assert {f"{name}-torch" for name in ("svhn", "digits", *THESIS)} <= names
+
+
+def test_unknown_task_lists_the_known() -> None:
+    with pytest.raises(ValueError, match=r"unknown task 'mnits'; known: .*mnist-2layer"):
+        build_tasks("mnits")
+
+
+def test_quadratic_by_hand() -> None:
+    task = build_tasks("quadratic").sample(seeded("q"))
+    w, y = task.batch(seeded("unused"))
+    assert w.shape == (10, 10)
+    params = task.init(seeded("unused"))
+    assert torch.equal(params["theta"], torch.zeros(10))
+    assert task.loss(params, (w, y)).item() == pytest.approx(y.square().sum().item())
+    theta = torch.arange(10.0)
+    expected = ((w @ theta - y) ** 2).sum()
+    torch.testing.assert_close(task.loss({"theta": theta}, (w, y)), expected)
+
+
+def test_quadratics_are_standard_normal() -> None:
+    family, generator = build_tasks("quadratic"), seeded("many")
+    w = torch.stack([family.sample(generator).w for _ in range(500)])
+    assert abs(w.mean().item()) < 0.02
+    assert w.std().item() == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("name", THESIS)
+def test_thesis_networks(name: str, image_data: DataOptions) -> None:
+    inputs, hidden, classes = THESIS[name]
+    task = build_tasks(name, TaskOptions(data=image_data)).sample(seeded(0))
+    generator = seeded(1)
+    params = task.init(generator)
+    widths = [inputs, *hidden, classes]
+    shapes = [s for i, o in zip(widths, widths[1:], strict=False) for s in ((o, i), (o,))]
+    assert [tuple(p.shape) for p in params.values()] == shapes
+    weights = torch.cat([p.flatten() for p in params.values() if p.dim() > 1])
+    assert weights.std().item() == pytest.approx(0.001, rel=0.05)
+    assert all(not p.any() for p in params.values() if p.dim() == 1)
+    x, y = task.batch(generator)
+    assert x.shape[0] == y.shape[0] == 128
+    assert x.min() >= 0.0
+    assert x.max() <= 1.0
+    assert x.max() > 0.5
+    assert 0 <= y.min()
+    assert y.max() < classes
+    assert task.loss(params, (x, y)).item() == pytest.approx(torch.tensor(classes).log().item(), 0.01)
+    assert 0.0 <= task.test(params)["accuracy"] <= 2.5 / classes
+
+
+def test_relu_and_sigmoid_differ_only_in_activation() -> None:
+    names = [type(m).__name__ for m in build_tasks("digits").sample(seeded(0)).module]
+    assert names == ["Flatten", "Linear", "Sigmoid", "Linear"]
+
+
+def test_torch_initialization_is_pytorchs() -> None:
+    task = build_tasks("digits-torch").sample(seeded(0))
+    params = task.init(seeded(1))
+    assert params["1.weight"].abs().max() <= 1 / 8  # U(-1/sqrt(64), 1/sqrt(64))
+    assert params["1.weight"].std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.1)
+    again = task.init(seeded(1))
+    assert all(torch.equal(params[n], again[n]) for n in params)
+    other = task.init(seeded(2))
+    assert not torch.equal(params["1.weight"], other["1.weight"])
+
+
+def test_initialization_leaves_the_global_generator_alone() -> None:
+    task = build_tasks("digits-torch").sample(seeded(0))
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    task.init(seeded(1))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_halves_are_disjoint_complete_and_fixed() -> None:
+    images = Images(torch.zeros(101, 1, 1, 1, dtype=torch.uint8), torch.arange(101), 101)
+    meta, evaluation = halves(images)
+    assert len(meta) == 50
+    assert sorted(meta.labels.tolist() + evaluation.labels.tolist()) == list(range(101))
+    # Pinned: a change of the split would silently mix the halves of earlier checkpoints.
+    assert meta.labels[:5].tolist() == [64, 40, 58, 75, 59]
+
+
+@pytest.mark.parametrize("image_set", META_SETS)
+def test_meta_training_and_evaluation_images_are_disjoint(
+    image_set: str, image_data: DataOptions
+) -> None:
+    images = load_images(image_set, True, image_data)
+    tagged = Images(images.pixels, torch.arange(len(images)), len(images))
+    meta, evaluation = halves(tagged)
+    assert not set(meta.labels.tolist()) & set(evaluation.labels.tolist())
+    task = build_tasks(image_set, TaskOptions("meta", image_data)).sample(seeded(0))
+    rows = {x.numpy().tobytes() for x in meta.pixels.float().div_(images.white)}
+    x, _ = task.batch(seeded("draw"))
+    assert all(image.numpy().tobytes() in rows for image in x)
+
+
+@pytest.mark.parametrize("name", ["fashion", "emnist-letters", "cifar10", "svhn", "fashion-torch"])
+def test_evaluation_sets_refuse_to_meta_train(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = Images(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4).long(), 10)
+    monkeypatch.setattr("learned_optim.meta.tasks.images.load_images", lambda *_: images)
+    with pytest.raises(ValueError, match="for evaluation only: meta-training on it would leak"):
+        build_tasks(name, TaskOptions("meta"))
+
+
+def test_missing_data_names_folder_variable_and_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    options = TaskOptions(data=DataOptions(download=False))
+    with pytest.raises(FileNotFoundError) as error:
+        build_tasks("mnist", options)
+    for part in (str(tmp_path), "downloading is switched off", "--data-dir", f"${DATA_VARIABLE}",
+                 "--download"):  # fmt: skip
+        assert part in str(error.value)
+
+
+def test_unknown_image_set() -> None:
+    with pytest.raises(ValueError, match="unknown image set 'imagenet'; known: mnist"):
+        load_images("imagenet", True, DataOptions())
+
+
+def test_svhn_is_read_from_its_own_format(tmp_path: Path) -> None:
+    """The real set is a MATLAB file of images (32, 32, 3, N) and labels in which 10 means 0."""
+    import hashlib
+
+    import numpy as np
+    from scipy.io import savemat
+    from torchvision import datasets
+
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
+    labels = np.array([[1], [10], [3], [9], [10]], dtype=np.uint8)
+    for split in ("train", "test"):
+        name = datasets.SVHN.split_list[split][1]
+        savemat(tmp_path / name, {"X": pixels, "y": labels})
+    checksums = {
+        split: [url, name, hashlib.md5((tmp_path / name).read_bytes()).hexdigest()]
+        for split, (url, name, _) in datasets.SVHN.split_list.items()
+        if split != "extra"
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.SVHN, "split_list", {**datasets.SVHN.split_list, **checksums})
+        options = DataOptions(tmp_path, download=False)
+        images = load_images("svhn", True, options)
+        task = build_tasks("svhn", TaskOptions(data=options)).sample(seeded(0))
+    assert images.labels.tolist() == [1, 0, 3, 9, 0]
+    expected = torch.from_numpy(pixels).permute(3, 2, 0, 1)
+    assert torch.equal(images.pixels, expected)
+    params = task.init(seeded(1))
+    assert params["1.weight"].shape == (20, 3072)
+    assert task.loss(params, task.batch(seeded(2))).item() == pytest.approx(2.3026, abs=0.01)
+
+
+def test_any_module_is_a_task() -> None:
+    def batches(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(32, 3, generator=generator)
+        return x, x.sum(1, keepdim=True)
+
+    task = ModuleTask(lambda: nn.Linear(3, 1), batches, nn.functional.mse_loss)
+    params = task.init(seeded(0))
+    exact = {"weight": torch.ones(1, 3), "bias": torch.zeros(1)}
+    assert task.loss(exact, task.batch(seeded(1))).item() == 0.0
+    assert task.loss(params, task.batch(seeded(1))).item() > 0.0
+    assert task.test(params) == {}
