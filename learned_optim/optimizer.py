@@ -80,8 +80,9 @@ class LearnedOptimizer(Optimizer):
             )
         if state_dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
-                f"state_dtype must be torch.float32, torch.float64 or torch.bfloat16 (float16's "
-                f"range is too short for running moments), got {state_dtype}"
+                f"state_dtype must be a floating point dtype, got {state_dtype}: one of "
+                f"torch.float32, torch.float64 and torch.bfloat16 (float16's range is too short "
+                f"for running moments)"
             )
         loaded = copy.deepcopy(rule) if isinstance(rule, UpdateRule) else load_rule(rule)
         self.rule = loaded.requires_grad_(False).eval()

@@ -82,9 +82,7 @@ class LSTMStack(nn.Module):
         weights = [w for layer in range(self.num_layers) for w in self.layer(layer)]
         start = (unstack(state["hidden"]), unstack(state["cell"]))
         # The functional form, because nn.LSTM caches its weights and would miss functional_call's.
-        out, h, c = torch.lstm(
-            x, start, weights, True, self.num_layers, 0.0, False, False, False
-        )
+        out, h, c = torch.lstm(x, start, weights, True, self.num_layers, 0.0, False, False, False)
         return out, {"hidden": h.transpose(0, 1).flatten(1), "cell": c.transpose(0, 1).flatten(1)}
 
     @torch.no_grad()
