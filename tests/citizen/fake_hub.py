@@ -95,7 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self.fail("RevisionNotFound")
         if path not in files:
-            return self.reply(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit_of(files))
+            return self.reply(
+                404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit_of(files)
+            )
         etag = hashlib.sha1(files[path]).hexdigest()
         return self.reply(200, files[path], ETag=f'"{etag}"', X_Repo_Commit=commit_of(files))
 
@@ -121,8 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
                 branches[branch] = dict(branches["main"])
                 return self.reply(200, {})
             case ["api", "models", _, _, "preupload", _]:
-                wanted = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                          for f in json.loads(body)["files"]]  # fmt: skip
+                plain = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                wanted = [{"path": f["path"], **plain} for f in json.loads(body)["files"]]
                 return self.reply(200, {"files": wanted})
             case ["api", "models", user, repo, "commit", revision]:
                 files = dict(self.hub.repos[f"{user}/{repo}"][revision])
