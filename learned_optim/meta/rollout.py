@@ -47,7 +47,10 @@ class Optimizees:
             if rule.coordinatewise:
                 self.state[name] = rule.init_state(value)
             else:
-                self.state[name] = torch.vmap(rule.init_state)(value)
+                # Cloned, because vmap returns what does not depend on its input as an expanded
+                # view, whose rows share the memory that rules then write to.
+                state = torch.vmap(rule.init_state)(value)
+                self.state[name] = {key: entry.clone() for key, entry in state.items()}
         self.step = 0
 
     def __len__(self) -> int:

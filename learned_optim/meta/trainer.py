@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Generator, Tensor
 
 from learned_optim.checkpoint import read_checkpoint, save_rule, write_atomically
 from learned_optim.meta.data import DataOptions
@@ -49,8 +49,8 @@ class EpochMetrics:
 
     Attributes:
         epoch: 1-based.
-        meta_loss: mean over the epoch's runs of the loss summed over the horizon.
-        validation: the same over the validation runs with the weights that would be kept.
+        meta_loss: mean over the epoch's runs of the mean loss times the horizon.
+        validation: mean summed loss over the validation runs with the weights that would be kept.
         best: smallest validation so far.
         dropped: unrolls of this epoch left out because something in them was not finite.
         meta_lr: meta-learning rate after the epoch.
@@ -124,6 +124,11 @@ class MetaTrainer:
                 f"{self.world} ranks: make it a multiple"
             )
         self.family = build_tasks(recipe.task, TaskOptions("meta", self.data))
+        if recipe.tasks_per_meta_step > self.world and not self.family.stackable:
+            raise ValueError(
+                f"tasks of {recipe.task!r} differ in structure and cannot share a meta-step on one "
+                f"rank: set tasks_per_meta_step={self.world}"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
@@ -131,6 +136,7 @@ class MetaTrainer:
         self.kept.load_state_dict(self.rule.state_dict())
         self.meta_optimizer = torch.optim.Adam(self.rule.parameters(), lr=recipe.meta_lr)
         self.epoch = 0
+        self._epoch_done = 0.0  # share of the current epoch's runs
         self.meta_steps = 0
         self.history: list[EpochMetrics] = []
         self._open_folder()
@@ -217,7 +223,13 @@ class MetaTrainer:
         family = build_tasks(self.recipe.task, TaskOptions("evaluation", self.data))
         seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
         sums = self._summed(rule, family, list(seeds))
-        record["test"] = {"mean": sums.mean().item(), "std": sums.std().item(), "runs": len(sums)}
+        logs = sums.log()
+        record["test"] = {
+            "mean": sums.mean().item(),
+            "std": sums.std().item(),
+            "geometric_mean": logs.mean().exp().item(),
+            "runs": len(sums),
+        }
         record["epochs_run"] = self.epoch
         path = output or self.folder / f"{self.recipe.task}.safetensors"
         save_rule(rule, path, record)
@@ -247,6 +259,7 @@ class MetaTrainer:
             epoch = self.epoch + 1
             sums, dropped = [], 0
             for run in range(self.recipe.runs_per_epoch):
+                self._epoch_done = run / self.recipe.runs_per_epoch
                 meta_loss, lost = self._train_run(epoch, run)
                 sums.append(meta_loss)
                 dropped += lost
@@ -254,7 +267,7 @@ class MetaTrainer:
                     on_run(epoch, run, meta_loss)
             finite = [s for s in sums if math.isfinite(s)]
             validation = self.validate()
-            self.epoch = epoch
+            self.epoch, self._epoch_done = epoch, 0.0
             previous = self.best.validation if self.best else math.inf
             metrics = EpochMetrics(
                 epoch=epoch,
@@ -281,9 +294,13 @@ class MetaTrainer:
         optimizees = Optimizees(self.rule, tasks, generators)
         sampler = seeded(recipe.seed, "coordinates", epoch, run, self.rank)
         estimate = ESTIMATORS[recipe.estimator]
+        plan = self._plan(seeded(recipe.seed, "plan", epoch, run))
         total = 0.0
-        while optimizees.step < recipe.horizon:
-            steps = min(recipe.truncation, recipe.horizon - optimizees.step)
+        for steps, learns in plan:
+            if not learns:
+                for _ in range(steps):
+                    total += optimizees.advance(self.rule).mean().item()
+                continue
             options = EstimatorOptions(recipe.coordinates, sampler)
             meta = estimate(self.rule, optimizees, steps, options)
             packed = torch.cat([g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]])
@@ -295,7 +312,21 @@ class MetaTrainer:
                 return math.inf, 1
             total += packed[-1].item()
             self._meta_step(packed[:-1])
-        return total, 0
+        # Per horizon, so that runs of different lengths compare.
+        return total * recipe.horizon / sum(steps for steps, _ in plan), 0
+
+    def _plan(self, generator: Generator) -> list[tuple[int, bool]]:
+        """Unrolls of one run: their lengths, and which of them end in a meta-step."""
+        recipe, length = self.recipe, self.recipe.horizon
+        u = torch.rand(2, generator=generator)
+        if recipe.long_horizon is not None and u[0] < recipe.long_fraction:
+            length = round(length * (recipe.long_horizon / length) ** u[1].item())
+        whole, rest = divmod(length, recipe.truncation)
+        steps = [recipe.truncation] * whole + [rest] * (rest > 0)
+        limit = recipe.unrolls_per_run or len(steps)
+        chosen = set(torch.randperm(len(steps), generator=generator)[:limit].tolist())
+        last = max(chosen)  # what follows the last meta-step would teach nothing
+        return [(n, i in chosen) for i, n in enumerate(steps[: last + 1])]
 
     def _meta_step(self, flat_grad: Tensor) -> None:
         recipe = self.recipe
@@ -318,8 +349,8 @@ class MetaTrainer:
         recipe = self.recipe
         if recipe.meta_lr_final is None:
             return recipe.meta_lr
-        unrolls = math.ceil(recipe.horizon / recipe.truncation)
-        done = min(1.0, self.meta_steps / (recipe.epochs * recipe.runs_per_epoch * unrolls))
+        # By epochs, not meta-steps: how many of these a run has may be drawn at random.
+        done = min(1.0, (self.epoch + self._epoch_done) / recipe.epochs)
         swing = 0.5 * (1.0 + math.cos(math.pi * done))
         return recipe.meta_lr_final + (recipe.meta_lr - recipe.meta_lr_final) * swing
 
@@ -330,19 +361,23 @@ class MetaTrainer:
             (self.recipe.seed, "validation", i) for i in range(self.recipe.validation_runs)
         ]
         sums = self._summed(self.kept, self.family, seeds[self.rank :: self.world])
-        total = sums.double().sum()
+        geometric = self.recipe.validation_mean == "geometric"
+        total = (sums.double().log() if geometric else sums.double()).sum()
         if self.world > 1:
             dist.all_reduce(total)
         mean = total.item() / len(seeds)
-        return mean if math.isfinite(mean) else math.inf
+        if not math.isfinite(mean):
+            return math.inf
+        return math.exp(mean) if geometric else mean
 
     def _summed(
         self, rule: UpdateRule, family: TaskFamily, seeds: list[tuple[object, ...]]
     ) -> Tensor:
         if not seeds:
             return torch.zeros(0)
-        together = max(8, self.recipe.tasks_per_meta_step)
-        return summed_losses(rule, family, self.recipe.horizon, seeds, together)
+        together = max(8, self.recipe.tasks_per_meta_step) if family.stackable else 1
+        horizon = self.recipe.validation_horizon or self.recipe.horizon
+        return summed_losses(rule, family, horizon, seeds, together)
 
 
 def source_version() -> str:

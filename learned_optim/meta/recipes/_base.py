@@ -31,6 +31,12 @@ class Recipe:
     """Inner steps of one optimizee run."""
     truncation: int = 20
     """Inner steps per unroll, and so per meta-step."""
+    long_horizon: int | None = None
+    """Where the heavy tail of run lengths ends; all runs are of ``horizon`` if not given."""
+    long_fraction: float = 0.0
+    """Share of runs whose length is log-uniform between ``horizon`` and ``long_horizon``."""
+    unrolls_per_run: int | None = None
+    """Longer runs learn from this many of their unrolls, drawn at random; from all if not given."""
     estimator: Literal["replay", "autograd", "full"] = "replay"
     """How meta-gradients are computed."""
     coordinates: int | None = None
@@ -43,6 +49,10 @@ class Recipe:
     """Decay of the moving average of weights that is validated and kept; 0 keeps the last."""
     validation_runs: int = 20
     """Fresh optimizee runs, the same after every epoch, that choose the best epoch."""
+    validation_horizon: int | None = None
+    """Inner steps of validation and test runs; ``horizon`` if not given."""
+    validation_mean: Literal["arithmetic", "geometric"] = "arithmetic"
+    """Mean over runs of the summed loss; the geometric one suits tasks of different scales."""
     test_runs: int = 100
     """Fresh optimizee runs of the evaluation split for the figures in the checkpoint."""
     patience: int | None = None
@@ -54,6 +64,11 @@ class Recipe:
         for name in ("epochs", "runs_per_epoch", "tasks_per_meta_step", "horizon", "truncation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.long_fraction and (self.long_horizon or 0) < self.horizon:
+            raise ValueError(
+                f"long_fraction={self.long_fraction} needs a long_horizon of at least "
+                f"horizon={self.horizon}, got {self.long_horizon}"
+            )
         if self.meta_lr <= 0:
             raise ValueError(f"meta_lr must be positive, got {self.meta_lr}")
         if not 0 <= self.average < 1:

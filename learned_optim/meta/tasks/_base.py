@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -40,9 +40,12 @@ class Task(ABC):
 class TaskFamily(ABC):
     """A distribution of tasks.
 
-    All tasks of a family share parameter shapes, batch shapes and the loss function (what differs
-    between them is in their batches), so that several can be trained side by side under ``vmap``.
+    All tasks of a ``stackable`` family share parameter shapes, batch shapes and the loss function
+    (what differs between them is in their batches), so that several can be trained side by side
+    under ``vmap``.
     """
+
+    stackable: ClassVar[bool] = True
 
     @abstractmethod
     def sample(self, generator: Generator) -> Task:
