@@ -62,23 +62,21 @@ def whole_shape(param: Tensor) -> torch.Size:
     return param.shape if _cut is None else _cut.shape
 
 
-def whole_mean(values: Tensor) -> Tensor:
-    """Mean over all coordinates of the whole tensor.
+def whole_mean(*values: Tensor) -> Tensor:
+    """Means over all coordinates of the whole tensor.
 
-    Call it the same number of times on every rank, also for an empty shard; stack statistics
-    along the last dimension rather than calling it once for each, since every call on a sharded
-    tensor is one all-reduce.
+    Call it equally often on every rank, also for an empty shard, and with several values at once
+    rather than several times: on a sharded tensor every call is one all-reduce.
 
     Args:
-        values: ``k`` numbers for every coordinate at hand, shape ``(*param.shape, k)``.
+        values: tensors of the parameter's shape, one dtype: one number for every coordinate.
 
     Returns:
-        Shape ``(k,)``, dtype of ``values``; zeros for a tensor without coordinates.
+        Shape ``(len(values),)``; zeros for a tensor without coordinates.
     """
-    rows = values.flatten(0, -2) if values.dim() > 1 else values.unsqueeze(0)
-    total, count = rows.sum(0), rows.shape[0]
+    totals, count = torch.stack([value.sum() for value in values]), values[0].numel()
     if _cut is not None:
         for group in _cut.groups:
-            torch.distributed.all_reduce(total, group=group)
+            torch.distributed.all_reduce(totals, group=group)
         count = _cut.shape.numel()
-    return total / max(1, count)
+    return totals / max(1, count)

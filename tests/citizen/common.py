@@ -18,6 +18,18 @@ ALL_RULES = [*rule_names(), "lstm-descending", "normalized", *SHIPPED]
 #: Those of which it may be asked that a loss goes down.
 DESCENDING_RULES = [*HANDMADE, "lstm-descending", "normalized", *SHIPPED]
 
+# Every registered rule with per-tensor statistics must reduce them over shards.
+_WITH_STATISTICS = [name for name in rule_names() if not rule_class(name).coordinatewise]
+_SHARDED = ["lstm-descending", "adam", "normalized", *_WITH_STATISTICS]
+#: Which rules go through which scenario on two processes.
+SCENARIO_RULES = {
+    "ddp": ["lstm-descending", "normalized"],
+    "zero": ["lstm-descending", "normalized"],
+    "hybrid": ["lstm-descending", "normalized"],
+    "fsdp2": _SHARDED,
+    "checkpoints": _SHARDED,
+}
+
 
 def descending_lstm(step: float = 0.5) -> LSTMRule:
     """An LSTM with weights set by hand: a momentum of the gradient's sign, zero for zero history.
@@ -56,7 +68,7 @@ class NormalizedRule(UpdateRule):
     def forward(
         self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        squares = whole_mean(torch.stack((grad.square(), param.square()), -1))  # (2,)
+        squares = whole_mean(grad.square(), param.square())  # (2,)
         mean_square = 0.8 * state["mean_square"] + 0.2 * squares
         momentum = 0.5 * state["momentum"].squeeze(-1) + grad
         fan_in = max(1, whole_shape(param)[1:].numel())

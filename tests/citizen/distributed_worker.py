@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learned_optim import LearnedOptimizer
 
-from .common import make_rule, small_batch, small_net
+from .common import SCENARIO_RULES, make_rule, small_batch, small_net
 
 SETTINGS: dict[str, Any] = {"lr": 0.5, "weight_decay": 1.0}
 FULL = StateDictOptions(full_state_dict=True)
@@ -192,17 +192,17 @@ def main(folder: Path) -> None:
     )
     mesh = init_device_mesh("cpu", (world,))
     hybrid = init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))
-    scenarios = {
-        f"{name}-{rule}": (run, rule, *more)
-        for rule in ("lstm-descending", "adam", "normalized")
-        for name, run, *more in (
-            ("ddp", ddp),
-            ("zero", zero),
-            ("fsdp2", fsdp2, mesh),
-            ("hybrid", fsdp2, hybrid),
-            ("checkpoints", checkpoints, mesh, folder / rule),
-        )
-    }
+    scenarios: dict[str, tuple[Any, ...]] = {}
+    for name, run, *more in (
+        ("ddp", ddp),
+        ("zero", zero),
+        ("fsdp2", fsdp2, mesh),
+        ("hybrid", fsdp2, hybrid),
+        ("checkpoints", checkpoints, mesh),
+    ):
+        for rule in SCENARIO_RULES[name]:
+            place = [folder / f"dcp-{rule}"] if name == "checkpoints" else []
+            scenarios[f"{name}-{rule}"] = (run, rule, *more, *place)
     scenarios["bad-batch-normalized"] = (bad_batch, "normalized", mesh)
     scenarios["compiled-lstm-descending"] = (compiled, "lstm-descending", mesh)
     for name, (run, *arguments) in scenarios.items():

@@ -52,7 +52,7 @@ print("RESULT" + json.dumps(results))
 
 
 def client(hub: Hub | str, home: Path, *jobs: dict[str, Any], **environment: str) -> list[Any]:
-    """Results of ``jobs`` in a fresh process that knows only the stand-in and the cache ``home``."""
+    """What came of ``jobs`` in a fresh process whose Hub is the stand-in and cache is ``home``."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(jobs)],
