@@ -40,20 +40,28 @@ class LearnedOptimizer(Optimizer):
             checkpoint file or folder, a Hub id ``"user/repo"`` (optionally ``"@revision"``), or
             an :class:`~learned_optim.rules.UpdateRule` (which is copied).
         lr: multiplier of the learned update, a float or a tensor of one element. 1.0 is what the
-            rule was trained for; the learning rates of other optimizers do not carry over.
+            rule was trained for; the learning rates of other optimizers do not carry over. At 0
+            a group is frozen: missing state is created, and nothing else changes.
         weight_decay: decoupled, in AdamW's units: at ``lr=1`` a value shrinks the parameters as
             it does in ``AdamW(lr=1e-3)``.
         maximize: maximize the objective instead of minimizing it.
-        state_dtype: dtype of the rule's per-parameter state; ``None`` keeps the rule's (float32).
-            ``torch.bfloat16`` halves the memory.
+        state_dtype: dtype of per-coordinate state: float32, float64, bfloat16 (half the memory),
+            or ``None`` for the rule's own (float32). Per-tensor state keeps the rule's.
+
+    Parameters may be float64, float32, bfloat16, float16 or complex (seen as pairs of reals), on
+    any device, dense or sharded (DTensor). State of a parameter of shape ``S`` is ``step``, of
+    shape ``()``, and the rule's entries: ``(*S, k)`` per coordinate, sharded like the parameter,
+    or ``()`` and ``(k,)`` per tensor.
 
     A gradient entry that is NaN or infinite counts as zero, so that one bad batch poisons neither
-    the parameters nor the recurrent state.
+    the parameters nor the recurrent state; finite ones are cut off at 2^48.
 
     Raises:
         TypeError: a learning rate in the place of the rule (``LearnedOptimizer(params, 1e-3)``).
-        ValueError: a negative learning rate or weight decay, an unknown checkpoint name, or an
-            empty parameter list.
+        ValueError: a negative or non-finite learning rate or weight decay, another state dtype,
+            an unknown checkpoint name, or an empty parameter list.
+        FileNotFoundError: a checkpoint file or Hub repository that is not there.
+        CheckpointError: a checkpoint that is damaged, foreign or of a newer format.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
