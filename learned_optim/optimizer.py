@@ -132,7 +132,8 @@ class LearnedOptimizer(Optimizer):
 
         Args:
             closure: recomputes the loss and its gradients and returns the loss. Needed by rules
-                that read the loss, optional otherwise.
+                that read the loss, optional otherwise. Under data parallelism such rules need
+                the mean loss of all ranks, or the replicas drift apart.
 
         Returns:
             The closure's loss, or ``None``.
@@ -198,6 +199,7 @@ class LearnedOptimizer(Optimizer):
             seen_loss = None
             if rule.needs_loss:
                 seen_loss = torch.as_tensor(loss, dtype=rule.dtype, device=param.device)
+                seen_loss = torch.nan_to_num(seen_loss, nan=0.0, posinf=0.0, neginf=0.0)
             # Where only the device knows whether lr is zero, the state before may be needed.
             asking_costs = isinstance(group["lr"], Tensor) and not _readable(group["lr"])
             before = {k: v.clone() for k, v in state.items()} if asking_costs else {}

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 
-from .common import flat, make_rule, small_batch
+from .common import flat, make_rule
 
 STEPS = 50
 
@@ -45,20 +45,23 @@ def run(
     steps: int = STEPS,
     **settings: Any,
 ) -> tuple[Tensor, LearnedOptimizer]:
-    """Training with a learning rate that changes in every step; a tensor is 0 in every third."""
+    """Steps with a learning rate that changes in every one; a tensor is 0 in every third.
+
+    The gradients are drawn rather than computed: in training, a trained rule amplifies the last
+    bits in which compiled arithmetic differs.
+    """
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
     opt = LearnedOptimizer(model.parameters(), rule, lr=lr, **settings)
     step = opt.step if backend is None else torch.compile(opt.step, backend=backend, fullgraph=True)
-    x, y = small_batch()
     for i in range(steps):
         value = 0.0 if i % 3 == 2 and isinstance(lr, Tensor) else 1.0 - i / (2 * steps)
         if isinstance(lr, Tensor):
             opt.param_groups[0]["lr"].fill_(value)
         else:
             opt.param_groups[0]["lr"] = value
-        opt.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
         step()
     return flat(model), opt
 
@@ -71,7 +74,10 @@ def test_tensor_lr_is_one_graph_for_ever(rule: UpdateRule, state_dtype) -> None:
     compiled, opt = run(rule, backend, torch.tensor(1.0), **settings)
     assert backend.graphs == 1
     eager, reference = run(rule, None, torch.tensor(1.0), **settings)
-    assert_close(compiled, eager, rtol=2e-5, atol=1e-5)
+    if state_dtype is None:
+        assert_close(compiled, eager, rtol=2e-5, atol=1e-5)
+    else:  # a last bit can turn the rounding of state to bfloat16, which has 8 bits
+        assert_close(compiled, eager, rtol=2e-2, atol=5e-3)
     moved = STEPS - STEPS // 3
     for a, b in zip(opt.state.values(), reference.state.values(), strict=True):
         assert a["step"].item() == b["step"].item() == moved

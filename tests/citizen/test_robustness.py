@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
+from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
 from .common import ALL_RULES, flat, make_rule, small_batch, small_net
 
@@ -85,6 +86,26 @@ def test_finite_gradients_beyond_float32_do_not_count_as_infinite(rule: UpdateRu
         updates.append(param.detach())
     assert torch.equal(updates[0], updates[1])
     assert not torch.equal(updates[0], updates[2])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_loss_counts_as_zero_for_a_rule_that_reads_it(bad: float) -> None:
+    torch.manual_seed(0)
+    rule = LSTMRule(LSTMConfig(loss_input=True))
+    results = []
+    for value in (bad, 0.0):
+        param = Parameter(torch.ones(3))
+        opt = LearnedOptimizer([param], rule)
+        for step in range(4):
+            param.grad = torch.full((3,), 0.1 * step)
+            loss = torch.tensor(value if step == 1 else 1.0)
+            returned = opt.step(lambda loss=loss: loss)
+            assert returned is loss
+        results.append((param.detach(), opt.state[param]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(finite(v) for v in results[0][1].values())
+    with pytest.raises(ValueError, match=r"reads the loss: call step\(closure\)"):
+        opt.step()
 
 
 def test_the_users_gradients_are_left_alone(rule: UpdateRule) -> None:
