@@ -48,6 +48,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """:func:`write_atomically` for text."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    write_atomically(path, write)
+
+
 def save_rule(
     rule: UpdateRule, path: str | os.PathLike[str], record: dict[str, Any] | None = None
 ) -> None:

@@ -7,6 +7,7 @@ and :class:`~learned_optim.meta.evaluate.EvaluateConfig`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args[0] not in commands:
         print(f"learned-optim: unknown command {args[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
+    # As under `python -m`: tasks of one's own, "my_tasks:name", may lie in the current folder.
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         return commands[args[0]](args[1:])
     except (ValueError, OSError, ImportError) as error:
@@ -46,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nlearned-optim: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    finally:
+        sys.path.remove(here)
 
 
 def _list(args: list[str]) -> int:
@@ -54,6 +60,8 @@ def _list(args: list[str]) -> int:
     from learned_optim.meta.tasks import task_names
     from learned_optim.rules import rule_names
 
+    if args:
+        raise ValueError(f"list takes no arguments, got {' '.join(args)}")
     aliases = [f"{a} (= {n})" for a, n in ALIASES.items() if n in list_pretrained()]
     shipped = [name for name in list_pretrained() if name not in ALIASES]
     for title, names in (
@@ -63,12 +71,12 @@ def _list(args: list[str]) -> int:
         ("recipes", sorted(recipes())),
         ("baselines", list(BASELINES)),
     ):
-        print(f"{title}: {', '.join(names)}")
+        print(f"{title}: {', '.join(names) or 'none'}")
     return 0
 
 
 def _show(args: list[str]) -> int:
-    if len(args) != 1:
+    if len(args) != 1 or args[0].startswith("-"):
         raise ValueError("show takes one checkpoint: a shipped name, a file or a Hub id")
     rule = load_rule(args[0])
     described = {

@@ -1,7 +1,6 @@
 """Shared fixtures: one thread, fixed seeds, and the data folder where there is one."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def test_file_of_another_kind(tmp_path: Path, content: bytes) -> None:
 def test_foreign_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "bert.safetensors"
     save_file({"weight": torch.zeros(2)}, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="no learned_optim checkpoint: .* format='pt'"):
+    with pytest.raises(CheckpointError, match=r"no learned_optim checkpoint: .* format='pt'"):
         load_rule(path)
 
 

@@ -126,7 +126,7 @@ def test_optimizees_do_not_see_each_other() -> None:
 
 
 def test_replay_needs_a_recurrent_rule() -> None:
-    with pytest.raises(TypeError, match="needs a RecurrentRule, and AdamRule is none: use estimator"):
+    with pytest.raises(TypeError, match="needs a RecurrentRule, and AdamRule is none: use"):
         estimate(random_rule("adam"), "quadratic", "replay", 2)
 
 

@@ -150,7 +150,9 @@ def test_odd_parameters(name: str) -> None:
     strided = nn.Parameter(torch.ones(6, 4).t()[::2])
     dense = nn.Parameter(torch.ones(2, 6))
     complex_ = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-    optimizer = LearnedOptimizer([without, empty, scalar, strided, dense, complex_], random_rule(name))
+    optimizer = LearnedOptimizer(
+        [without, empty, scalar, strided, dense, complex_], random_rule(name)
+    )
     for _ in range(3):
         for param in (empty, scalar, strided, dense):
             param.grad = torch.full(param.shape, 0.5)
@@ -197,7 +199,9 @@ def test_one_bad_batch_is_survived() -> None:
     model = network()
     optimizer = LearnedOptimizer(model.parameters(), random_rule("lstm"))
     train(model, optimizer, 3)
-    for param, bad in zip(model.parameters(), (math.nan, math.inf, -math.inf, math.nan), strict=True):
+    for param, bad in zip(
+        model.parameters(), (math.nan, math.inf, -math.inf, math.nan), strict=True
+    ):
         param.grad = torch.full_like(param, bad)
     optimizer.step()
     train(model, optimizer, 3)
@@ -214,7 +218,9 @@ class TestAdamHabits:
             LearnedOptimizer(network().parameters(), 1e-3)
 
     def test_kept_keyword(self) -> None:
-        with pytest.warns(UserWarning, match=r"lr=0\.001, which scales .* 1000 times too slowly") as w:
+        with pytest.warns(
+            UserWarning, match=r"lr=0\.001, which scales .* 1000 times too slowly"
+        ) as w:
             LearnedOptimizer(
                 [{"params": [p]} for p in network().parameters()], random_rule("lstm"), lr=1e-3
             )
@@ -243,9 +249,7 @@ class TestAdamHabits:
         ({"rule": "missing.safetensors"}, FileNotFoundError, "no checkpoint file at missing"),
     ],
 )
-def test_bad_arguments(
-    arguments: dict[str, object], error: type[Exception], message: str
-) -> None:
+def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LearnedOptimizer(network().parameters(), **{"rule": random_rule("lstm"), **arguments})
 
@@ -259,7 +263,7 @@ def test_sparse_gradients() -> None:
     embedding = nn.Embedding(5, 2, sparse=True)
     optimizer = LearnedOptimizer(embedding.parameters(), random_rule("lstm"))
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="does not support sparse gradients, .* sparse=False"):
+    with pytest.raises(RuntimeError, match=r"does not support sparse gradients, .* sparse=False"):
         optimizer.step()
 
 

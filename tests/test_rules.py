@@ -174,7 +174,9 @@ def test_fingerprint_tells_weights_and_configurations_apart() -> None:
 def test_unknown_rule_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"unknown update rule 'lsmt'; known: .*lstm"):
         rule_class("lsmt")
-    with pytest.raises(ValueError, match=r"does not fit update rule 'lstm' \(fields: .*hidden_size"):
+    with pytest.raises(
+        ValueError, match=r"does not fit update rule 'lstm' \(fields: .*hidden_size"
+    ):
         build_rule("lstm", {"units": 20})
 
 

@@ -1,5 +1,6 @@
 """Tasks: what the thesis defines, and the split that keeps meta-training honest."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,24 @@ def test_unknown_task_lists_the_known() -> None:
         build_tasks("mnits")
 
 
+def test_tasks_of_another_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tasks_of_mine.py").write_text(
+        "from learned_optim.meta.tasks.quadratic import Quadratics\n"
+        "FAMILIES = {'small': lambda options: Quadratics(size=3)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    task = build_tasks("tasks_of_mine:small").sample(seeded("q"))
+    assert task.batch(seeded("unused"))[0].shape == (3, 3)
+    with pytest.raises(
+        ValueError, match="unknown task 'tasks_of_mine:big'; known: tasks_of_mine:s"
+    ):
+        build_tasks("tasks_of_mine:big")
+    with pytest.raises(ValueError, match=r"no tasks from module 'nowhere' \(No module named"):
+        build_tasks("nowhere:small")
+    with pytest.raises(ValueError, match=r"no tasks from module 'json' .* define FAMILIES"):
+        build_tasks("json:small")
+
+
 def test_quadratic_by_hand() -> None:
     task = build_tasks("quadratic").sample(seeded("q"))
     w, y = task.batch(seeded("unused"))
@@ -59,7 +78,7 @@ def test_thesis_networks(name: str, image_data: DataOptions) -> None:
     generator = seeded(1)
     params = task.init(generator)
     widths = [inputs, *hidden, classes]
-    shapes = [s for i, o in zip(widths, widths[1:], strict=False) for s in ((o, i), (o,))]
+    shapes = [s for i, o in pairwise(widths) for s in ((o, i), (o,))]
     assert [tuple(p.shape) for p in params.values()] == shapes
     weights = torch.cat([p.flatten() for p in params.values() if p.dim() > 1])
     assert weights.std().item() == pytest.approx(0.001, rel=0.05)
@@ -69,9 +88,11 @@ def test_thesis_networks(name: str, image_data: DataOptions) -> None:
     assert x.min() >= 0.0
     assert x.max() <= 1.0
     assert x.max() > 0.5
-    assert 0 <= y.min()
+    assert y.min() >= 0
     assert y.max() < classes
-    assert task.loss(params, (x, y)).item() == pytest.approx(torch.tensor(classes).log().item(), 0.01)
+    assert task.loss(params, (x, y)).item() == pytest.approx(
+        torch.tensor(classes).log().item(), 0.01
+    )
     assert 0.0 <= task.test(params)["accuracy"] <= 2.5 / classes
 
 

@@ -58,7 +58,9 @@ def test_resumed_run_equals_uninterrupted(tmp_path: Path) -> None:
     resumed.train()
     for a, b in zip(bits(resumed), bits(whole), strict=True):
         assert torch.equal(a, b)
-    figures = [[(m.meta_loss, m.validation, m.meta_lr) for m in t.history] for t in (whole, resumed)]
+    figures = [
+        [(m.meta_loss, m.validation, m.meta_lr) for m in t.history] for t in (whole, resumed)
+    ]
     assert figures[0] == figures[1]
     lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
@@ -110,7 +112,9 @@ def test_training_lowers_the_meta_loss(tmp_path: Path) -> None:
     assert trainer.validate() == trainer.best.validation
 
 
-def test_one_bad_run_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bad_run_is_dropped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from learned_optim.meta import estimators
 
     replay, calls = estimators.replay, []
@@ -210,13 +214,13 @@ def test_shipped_recipes_are_data(name: str) -> None:
 
 
 def test_bad_recipes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown recipe 'nonesuch'; known: .*mnist"):
+    with pytest.raises(ValueError, match=r"unknown recipe 'nonesuch'; known: .*mnist"):
         load_recipe("nonesuch")
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         replace(SMALL, epochs=0)
     with pytest.raises(ValueError, match="meta_lr must be positive, got -1"):
         replace(SMALL, meta_lr=-1)
-    with pytest.raises(ValueError, match="not a recipe: .*momentum"):
+    with pytest.raises(ValueError, match=r"not a recipe: .*momentum"):
         recipe_from_json({**SMALL.to_json(), "momentum": 0.9})
     with pytest.raises(ValueError, match="for evaluation only"):
         MetaTrainer(replace(SMALL, task="fashion"), tmp_path)

@@ -15,12 +15,14 @@ DATA_VARIABLE = "LEARNED_OPTIM_DATA"
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where image sets are looked for."""
+    """Where data is looked for."""
 
     data_dir: Path | None = None
     """Folder in torchvision's layout; otherwise $LEARNED_OPTIM_DATA, otherwise a cache folder."""
     download: bool = True
     """Let torchvision download a set that the folder lacks."""
+    text: Path | None = None
+    """Text file for the character language models; otherwise a module of Python's own library."""
 
     def root(self) -> Path:
         """The folder in force."""

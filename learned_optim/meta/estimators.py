@@ -149,7 +149,7 @@ def replay(
             optimizees.params[name] = optimizees.params[name] + update
         optimizees.step += 1
 
-    weights = list(rule.parameters())
+    weights: list[Tensor] = list(rule.parameters())
     meta = [torch.zeros_like(w) for w in weights]
     scale = total / kept / len(optimizees)
     for name in index:
@@ -161,9 +161,7 @@ def replay(
     return MetaGradient(torch.stack(losses), meta)
 
 
-def _sample_coordinates(
-    optimizees: Optimizees, options: EstimatorOptions
-) -> dict[str, Tensor]:
+def _sample_coordinates(optimizees: Optimizees, options: EstimatorOptions) -> dict[str, Tensor]:
     """Sorted indices into each parameter's flattened coordinates."""
     sizes = {name: p.numel() for name, p in optimizees.params.items()}
     total = sum(sizes.values())
@@ -187,7 +185,7 @@ def _accumulate(
     weights: list[Tensor],
     meta: list[Tensor],
 ) -> None:
-    """Add the gradient of ``sum(after * updates)`` to ``meta``, a slice of coordinates at a time."""
+    """Add the gradient of ``sum(after * updates)`` to ``meta``, slice by slice of coordinates."""
     for low in range(0, signals.shape[1], REPLAY_ROWS):
         part = slice(low, low + REPLAY_ROWS)
         with torch.enable_grad():

@@ -9,12 +9,13 @@ runs at lr = 1.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,11 +24,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from learned_optim.checkpoint import write_atomically
+from learned_optim.checkpoint import write_text
 from learned_optim.meta.baselines import LR_GRID, make_baseline
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import seeded
-from learned_optim.meta.tasks import TaskOptions, build_tasks
+from learned_optim.meta.tasks import Params, TaskOptions, build_tasks
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.pretrained import checkpoint_path, load_rule
 
@@ -62,6 +63,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.tasks or not self.horizons or not (self.checkpoints or self.baselines):
             raise ValueError("evaluate needs at least one task, one horizon and one optimizer")
+        for name in ("checkpoints", "tasks", "baselines", "horizons"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} names something twice: {', '.join(map(str, given))}")
         if min(self.horizons) < LAST_STEPS:
             raise ValueError(f"horizons must be at least {LAST_STEPS}, got {self.horizons}")
         if self.seeds < 2 or self.tuning_seeds < 1:
@@ -77,18 +82,73 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class Contestant:
+    """An optimizer that takes part.
+
+    Attributes:
+        label: its name in tables and plots, unique in an evaluation.
+        source: checkpoint file, or name of a baseline.
+        identity: what its runs are remembered by: a baseline's name, a checkpoint's fingerprint
+            (so that a retrained file of the same name is not mistaken for the one evaluated
+            before, and a file that was moved is known again).
+    """
+
+    label: str
+    kind: Literal["learned", "baseline"]
+    source: str
+    identity: str
+
+    def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+        """The optimizer itself; ``lr`` multiplies a learned update."""
+        if self.kind == "learned":
+            return LearnedOptimizer(params, load_rule(self.source), lr=lr)
+        return make_baseline(self.source, params, lr)
+
+
+def contestants(checkpoints: Sequence[str], baselines: Sequence[str]) -> list[Contestant]:
+    """Everybody who takes part, the learned ones first.
+
+    A checkpoint given as a path is labelled by its file's stem (a folder by its name), unless
+    something else of the evaluation would have the same label: then by the path as given.
+
+    Raises:
+        ValueError: an unknown checkpoint or baseline; the message lists those that exist.
+        FileNotFoundError: a checkpoint file that does not exist.
+        ImportError: the package of a baseline is not installed.
+    """
+    short = {checkpoint: _short_name(checkpoint) for checkpoint in checkpoints}
+    uses = Counter([*short.values(), *baselines])
+    found = []
+    for given, name in short.items():
+        label = name if uses[name] == 1 else given
+        if label in baselines:
+            raise ValueError(f"the checkpoint {given!r} is named like a baseline: give its path")
+        path = str(checkpoint_path(given))
+        found.append(Contestant(label, "learned", path, load_rule(path).fingerprint()))
+    for name in baselines:
+        make_baseline(name, [torch.zeros(1)], lr=1.0)  # fails now if it ever does
+        found.append(Contestant(name, "baseline", name, name))
+    return found
+
+
+def _short_name(checkpoint: str) -> str:
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.is_file() else checkpoint
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """One optimizer on one task from one seed.
 
     Attributes:
-        optimizer: baseline name, or checkpoint.
         lr: the baseline's learning rate, or the learned update's multiplier.
         phase: tuning and test seeds draw different initial parameters and batches.
     """
 
     task: str
-    kind: Literal["learned", "baseline"]
-    optimizer: str
+    optimizer: Contestant
     lr: float
     phase: Literal["tune", "test"]
     seed: int
@@ -97,7 +157,9 @@ class RunSpec:
     @property
     def key(self) -> str:
         """Identity of the run in the log."""
-        return "|".join(str(v) for v in dataclasses.astuple(self))
+        who = self.optimizer
+        parts = (self.task, who.kind, who.identity, self.lr, self.phase, self.seed, self.steps)
+        return "|".join(map(str, parts))
 
 
 @dataclass(frozen=True)
@@ -106,7 +168,8 @@ class Run:
 
     Attributes:
         losses: training loss before each step, ``steps`` numbers; inf from divergence on.
-        seconds: forward, backward and optimizer steps; drawing batches is not counted.
+        seconds: forward, backward and optimizer steps; drawing batches is not counted. Infinite
+            for a run that diverged.
         test: held-out figures after the last step.
     """
 
@@ -116,20 +179,16 @@ class Run:
 
 
 def run(spec: RunSpec, data: DataOptions) -> Run:
-    """Train one optimizee with one optimizer."""
+    """Train one optimizee with one optimizer, on one thread of torch."""
     family = build_tasks(spec.task, TaskOptions("evaluation", data))
+    # Initial parameters and batches follow from task, phase and seed alone: the same for everybody.
     generator = seeded(spec.phase, spec.task, spec.seed)
     task = family.sample(generator)
-    params = {n: torch.nn.Parameter(p) for n, p in task.init(generator).items()}
-    if spec.kind == "learned":
-        optimizer: torch.optim.Optimizer = LearnedOptimizer(
-            params.values(), load_rule(spec.optimizer), lr=spec.lr
-        )
-    else:
-        optimizer = make_baseline(spec.optimizer, params.values(), spec.lr)
+    params: Params = {n: torch.nn.Parameter(p) for n, p in task.init(generator).items()}
+    optimizer = spec.optimizer.make(params.values(), spec.lr)
     losses: list[float] = []
     seconds = 0.0
-    with torch.random.fork_rng(devices=[]):
+    with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)  # for tasks whose forward pass is random (dropout)
         for _ in range(spec.steps):
             batch = task.batch(generator)
@@ -141,17 +200,23 @@ def run(spec: RunSpec, data: DataOptions) -> Run:
             losses.append(loss.item())
             seconds += time.perf_counter() - started
             if not math.isfinite(losses[-1]):
-                losses += [math.inf] * (spec.steps - len(losses))
-                losses = [x if math.isfinite(x) else math.inf for x in losses]
-                return Run(losses, math.inf, {})
-    if hasattr(optimizer, "eval"):  # schedule-free methods evaluate at their averaged weights
-        optimizer.eval()
-    return Run(losses, seconds, task.test({n: p.detach() for n, p in params.items()}))
+                finite = losses[:-1]
+                return Run(finite + [math.inf] * (spec.steps - len(finite)), math.inf, {})
+        if hasattr(optimizer, "eval"):  # schedule-free methods evaluate at their averaged weights
+            optimizer.eval()
+        test = task.test({n: p.detach() for n, p in params.items()})
+    return Run(losses, seconds, test)
 
 
-def _in_worker(spec: RunSpec, data: DataOptions) -> Run:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads split sums differently: the figures must not depend on how many there are."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return run(spec, data)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class RunLog:
@@ -160,28 +225,35 @@ class RunLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.runs: dict[str, Run] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # the line a kill cut short
-                    continue
-                losses = [math.inf if x is None else x for x in entry["losses"]]
-                seconds = math.inf if entry["seconds"] is None else entry["seconds"]
-                self.runs[entry["key"]] = Run(losses, seconds, entry["test"])
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
+            # A kill may have cut a line short: that run is done again.
+            with suppress(json.JSONDecodeError):
+                self._remember(line)
+        self._torn = bool(text) and not text.endswith("\n")
 
     def add(self, key: str, finished: Run) -> None:
-        """Remember a run and append it to the file."""
-        self.runs[key] = finished
-        entry = {
-            "key": key,
-            "losses": [float(f"{x:.6g}") if math.isfinite(x) else None for x in finished.losses],
-            "seconds": round(finished.seconds, 4) if math.isfinite(finished.seconds) else None,
-            "test": finished.test,
-        }
+        """Append a run to the file, and remember it as it will be read again."""
+        line = json.dumps(
+            {
+                "key": key,
+                "losses": [_finite(float(f"{x:.6g}")) for x in finished.losses],
+                "seconds": _finite(round(finished.seconds, 4)),
+                "test": {name: _finite(x) for name, x in finished.test.items()},
+            }
+        )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write("\n" * self._torn + line + "\n")
+        self._torn = False
+        self._remember(line)
+
+    def _remember(self, line: str) -> None:
+        entry = json.loads(line)
+        losses = [math.inf if x is None else x for x in entry["losses"]]
+        seconds = math.inf if entry["seconds"] is None else entry["seconds"]
+        test = {name: math.nan if x is None else x for name, x in entry["test"].items()}
+        self.runs[entry["key"]] = Run(losses, seconds, test)
 
 
 class Evaluation:
@@ -190,6 +262,10 @@ class Evaluation:
     Args:
         config: what to evaluate.
         progress: told ``(runs done, runs in all, what)``.
+
+    Raises:
+        ValueError: an unknown checkpoint, task or baseline; the message lists those that exist.
+        FileNotFoundError: a checkpoint file or a task's data is not there.
     """
 
     def __init__(
@@ -197,11 +273,10 @@ class Evaluation:
     ) -> None:
         self.config = config
         self._progress = progress or (lambda done, total, what: None)
+        self.contestants = contestants(config.checkpoints, config.baselines)
+        for name in config.tasks:  # an unknown task or missing data fails here, not hours later
+            build_tasks(name, TaskOptions("evaluation", config.data))
         self._log = RunLog(config.output / "runs.jsonl")
-        # A checkpoint's fingerprint stands in its keys: a retrained file of the same name must
-        # not be mistaken for the one already evaluated.
-        self._sources = {c: str(checkpoint_path(c)) for c in config.checkpoints}
-        self._keys = {c: f"{c}#{load_rule(c).fingerprint()}" for c in config.checkpoints}
 
     def execute(self) -> dict[str, Any]:
         """Tune, test, and summarize.
@@ -210,76 +285,65 @@ class Evaluation:
             The summary that :mod:`learned_optim.meta.report` draws; also in ``summary.json``.
         """
         config = self.config
-        for name in config.tasks:  # an unknown task or missing data fails here, not hours later
-            build_tasks(name, TaskOptions("evaluation", config.data))
         tuning = [
-            self._spec(task, "baseline", baseline, lr, "tune", seed)
+            spec
             for task in config.tasks
-            for baseline in config.baselines
+            for baseline in self.contestants
+            if baseline.kind == "baseline"
             for lr in LR_GRID
-            for seed in range(config.tuning_seeds)
+            for spec in self._tuning_runs(task, baseline, lr)
         ]
-        self._perform(tuning, "tuning")
-        tests = [
-            spec for task in config.tasks for entry in self._entries(task) for spec in entry.specs
-        ]
-        self._perform(tests, "testing")
+        with self._workers() as workers:
+            self._perform(tuning, "tuning", workers)
+            tests = [s for task in config.tasks for e in self._entries(task) for s in e.specs]
+            self._perform(tests, "testing", workers)
         summary = self.summary()
-        text = json.dumps(summary, indent=1)
-        write_atomically(config.output / "summary.json", lambda path: path.write_text(text) and None)
+        write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
-    def _spec(
-        self,
-        task: str,
-        kind: Literal["learned", "baseline"],
-        optimizer: str,
-        lr: float,
-        phase: Literal["tune", "test"],
-        seed: int,
-    ) -> RunSpec:
-        return RunSpec(task, kind, optimizer, lr, phase, seed, self.config.length)
+    def _tuning_runs(self, task: str, baseline: Contestant, lr: float) -> list[RunSpec]:
+        seeds, steps = range(self.config.tuning_seeds), self.config.length
+        return [RunSpec(task, baseline, lr, "tune", seed, steps) for seed in seeds]
 
-    def _key(self, spec: RunSpec) -> str:
-        return dataclasses.replace(
-            spec, optimizer=self._keys.get(spec.optimizer, spec.optimizer)
-        ).key
+    @contextmanager
+    def _workers(self) -> Iterator[ProcessPoolExecutor | None]:
+        """Processes to run in, if there are to be several; they start when first needed."""
+        if self.config.workers == 1:
+            yield None
+            return
+        pool = ProcessPoolExecutor(self.config.workers, mp_context=get_context("spawn"))
+        try:
+            yield pool
+        finally:  # after an error or an interrupt, what has not begun never does
+            pool.shutdown(cancel_futures=True)
 
-    def _result(self, spec: RunSpec) -> Run:
-        return self._log.runs[self._key(spec)]
-
-    def _perform(self, specs: Sequence[RunSpec], what: str) -> None:
-        unique = {self._key(spec): spec for spec in specs}
-        missing = {key: spec for key, spec in unique.items() if key not in self._log.runs}
-        done = len(unique) - len(missing)
-        self._progress(done, len(unique), what)
-        for key, finished in self._results(missing):
+    def _perform(
+        self, specs: Sequence[RunSpec], what: str, workers: ProcessPoolExecutor | None
+    ) -> None:
+        missing = {spec.key: spec for spec in specs if spec.key not in self._log.runs}
+        total = len({spec.key for spec in specs})
+        done = total - len(missing)
+        self._progress(done, total, what)
+        for key, finished in self._results(missing, workers):
             self._log.add(key, finished)
             done += 1
-            self._progress(done, len(unique), what)
+            self._progress(done, total, what)
 
-    def _results(self, missing: dict[str, RunSpec]) -> Iterator[tuple[str, Run]]:
-        resolved = {
-            key: dataclasses.replace(
-                spec, optimizer=self._sources.get(spec.optimizer, spec.optimizer)
-            )
-            for key, spec in missing.items()
-        }
-        if self.config.workers == 1 or len(missing) < 2:
-            for key, spec in resolved.items():
-                yield key, run(spec, self.config.data)
+    def _results(
+        self, missing: dict[str, RunSpec], workers: ProcessPoolExecutor | None
+    ) -> Iterator[tuple[str, Run]]:
+        data = self.config.data
+        if workers is None:
+            for key, spec in missing.items():
+                yield key, run(spec, data)
             return
-        with ProcessPoolExecutor(self.config.workers, mp_context=get_context("spawn")) as pool:
-            futures = {
-                pool.submit(_in_worker, spec, self.config.data): key
-                for key, spec in resolved.items()
-            }
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+        futures = {workers.submit(run, spec, data): key for key, spec in missing.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
     # ---- choosing learning rates, and the figures
 
-    def tuned_lr(self, task: str, baseline: str, horizon: int, by: str = "sum") -> float:
+    def tuned_lr(self, task: str, baseline: Contestant, horizon: int, by: str = "sum") -> float:
         """The learning rate with the smallest mean over tuning seeds.
 
         Args:
@@ -288,45 +352,34 @@ class Evaluation:
         """
 
         def score(lr: float) -> float:
-            values = []
-            for seed in range(self.config.tuning_seeds):
-                spec = self._spec(task, "baseline", baseline, lr, "tune", seed)
-                losses = self._result(spec).losses[:horizon]
-                values.append(sum(losses if by == "sum" else losses[-LAST_STEPS:]))
-            return sum(values) / len(values)
+            runs = [self._log.runs[spec.key] for spec in self._tuning_runs(task, baseline, lr)]
+            considered = slice(0 if by == "sum" else horizon - LAST_STEPS, horizon)
+            return sum(sum(run.losses[considered]) for run in runs)
 
         return min(LR_GRID, key=score)
 
     def _entries(self, task: str) -> list[_Entry]:
+        """Who runs how on a task; test runs that several of them need are run once."""
         config = self.config
         entries = []
         for horizon in config.horizons:
-            for name in config.checkpoints:
-                entries.append(self._entry(task, "learned", name, 1.0, horizon, "sum"))
-            for name in config.baselines:
-                for by in ("sum", "final"):
-                    lr = self.tuned_lr(task, name, horizon, by)
-                    entries.append(self._entry(task, "baseline", name, lr, horizon, by))
+            for contestant in self.contestants:
+                learned = contestant.kind == "learned"
+                for by in ("sum",) if learned else ("sum", "final"):
+                    lr = 1.0 if learned else self.tuned_lr(task, contestant, horizon, by)
+                    specs = [
+                        RunSpec(task, contestant, lr, "test", seed, config.length)
+                        for seed in range(config.seeds)
+                    ]
+                    entries.append(_Entry(contestant, lr, horizon, by, specs))
         return entries
-
-    def _entry(
-        self,
-        task: str,
-        kind: Literal["learned", "baseline"],
-        name: str,
-        lr: float,
-        horizon: int,
-        by: str,
-    ) -> _Entry:
-        seeds = range(self.config.seeds)
-        specs = [self._spec(task, kind, name, lr, "test", seed) for seed in seeds]
-        return _Entry(kind, name, lr, horizon, by, specs)
 
     def summary(self) -> dict[str, Any]:
         """Every figure, by task, horizon and optimizer, with 95 % intervals."""
         config = self.config
+        learned = [c for c in self.contestants if c.kind == "learned"]
         protocol = {
-            "checkpoints": self._keys,
+            "checkpoints": {c.label: c.identity for c in learned},
             "baselines": list(config.baselines),
             "horizons": list(config.horizons),
             "seeds": config.seeds,
@@ -341,66 +394,74 @@ class Evaluation:
         entries = self._entries(task)
         for horizon in self.config.horizons:
             here = [e for e in entries if e.horizon == horizon]
-            rows = {}
-            for entry in here:
-                if entry.by == "sum":
-                    rows[entry.name] = self._row(entry, self._losses(entry))
+            best = self._best_baseline(here)
+            rows = {e.contestant.label: self._row(e, best) for e in here if e.by == "sum"}
             for entry in here:
                 if entry.by == "final":
-                    rows[entry.name]["tuned_by_final"] = self._row(entry, self._losses(entry))
-            best = self._best_baseline(here)
-            if best is not None:
-                for entry in here:
-                    if entry.kind == "learned":
-                        rows[entry.name] |= self._against(entry, best)
+                    rows[entry.contestant.label]["tuned_by_final"] = self._row(entry, None)
             by_horizon[str(horizon)] = {
                 "optimizers": rows,
-                "best_baseline": best.name if best else None,
+                "best_baseline": best.contestant.label if best else None,
             }
         return {"horizons": by_horizon}
 
     def _losses(self, entry: _Entry) -> Tensor:
         """Losses of an entry's runs up to its horizon, float64, ``(seeds, horizon)``."""
-        rows = [self._result(spec).losses[: entry.horizon] for spec in entry.specs]
+        rows = [self._log.runs[spec.key].losses[: entry.horizon] for spec in entry.specs]
         return torch.tensor(rows, dtype=torch.float64)
 
-    def _row(self, entry: _Entry, losses: Tensor) -> dict[str, Any]:
-        runs = [self._result(spec) for spec in entry.specs]
-        whole = entry.horizon == self.config.length
+    def _step_seconds(self, entry: _Entry) -> Tensor:
+        """Seconds per step of an entry's runs, float64, ``(seeds,)``."""
+        seconds = [self._log.runs[spec.key].seconds for spec in entry.specs]
+        return torch.tensor(seconds, dtype=torch.float64) / self.config.length
+
+    def _row(self, entry: _Entry, best: _Entry | None) -> dict[str, Any]:
+        """The figures of one optimizer at one horizon.
+
+        Args:
+            best: the baseline to compare with.
+        """
+        losses = self._losses(entry)
         row: dict[str, Any] = {
-            "kind": entry.kind,
+            "kind": entry.contestant.kind,
             "lr": entry.lr,
+            "diverged": int(losses[:, -1].isinf().sum()),
             "sum": interval(losses.sum(1)),
             "last": interval(losses[:, -LAST_STEPS:].mean(1)),
+            "milliseconds_per_step": interval(1000 * self._step_seconds(entry)),
             "curve": _curve(losses),
         }
-        if whole:
-            seconds = torch.tensor([r.seconds for r in runs], dtype=torch.float64)
-            row["milliseconds_per_step"] = interval(1000 * seconds / entry.horizon)
-            names = sorted({name for r in runs for name in r.test})
+        if entry.horizon == self.config.length:  # held-out figures are taken after the last step
+            tests = [self._log.runs[spec.key].test for spec in entry.specs]
+            names = sorted({name for test in tests for name in test})
             row["test"] = {
-                n: interval(torch.tensor([r.test.get(n, math.nan) for r in runs])) for n in names
+                n: interval(torch.tensor([t.get(n, math.nan) for t in tests])) for n in names
             }
         if entry.horizon > SETTLED_STEP:
             row["worst_after_1000"] = interval(_smooth(losses)[:, SETTLED_STEP:].amax(1))
-        return row
+        return row | (self._against(entry, best) if best else {})
 
     def _best_baseline(self, entries: list[_Entry]) -> _Entry | None:
-        tuned = [e for e in entries if e.kind == "baseline" and e.by == "sum"]
-        return min(tuned, key=lambda e: self._losses(e).sum().item(), default=None)
+        """The baseline with the smallest mean summed loss; none if all of them diverged."""
+
+        def score(entry: _Entry) -> float:
+            return self._losses(entry).sum().item()
+
+        tuned = [e for e in entries if e.contestant.kind == "baseline" and e.by == "sum"]
+        return min((e for e in tuned if math.isfinite(score(e))), key=score, default=None)
 
     def _against(self, entry: _Entry, best: _Entry) -> dict[str, Any]:
+        """An entry against the best baseline, seed by seed."""
         mine, theirs = self._losses(entry), self._losses(best)
         target = theirs[:, -LAST_STEPS:].mean(1, keepdim=True)
         reached = _smooth(mine) <= target  # (seeds, horizon)
-        steps = torch.where(reached.any(1), reached.int().argmax(1) + 1, math.inf)
+        # Over seeds the median: one that never gets there counts as infinity and spoils nothing.
+        steps = torch.where(reached.any(1), reached.int().argmax(1) + 1.0, math.inf)
         return {
             "ratio": ratio_interval(mine.sum(1), theirs.sum(1)),
-            "ratio_last": ratio_interval(
-                mine[:, -LAST_STEPS:].mean(1), theirs[:, -LAST_STEPS:].mean(1)
-            ),
-            # The median: a seed that never gets there counts as infinity without spoiling it.
+            "ratio_last": ratio_interval(mine[:, -LAST_STEPS:].mean(1), target[:, 0]),
             "steps_to_best": _finite(steps.median().item()),
+            "seconds_to_best": _finite((steps * self._step_seconds(entry)).median().item()),
         }
 
 
@@ -408,8 +469,7 @@ class Evaluation:
 class _Entry:
     """An optimizer on a task at a horizon: its test runs and how its lr was chosen."""
 
-    kind: Literal["learned", "baseline"]
-    name: str
+    contestant: Contestant
     lr: float
     horizon: int
     by: str
@@ -452,7 +512,7 @@ def _curve(losses: Tensor, points: int = 200) -> dict[str, list[float | None]]:
 
     Longer runs are averaged over equal stretches of steps first.
     """
-    stretch = max(1, losses.shape[1] // points)
+    stretch = math.ceil(losses.shape[1] / points)
     length = losses.shape[1] // stretch * stretch
     pooled = losses[:, :length].unflatten(1, (-1, stretch)).mean(2)  # (seeds, points)
     cells = [interval(column) for column in pooled.t()]

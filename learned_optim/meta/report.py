@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
+
+from learned_optim.checkpoint import write_text
 
 # Colours of Okabe and Ito (2008), told apart by readers with any colour vision.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
@@ -17,7 +20,9 @@ def markdown(summary: dict[str, Any]) -> str:
     for horizon in protocol["horizons"]:
         parts.append(f"## Summed loss over {horizon:,} steps\n\n" + _overview(summary, horizon))
     for task, entry in summary["tasks"].items():
-        parts.append(f"## {task}\n\n" + "\n\n".join(_detail(h, v) for h, v in entry["horizons"].items()))
+        parts.append(
+            f"## {task}\n\n" + "\n\n".join(_detail(h, v) for h, v in entry["horizons"].items())
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -36,9 +41,12 @@ def _overview(summary: dict[str, Any], horizon: int) -> str:
         rows.append(
             [
                 task,
-                *(_value(cell["optimizers"][name]["sum"]) for name in learned),
+                *(_sum(cell["optimizers"][name]) for name in learned),
                 *(_ratio(cell["optimizers"][name].get("ratio")) for name in learned),
-                *(_with_lr(cell["optimizers"][name], name == cell["best_baseline"]) for name in baselines),
+                *(
+                    _with_lr(cell["optimizers"][name], name == cell["best_baseline"])
+                    for name in baselines
+                ),
             ]
         )
     return table(head, rows)
@@ -47,31 +55,43 @@ def _overview(summary: dict[str, Any], horizon: int) -> str:
 def _detail(horizon: str, cell: dict[str, Any]) -> str:
     """All figures of one task at one horizon."""
     optimizers = cell["optimizers"]
-    some = next(iter(optimizers.values()))
+    tests = sorted({name for row in optimizers.values() for name in row.get("test", {})})
+    long = any("worst_after_1000" in row for row in optimizers.values())
     head = ["optimizer", "lr", "summed loss", "last 10 steps", "lr by last 10", "last 10 so tuned"]
-    tests = sorted(some.get("test", {}))
     head += [f"test {name}" for name in tests]
-    if "worst_after_1000" in some:
-        head.append("worst after step 1,000")
-    head.append("steps to best baseline's last 10")
+    head += ["worst after step 1,000"] * long
+    head += ["ms per step", "steps to best baseline's last 10"]
     rows = []
     for name, row in optimizers.items():
         final = row.get("tuned_by_final")
-        line = [
-            f"**{name}**" if row["kind"] == "learned" else name,
-            f"{row['lr']:g}",
-            _value(row["sum"]),
-            _value(row["last"], 3),
-            f"{final['lr']:g}" if final else "",
-            _value(final["last"], 3) if final else "",
-        ]
-        line += [_value(row["test"][t], 3) for t in tests]
-        if "worst_after_1000" in some:
-            line.append(_value(row["worst_after_1000"], 3))
-        steps = row.get("steps_to_best", "")
-        line.append("never" if steps is None else f"{steps:.0f}" if steps != "" else "")
-        rows.append(line)
+        rows.append(
+            [
+                f"**{name}**" if row["kind"] == "learned" else name,
+                f"{row['lr']:g}",
+                _sum(row),
+                _value(row["last"], 3),
+                f"{final['lr']:g}" if final else "",
+                _value(final["last"], 3) if final else "",
+                *(_value(row["test"].get(test), 3) for test in tests),
+                *([_value(row.get("worst_after_1000"), 3)] * long),
+                _value(row["milliseconds_per_step"], 2),
+                _steps(row),
+            ]
+        )
     return f"{int(horizon):,} steps\n\n" + table(head, rows)
+
+
+def _sum(row: dict[str, Any]) -> str:
+    """The summed loss, or on how many seeds the optimizer diverged."""
+    return f"{row['diverged']} diverged" if row["diverged"] else _value(row["sum"])
+
+
+def _steps(row: dict[str, Any]) -> str:
+    if "steps_to_best" not in row:
+        return ""
+    if row["steps_to_best"] is None:
+        return "never"
+    return f"{row['steps_to_best']:,.0f} ({row['seconds_to_best']:.2g} s)"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -80,8 +100,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _value(interval: dict[str, Any], digits: int = 1) -> str:
-    if interval["mean"] is None:
+def _value(interval: dict[str, Any] | None, digits: int = 1) -> str:
+    if interval is None or interval["mean"] is None:
         return "diverged"
     return f"{interval['mean']:.{digits}f} ± {interval['half'] or 0.0:.{digits}f}"
 
@@ -96,7 +116,7 @@ def _ratio(ratio: dict[str, Any] | None) -> str:
 
 
 def _with_lr(row: dict[str, Any], best: bool) -> str:
-    text = f"{_value(row['sum'])} (lr {row['lr']:g})"
+    text = f"{_sum(row)} (lr {row['lr']:g})"
     return f"**{text}**" if best else text
 
 
@@ -106,61 +126,72 @@ def plot(summary: dict[str, Any], task: str, horizon: int, path: Path) -> None:
     Args:
         path: the image to write; its suffix says which kind.
     """
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    cell = summary["tasks"][task]["horizons"][str(horizon)]
-    learned, baselines = _names(summary)
+    optimizers = summary["tasks"][task]["horizons"][str(horizon)]["optimizers"]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    learned, baselines = _names(summary)
     for index, name in enumerate([*learned, *baselines]):
-        row = cell["optimizers"][name]
-        curve = row["curve"]
-        known = [i for i, mean in enumerate(curve["mean"]) if mean is not None]
-        step = [curve["step"][i] for i in known]
-        mean = [curve["mean"][i] for i in known]
-        half = [curve["half"][i] or 0.0 for i in known]
-        is_learned = row["kind"] == "learned"
-        axes.plot(
-            step, mean,
-            color=_COLOURS[index % len(_COLOURS)],
-            linestyle="-" if is_learned else "--",
-            linewidth=2.0 if is_learned else 1.3,
-            label=f"{name} (learned)" if is_learned else f"{name} (lr {row['lr']:g})",
-            zorder=3 if is_learned else 2,
-        )  # fmt: skip
-        low = [max(m - h, m * 0.05) for m, h in zip(mean, half, strict=True)]
-        high = [m + h for m, h in zip(mean, half, strict=True)]
-        axes.fill_between(step, low, high, color=_COLOURS[index % len(_COLOURS)], alpha=0.15, lw=0)
-    axes.set_yscale("log")
-    axes.set_ylim(*_limits(cell["optimizers"]))
+        _draw(axes, name, optimizers[name], _COLOURS[index % len(_COLOURS)])
     axes.set_xlim(0, horizon)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
-    axes.set_title(task)
+    axes.set_title(f"{task}, mean of {summary['protocol']['seeds']} seeds")
     axes.grid(True, which="both", alpha=0.2)
-    axes.legend()
-    axes.yaxis.set_major_formatter(mpl.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+    _set_log_axis(axes, optimizers)
+    axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _limits(optimizers: dict[str, Any]) -> tuple[float, float]:
-    """Loss range that shows every curve from its start down, but no excursion far above it."""
-    means = [[m for m in row["curve"]["mean"] if m] for row in optimizers.values()]
-    starts = [curve[0] for curve in means if curve]
-    lows = [min(curve) for curve in means if curve]
-    return min(lows) * 0.8, max(starts) * 2.0
+def _draw(axes: Any, name: str, row: dict[str, Any], colour: str) -> None:
+    """One optimizer's curve with its interval; it ends where a seed diverged."""
+    step, mean, half = (
+        [math.nan if x is None else x for x in row["curve"][part]]
+        for part in ("step", "mean", "half")
+    )
+    is_learned = row["kind"] == "learned"
+    axes.plot(
+        step, mean,
+        color=colour,
+        linestyle="-" if is_learned else "--",
+        linewidth=2.0 if is_learned else 1.3,
+        label=f"{name} (learned)" if is_learned else f"{name} (lr {row['lr']:g})",
+        zorder=3 if is_learned else 2,
+    )  # fmt: skip
+    # A log axis has no room for an interval that reaches below zero.
+    low = [max(m - h, 0.05 * m) for m, h in zip(mean, half, strict=True)]
+    high = [m + h for m, h in zip(mean, half, strict=True)]
+    axes.fill_between(step, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def _set_log_axis(axes: Any, optimizers: dict[str, Any]) -> None:
+    """Plain numbers, and a range that shows every curve from its start down."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    curves = [[m for m in row["curve"]["mean"] if m] for row in optimizers.values()]
+    curves = [curve for curve in curves if curve]
+    if not curves:  # everything diverged at once
+        return
+    axes.set_yscale("log")
+    # Not the excursions far above the start: they would flatten everything else.
+    low, high = 0.8 * min(map(min, curves)), 2.0 * max(curve[0] for curve in curves)
+    top = 1.1 * max(map(max, curves))
+    axes.set_ylim(low, min(high, top))
+    within_three_decades = high < 1000 * low
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if within_three_decades else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def write_report(summary: dict[str, Any], folder: Path) -> list[Path]:
     """``table.md`` and one PNG per task and horizon in ``folder``; returns what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "table.md"]
-    written[0].write_text(markdown(summary))
+    write_text(written[0], markdown(summary))
     for task in summary["tasks"]:
         for horizon in summary["protocol"]["horizons"]:
-            path = folder / f"{task}-{horizon}.png"
+            path = folder / f"{task.rpartition(':')[2]}-{horizon}.png"
             plot(summary, task, horizon, path)
             written.append(path)
     return written

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from learned_optim.checkpoint import read_checkpoint, save_rule, write_atomically
+from learned_optim.checkpoint import read_checkpoint, save_rule, write_atomically, write_text
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
 from learned_optim.meta.recipes import Recipe
@@ -165,7 +165,7 @@ class MetaTrainer:
                     f"{', '.join(sorted(differing))}): choose another folder, or delete it"
                 )
         if self.rank == 0:
-            _write_text(recipe_file, json.dumps(mine, indent=2, sort_keys=True) + "\n")
+            write_text(recipe_file, json.dumps(mine, indent=2, sort_keys=True) + "\n")
         resume = self.folder / "resume.pt"
         if resume.exists():
             self._load(torch.load(resume, weights_only=True))
@@ -184,7 +184,7 @@ class MetaTrainer:
         if self.best is self.history[-1]:
             save_rule(self.kept, self.folder / "best.safetensors", self.record())
         lines = (json.dumps(asdict(m)) + "\n" for m in self.history)
-        _write_text(self.folder / "metrics.jsonl", "".join(lines))
+        write_text(self.folder / "metrics.jsonl", "".join(lines))
         state = {
             "rule": self.rule.state_dict(),
             "kept": self.kept.state_dict(),
@@ -231,7 +231,8 @@ class MetaTrainer:
             "runs": len(sums),
         }
         record["epochs_run"] = self.epoch
-        path = output or self.folder / f"{self.recipe.task}.safetensors"
+        name = self.recipe.task.rpartition(":")[2]
+        path = output or self.folder / f"{name}.safetensors"
         save_rule(rule, path, record)
         return path
 
@@ -303,7 +304,9 @@ class MetaTrainer:
                 continue
             options = EstimatorOptions(recipe.coordinates, sampler)
             meta = estimate(self.rule, optimizees, steps, options)
-            packed = torch.cat([g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]])
+            packed = torch.cat(
+                [g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]]
+            )
             if self.world > 1:
                 dist.all_reduce(packed)
                 packed /= self.world
@@ -394,8 +397,3 @@ def source_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return __version__
     return done.stdout.strip() or __version__
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text) and None)
-

@@ -127,7 +127,7 @@ class UpdateRule(nn.Module):
         digest.update(json.dumps(self.config_dict(), sort_keys=True).encode())
         for key, weight in sorted(self.state_dict().items()):
             digest.update(key.encode())
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

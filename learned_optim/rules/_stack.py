@@ -1,4 +1,4 @@
-"""A stack of LSTM layers in three forms that agree: one pure step, a sequence, one in-place step."""
+"""A stack of LSTM layers in three forms that agree: a pure step, a sequence, an in-place step."""
 
 from __future__ import annotations
 

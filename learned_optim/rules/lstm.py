@@ -37,7 +37,9 @@ class LSTMConfig(RuleConfig):
 
     def __post_init__(self) -> None:
         if self.preprocessing not in ("raw", "log_sign"):
-            raise ValueError(f"preprocessing {self.preprocessing!r} is neither 'raw' nor 'log_sign'")
+            raise ValueError(
+                f"preprocessing {self.preprocessing!r} is neither 'raw' nor 'log_sign'"
+            )
         if self.p <= 0:
             raise ValueError(f"p must be positive, got {self.p}")
         if self.hidden_size < 1 or self.num_layers < 1:

@@ -98,7 +98,9 @@ def recipe_from_json(data: dict[str, Any]) -> Recipe:
 def recipes() -> dict[str, Recipe]:
     """The recipes that ship with the package, by name: each module's ``RECIPE``."""
     modules = import_submodules("learned_optim.meta.recipes")
-    return {module.__name__.rsplit(".", 1)[1].replace("_", "-"): module.RECIPE for module in modules}
+    return {
+        module.__name__.rsplit(".", 1)[1].replace("_", "-"): module.RECIPE for module in modules
+    }
 
 
 def load_recipe(source: str) -> Recipe:
@@ -113,4 +115,7 @@ def load_recipe(source: str) -> Recipe:
     path = Path(source)
     if path.suffix != ".json" or not path.is_file():
         raise unknown_name("recipe", source, list(known))
-    return recipe_from_json(json.loads(path.read_text()))
+    try:
+        return recipe_from_json(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from torch import Generator, Tensor, nn
 
 from learned_optim._discovery import import_submodules, unknown_name
 from learned_optim.meta.data import DataOptions
+
+#: Examples per forward pass when a held-out set is tested.
+TEST_SLICE = 1000
 
 Params = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
@@ -67,7 +71,7 @@ class ModuleTask(Task):
     Example:
         >>> task = ModuleTask(
         ...     build=lambda: nn.Linear(3, 1),
-        ...     batches=lambda generator: (torch.randn(8, 3, generator=generator), torch.ones(8, 1)),
+        ...     batches=lambda g: (torch.randn(8, 3, generator=g), torch.ones(8, 1)),
         ...     criterion=nn.functional.mse_loss,
         ... )
 
@@ -78,7 +82,12 @@ class ModuleTask(Task):
         criterion: ``(outputs, targets) -> loss`` of shape ``()``.
         init_std: weights ~ N(0, init_std^2) and biases 0 (one-dimensional parameters), as in the
             thesis; ``None`` keeps the module's own initialization.
-        tests: held-out ``(inputs, targets)`` for classification accuracy, or ``None``.
+        tests: held-out ``(inputs, targets)``, or ``None``. Their loss is reported and, where the
+            targets are classes, the accuracy.
+
+    Buffers (running statistics of batch norm) belong to the module: :meth:`init` resets them and
+    :meth:`loss` updates them, so such a module can be evaluated but not meta-trained on, where
+    several optimizees share it.
     """
 
     def __init__(
@@ -97,8 +106,11 @@ class ModuleTask(Task):
         self._tests = tests
         with torch.random.fork_rng(devices=[]):
             self.module = build()
+        self._buffers = {name: b.clone() for name, b in self.module.named_buffers()}
 
     def init(self, generator: Generator) -> Params:
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(self._buffers[name])
         if self._init_std is None:
             seed = int(torch.randint(2**62, (), generator=generator))
             with torch.random.fork_rng(devices=[]):
@@ -125,8 +137,23 @@ class ModuleTask(Task):
         if self._tests is None:
             return {}
         inputs, targets = self._tests()
-        outputs = torch.func.functional_call(self.module, params, (inputs,))
-        return {"accuracy": (outputs.argmax(-1) == targets).float().mean().item()}
+        self.module.eval()
+        try:
+            # In slices, because a test set on a convolutional network fills gigabytes at once.
+            slices = zip(inputs.split(TEST_SLICE), targets.split(TEST_SLICE), strict=True)
+            weights, losses, correct = [], [], []
+            for x, y in slices:
+                outputs = torch.func.functional_call(self.module, params, (x,))
+                weights.append(float(len(x)))
+                losses.append(self._criterion(outputs, y).item() * len(x))
+                if not y.is_floating_point():
+                    correct.append((outputs.argmax(-1) == y).float().mean().item() * len(x))
+        finally:
+            self.module.train()
+        figures = {"loss": sum(losses) / sum(weights)}
+        if correct:
+            figures["accuracy"] = sum(correct) / sum(weights)
+        return figures
 
 
 class FixedTask(TaskFamily):
@@ -158,12 +185,30 @@ def task_names() -> list[str]:
 def build_tasks(name: str, options: TaskOptions | None = None) -> TaskFamily:
     """The task family registered under ``name``.
 
+    Args:
+        name: a registered name, or ``"module:name"`` for an entry of the ``FAMILIES`` table of any
+            importable module: your own tasks, in recipes and on the command line too.
+        options: which split, and where data is.
+
     Raises:
         ValueError: unknown name (the message lists those that exist), or the family has no
             images that may meta-train.
         FileNotFoundError: its data is not there.
     """
-    families = _families()
-    if name not in families:
-        raise unknown_name("task", name, list(families))
-    return families[name](options or TaskOptions())
+    module, _, own = name.rpartition(":")
+    families = _families_of(module) if module else _families()
+    if own not in families:
+        raise unknown_name("task", name, [f"{module}:{n}" if module else n for n in families])
+    return families[own](options or TaskOptions())
+
+
+def _families_of(module: str) -> dict[str, Builder]:
+    """The ``FAMILIES`` of a module of the user's."""
+    try:
+        found: dict[str, Builder] = importlib.import_module(module).FAMILIES
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"no tasks from module {module!r} ({error}): it must be importable (PYTHONPATH) and "
+            f"define FAMILIES, a table from names to functions of TaskOptions"
+        ) from error
+    return found

@@ -140,7 +140,9 @@ class ImageTasks:
 
     def sample(self, dice: Dice) -> Task:
         conv = dice.chance(0.2)
-        side = dice.choice([(4, 7), (4, 14), (1, 28)]) if not conv else dice.choice([(2, 7), (1, 14)])
+        side = (
+            dice.choice([(4, 7), (4, 14), (1, 28)]) if not conv else dice.choice([(2, 7), (1, 14)])
+        )
         colours = 3 if side < 28 and dice.chance(0.25) else 1
         views = dice.choice([(6, 1), (1, 2), (1, 3)])
         draw = self._batches(dice, side, colours, views)

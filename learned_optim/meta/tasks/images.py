@@ -72,12 +72,13 @@ def image_mlp(
         build=partial(mlp, math.prod(first.shape), hidden, first.classes, activation),
         batches=image_batches(image_set, options),
         init_std=init_std,
-        tests=partial(_test_set, image_set, options.data),
+        tests=partial(image_test_set, image_set, options.data),
     )
     return FixedTask(task)
 
 
-def _test_set(image_set: str, data: DataOptions) -> tuple[torch.Tensor, torch.Tensor]:
+def image_test_set(image_set: str, data: DataOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """All test images and their labels."""
     images = load_images(image_set, False, data)
     return images.batch(torch.arange(len(images)))
 

@@ -1,0 +1,143 @@
+"""Train a small classifier with a learned optimizer, next to Adam and SGD at their best.
+
+The training loop is an ordinary one; the learned optimizer takes Adam's place in it and nothing
+else changes. Adam's and SGD's learning rates are chosen by grid search on a seed of their own;
+the learned optimizer has nothing to choose.
+
+    python examples/train_classifier.py                    # scikit-learn's digits, no download
+    python examples/train_classifier.py --dataset mnist    # downloads MNIST through torchvision
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+
+from learned_optim import LearnedOptimizer
+
+LEARNING_RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh}
+
+MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+def load(name: str, data_dir: Path) -> tuple[Dataset, Dataset]:
+    """Training and test set of flattened images in [0, 1]."""
+    if name == "mnist":
+        from torchvision.datasets import MNIST
+
+        sets = [MNIST(data_dir, train=train, download=True) for train in (True, False)]
+        pairs = [(s.data.flatten(1) / 255.0, s.targets) for s in sets]
+        return TensorDataset(*pairs[0]), TensorDataset(*pairs[1])
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32) / 16.0, torch.tensor(labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, test = order[360:], order[:360]
+    return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
+
+
+def train(
+    make_optimizer: MakeOptimizer, args: argparse.Namespace, data: Dataset, seed: int
+) -> tuple[nn.Module, list[float]]:
+    """One training run; returns the model and the loss at every step."""
+    torch.manual_seed(seed)
+    inputs = data[0][0].numel()
+    model = nn.Sequential(
+        nn.Linear(inputs, 20), ACTIVATIONS[args.activation](), nn.Linear(20, 10)
+    )
+    sampler = RandomSampler(data, replacement=True, num_samples=args.steps * 128)
+    loader = DataLoader(data, batch_size=128, sampler=sampler)
+
+    # optimizer = torch.optim.Adam(model.parameters(), lr=...)
+    optimizer = make_optimizer(model.parameters())
+
+    losses = []
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Dataset) -> float:
+    """Share of a data set that the model classifies correctly."""
+    x, y = data[:]
+    return (model(x).argmax(1) == y).float().mean().item()
+
+
+def tuned(make: Callable[[Iterable[Tensor], float], torch.optim.Optimizer], args, data) -> float:
+    """The learning rate with the smallest summed loss, on a seed that is not used again."""
+
+    def summed(lr: float) -> float:
+        total = sum(train(lambda params: make(params, lr), args, data, seed=1000)[1])
+        return total if total == total else float("inf")
+
+    return min(LEARNING_RATES, key=summed)
+
+
+def plot(curves: dict[str, list[list[float]]], title: str, path: Path) -> None:
+    """Mean learning curves on a logarithmic scale, one per optimizer."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, runs in curves.items():
+        mean = torch.tensor(runs).mean(0)
+        learned = name.startswith("LearnedOptimizer")
+        axes.plot(mean, label=name, linestyle="-" if learned else "--", linewidth=2 if learned else 1.3)
+    axes.set(yscale="log", xlabel="step", ylabel="training loss", title=title)
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", choices=["digits", "mnist"], default="digits")
+    parser.add_argument("--activation", choices=sorted(ACTIVATIONS), default="sigmoid")
+    parser.add_argument("--rule", default="mnist", help="checkpoint of the learned optimizer")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, default=Path("train_classifier.png"))
+    parser.add_argument(
+        "--data-dir", type=Path,
+        default=Path(os.environ.get("LEARNED_OPTIM_DATA", "data")), help="where MNIST is or goes",
+    )  # fmt: skip
+    args = parser.parse_args()
+
+    train_set, test_set = load(args.dataset, args.data_dir)
+    adam_lr = tuned(lambda params, lr: torch.optim.Adam(params, lr=lr), args, train_set)
+    sgd_lr = tuned(lambda params, lr: torch.optim.SGD(params, lr=lr), args, train_set)
+    optimizers: dict[str, MakeOptimizer] = {
+        f'LearnedOptimizer("{args.rule}")': lambda params: LearnedOptimizer(params, args.rule),
+        f"Adam(lr={adam_lr:g})": lambda params: torch.optim.Adam(params, lr=adam_lr),
+        f"SGD(lr={sgd_lr:g})": lambda params: torch.optim.SGD(params, lr=sgd_lr),
+    }
+
+    print(f"{args.dataset}, {args.steps} steps, mean of {args.seeds} seeds")
+    print(f"{'optimizer':<30}{'summed loss':>12}{'last 10 steps':>15}{'test accuracy':>15}")
+    curves: dict[str, list[list[float]]] = {}
+    for name, make_optimizer in optimizers.items():
+        runs = [train(make_optimizer, args, train_set, seed) for seed in range(args.seeds)]
+        curves[name] = [losses for _, losses in runs]
+        summed = sum(sum(losses) for losses in curves[name]) / args.seeds
+        last = sum(sum(losses[-10:]) / 10 for losses in curves[name]) / args.seeds
+        correct = sum(accuracy(model, test_set) for model, _ in runs) / args.seeds
+        print(f"{name:<30}{summed:>12.1f}{last:>15.3f}{correct:>15.1%}")
+    plot(curves, f"{args.dataset}: 20 {args.activation} units", args.plot)
+    print(f"learning curves: {args.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,573 @@
+"""The evaluation protocol: pairing, tuning, resuming, and figures worked out by hand."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_rule
+from PIL import Image
+
+from learned_optim import save_rule
+from learned_optim.meta import DataOptions, EvaluateConfig, Evaluation, build_tasks
+from learned_optim.meta import evaluate as evaluate_module
+from learned_optim.meta.baselines import BASELINES, LR_GRID, make_baseline
+from learned_optim.meta.evaluate import Run, RunSpec, _curve, _smooth, interval, ratio_interval
+from learned_optim.meta.report import markdown, table, write_report
+from learned_optim.rules.handmade import AdamConfig, AdamRule
+
+NOTHING_LEARNED = EvaluateConfig(
+    checkpoints=(), tasks=("quadratic",), baselines=("sgd", "adam"), horizons=(20,),
+    seeds=2, tuning_seeds=1,
+)  # fmt: skip
+
+
+@pytest.fixture
+def adam_checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint whose behaviour is known: Adam at lr 0.1 as an update rule."""
+    path = tmp_path / "handmade.safetensors"
+    save_rule(AdamRule(AdamConfig(lr=0.1)), path)
+    return path
+
+
+Losses = Callable[[RunSpec], list[float]]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Losses], list[RunSpec]]:
+    """Replaces training by given losses; the list returned fills with the runs asked for."""
+
+    def install(losses: Losses) -> list[RunSpec]:
+        asked: list[RunSpec] = []
+
+        def run(spec: RunSpec, data: DataOptions) -> Run:
+            asked.append(spec)
+            values = losses(spec)
+            good = all(map(math.isfinite, values))
+            return Run(values, 0.5 if good else math.inf, {"accuracy": 0.75} if good else {})
+
+        monkeypatch.setattr(evaluate_module, "run", run)
+        return asked
+
+    return install
+
+
+def without_times(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary less what a clock measured."""
+    if isinstance(summary, dict):
+        clock = ("milliseconds_per_step", "seconds_to_best")
+        return {k: without_times(v) for k, v in summary.items() if k not in clock}
+    return summary
+
+
+# ---- the figures
+
+
+def test_interval_by_hand() -> None:
+    # Student's t at 97.5 % with 2 degrees of freedom is 4.302653; the deviation of 1, 2, 3 is 1.
+    result = interval(torch.tensor([1.0, 2.0, 3.0]))
+    assert result == {"mean": 2.0, "half": pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)}
+    assert interval(torch.tensor([1.0, math.inf])) == {"mean": None, "half": None}
+
+
+def test_ratio_interval_by_hand() -> None:
+    # Resampling the pairs (1, 1) and (3, 1) gives 1, 2 and 3 with chances 1/4, 1/2 and 1/4.
+    result = ratio_interval(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
+    assert result == {"mean": 2.0, "low": 1.0, "high": 3.0}
+    # Pairing matters: where every pair has the same ratio there is nothing uncertain about it.
+    theirs = torch.tensor([1.0, 10.0, 100.0])
+    result = ratio_interval(0.5 * theirs, theirs)
+    assert result == {k: pytest.approx(0.5) for k in ("mean", "low", "high")}
+    diverged = ratio_interval(torch.tensor([1.0, math.inf]), torch.tensor([1.0, 1.0]))
+    assert diverged["mean"] is None
+
+
+def test_smooth_by_hand() -> None:
+    smooth = _smooth(torch.arange(12.0)[None])[0].tolist()
+    assert smooth == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.5, 6.5]
+
+
+def test_curve_by_hand() -> None:
+    losses = torch.stack((torch.arange(401.0), torch.arange(401.0) + 2.0)).double()
+    curve = _curve(losses)
+    assert len(curve["step"]) == 133  # stretches of 3 steps; at most 200 points
+    assert curve["step"][:2] == [1.0, 4.0]
+    assert curve["mean"][:2] == [2.0, 5.0]
+    # Two values 2 apart: deviation sqrt(2), t at 1 degree of freedom 12.7062, so half is 12.7062.
+    assert curve["half"][0] == pytest.approx(12.706, rel=1e-4)
+    assert _curve(torch.ones(2, 200).double())["step"] == [float(i) for i in range(200)]
+
+
+def test_figures_by_hand(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> None:
+    """Thirty steps: the learned optimizer falls as 30 - t, the baseline stays at 15.5."""
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+
+    def losses(spec: RunSpec) -> list[float]:
+        if spec.optimizer.kind == "learned":
+            return [float(30 - t) for t in range(30)]
+        return [15.5 if spec.lr == 0.1 else 99.0] * 30
+
+    scripted(losses)
+    config = replace(
+        NOTHING_LEARNED, checkpoints=(str(path),), baselines=("sgd",), horizons=(20, 30)
+    )
+    summary = Evaluation(replace(config, output=tmp_path)).execute()
+    whole = summary["tasks"]["quadratic"]["horizons"]["30"]
+    row, sgd = whole["optimizers"]["rule"], whole["optimizers"]["sgd"]
+    assert whole["best_baseline"] == "sgd"
+    assert sgd["lr"] == sgd["tuned_by_final"]["lr"] == 0.1
+    assert row["sum"] == {"mean": 465.0, "half": 0.0}
+    assert row["last"] == {"mean": 5.5, "half": 0.0}
+    assert row["ratio"]["mean"] == pytest.approx(1.0)
+    assert row["ratio_last"]["mean"] == pytest.approx(5.5 / 15.5)
+    # The mean of ten falling losses, 34.5 - t, is down to 15.5 at t = 19: after 20 steps.
+    assert row["steps_to_best"] == 20
+    assert row["seconds_to_best"] == pytest.approx(20 * 0.5 / 30)
+    assert row["milliseconds_per_step"]["mean"] == pytest.approx(1000 * 0.5 / 30)
+    assert row["test"]["accuracy"]["mean"] == 0.75
+    assert row["diverged"] == 0
+    assert "worst_after_1000" not in row
+    part = summary["tasks"]["quadratic"]["horizons"]["20"]["optimizers"]["rule"]
+    assert part["sum"]["mean"] == sum(range(11, 31))
+    assert part["last"]["mean"] == 15.5
+    assert "test" not in part
+
+
+def test_long_runs_report_the_worst_loss_after_step_1000(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    def losses(spec: RunSpec) -> list[float]:
+        values = [5.0] * 500 + [1.0] * 700
+        values[1100] = 21.0  # in a mean of ten: 3
+        return values
+
+    scripted(losses)
+    config = replace(NOTHING_LEARNED, horizons=(1000, 1200), output=tmp_path)
+    horizons = Evaluation(config).execute()["tasks"]["quadratic"]["horizons"]
+    assert horizons["1200"]["optimizers"]["adam"]["worst_after_1000"] == {"mean": 3.0, "half": 0.0}
+    assert "worst_after_1000" not in horizons["1000"]["optimizers"]["adam"]
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert "| worst after step 1,000 |" in markdown(saved)
+
+
+# ---- the protocol
+
+
+def test_everybody_sees_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Initial parameters and batches depend on phase and seed, never on the optimizer or lr."""
+    seen: dict[tuple[object, ...], list[torch.Tensor]] = {}
+    current: list[torch.Tensor] = []
+
+    class Recording:
+        def __init__(self, task: Any) -> None:
+            self.task = task
+
+        def sample(self, generator: torch.Generator) -> "Recording":
+            return Recording(self.task.sample(generator))
+
+        def init(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+            params = self.task.init(generator)
+            current.extend(p.clone() for p in params.values())
+            return params
+
+        def batch(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+            batch = self.task.batch(generator)
+            current.extend(batch)
+            return batch
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.task, name)
+
+    real = evaluate_module.run
+
+    def recorded(spec: RunSpec, data: DataOptions) -> Run:
+        current.clear()
+        result = real(spec, data)
+        seen[spec.optimizer.label, spec.lr, spec.phase, spec.seed] = list(current)
+        return result
+
+    monkeypatch.setattr(
+        evaluate_module, "build_tasks", lambda name, options: Recording(build_tasks(name, options))
+    )
+    monkeypatch.setattr(evaluate_module, "run", recorded)
+    monkeypatch.setattr(evaluate_module, "LR_GRID", (0.03, 0.1))
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+    config = EvaluateConfig(
+        checkpoints=(str(path),), tasks=("digits-torch",), baselines=("sgd", "adam"),
+        horizons=(10,), seeds=2, tuning_seeds=2, output=tmp_path,
+    )  # fmt: skip
+    Evaluation(config).execute()
+    groups: dict[tuple[object, object], list[list[torch.Tensor]]] = {}
+    for (_, _, phase, seed), record in seen.items():
+        groups.setdefault((phase, seed), []).append(record)
+    assert {key: len(group) for key, group in groups.items() if key[0] == "tune"} == {
+        ("tune", 0): 4, ("tune", 1): 4,
+    }  # fmt: skip
+    assert {label for label, _, phase, _ in seen if phase == "test"} == {"rule", "sgd", "adam"}
+    for group in groups.values():
+        assert len(group[0]) == 4 + 10 * 2  # parameters, then ten batches of images and labels
+        for record in group[1:]:
+            for a, b in zip(record, group[0], strict=True):
+                assert torch.equal(a, b)
+    firsts = [group[0] for group in groups.values()]
+    assert len(firsts) == 4  # two tuning seeds and two test seeds, all different
+    for index, one in enumerate(firsts):
+        for other in firsts[:index]:
+            assert not torch.equal(one[0], other[0])
+            assert not torch.equal(one[4], other[4])
+
+
+def test_the_same_optimizer_twice(monkeypatch: pytest.MonkeyPatch, adam_checkpoint: Path) -> None:
+    """Adam under two names, and as an update rule run like a learned one."""
+    monkeypatch.setitem(BASELINES, "adam-again", BASELINES["adam"])
+    monkeypatch.setattr(evaluate_module, "LR_GRID", (0.01, 0.1))
+    config = replace(
+        NOTHING_LEARNED,
+        checkpoints=(str(adam_checkpoint),),
+        baselines=("adam", "adam-again"),
+        output=adam_checkpoint.parent,
+    )
+    cell = Evaluation(config).execute()["tasks"]["quadratic"]["horizons"]["20"]
+    rows = without_times(cell["optimizers"])
+    assert rows["adam"] == rows["adam-again"]
+    assert rows["adam"]["lr"] == 0.1
+    assert rows["handmade"]["sum"]["mean"] == pytest.approx(rows["adam"]["sum"]["mean"], rel=1e-4)
+    assert rows["handmade"]["ratio"]["mean"] == pytest.approx(1.0, rel=1e-4)
+
+
+def test_tuned_lr_is_the_argmin(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    """By the sum 0.3 is best on average (not on every seed); by the last ten steps 0.01 is."""
+
+    def losses(spec: RunSpec) -> list[float]:
+        if spec.lr == 0.3:
+            return [1.0 if spec.seed else 2.0] * 20
+        if spec.lr == 0.01:
+            return [4.0] * 10 + [0.5] * 10
+        if spec.lr == 10.0:  # best until it diverges
+            return [0.1] * 19 + [math.inf]
+        return [1.8] * 20
+
+    asked = scripted(losses)
+    config = replace(NOTHING_LEARNED, baselines=("sgd",), tuning_seeds=2, output=tmp_path)
+    evaluation = Evaluation(config)
+    row = evaluation.execute()["tasks"]["quadratic"]["horizons"]["20"]["optimizers"]["sgd"]
+    assert row["lr"] == 0.3
+    assert row["tuned_by_final"]["lr"] == 0.01
+    assert row["tuned_by_final"]["last"]["mean"] == 0.5
+    assert evaluation.tuned_lr("quadratic", evaluation.contestants[0], 10) == 10.0
+    tuning = [spec for spec in asked if spec.phase == "tune"]
+    assert sorted({spec.lr for spec in tuning}) == list(LR_GRID)
+    assert len(tuning) == 2 * len(LR_GRID)
+    assert {(spec.lr, spec.seed) for spec in asked if spec.phase == "test"} == {
+        (lr, seed) for lr in (0.01, 0.3) for seed in (0, 1)
+    }
+
+
+def test_grid_is_one_and_three_times_powers_of_ten() -> None:
+    expected = [m * 10.0**k for k in range(-5, 1) for m in (1, 3)] + [10.0]
+    assert list(LR_GRID) == pytest.approx(expected)
+
+
+def test_diverged_runs_are_infinite() -> None:
+    evaluation = Evaluation(replace(NOTHING_LEARNED, baselines=("sgd",)))
+    spec = RunSpec("quadratic", evaluation.contestants[0], 10.0, "test", 0, 100)
+    run = evaluate_module.run(spec, DataOptions())
+    first = run.losses.index(math.inf)
+    assert 0 < first < 100
+    assert run.losses[first:] == [math.inf] * (100 - first)
+    assert run.seconds == math.inf
+    assert run.test == {}
+
+
+def test_a_diverged_optimizer_is_never_best(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    def losses(spec: RunSpec) -> list[float]:
+        if spec.optimizer.label == "sgd" and spec.phase == "test" and spec.seed == 1:
+            return [0.0] * 10 + [math.inf] * 10
+        return [0.1 if spec.optimizer.label == "sgd" else 7.0] * 20
+
+    scripted(losses)
+    config = replace(NOTHING_LEARNED, output=tmp_path)
+    summary = Evaluation(config).execute()
+    cell = summary["tasks"]["quadratic"]["horizons"]["20"]
+    assert cell["best_baseline"] == "adam"
+    row = cell["optimizers"]["sgd"]
+    assert row["diverged"] == 1
+    assert row["sum"]["mean"] is None
+    assert row["ratio"]["mean"] is None
+    assert row["steps_to_best"] == 1  # the median is the seed that lived
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert "NaN" not in (tmp_path / "runs.jsonl").read_text()
+    assert "| 1 diverged (lr 1e-05) | **140.0 ± 0.0 (lr 1e-05)** |" in markdown(summary)
+    # With nobody alive there is nothing to compare with, and still a table and a plot.
+    scripted(lambda spec: [math.inf] * 20)
+    summary = Evaluation(replace(config, output=tmp_path / "all")).execute()
+    assert summary["tasks"]["quadratic"]["horizons"]["20"]["best_baseline"] is None
+    assert len(write_report(summary, tmp_path / "all")) == 2
+
+
+# ---- the log of runs
+
+
+def test_second_evaluation_performs_no_run(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    config = replace(NOTHING_LEARNED, output=tmp_path)
+    first = Evaluation(config).execute()
+    asked = scripted(lambda spec: pytest.fail("a run that is in the log"))
+    assert Evaluation(config).execute() == first
+    assert asked == []
+    with pytest.raises(pytest.fail.Exception):  # more seeds are new runs
+        Evaluation(replace(config, seeds=3)).execute()
+
+
+def test_a_line_cut_short_is_done_again(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    config = replace(NOTHING_LEARNED, output=tmp_path)
+    first = Evaluation(config).execute()
+    log = tmp_path / "runs.jsonl"
+    whole = log.read_text()
+    log.write_text(whole[:-25])
+    real_losses = {entry["key"]: entry["losses"] for entry in map(json.loads, whole.splitlines())}
+    asked = scripted(lambda spec: real_losses[spec.key])
+    summary = Evaluation(config).execute()
+    assert [spec.key for spec in asked] == [json.loads(whole.splitlines()[-1])["key"]]
+    assert (
+        without_times(summary)["tasks"]["quadratic"]["horizons"]["20"]["optimizers"]["adam"]["sum"]
+        == first["tasks"]["quadratic"]["horizons"]["20"]["optimizers"]["adam"]["sum"]
+    )
+    # The run done again stands on a line of its own: a third evaluation has nothing to do.
+    asked.clear()
+    Evaluation(config).execute()
+    assert asked == []
+
+
+def test_retrained_checkpoint_is_run_again(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    path = tmp_path / "rule.safetensors"
+    rule = random_rule("lstm")
+    save_rule(rule, path)
+    asked = scripted(lambda spec: [1.0] * 20)
+    config = replace(NOTHING_LEARNED, checkpoints=(str(path),), output=tmp_path / "out")
+    Evaluation(config).execute()
+    before = len(asked)
+    with torch.no_grad():
+        rule.readout.bias.add_(1e-3)
+    save_rule(rule, path)
+    Evaluation(config).execute()
+    assert [(s.optimizer.kind, s.phase, s.seed) for s in asked[before:]] == [
+        ("learned", "test", 0),
+        ("learned", "test", 1),
+    ]
+    # The same weights in another place are known again.
+    before = len(asked)
+    moved = path.rename(tmp_path / "moved.safetensors")
+    summary = Evaluation(replace(config, checkpoints=(str(moved),))).execute()
+    assert len(asked) == before
+    assert summary["protocol"]["checkpoints"] == {"moved": rule.fingerprint()}
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_same_figures(adam_checkpoint: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(
+        checkpoints=(str(adam_checkpoint),), tasks=("digits",), baselines=("sgd",), horizons=(10,),
+        seeds=2, tuning_seeds=1, output=tmp_path / "one",
+    )  # fmt: skip
+    one = Evaluation(config).execute()
+    reports: list[tuple[int, int, str]] = []
+    two = Evaluation(
+        replace(config, workers=2, output=tmp_path / "two"), lambda *report: reports.append(report)
+    ).execute()
+    assert without_times(two) == without_times(one)
+    assert reports[0] == (0, len(LR_GRID), "tuning")
+    assert reports[-1] == (4, 4, "testing")
+
+
+# ---- labels and errors
+
+
+def test_labels(tmp_path: Path) -> None:
+    """A stem where it is unambiguous, else the path as given."""
+    for name in ("a/best", "b/best", "c/rule", "d/adam"):
+        (tmp_path / name).parent.mkdir()
+        save_rule(random_rule("lstm"), tmp_path / f"{name}.safetensors")
+    save_rule(random_rule("lstm"), tmp_path / "folder" / "model.safetensors")
+    given = [str(tmp_path / f"{name}.safetensors") for name in ("a/best", "b/best", "c/rule")]
+    given += [str(tmp_path / "d" / "adam.safetensors"), str(tmp_path / "folder")]
+    found = evaluate_module.contestants(given, ["sgd", "adam"])
+    assert [c.label for c in found] == [
+        given[0],
+        given[1],
+        "rule",
+        given[3],
+        "folder",
+        "sgd",
+        "adam",
+    ]
+    assert [c.kind for c in found] == ["learned"] * 5 + ["baseline"] * 2
+    assert len({c.identity for c in found}) == 3  # five files of one rule, and two baselines
+
+
+def test_errors_come_before_any_run(
+    scripted: Callable[[Losses], list[RunSpec]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = scripted(lambda spec: pytest.fail("a run before the error"))
+    config = replace(NOTHING_LEARNED, output=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"unknown task 'nonesuch'; known: .*quadratic"):
+        Evaluation(replace(config, tasks=("quadratic", "nonesuch"))).execute()
+    with pytest.raises(ValueError, match=r"unknown baseline 'adan'; known: adam, .*sgd"):
+        Evaluation(replace(config, baselines=("sgd", "adan"))).execute()
+    with pytest.raises(ValueError, match=r"unknown checkpoint 'nonesuch'; known: "):
+        Evaluation(replace(config, checkpoints=("nonesuch",))).execute()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file at .*gone\.safetensors"):
+        Evaluation(replace(config, checkpoints=(str(tmp_path / "gone.safetensors"),))).execute()
+    options = DataOptions(tmp_path / "empty", download=False)
+    with pytest.raises(
+        FileNotFoundError, match=r"no mnist images under .*empty and downloading is"
+    ):
+        Evaluation(replace(config, tasks=("quadratic", "mnist"), data=options)).execute()
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(ImportError, match=r"pip install 'learned-optim\[baselines\]'"):
+        Evaluation(replace(config, baselines=("schedulefree",))).execute()
+    assert asked == []
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ()}, "at least one task"),
+        ({"baselines": ()}, "at least one task, one horizon and one optimizer"),
+        ({"horizons": (5,)}, "horizons must be at least 10, got"),
+        ({"seeds": 1}, "seeds must be at least 2"),
+        ({"tuning_seeds": 0}, "tuning_seeds at least 1"),
+        ({"tasks": ("digits", "digits")}, "tasks names something twice: digits, digits"),
+    ],
+)
+def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(NOTHING_LEARNED, **changes)
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_every_baseline_descends(name: str) -> None:
+    """Half a square from 1: a smaller loss after ten steps at lr 0.1, and a first step by hand."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = make_baseline(name, [param], 0.1)
+    for step in range(10):
+        optimizer.zero_grad()
+        (0.5 * param.square().sum()).backward()
+        optimizer.step()
+        if step == 0 and name in ("sgd", "nesterov", "adam"):
+            # SGD moves by lr, Nesterov by lr * (1 + 0.9), Adam's first step is lr whatever g is.
+            moved = {"sgd": 0.1, "nesterov": 0.19, "adam": 0.1}[name]
+            assert param[0].item() == pytest.approx(1.0 - moved, abs=1e-6)
+    assert param.abs().max() < 0.9
+
+
+# ---- reports
+
+
+def test_report_files(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> None:
+    factor = {"rule": 1.0, "sgd": 2.0, "adam": 4.0}
+    scripted(
+        lambda spec: [
+            factor[spec.optimizer.label] * (2.0 * 0.9**t + 0.01 * spec.seed) for t in range(20)
+        ]
+    )
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+    config = replace(
+        NOTHING_LEARNED, checkpoints=(str(path),), tasks=("quadratic", "digits"),
+        horizons=(10, 20), output=tmp_path / "out",
+    )  # fmt: skip
+    written = write_report(Evaluation(config).execute(), config.output)
+    assert [p.name for p in written] == [
+        "table.md", "quadratic-10.png", "quadratic-20.png", "digits-10.png", "digits-20.png",
+    ]  # fmt: skip
+    for image_path in written[1:]:
+        with Image.open(image_path) as image:
+            image.load()
+            assert image.format == "PNG"
+            assert image.width >= 800
+            colours = image.convert("RGB").getcolors(1 << 20)
+            # All three curves are there, in their own colours.
+            drawn = {colour for count, colour in colours or [] if count > 20}
+            assert {(0, 114, 178), (230, 159, 0), (0, 158, 115)} <= drawn
+    lines = written[0].read_text().splitlines()
+    overview = lines.index("## Summed loss over 20 steps")
+    assert lines[overview + 2] == "| task | rule | rule / best baseline | sgd | adam |"
+    # Two seeds 0.2 apart in the sum: 20 (1 - 0.9^20) + 0.1 = 17.7, half of it 12.7062 * 0.1.
+    assert lines[overview + 4] == (
+        "| quadratic | 17.7 ± 1.3 | **0.50 [0.50, 0.50]** | **35.3 ± 2.5 (lr 1e-05)** "
+        "| 70.7 ± 5.1 (lr 1e-05) |"
+    )
+
+
+def test_axis_has_plain_numbers() -> None:
+    from matplotlib.figure import Figure
+
+    from learned_optim.meta.report import _set_log_axis
+
+    figure = Figure()
+    axes = figure.add_subplot()
+    row = {"curve": {"step": [0, 1], "mean": [2.3, 0.05], "half": [0.0, 0.0]}}
+    axes.plot([0, 1], [2.3, 0.05])
+    _set_log_axis(axes, {"adam": row})
+    low, high = axes.get_ylim()
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    shown = [x for x in axes.get_yticks() if low <= x <= high]
+    assert shown == pytest.approx([0.05, 0.1, 0.2, 0.5, 1.0, 2.0])
+    assert {"0.1", "0.5", "1", "2"} <= set(labels)
+    assert not any(axes.get_yminorticklabels()[i].get_text() for i in range(3))
+
+
+def test_table() -> None:
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+# ---- the fast tier: real training, pinned figures
+
+
+@pytest.mark.parametrize(
+    ("task", "best", "pinned"),
+    [
+        (
+            "quadratic",
+            "nesterov",
+            {"nesterov": (0.01, 41.65), "rmsprop": (0.03, 59.41), "adam": (0.3, 73.15)},
+        ),
+        (
+            "digits",
+            "rmsprop",
+            {"nesterov": (1.0, 98.64), "rmsprop": (0.03, 70.28), "adam": (0.03, 87.33)},
+        ),
+    ],
+)
+def test_fast_tier(
+    task: str, best: str, pinned: dict[str, tuple[float, float]], tmp_path: Path
+) -> None:
+    config = EvaluateConfig(
+        checkpoints=(), tasks=(task,), baselines=("nesterov", "rmsprop", "adam"), horizons=(50,),
+        seeds=2, tuning_seeds=1, output=tmp_path,
+    )  # fmt: skip
+    cell = Evaluation(config).execute()["tasks"][task]["horizons"]["50"]
+    assert cell["best_baseline"] == best
+    for name, (lr, summed) in pinned.items():
+        row = cell["optimizers"][name]
+        assert row["lr"] == lr
+        assert row["sum"]["mean"] == pytest.approx(summed, rel=0.02)
