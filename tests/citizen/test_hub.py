@@ -16,6 +16,8 @@ from torch import zeros
 
 from learned_optim import model_card, push_to_hub, save_rule
 from learned_optim.checkpoint import FORMAT_VERSION
+from learned_optim.hub import _plot_curves
+from learned_optim.meta import EvaluateConfig, Evaluation
 from learned_optim.rules import UpdateRule
 
 from .common import descending_lstm, make_rule
@@ -226,30 +228,6 @@ def test_push_then_load_in_another_process(tmp_path: Path) -> None:
             assert record == RECORD
 
 
-def summary() -> dict[str, Any]:
-    """An evaluation of one task in the form that ``learned-optim evaluate`` writes."""
-
-    def row(kind: str, mean: float) -> dict[str, Any]:
-        interval = {"mean": mean, "half": 1.5}
-        return {
-            "kind": kind, "lr": 1.0, "sum": interval, "last": {"mean": 0.25, "half": 0.01},
-            "curve": {"step": [0, 100, 200], "mean": [2.3, 0.5, 0.25], "half": [0.1, 0.1, 0.1]},
-            "test": {}, "steps_to_best": 150.0,
-            "ratio": {"mean": mean / 80.0, "low": 0.5, "high": 0.7} if kind == "learned" else None,
-        }  # fmt: skip
-
-    optimizers = {"mine": row("learned", 48.0), "adam": row("baseline", 80.0)}
-    return {
-        "protocol": {
-            "seeds": 10, "tuning_seeds": 3, "horizons": [200],
-            "checkpoints": ["mine"], "baselines": ["adam"],
-        },
-        "tasks": {
-            "mnist": {"horizons": {"200": {"optimizers": optimizers, "best_baseline": "adam"}}}
-        },
-    }  # fmt: skip
-
-
 def test_the_card_states_the_record() -> None:
     card = model_card(descending_lstm(), "user/mine", record=RECORD)
     head, body = card.removeprefix("---\n").split("\n---\n")
@@ -279,19 +257,29 @@ def test_the_card_admits_what_is_not_known() -> None:
 
 
 def test_the_card_shows_an_evaluation_with_its_curves(tmp_path: Path) -> None:
-    """The pushed folder holds the images that the card refers to."""
-    from learned_optim.hub import _plot_curves
-
-    curves = _plot_curves(summary(), tmp_path)
-    assert curves == ["mnist-200.png"]
-    assert (tmp_path / "mnist-200.png").read_bytes().startswith(b"\x89PNG")
-    card = model_card(
-        descending_lstm(), "user/mine", record=RECORD, evaluation=summary(), curves=curves
+    """From a real evaluation, small; the pushed folder holds the images that the card shows."""
+    save_rule(descending_lstm(), tmp_path / "mine.safetensors")
+    config = EvaluateConfig(
+        checkpoints=(str(tmp_path / "mine.safetensors"),),
+        tasks=("quadratic",),
+        baselines=("sgd",),
+        horizons=(10, 20),
+        seeds=2,
+        tuning_seeds=1,
+        output=tmp_path / "evaluation",
     )
-    assert "48.0 ± 1.5" in card
-    assert "### Summed loss over 200 steps" in card
-    assert "![Learning curves: mnist-200](mnist-200.png)" in card
-    assert "tested on runs of 200;" in card
+    summary = Evaluation(config).execute()
+    curves = _plot_curves(summary, tmp_path)
+    assert curves == ["quadratic-20.png"]
+    assert (tmp_path / "quadratic-20.png").read_bytes().startswith(b"\x89PNG")
+    card = model_card(
+        descending_lstm(), "user/mine", record=RECORD, evaluation=summary, curves=curves
+    )
+    mean = summary["tasks"]["quadratic"]["horizons"]["20"]["optimizers"]["mine"]["sum"]["mean"]
+    assert f"{mean:.1f} ± " in card
+    assert "### Summed loss over 20 steps" in card
+    assert "![Learning curves: quadratic-20](quadratic-20.png)" in card
+    assert "trained on runs of 100 steps and tested on runs of 20;" in card.lower()
 
 
 def test_a_task_mixture_is_listed_on_the_card() -> None:
