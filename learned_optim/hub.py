@@ -345,24 +345,40 @@ def _results(record: dict[str, Any], evaluation: dict[str, Any] | None, curves: 
         # The report's headings go one level down, under the card's own.
         parts.append(re.sub(r"^#", "##", markdown(evaluation).strip(), flags=re.MULTILINE))
     parts += [f"![Learning curves: {Path(curve).stem}]({curve})" for curve in curves]
+    recipe = record.get("recipe") or {}
+    kind = recipe.get("validation_mean", "arithmetic")
     figures = []
     if _is_number(record, "validation"):
-        figures.append(("validation", f"{record['validation']:.4g}", ""))
+        figures.append(("validation", kind, f"{record['validation']:.4g}", ""))
     test = record.get("test")
-    if isinstance(test, dict) and _is_number(test, "mean"):
-        spread = f"{test['std']:.4g}" if _is_number(test, "std") else ""
-        figures.append((f"test, {test.get('runs', '?')} fresh runs", f"{test['mean']:.4g}", spread))
+    if isinstance(test, dict):
+        runs = f"test, {test.get('runs', '?')} fresh runs"
+        if _is_number(test, "mean"):
+            spread = f"{test['std']:.4g}" if _is_number(test, "std") else ""
+            figures.append((runs, "arithmetic", f"{test['mean']:.4g}", spread))
+        if _is_number(test, "geometric_mean") and kind == "geometric":
+            figures.append((runs, kind, f"{test['geometric_mean']:.4g}", ""))
     if figures:
-        rows = ["| loss summed over the horizon | mean | standard deviation |", "|---|---|---|"]
+        steps = _tested_horizon(record)
+        summed = f"loss summed over {steps:,} steps" if steps else "summed loss"
+        rows = [f"| {summed} | mean | value | standard deviation |", "|---|---|---|---|"]
         parts.append("\n".join([*rows, *(f"| {' | '.join(row)} |" for row in figures)]))
     return "\n\n".join(parts) or "None was recorded."
 
 
+def _tested_horizon(record: dict[str, Any]) -> int | None:
+    """Inner steps of the runs behind the record's figures, if it says."""
+    recipe = record.get("recipe") or {}
+    return recipe.get("validation_horizon") or recipe.get("horizon")
+
+
 def _limits(rule: UpdateRule, record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     recipe = record.get("recipe") or {}
-    trained = f"{recipe['horizon']:,}" if _is_number(recipe, "horizon") else "an unknown number of"
+    unknown = "an unknown number of"
+    trained = f"{recipe['horizon']:,}" if _is_number(recipe, "horizon") else unknown
     horizons = evaluation["protocol"]["horizons"] if evaluation else []
-    tested = f"{max(horizons):,}" if horizons else trained
+    longest = max([*horizons, _tested_horizon(record) or 0])
+    tested = f"{longest:,}" if longest else unknown
     state = rule.init_state(torch.zeros(64, 64)).values()
     size = sum(entry.numel() * entry.element_size() for entry in state if entry.dim() > 1) / 64**2
     rows = [
