@@ -127,7 +127,7 @@ def _run_training(config: TrainConfig) -> int:
     try:
         trainer = MetaTrainer(config.recipe, config.folder, config.data, config.tensorboard)
         first = trainer.rank == 0
-        bar = _bar("meta-training") if first else nullcontext()
+        bar = ProgressBar("meta-training") if first else nullcontext()
         with bar as show:
 
             def on_run(epoch: int, run: int, meta_loss: float) -> None:
@@ -159,7 +159,7 @@ def _evaluate(args: list[str]) -> int:
         prog="learned-optim evaluate",
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    with _bar("evaluation") as show:
+    with ProgressBar("evaluation") as show:
         summary = Evaluation(config, show).execute()
     print(markdown(summary))
     for path in write_report(summary, config.output):
@@ -167,7 +167,7 @@ def _evaluate(args: list[str]) -> int:
     return 0
 
 
-class _bar:
+class ProgressBar:
     """A progress bar over ``(done, total, what)`` reports, on standard error."""
 
     def __init__(self, title: str) -> None:

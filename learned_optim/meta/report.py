@@ -42,7 +42,7 @@ def _overview(summary: dict[str, Any], horizon: int) -> str:
             [
                 task,
                 *(_sum(cell["optimizers"][name]) for name in learned),
-                *(_ratio(cell["optimizers"][name].get("ratio")) for name in learned),
+                *(ratio_text(cell["optimizers"][name].get("ratio")) for name in learned),
                 *(
                     _with_lr(cell["optimizers"][name], name == cell["best_baseline"])
                     for name in baselines
@@ -69,12 +69,12 @@ def _detail(horizon: str, cell: dict[str, Any]) -> str:
                 f"**{name}**" if row["kind"] == "learned" else name,
                 f"{row['lr']:g}",
                 _sum(row),
-                _value(row["last"], 3),
+                value_text(row["last"], 3),
                 f"{final['lr']:g}" if final else "",
-                _value(final["last"], 3) if final else "",
-                *(_value(row["test"].get(test), 3) for test in tests),
-                *([_value(row.get("worst_after_1000"), 3)] * long),
-                _value(row["milliseconds_per_step"], 2),
+                value_text(final["last"], 3) if final else "",
+                *(value_text(row["test"].get(test), 3) for test in tests),
+                *([value_text(row.get("worst_after_1000"), 3)] * long),
+                value_text(row["milliseconds_per_step"], 2),
                 _steps(row),
             ]
         )
@@ -83,7 +83,7 @@ def _detail(horizon: str, cell: dict[str, Any]) -> str:
 
 def _sum(row: dict[str, Any]) -> str:
     """The summed loss, or on how many seeds the optimizer diverged."""
-    return f"{row['diverged']} diverged" if row["diverged"] else _value(row["sum"])
+    return f"{row['diverged']} diverged" if row["diverged"] else value_text(row["sum"])
 
 
 def _steps(row: dict[str, Any]) -> str:
@@ -100,13 +100,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _value(interval: dict[str, Any] | None, digits: int = 1) -> str:
+def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
     if interval is None or interval["mean"] is None:
         return "diverged"
     return f"{interval['mean']:.{digits}f} ± {interval['half'] or 0.0:.{digits}f}"
 
 
-def _ratio(ratio: dict[str, Any] | None) -> str:
+def ratio_text(ratio: dict[str, Any] | None) -> str:
     if ratio is None:
         return ""
     if ratio["mean"] is None:

@@ -53,6 +53,6 @@ def image_convnet(
 FAMILIES = {
     "mnist-cnn": partial(image_convnet, "mnist", (8, 16), False),
     "mnist-cnn-bn": partial(image_convnet, "mnist", (8, 16), True),
-    "cifar10-cnn": partial(image_convnet, "cifar10", (16, 32), False),
-    "cifar10-cnn-bn": partial(image_convnet, "cifar10", (16, 32), True),
+    "cifar10-cnn": partial(image_convnet, "cifar10", (8, 16), False),
+    "cifar10-cnn-bn": partial(image_convnet, "cifar10", (8, 16), True),
 }

@@ -20,6 +20,8 @@ from learned_optim.meta.tasks._base import Batch, FixedTask, ModuleTask, TaskFam
 LENGTH = 64
 BATCH_SIZE = 16
 
+GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 @lru_cache(maxsize=2)
 def read_text(path: Path | None) -> tuple[Tensor, int]:
@@ -54,7 +56,7 @@ class GRUModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         # nn.GRU caches its weights and would miss functional_call's: the functional form does not.
         gru = self.gru
-        weights = [gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0]
+        weights: list[Tensor] = [getattr(gru, f"{name}_l0") for name in GRU_WEIGHTS]
         start = torch.zeros(1, len(tokens), gru.hidden_size)
         states, _ = torch.gru(
             self.embed(tokens), start, weights, True, 1, 0.0, self.training, False, True
@@ -107,7 +109,7 @@ def char_lm(model: Callable[[int], nn.Module], options: TaskOptions) -> TaskFami
     train, held_out = tokens[:cut], tokens[cut:]
     window = torch.arange(LENGTH + 1)
 
-    def sequences(text: Tensor, starts: Tensor) -> Batch:
+    def sequences(text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         chunk = text[starts[:, None] + window]  # (batch, LENGTH + 1)
         return chunk[:, :-1], chunk[:, 1:]
 
@@ -115,7 +117,7 @@ def char_lm(model: Callable[[int], nn.Module], options: TaskOptions) -> TaskFami
         starts = torch.randint(len(train) - LENGTH, (BATCH_SIZE,), generator=generator)
         return sequences(train, starts)
 
-    def tests() -> Batch:
+    def tests() -> tuple[Tensor, Tensor]:
         return sequences(held_out, torch.arange(0, len(held_out) - LENGTH, LENGTH))
 
     def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
