@@ -1,6 +1,7 @@
 """Learned optimizers: update rules trained by gradient descent, used like ``torch.optim``."""
 
 from learned_optim.checkpoint import CheckpointError, save_rule
+from learned_optim.hub import model_card, push_to_hub
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.pretrained import list_pretrained, load_record, load_rule
 from learned_optim.rules import UpdateRule
@@ -15,5 +16,7 @@ __all__ = [
     "list_pretrained",
     "load_record",
     "load_rule",
+    "model_card",
+    "push_to_hub",
     "save_rule",
 ]

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -15,12 +16,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import State, UpdateRule
+from learned_optim.rules._shards import is_sharded, shards_of
 
 # A learning rate from Adam's world: kept by keyword, it would scale every learned update by it.
 SUSPICIOUS_LR = 0.01
 
 # Weight decay is in AdamW's units: at lr = 1 it shrinks as AdamW does at its usual lr of 1e-3.
 DECAY_UNIT = 1e-3
+
+# Finite gradients are cut off here: their squares, which many rules average, fit into float32 even
+# when summed over a tensor of two thousand million coordinates.
+LARGEST_GRAD = 2.0**48
 
 
 class LearnedOptimizer(Optimizer):
@@ -34,20 +40,28 @@ class LearnedOptimizer(Optimizer):
             checkpoint file or folder, a Hub id ``"user/repo"`` (optionally ``"@revision"``), or
             an :class:`~learned_optim.rules.UpdateRule` (which is copied).
         lr: multiplier of the learned update, a float or a tensor of one element. 1.0 is what the
-            rule was trained for; the learning rates of other optimizers do not carry over.
+            rule was trained for; the learning rates of other optimizers do not carry over. At 0
+            a group is frozen: missing state is created, and nothing else changes.
         weight_decay: decoupled, in AdamW's units: at ``lr=1`` a value shrinks the parameters as
             it does in ``AdamW(lr=1e-3)``.
         maximize: maximize the objective instead of minimizing it.
-        state_dtype: dtype of the rule's per-parameter state; ``None`` keeps the rule's (float32).
-            ``torch.bfloat16`` halves the memory.
+        state_dtype: dtype of per-coordinate state: float32, float64, bfloat16 (half the memory),
+            or ``None`` for the rule's own (float32). Per-tensor state keeps the rule's.
+
+    Parameters may be float64, float32, bfloat16, float16 or complex (seen as pairs of reals), on
+    any device, dense or sharded (DTensor). State of a parameter of shape ``S`` is ``step``, of
+    shape ``()``, and the rule's entries: ``(*S, k)`` per coordinate, sharded like the parameter,
+    or ``()`` and ``(k,)`` per tensor.
 
     A gradient entry that is NaN or infinite counts as zero, so that one bad batch poisons neither
-    the parameters nor the recurrent state.
+    the parameters nor the recurrent state; finite ones are cut off at 2^48.
 
     Raises:
         TypeError: a learning rate in the place of the rule (``LearnedOptimizer(params, 1e-3)``).
-        ValueError: a negative learning rate or weight decay, an unknown checkpoint name, or an
-            empty parameter list.
+        ValueError: a negative or non-finite learning rate or weight decay, another state dtype,
+            an unknown checkpoint name, or an empty parameter list.
+        FileNotFoundError: a checkpoint file or Hub repository that is not there.
+        CheckpointError: a checkpoint that is damaged, foreign or of a newer format.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -72,8 +86,12 @@ class LearnedOptimizer(Optimizer):
                 f"was Adam's learning rate, leave it out: LearnedOptimizer(params) needs none "
                 f"(lr=1.0 is a multiplier of the learned update)"
             )
-        if state_dtype is not None and not state_dtype.is_floating_point:
-            raise ValueError(f"state_dtype must be a floating point dtype, got {state_dtype}")
+        if state_dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(
+                f"state_dtype must be a floating point dtype, got {state_dtype}: one of "
+                f"torch.float32, torch.float64 and torch.bfloat16 (float16's range is too short "
+                f"for running moments)"
+            )
         loaded = copy.deepcopy(rule) if isinstance(rule, UpdateRule) else load_rule(rule)
         self.rule = loaded.requires_grad_(False).eval()
         self.state_dtype = state_dtype
@@ -114,7 +132,8 @@ class LearnedOptimizer(Optimizer):
 
         Args:
             closure: recomputes the loss and its gradients and returns the loss. Needed by rules
-                that read the loss, optional otherwise.
+                that read the loss, optional otherwise. Under data parallelism such rules need
+                the mean loss of all ranks, or the replicas drift apart.
 
         Returns:
             The closure's loss, or ``None``.
@@ -133,49 +152,77 @@ class LearnedOptimizer(Optimizer):
                 f"step(closure) with a closure that returns it"
             )
         for group in self.param_groups:
+            self._init_group(group)
+            if _known_zero(group["lr"]):
+                continue
             for param in group["params"]:
                 if param.grad is not None:
                     self._update(param, group, loss)
         return loss
 
-    def _update(self, param: Tensor, group: dict[str, Any], loss: float | Tensor | None) -> None:
-        grad = param.grad
-        assert grad is not None
-        if grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"LearnedOptimizer does not support sparse gradients, and a parameter of shape "
-                f"{tuple(param.shape)} has one of layout {grad.layout}: use sparse=False in the "
-                f"embedding, or give that parameter to torch.optim.SparseAdam"
-            )
-        state = self.state[param]
-        if torch.is_complex(param):
-            param, grad = torch.view_as_real(param), torch.view_as_real(grad)
-        rule = self._rule_on(param.device)
-        if "step" not in state:
-            state.update(self._init_state(rule, param))
-        # NaN and infinity read as "nothing known about this coordinate", without a host sync.
-        grad = torch.nan_to_num(grad.to(rule.dtype), nan=0.0, posinf=0.0, neginf=0.0)
-        if group["maximize"]:
-            grad = grad.neg()
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        if weight_decay != 0:
-            param.mul_(1.0 - DECAY_UNIT * lr * weight_decay)
-        seen_loss = None
-        if rule.needs_loss:
-            seen_loss = torch.as_tensor(loss, dtype=rule.dtype, device=param.device)
-        rule_state = {key: value for key, value in state.items() if key != "step"}
-        update = rule.update_(grad, rule_state, param.to(rule.dtype), seen_loss)
-        state["step"] += 1
-        if isinstance(lr, Tensor):
-            param.add_(update * lr.to(update.device))
-        else:
-            param.add_(update, alpha=lr)
+    def _init_group(self, group: dict[str, Any]) -> None:
+        """Create missing state. torch.compile runs a method of this name instead of tracing it."""
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"LearnedOptimizer does not support sparse gradients, and a parameter of shape "
+                    f"{tuple(param.shape)} has one of layout {param.grad.layout}: use sparse=False "
+                    f"in the embedding, or give that parameter to torch.optim.SparseAdam"
+                )
+            state = self.state[param]
+            if "step" not in state:
+                state.update(self._init_state(param))
+            self._rule_on(param.device)
 
-    def _init_state(self, rule: UpdateRule, param: Tensor) -> State:
+    def _update(self, param: Tensor, group: dict[str, Any], loss: float | Tensor | None) -> None:
+        rule = self._rule_on(param.device)
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        grad, state = param.grad, self.state[param]
+        assert grad is not None
+        with _whole_tensor(param):
+            if is_sharded(param):
+                grad = _local_grad(grad, param)
+                state = {key: _local(value) for key, value in state.items()}
+            param, grad = _real(_local(param)), _real(grad)
+            # NaN and infinity read as "nothing known about this coordinate", and what is finite
+            # stays small enough to be squared; neither asks the device.
+            grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0).to(rule.dtype)
+            grad.clamp_(-LARGEST_GRAD, LARGEST_GRAD)
+            if group["maximize"]:
+                grad = grad.neg()
+            if isinstance(lr, Tensor):
+                lr = lr.to(param.device).reshape(())
+            if weight_decay != 0:
+                param.mul_(1.0 - DECAY_UNIT * lr * weight_decay)
+            seen_loss = None
+            if rule.needs_loss:
+                seen_loss = torch.as_tensor(loss, dtype=rule.dtype, device=param.device)
+                seen_loss = torch.nan_to_num(seen_loss, nan=0.0, posinf=0.0, neginf=0.0)
+            # Where only the device knows whether lr is zero, the state before may be needed.
+            asking_costs = isinstance(group["lr"], Tensor) and not _readable(group["lr"])
+            before = {k: v.clone() for k, v in state.items()} if asking_costs else {}
+            rule_state = {key: value for key, value in state.items() if key != "step"}
+            update = rule.update_(grad, rule_state, param.to(rule.dtype), seen_loss)
+            state["step"] += 1
+            for key, value in before.items():
+                state[key].copy_(torch.where(lr != 0, state[key], value))
+            if isinstance(lr, Tensor) or torch.compiler.is_compiling():
+                param.add_(update * lr)
+            else:
+                param.add_(update, alpha=lr)
+
+    @torch.no_grad()
+    def _init_state(self, param: Tensor) -> State:
         """State before the first gradient: the count of steps, and what the rule keeps."""
-        state = rule.init_state(param)
-        if self.state_dtype is not None:
-            state = {key: value.to(self.state_dtype) for key, value in state.items()}
+        with _whole_tensor(param):
+            local = _real(_local(param))
+            state = self._rule_on(param.device).init_state(local)
+        for key, value in state.items():
+            if _per_coordinate(value, local.shape):
+                value = value.to(self.state_dtype or value.dtype)
+                state[key] = _shard_like(param, value) if is_sharded(param) else value
         return {"step": torch.zeros((), dtype=torch.float32, device=param.device), **state}
 
     def _rule_on(self, device: torch.device) -> UpdateRule:
@@ -203,7 +250,12 @@ class LearnedOptimizer(Optimizer):
         # torch casts floating state to the parameter's dtype, which would round the recurrent
         # state of half-precision parameters: the saved values are put back before any other hook.
         final: dict[str, Any] = {}
-        last = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+
+        def keep(_: Optimizer, loaded: dict[str, Any]) -> None:
+            self._check_state(loaded)
+            final.update(loaded)
+
+        last = self.register_load_state_dict_pre_hook(keep)
         first = self.register_load_state_dict_post_hook(
             lambda _: self._restore_state(final), prepend=True
         )
@@ -223,19 +275,34 @@ class LearnedOptimizer(Optimizer):
                 f"({self._identity['fingerprint']}): construct it with the same checkpoint"
             )
 
+    def _check_state(self, saved: dict[str, Any]) -> None:
+        """Refuse state that this optimizer's rule did not make, before any of it is loaded."""
+        own = [param for group in self.param_groups for param in group["params"]]
+        ids = [index for group in saved["param_groups"] for index in group["params"]]
+        for param, index in zip(own, ids, strict=False):  # torch's own check of lengths comes next
+            state = saved["state"].get(index)
+            if not state:
+                continue
+            fresh = self._init_state(param)
+            expected = {key: tuple(value.shape) for key, value in fresh.items()}
+            found = {k: tuple(v.shape) if isinstance(v, Tensor) else () for k, v in state.items()}
+            if found != expected:
+                raise ValueError(
+                    f"loaded state dict does not fit the update rule {self.rule.name!r}: for a "
+                    f"parameter of shape {tuple(param.shape)} it holds {found}, and the rule "
+                    f"keeps {expected}"
+                )
+
     def _restore_state(self, saved: dict[str, Any]) -> None:
         own = [param for group in self.param_groups for param in group["params"]]
         ids = [index for group in saved["param_groups"] for index in group["params"]]
         for param, index in zip(own, ids, strict=True):
             for key, value in saved["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    chosen = (
-                        self.state_dtype if key != "step" and value.is_floating_point() else None
-                    )
-                    value = value.detach().to(param.device, chosen or value.dtype, copy=True)
-                elif key == "step":
-                    value = torch.tensor(float(value), device=param.device)
-                self.state[param][key] = value
+                if not isinstance(value, Tensor):
+                    value = torch.tensor(float(value))
+                chosen = self.state_dtype if _per_coordinate(value, _real_shape(param)) else None
+                moved = value.detach().to(param.device, chosen or value.dtype, copy=True)
+                self.state[param][key] = moved
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps defaults, state and groups alone: the network would vanish in a copy.
@@ -252,3 +319,70 @@ class LearnedOptimizer(Optimizer):
     def __repr__(self) -> str:
         rule = f"{self._identity['name']} {self._identity['fingerprint']}"
         return super().__repr__().replace(" (\n", f" (\nUpdate rule: {rule}\n", 1)
+
+
+# ---- learning rates
+
+
+def _readable(lr: Tensor) -> bool:
+    """Whether the value can be read without waiting for a device or ending a compiled graph."""
+    return lr.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _known_zero(lr: float | Tensor) -> bool:
+    """Whether ``lr`` is zero, as far as that can be told for free."""
+    if isinstance(lr, Tensor):
+        return _readable(lr) and float(lr) == 0.0
+    return lr == 0.0
+
+
+# ---- views of one parameter: the shard at hand, and complex numbers as pairs of reals
+
+
+def _local(tensor: Any) -> Any:
+    """The local shard of a DTensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def _local_grad(grad: Any, param: Any) -> Tensor:
+    """The shard of the gradient that belongs to the local shard of the parameter."""
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad.to_local()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex tensors of shape ``S`` as real views of shape ``(*S, 2)``; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _whole_tensor(param: Tensor) -> AbstractContextManager[None]:
+    """The context in which a rule's per-tensor statistics speak of all of ``param``."""
+    if not is_sharded(param):
+        return nullcontext()
+    return shards_of(param, _real_shape(param))
+
+
+def _real_shape(param: Tensor) -> torch.Size:
+    """Shape of the whole parameter as the rule sees it."""
+    return torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
+
+
+def _per_coordinate(value: Tensor, shape: torch.Size) -> bool:
+    """Whether a state entry has shape ``(*shape, k)`` rather than ``()`` or ``(k,)``."""
+    return 0 < len(shape) == value.dim() - 1 and value.shape[:-1] == shape
+
+
+def _shard_like(param: Any, local: Tensor) -> Tensor:
+    """Per-coordinate state of the local shard as a DTensor cut the way ``param`` is."""
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((*param.shape, *local.shape[param.dim() :]))
+    return DTensor.from_local(
+        local,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )

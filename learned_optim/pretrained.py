@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+from learned_optim import hub
 from learned_optim._discovery import unknown_name
-from learned_optim.checkpoint import read_checkpoint
+from learned_optim.checkpoint import CheckpointError, read_checkpoint
 from learned_optim.rules import UpdateRule
-
-#: Name of the checkpoint file inside a folder or a Hub repository.
-CHECKPOINT_FILE = "model.safetensors"
 
 #: What ``LearnedOptimizer(params)`` uses.
 ALIASES = {"default": "mnist"}
-
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
 def _folder() -> Path:
@@ -33,7 +28,7 @@ def list_pretrained() -> list[str]:
     return sorted(names | {alias for alias, name in ALIASES.items() if name in names})
 
 
-def checkpoint_path(source: str | os.PathLike[str]) -> Path:
+def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = False) -> Path:
     """The checkpoint file behind a shipped name, a file, a folder or a Hub id.
 
     A shipped name never touches the network; ``user/repo`` or ``user/repo@revision`` does (or
@@ -41,54 +36,45 @@ def checkpoint_path(source: str | os.PathLike[str]) -> Path:
 
     Args:
         source: as for :func:`load_rule`.
+        local_files_only: as for :func:`load_rule`.
 
     Raises:
         ValueError: neither a shipped name nor an existing path nor a Hub id.
-        FileNotFoundError: a path that does not exist.
+        FileNotFoundError: a path that does not exist, or nothing to be had from the Hub.
+        CheckpointError: a Hub repository of something else.
     """
     text = os.fspath(source)
     if text in list_pretrained():
         return _folder() / f"{ALIASES.get(text, text)}.safetensors"
     path = Path(text).expanduser()
     if path.is_dir():
-        return path / CHECKPOINT_FILE
+        return path / hub.CHECKPOINT_FILE
     if path.exists() or path.suffix == ".safetensors" or not isinstance(source, str):
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint file at {path}")
         return path
-    if _HUB_ID.match(text):
-        return _download(text)
+    if hub.is_hub_id(text):
+        return hub.download(text, local_files_only=local_files_only)
     raise unknown_name("checkpoint", text, list_pretrained())
 
 
-def _download(hub_id: str) -> Path:
-    """The checkpoint file of a Hub repository, through the Hub's cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repo, _, revision = hub_id.partition("@")
-    try:
-        return Path(hf_hub_download(repo, CHECKPOINT_FILE, revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"no checkpoint {CHECKPOINT_FILE} from the Hub repository {hub_id!r}: {error}. "
-            f"If a shipped checkpoint was meant, there are: {', '.join(list_pretrained())}"
-        ) from error
-
-
-def load_rule(source: str | os.PathLike[str]) -> UpdateRule:
+def load_rule(source: str | os.PathLike[str], *, local_files_only: bool = False) -> UpdateRule:
     """Load an update rule.
 
     Args:
         source: a shipped name (:func:`list_pretrained`), a ``.safetensors`` file, a folder that
-            holds ``model.safetensors``, or a Hub id ``"user/repo"``, optionally ``"@revision"``.
+            holds ``model.safetensors``, or a Hub id ``"user/repo"``, optionally ``"@revision"``
+            (a branch, a tag or a commit).
+        local_files_only: take a Hub id from the local cache or fail, without any network access.
+            Setting ``HF_HUB_OFFLINE=1`` does the same for a whole process.
 
     Returns:
         The rule in evaluation mode.
 
     Raises:
         ValueError: unknown name; the message lists the shipped ones.
-        FileNotFoundError: no such file, or none to be had from the Hub.
+        FileNotFoundError: no such file, or none to be had from the Hub; the message tells a
+            missing repository from a missing revision, a missing file and a missing network.
         CheckpointError: the file is damaged, foreign or of a newer format.
 
     Example:
@@ -96,9 +82,23 @@ def load_rule(source: str | os.PathLike[str]) -> UpdateRule:
         >>> rule.name
         'lstm'
     """
-    return read_checkpoint(checkpoint_path(source))[0]
+    return _read(source, local_files_only)[0]
 
 
-def load_record(source: str | os.PathLike[str]) -> dict[str, Any]:
+def load_record(
+    source: str | os.PathLike[str], *, local_files_only: bool = False
+) -> dict[str, Any]:
     """How a checkpoint was made: recipe, seed, commit, figures. Arguments as :func:`load_rule`."""
-    return read_checkpoint(checkpoint_path(source))[1]
+    return _read(source, local_files_only)[1]
+
+
+def _read(
+    source: str | os.PathLike[str], local_files_only: bool
+) -> tuple[UpdateRule, dict[str, Any]]:
+    path = checkpoint_path(source, local_files_only=local_files_only)
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        if os.fspath(source) in str(error):
+            raise
+        raise CheckpointError(f"{os.fspath(source)!r}: {error}") from error

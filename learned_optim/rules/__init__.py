@@ -10,6 +10,7 @@ from learned_optim.rules._base import (
     rule_for,
     rule_names,
 )
+from learned_optim.rules._shards import whole_mean, whole_shape
 
 __all__ = [
     "RecurrentRule",
@@ -20,4 +21,6 @@ __all__ = [
     "rule_class",
     "rule_for",
     "rule_names",
+    "whole_mean",
+    "whole_shape",
 ]

@@ -105,7 +105,9 @@ class UpdateRule(nn.Module):
         path, which a test holds against :meth:`forward`.
         """
         with torch.no_grad():
-            update, new_state = self(grad, state, param, loss)
+            # Half-precision state is storage alone: the rule computes in its own dtype.
+            given = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in state.items()}
+            update, new_state = self(grad, given, param, loss)
             for key, value in new_state.items():
                 state[key].copy_(value)
         return update

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from learned_optim.rules._base import State
 
 
-class LSTMStack(nn.LSTM):
+class LSTMStack(nn.Module):
     """LSTM layers whose state is kept as ``hidden`` and ``cell``, layers side by side.
+
+    The parameters are named and drawn as those of ``nn.LSTM``, which is not a base class because
+    torch.compile traces no module that holds one.
 
     Args:
         inputs: features per coordinate.
@@ -23,7 +26,10 @@ class LSTMStack(nn.LSTM):
     STATE = ("hidden", "cell")
 
     def __init__(self, inputs: int, hidden_size: int, num_layers: int) -> None:
-        super().__init__(inputs, hidden_size, num_layers)
+        super().__init__()
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        for name, weight in nn.LSTM(inputs, hidden_size, num_layers).named_parameters():
+            self.register_parameter(name, nn.Parameter(weight.detach()))
         self._fast: _FastWeights | None = None
 
     def zero_state(self, param: Tensor, dtype: torch.dtype) -> State:
@@ -105,7 +111,7 @@ class LSTMStack(nn.LSTM):
         return w_ih, w_hh, b_ih, b_hh
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_fast": None}
+        return {**self.__dict__, "_fast": None}
 
 
 class _FastWeights:

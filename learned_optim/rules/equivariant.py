@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim.rules._base import RecurrentRule, RuleConfig, State
+from learned_optim.rules._shards import whole_mean, whole_shape
 from learned_optim.rules._stack import LSTMStack
 
 # Keeps 0 / 0 at 0. Gradients below it count as zero; it is far below any a float32 network has.
@@ -100,7 +101,8 @@ class EquivariantRule(RecurrentRule):
         s_fast, s_slow = fast / size, slow / size
         s_now = (grad / size).clamp(-3.0, 3.0)
 
-        mean_square = square.mean() + TINY**2
+        mean_square, *means = whole_mean(square, fast.square(), slow.square(), grad.square())
+        mean_square = mean_square + TINY**2
         scale, relative = tensor_scale(param)
         per_tensor = torch.stack(
             (
@@ -108,9 +110,7 @@ class EquivariantRule(RecurrentRule):
                 *_shape_features(param, count),
                 (count.clamp(max=10_000.0).log() - 4.0) / 4.0,
                 (-count / 10.0).exp(),
-                _log_ratio(fast.square().mean(), mean_square) / 4.0,
-                _log_ratio(slow.square().mean(), mean_square) / 4.0,
-                _log_ratio(grad.square().mean(), mean_square) / 4.0,
+                *(_log_ratio(mean, mean_square) / 4.0 for mean in means),
             )
         )
         per_coordinate = (
@@ -166,14 +166,14 @@ def tensor_scale(param: Tensor) -> tuple[Tensor, Tensor]:
         below -2.
     """
     natural = VECTOR_SCALE if param.dim() < 2 else _fan_in(param) ** -0.5
-    rms = (param.square().mean() + TINY).sqrt()  # differentiable at zero, too
+    rms = (whole_mean(param.square())[0] + TINY).sqrt()  # differentiable at zero, too
     relative = (rms / natural).clamp(min=math.exp(-8.0)).log() / 4.0
     return rms.clamp(min=natural), relative
 
 
 def _fan_in(param: Tensor) -> int:
     """Inputs per output, as torch counts them for linear and convolutional weights."""
-    return max(1, math.prod(param.shape[1:]))
+    return max(1, math.prod(whole_shape(param)[1:]))
 
 
 def _shape_features(param: Tensor, like: Tensor) -> list[Tensor]:

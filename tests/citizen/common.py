@@ -1,0 +1,127 @@
+"""Rules and small problems that all tests of the optimizer share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim import list_pretrained, load_rule
+from learned_optim.pretrained import ALIASES
+from learned_optim.rules import State, UpdateRule, rule_class, rule_names, whole_mean, whole_shape
+from learned_optim.rules.lstm import LSTMConfig, LSTMRule
+
+HANDMADE = ["adam", "rmsprop", "sgd"]
+SHIPPED = [f"checkpoint:{name}" for name in list_pretrained() if name not in ALIASES]
+#: Every registered rule, an LSTM that is known to descend, a rule with per-tensor statistics, and
+#: every shipped checkpoint.
+ALL_RULES = [*rule_names(), "lstm-descending", "normalized", *SHIPPED]
+#: Those of which it may be asked that a loss goes down.
+DESCENDING_RULES = [*HANDMADE, "lstm-descending", "normalized", *SHIPPED]
+
+# Every registered rule with per-tensor statistics must reduce them over shards.
+_WITH_STATISTICS = [name for name in rule_names() if not rule_class(name).coordinatewise]
+_SHARDED = ["lstm-descending", "adam", "normalized", *_WITH_STATISTICS]
+#: Which rules go through which scenario on two processes.
+SCENARIO_RULES = {
+    "ddp": ["lstm-descending", "normalized"],
+    "zero": ["lstm-descending", "normalized"],
+    "hybrid": ["lstm-descending", "normalized"],
+    "fsdp2": _SHARDED,
+    "checkpoints": _SHARDED,
+}
+
+
+def descending_lstm(step: float = 0.5) -> LSTMRule:
+    """An LSTM with weights set by hand: a momentum of the gradient's sign, zero for zero history.
+
+    Only unit 0 of either layer is alive. Its candidate gate reads the gradient's sign, or the unit
+    below; all gates stand at 1/2.
+    """
+    rule = LSTMRule(LSTMConfig())
+    size = rule.config.hidden_size
+    with torch.no_grad():
+        for weight in rule.parameters():
+            weight.zero_()
+        rule.lstm.weight_ih_l0[2 * size, 1] = 1.0
+        rule.lstm.weight_ih_l1[2 * size, 0] = 2.0
+        rule.readout.weight[0, 0] = -step
+    return rule
+
+
+class NormalizedRule(UpdateRule):
+    """A rule with per-tensor statistics and per-tensor state, for tests of sharding.
+
+    Steps along the gradient over its running root mean square in the whole tensor, in units of
+    the parameter's own root mean square or of 1/sqrt(fan-in), whichever is larger.
+    """
+
+    coordinatewise = False
+    zero_preserving = True
+
+    def init_state(self, param: Tensor) -> State:
+        return {
+            "momentum": torch.zeros_like(param, dtype=torch.float32).unsqueeze(-1),
+            "mean_square": torch.zeros(2, device=param.device),
+            "steps": torch.zeros((), device=param.device),
+        }
+
+    def forward(
+        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        squares = whole_mean(grad.square(), param.square())  # (2,)
+        mean_square = 0.8 * state["mean_square"] + 0.2 * squares
+        momentum = 0.5 * state["momentum"].squeeze(-1) + grad
+        fan_in = max(1, whole_shape(param)[1:].numel())
+        scale = squares[1].sqrt().clamp(min=0.1 / fan_in**0.5)
+        update = -0.1 * scale * momentum / (mean_square[0].sqrt() + 1e-8)
+        return update, {
+            "momentum": momentum.unsqueeze(-1),
+            "mean_square": mean_square,
+            "steps": state["steps"] + 1,
+        }
+
+
+def make_rule(name: str) -> UpdateRule:
+    """A rule by its name in :data:`ALL_RULES`; fresh weights are the same every time."""
+    if name == "lstm-descending":
+        return descending_lstm()
+    if name == "normalized":
+        return NormalizedRule()
+    if name.startswith("checkpoint:"):
+        return load_rule(name.removeprefix("checkpoint:"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return rule_class(name)()
+
+
+def small_net(seed: int = 0) -> nn.Sequential:
+    """5-8-3 with tanh; the same weights for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def small_batch(seed: int = 0, n: int = 16) -> tuple[Tensor, Tensor]:
+    """Inputs ``(n, 5)`` and learnable labels ``(n,)`` out of 3 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=generator)
+    return x, x[:, :3].argmax(1)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Plain full-batch training in the model's dtype; the losses before every step."""
+    x, y = small_batch()
+    x = x.to(next(model.parameters()).dtype)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All parameters of a model in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -1,0 +1,13 @@
+"""Runs a snippet of the documentation: ``python -m citizen.snippet_runner FILE CHECKPOINTS``."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import learned_optim.pretrained
+
+checkpoints = Path(sys.argv[2])
+learned_optim.pretrained._folder = lambda: checkpoints
+names = runpy.run_path(sys.argv[1])
+if names["losses"]:
+    assert names["losses"][-1] < names["losses"][0], names["losses"]

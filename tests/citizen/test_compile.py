@@ -1,0 +1,135 @@
+"""``torch.compile(opt.step)``: one graph, no break, no recompilation, the numbers of eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.testing import assert_close
+
+from learned_optim import LearnedOptimizer
+from learned_optim.rules import UpdateRule
+
+from .common import flat, make_rule
+
+STEPS = 50
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class CountingBackend:
+    """A backend of torch.compile that counts the graphs it is given."""
+
+    def __init__(self, name: str) -> None:
+        self._compile = lookup_backend(name)
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return self._compile(graph, inputs)
+
+
+def run(
+    rule: UpdateRule,
+    backend: CountingBackend | None,
+    lr: float | Tensor,
+    steps: int = STEPS,
+    **settings: Any,
+) -> tuple[Tensor, LearnedOptimizer]:
+    """Steps with a learning rate that changes in every one; a tensor is 0 in every third.
+
+    The gradients are drawn rather than computed: in training, a trained rule amplifies the last
+    bits in which compiled arithmetic differs.
+    """
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    opt = LearnedOptimizer(model.parameters(), rule, lr=lr, **settings)
+    step = opt.step if backend is None else torch.compile(opt.step, backend=backend, fullgraph=True)
+    for i in range(steps):
+        value = 0.0 if i % 3 == 2 and isinstance(lr, Tensor) else 1.0 - i / (2 * steps)
+        if isinstance(lr, Tensor):
+            opt.param_groups[0]["lr"].fill_(value)
+        else:
+            opt.param_groups[0]["lr"] = value
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        step()
+    return flat(model), opt
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=["state32", "state16"])
+def test_tensor_lr_is_one_graph_for_ever(rule: UpdateRule, state_dtype) -> None:
+    """From the very first step, in which the state is created, and through steps at lr = 0."""
+    settings = {"weight_decay": 0.1, "state_dtype": state_dtype}
+    backend = CountingBackend("aot_eager")
+    compiled, opt = run(rule, backend, torch.tensor(1.0), **settings)
+    assert backend.graphs == 1
+    eager, reference = run(rule, None, torch.tensor(1.0), **settings)
+    if state_dtype is None:
+        assert_close(compiled, eager, rtol=2e-5, atol=1e-5)
+    else:  # a last bit can turn the rounding of state to bfloat16, which has 8 bits
+        assert_close(compiled, eager, rtol=2e-2, atol=5e-3)
+    moved = STEPS - STEPS // 3
+    for a, b in zip(opt.state.values(), reference.state.values(), strict=True):
+        assert a["step"].item() == b["step"].item() == moved
+
+
+def test_float_lr_is_two_graphs_at_most(rule: UpdateRule) -> None:
+    """The second graph takes the learning rate as an input, and serves all later values."""
+    backend = CountingBackend("aot_eager")
+    compiled, _ = run(rule, backend, 1.0)
+    assert backend.graphs <= 2
+    eager, _ = run(rule, None, 1.0)
+    assert_close(compiled, eager, rtol=2e-5, atol=1e-5)
+
+
+def test_inductor_gives_eagers_numbers() -> None:
+    rule = make_rule("lstm-descending")
+    results = []
+    for compiled in (False, True):
+        param = nn.Parameter(torch.zeros(20))
+        opt = LearnedOptimizer([param], rule, lr=torch.tensor(1.0), weight_decay=0.1)
+        step = torch.compile(opt.step, fullgraph=True) if compiled else opt.step
+        for i in range(20):
+            opt.param_groups[0]["lr"].fill_(1.0 - i / 40)
+            param.grad = param.detach() - torch.linspace(-1.0, 1.0, 20)
+            step()
+        results.append(param.detach())
+    assert_close(results[1], results[0], rtol=2e-5, atol=1e-5)
+
+
+def test_an_optimizer_that_has_stepped_or_was_loaded_compiles_too() -> None:
+    rule = make_rule("lstm-descending")
+    _, opt = run(rule, None, torch.tensor(1.0), steps=2)
+    params = opt.param_groups[0]["params"]
+    fresh = LearnedOptimizer(params, rule, lr=torch.tensor(1.0))
+    fresh.load_state_dict(opt.state_dict())
+    backend = CountingBackend("aot_eager")
+    step = torch.compile(fresh.step, backend=backend, fullgraph=True)
+    for _ in range(5):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        step()
+    assert backend.graphs == 1
+    assert all(state["step"].item() == 7.0 for state in fresh.state.values())
+
+
+def test_non_finite_gradients_count_as_zero_in_the_graph() -> None:
+    results = []
+    for bad in (float("nan"), 0.0):
+        param = nn.Parameter(torch.ones(4))
+        opt = LearnedOptimizer([param], make_rule("adam"))
+        step = torch.compile(opt.step, backend="aot_eager", fullgraph=True)
+        param.grad = torch.tensor([1.0, bad, -1.0, 0.5])
+        step()
+        results.append(param.detach())
+    assert torch.equal(results[0], results[1])

@@ -1,0 +1,655 @@
+"""What PyTorch's own suite asks of every for-loop optimizer, asked of every rule and checkpoint.
+
+The checks follow the structure of upstream's ``OptimizerInfo`` tests: the error inputs are
+upstream's own, taken from ``torch.testing._internal.common_optimizers``.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LinearLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.testing import assert_close
+from torch.testing._internal.common_optimizers import (
+    OptimizerErrorEnum,
+    get_error_inputs_for_all_optims,
+)
+
+from learned_optim import LearnedOptimizer
+from learned_optim.rules import UpdateRule
+
+from .common import descending_lstm, flat, make_rule, small_net, train
+
+SCHEDULERS = {
+    "none": [],
+    "step": [lambda opt: StepLR(opt, gamma=0.9, step_size=10)],
+    "plateau": [lambda opt: ReduceLROnPlateau(opt, patience=2)],
+    "chained": [
+        lambda opt: LinearLR(opt, start_factor=0.5, total_iters=4),
+        lambda opt: ExponentialLR(opt, gamma=0.95),
+    ],
+    "cosine": [lambda opt: CosineAnnealingLR(opt, T_max=40)],
+}
+
+# Constructor settings under which everything below must hold, as upstream's optim_inputs_func.
+SETTINGS = [
+    {},
+    {"lr": 0.5},
+    {"weight_decay": 0.1},
+    {"maximize": True},
+    {"weight_decay": 0.1, "maximize": True},
+    {"lr": torch.tensor(0.5)},
+    {"state_dtype": torch.bfloat16},
+]
+SETTING_IDS = ["default", "lr", "decay", "maximize", "decay-maximize", "tensor-lr", "bf16-state"]
+
+
+def problem(dtype: torch.dtype = torch.float32) -> tuple[list[Parameter], Tensor]:
+    """Weight, bias and input of upstream's linear problem, which every optimizer must improve."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.rand(10, 5, generator=generator).to(dtype)
+    bias = torch.rand(10, generator=generator).to(dtype)
+    x = torch.rand(5, generator=generator).to(dtype)
+    return [Parameter(weight), Parameter(bias)], x
+
+
+def loss_of(params: list[Parameter], x: Tensor) -> Tensor:
+    weight, bias = params
+    return (weight.mv(x) + bias).pow(2).sum()
+
+
+def step_with_random_grads(opt: torch.optim.Optimizer, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    opt.step()
+
+
+def state_equal(a: dict, b: dict) -> None:
+    """Same keys, dtypes and bits."""
+    assert a.keys() == b.keys()
+    for index in a:
+        assert a[index].keys() == b[index].keys()
+        for key in a[index]:
+            assert a[index][key].dtype == b[index][key].dtype
+            assert torch.equal(a[index][key], b[index][key])
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("error_input", get_error_inputs_for_all_optims("cpu", torch.float32))
+def test_upstreams_error_inputs(error_input, rule: UpdateRule) -> None:
+    wanted = error_input.optimizer_error_input
+    assert error_input.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
+    params = wanted.params if wanted.params is not None else [Parameter(torch.ones(1))]
+    if error_input.error_type is UserWarning:
+        with pytest.warns(UserWarning, match=error_input.error_regex):
+            LearnedOptimizer(params, rule, **wanted.kwargs)
+        return
+    with pytest.raises(error_input.error_type, match=error_input.error_regex):
+        LearnedOptimizer(params, rule, **wanted.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+        ({"lr": float("nan")}, ValueError, "Invalid learning rate: nan"),
+        ({"weight_decay": -1.0}, ValueError, "Invalid weight_decay value: -1.0"),
+        ({"state_dtype": torch.int8}, ValueError, "state_dtype must be"),
+        ({"state_dtype": torch.float16}, ValueError, r"torch\.bfloat16"),
+    ],
+)
+def test_invalid_settings(settings, error, message) -> None:
+    with pytest.raises(error, match=message):
+        LearnedOptimizer([Parameter(torch.ones(1))], descending_lstm(), **settings)
+
+
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3), 1])
+def test_adams_positional_learning_rate_is_refused(lr) -> None:
+    with pytest.raises(TypeError, match=r"leave it out: LearnedOptimizer\(params\)"):
+        LearnedOptimizer([Parameter(torch.ones(1))], lr)
+
+
+def test_adams_keyword_learning_rate_warns_once_and_schedulers_do_not() -> None:
+    params = [Parameter(torch.ones(1))]
+    with pytest.warns(UserWarning, match="1000 times too slowly") as caught:
+        LearnedOptimizer(params, descending_lstm(), lr=1e-3)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = LearnedOptimizer(params, descending_lstm())
+        scheduler = ExponentialLR(opt, gamma=1e-3)
+        step_with_random_grads(opt)
+        scheduler.step()
+    assert opt.param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_sparse_gradients_are_refused_with_a_remedy(rule: UpdateRule) -> None:
+    embedding = nn.Embedding(4, 2, sparse=True)
+    opt = LearnedOptimizer(embedding.parameters(), rule)
+    embedding(torch.tensor([1])).sum().backward()
+    before = flat(embedding)
+    with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*SparseAdam"):
+        opt.step()
+    assert torch.equal(flat(embedding), before)
+
+
+# ---- the right direction
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_goes_in_the_right_direction(descending: UpdateRule, schedule: str, maximize) -> None:
+    params, x = problem()
+    opt = LearnedOptimizer(params, descending, maximize=maximize)
+    schedulers = [make(opt) for make in SCHEDULERS[schedule]]
+    initial = loss_of(params, x).item()
+    for _ in range(20):
+        opt.zero_grad()
+        loss = loss_of(params, x)
+        loss.backward()
+        opt.step()
+        for scheduler in schedulers:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(loss.item())
+            else:
+                scheduler.step()
+    final = loss_of(params, x).item()
+    assert final > initial if maximize else final < initial
+
+
+def test_strides_do_not_matter(rule: UpdateRule) -> None:
+    """A transposed parameter with a transposed gradient is trained like a contiguous one."""
+    value, results = torch.randn(6, 4), []
+    for base in (value.clone(), value.t().contiguous().t()):
+        param = Parameter(base)
+        opt = LearnedOptimizer([param], rule)
+        for seed in range(5):
+            grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+            param.grad = grad.t().contiguous().t() if not base.is_contiguous() else grad
+            opt.step()
+        results.append(param.detach())
+    assert not results[1].is_contiguous()
+    assert_close(results[0], results[1].contiguous(), rtol=1e-6, atol=1e-7)
+
+
+def test_groups_have_their_own_lr_and_weight_decay(rule: UpdateRule) -> None:
+    """One optimizer with two groups does what two optimizers do."""
+    start = [torch.randn(3, 2), torch.randn(4)]
+    settings = [{"lr": 0.5, "weight_decay": 3.0}, {"lr": 2.0, "maximize": True}]
+    together = [Parameter(t.clone()) for t in start]
+    groups = [{"params": [p], **s} for p, s in zip(together, settings, strict=True)]
+    one = LearnedOptimizer(groups, rule)
+    for seed in range(5):
+        step_with_random_grads(one, seed)
+    apart = [Parameter(t.clone()) for t in start]
+    each = [LearnedOptimizer([p], rule, **s) for p, s in zip(apart, settings, strict=True)]
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        for p, opt in zip(apart, each, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            opt.step()
+    for a, b in zip(together, apart, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_add_param_group_takes_part_from_then_on(rule: UpdateRule) -> None:
+    first, second = Parameter(torch.ones(3)), Parameter(torch.ones(2))
+    opt = LearnedOptimizer([first], rule, lr=0.5)
+    opt.add_param_group({"params": [second], "weight_decay": 10.0})
+    assert opt.param_groups[1]["lr"] == 0.5
+    before = second.detach().clone()
+    step_with_random_grads(opt)
+    assert not torch.equal(second, before)
+    with pytest.raises(ValueError, match="Invalid learning rate: -2"):
+        opt.add_param_group({"params": [Parameter(torch.ones(1))], "lr": -2.0})
+
+
+@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
+def test_weight_decay_is_decoupled_and_in_adamws_units(lr) -> None:
+    """With a zero update (zero gradient, zero-preserving rule) AdamW(lr=1e-3) shrinks alike."""
+    ours, theirs = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    opt = LearnedOptimizer([ours], descending_lstm(), lr=lr, weight_decay=0.1)
+    reference = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.1)
+    for _ in range(100):
+        ours.grad, theirs.grad = torch.zeros(3), torch.zeros(3)
+        opt.step()
+        reference.step()
+    assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert ours[0].item() == pytest.approx(0.99004983, rel=1e-5)  # (1 - 1e-4)^100
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_tensor_lr_equals_float_lr(rule: UpdateRule, shape) -> None:
+    results = []
+    for lr in (0.3, torch.full(shape, 0.3, dtype=torch.float64)):
+        params = [Parameter(torch.ones(4, 3)), Parameter(torch.ones(()))]
+        opt = LearnedOptimizer(params, rule, lr=lr, weight_decay=0.5)
+        for seed in range(5):
+            step_with_random_grads(opt, seed)
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_tensor_lr_is_followed_and_never_changed(rule: UpdateRule) -> None:
+    lr = torch.tensor(1.0)
+    param = Parameter(torch.ones(3))
+    opt = LearnedOptimizer([param], rule, lr=lr)
+    scheduler = ExponentialLR(opt, gamma=0.5)
+    for seed in range(3):
+        step_with_random_grads(opt, seed)
+        scheduler.step()
+    assert isinstance(opt.param_groups[0]["lr"], Tensor)
+    assert opt.param_groups[0]["lr"].item() == 0.125
+
+
+# ---- complex numbers
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (4, 3)], ids=["0d", "1d", "2d"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters_are_pairs_of_reals(rule: UpdateRule, shape, dtype) -> None:
+    start = torch.randn(shape, dtype=dtype)
+    as_complex = Parameter(start.clone())
+    as_real = Parameter(torch.view_as_real(start.clone()))
+    opts = [LearnedOptimizer([p], rule, weight_decay=0.1) for p in (as_complex, as_real)]
+    for _ in range(5):
+        # A conjugate view is what autograd hands out for some complex operations.
+        grad = torch.randn(shape, dtype=dtype).conj()
+        as_complex.grad = grad
+        as_real.grad = torch.view_as_real(grad.resolve_conj())
+        for opt in opts:
+            opt.step()
+    assert torch.equal(torch.view_as_real(as_complex.detach()), as_real.detach())
+    ours, reals = (list(opt.state.values()) for opt in opts)
+    state_equal({0: ours[0]}, {0: reals[0]})
+
+
+# ---- no-ops
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
+def test_no_gradients_no_change(rule: UpdateRule, settings) -> None:
+    params, x = problem()
+    opt = LearnedOptimizer(params, rule, **settings)
+    before = [p.detach().clone() for p in params]
+    opt.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert not opt.state
+    loss_of(params, x).backward()
+    params[0].grad = None
+    opt.step()
+    assert torch.equal(params[0], before[0])
+    assert not torch.equal(params[1], before[1])
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
+def test_zero_gradients_no_change_where_promised(rule: UpdateRule, settings) -> None:
+    if settings.get("weight_decay"):
+        settings = {**settings, "weight_decay": 0.0}
+    params, _ = problem()
+    opt = LearnedOptimizer(params, rule, **settings)
+    before = [p.detach().clone() for p in params]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+    if rule.zero_preserving:
+        assert not any(moved)
+    else:
+        assert rule.name == "lstm"  # the thesis's rule alone is known to drift
+
+
+# ---- lr = 0: torch.distributed.checkpoint makes state appear by a step at lr = 0
+
+
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_a_step_at_lr_zero_creates_state_and_leaves_no_trace(rule: UpdateRule, lr) -> None:
+    results = []
+    for interlude in (False, True):
+        params, x = problem()
+        opt = LearnedOptimizer(params, rule, weight_decay=0.1)
+        for step in range(6):
+            if interlude and step in (0, 3):
+                for p in params:
+                    p.grad = torch.zeros_like(p)
+                opt.param_groups[0]["lr"] = lr
+                opt.step()
+                assert all(opt.state[p] for p in params)
+                opt.param_groups[0]["lr"] = 1.0
+            opt.zero_grad()
+            loss_of(params, x).backward()
+            opt.step()
+        results.append((params, opt.state_dict()["state"]))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+    state_equal(results[0][1], results[1][1])
+
+
+# ---- printing
+
+
+def test_can_be_printed(rule: UpdateRule) -> None:
+    params, x = problem()
+    opt = LearnedOptimizer(params, rule, weight_decay=0.25)
+    before = repr(opt)
+    loss_of(params, x).backward()
+    opt.step()
+    text = repr(opt)
+    assert text == before == str(opt)
+    assert text.startswith("LearnedOptimizer (\nUpdate rule: " + rule.name)
+    assert rule.fingerprint() in text
+    assert "weight_decay: 0.25" in text
+
+
+# ---- state dicts
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
+def test_state_dict_is_deterministic(rule: UpdateRule, settings) -> None:
+    """Saved, loaded into a fresh optimizer and continued: the same bits as never stopping."""
+    params, x = problem()
+    opt = LearnedOptimizer(params, rule, **settings)
+
+    def advance(opt: LearnedOptimizer, params: list[Parameter]) -> None:
+        for _ in range(5):
+            opt.zero_grad()
+            loss_of(params, x).backward()
+            opt.step()
+
+    advance(opt, params)
+    copies = [Parameter(p.detach().clone()) for p in params]
+    resumed = LearnedOptimizer(copies, rule, **settings)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    advance(opt, params)
+    advance(resumed, copies)
+    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+    state_equal(opt.state_dict()["state"], resumed.state_dict()["state"])
+
+
+def test_loading_copies_so_that_two_optimizers_share_nothing(rule: UpdateRule) -> None:
+    params, _ = problem()
+    opt = LearnedOptimizer(params, rule)
+    step_with_random_grads(opt)
+    saved = opt.state_dict()
+    other = LearnedOptimizer([Parameter(p.detach().clone()) for p in params], rule)
+    other.load_state_dict(saved)
+    snapshot = copy.deepcopy(saved["state"])
+    step_with_random_grads(other)
+    state_equal(saved["state"], snapshot)
+
+
+def test_older_state_dicts_lack_newer_flags(rule: UpdateRule) -> None:
+    params, _ = problem()
+    opt = LearnedOptimizer(params, rule)
+    step_with_random_grads(opt)
+    old = copy.deepcopy(opt.state_dict())
+    del old["rule"]
+    for group in old["param_groups"]:
+        del group["maximize"], group["weight_decay"]
+    fresh = LearnedOptimizer(params, rule)
+    fresh.load_state_dict(old)
+    assert fresh.param_groups[0]["maximize"] is False
+    assert fresh.param_groups[0]["weight_decay"] == 0.0
+    state_equal(fresh.state_dict()["state"], opt.state_dict()["state"])
+    step_with_random_grads(fresh)
+
+
+def test_named_and_unnamed_state_dicts_load_into_each_other(rule: UpdateRule) -> None:
+    named_params, _ = problem()
+    plain_params, _ = problem()
+    named = LearnedOptimizer(zip(("weight", "bias"), named_params, strict=True), rule)
+    plain = LearnedOptimizer(plain_params, rule)
+    step_with_random_grads(named)
+    assert named.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+    plain.load_state_dict(named.state_dict())
+    state_equal(plain.state_dict()["state"], named.state_dict()["state"])
+    fresh = LearnedOptimizer(zip(("a", "b"), problem()[0], strict=True), rule)
+    unnamed = plain.state_dict()
+    unnamed["param_groups"][0].pop("param_names", None)
+    fresh.load_state_dict(unnamed)
+    assert fresh.param_groups[0]["param_names"] == ["a", "b"]
+    step_with_random_grads(fresh)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
+def test_weights_only_loading(rule: UpdateRule, settings) -> None:
+    params, _ = problem()
+    opt = LearnedOptimizer(params, rule, **settings)
+    step_with_random_grads(opt)
+    buffer = io.BytesIO()
+    torch.save(opt.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert loaded["rule"] == {"name": rule.name, "fingerprint": rule.fingerprint()}
+    fresh = LearnedOptimizer(params, rule, **settings)
+    fresh.load_state_dict(loaded)
+    state_equal(fresh.state_dict()["state"], opt.state_dict()["state"])
+
+
+def test_a_step_count_that_is_a_number_loads(rule: UpdateRule) -> None:
+    params, _ = problem()
+    opt = LearnedOptimizer(params, rule)
+    step_with_random_grads(opt)
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        state["step"] = state["step"].item()
+    fresh = LearnedOptimizer(params, rule)
+    fresh.load_state_dict(saved)
+    step_with_random_grads(fresh)
+    assert all(state["step"].item() == 2.0 for state in fresh.state.values())
+
+
+def test_state_of_another_rule_is_refused_before_anything_changes() -> None:
+    params, _ = problem()
+    ours = LearnedOptimizer(params, descending_lstm())
+    step_with_random_grads(ours)
+    before = copy.deepcopy(ours.state_dict())
+    other = LearnedOptimizer(params, make_rule("adam"))
+    step_with_random_grads(other)
+    with pytest.raises(ValueError, match=r"update rule 'adam'.*runs 'lstm'"):
+        ours.load_state_dict(other.state_dict())
+    adam = torch.optim.Adam(params)
+    step_with_random_grads(adam)
+    with pytest.raises(ValueError, match=r"does not fit the update rule 'lstm'.*exp_avg"):
+        ours.load_state_dict(adam.state_dict())
+    smaller = LearnedOptimizer([Parameter(torch.ones(3, 5)), params[1]], descending_lstm())
+    step_with_random_grads(smaller)
+    with pytest.raises(ValueError, match=r"parameter of shape \(10, 5\)"):
+        ours.load_state_dict(smaller.state_dict())
+    one = LearnedOptimizer(params[:1], descending_lstm())
+    with pytest.raises(ValueError, match="parameter group"):
+        ours.load_state_dict(one.state_dict())
+    assert ours.state_dict()["param_groups"] == before["param_groups"]
+    state_equal(ours.state_dict()["state"], before["state"])
+
+
+def test_state_is_never_empty_after_a_step_and_fits_its_parameter(rule: UpdateRule) -> None:
+    params, _ = problem()
+    opt = LearnedOptimizer(params, rule)
+    step_with_random_grads(opt)
+    for p in params:
+        assert opt.state[p]["step"].item() == 1.0
+        for value in opt.state[p].values():
+            per_coordinate = value.dim() == p.dim() + 1 and value.shape[:-1] == p.shape
+            assert per_coordinate or value.dim() <= 1
+            assert value.device == p.device
+
+
+# ---- hooks
+
+
+def test_step_hooks_run_around_the_step(rule: UpdateRule) -> None:
+    param = Parameter(torch.ones(2))
+    opt = LearnedOptimizer([param], rule)
+    order = []
+    handles = [
+        opt.register_step_pre_hook(lambda *_: order.append(("pre", param[0].item()))),
+        opt.register_step_post_hook(lambda *_: order.append(("post", param[0].item()))),
+        register_optimizer_step_pre_hook(lambda *_: order.append("all pre")),
+        register_optimizer_step_post_hook(lambda *_: order.append("all post")),
+    ]
+    param.grad = torch.ones(2)
+    try:
+        opt.step()
+        opt.step(lambda: 1.0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    opt.step()
+    assert len(order) == 8
+    assert order[0] == "all pre"
+    assert order[1] == ("pre", 1.0)
+    assert order[2][0] == "post"
+    assert order[2][1] != 1.0
+    assert order[3] == "all post"
+
+
+def test_state_dict_hooks(rule: UpdateRule) -> None:
+    params, _ = problem()
+    opt = LearnedOptimizer(params, rule)
+    step_with_random_grads(opt)
+    calls = []
+    opt.register_state_dict_pre_hook(lambda _: calls.append("pre"))
+
+    def post(_, state_dict):
+        calls.append("post")
+        return {**state_dict, "mine": 1}
+
+    opt.register_state_dict_post_hook(post)
+    opt.register_state_dict_post_hook(lambda *_: calls.append("first post"), prepend=True)
+    saved = opt.state_dict()
+    assert calls == ["pre", "first post", "post"]
+    assert saved["mine"] == 1
+    assert saved["rule"]["name"] == rule.name
+
+
+def test_load_state_dict_hooks_see_and_change_the_final_state(rule: UpdateRule) -> None:
+    """A pre-hook may edit what is loaded; a post-hook finds the saved bits already restored."""
+    params = [Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    opt = LearnedOptimizer(params, rule, lr=0.7)
+    step_with_random_grads(opt)
+    saved = copy.deepcopy(opt.state_dict())
+    fresh = LearnedOptimizer(params, rule)
+    seen = []
+
+    def edit(_, state_dict):
+        state_dict["param_groups"][0]["lr"] = 0.25
+        return state_dict
+
+    def look(loaded):
+        seen.append({k: v.clone() for k, v in loaded.state[params[0]].items()})
+
+    fresh.register_load_state_dict_pre_hook(edit)
+    fresh.register_load_state_dict_post_hook(look, prepend=True)
+    fresh.load_state_dict(saved)
+    assert fresh.param_groups[0]["lr"] == 0.25
+    state_equal({0: seen[0]}, {0: saved["state"][0]})
+
+
+# ---- copies
+
+
+def test_deepcopy_keeps_all_public_attributes_and_the_network(rule: UpdateRule) -> None:
+    params, _ = problem()
+    opt = LearnedOptimizer(params, rule, state_dtype=torch.bfloat16)
+    step_with_random_grads(opt)
+    twin = copy.deepcopy(opt)
+
+    def public(o: object) -> set[str]:
+        return {name for name in vars(o) if not name.startswith("_")}
+
+    assert public(twin) == public(opt) >= {"rule", "state_dtype", "defaults"}
+    assert twin.rule is not opt.rule
+    assert twin.rule.fingerprint() == rule.fingerprint()
+    assert twin.state_dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_model_and_optimizer_copied_together_go_on_alike(rule: UpdateRule, make_copy) -> None:
+    model = small_net()
+    opt = LearnedOptimizer(model.parameters(), rule)
+    train(model, opt, 3)
+    model2, opt2 = make_copy((model, opt))
+    assert train(model, opt, 3) == train(model2, opt2, 3)
+    assert torch.equal(flat(model), flat(model2))
+
+
+def test_the_callers_rule_is_neither_changed_nor_followed() -> None:
+    rule = make_rule("lstm").train()
+    opt = LearnedOptimizer([Parameter(torch.ones(2))], rule)
+    assert rule.training
+    assert all(w.requires_grad for w in rule.parameters())
+    assert not any(w.requires_grad for w in opt.rule.parameters())
+    before = opt.rule.fingerprint()
+    with torch.no_grad():
+        for weight in rule.parameters():
+            weight.add_(1.0)
+    assert opt.rule.fingerprint() == before
+
+
+# ---- closures
+
+
+def test_closure_runs_with_gradients_and_its_loss_comes_back(descending: UpdateRule) -> None:
+    params, x = problem()
+    opt = LearnedOptimizer(params, descending)
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        opt.zero_grad()
+        loss = loss_of(params, x)
+        loss.backward()
+        return loss
+
+    losses = [opt.step(closure).item() for _ in range(10)]
+    assert calls == [True] * 10
+    assert losses[-1] < losses[0]
+    assert opt.step() is None
+
+
+# ---- mixtures
+
+
+def test_mixed_dtypes_and_shapes_in_one_group(rule: UpdateRule) -> None:
+    params = [
+        Parameter(torch.randn(3, 4, dtype=torch.float64)),
+        Parameter(torch.randn(2, 2, dtype=torch.float32)),
+        Parameter(torch.randn(5, dtype=torch.bfloat16)),
+        Parameter(torch.randn((), dtype=torch.float16)),
+        Parameter(torch.randn(3, dtype=torch.complex64)),
+        Parameter(torch.empty(0, 3)),
+    ]
+    dtypes = [p.dtype for p in params]
+    before = [p.detach().clone() for p in params]
+    opt = LearnedOptimizer(params, rule, lr=100.0)  # so that an update is felt in bfloat16
+    for seed in range(3):
+        step_with_random_grads(opt, seed)
+    for p, b, dtype in zip(params, before, dtypes, strict=True):
+        assert p.dtype is dtype
+        assert torch.isfinite(torch.view_as_real(p) if p.is_complex() else p).all()
+        assert p.numel() == 0 or not torch.equal(p, b)
+        for value in opt.state[p].values():
+            assert value.dtype is torch.float32

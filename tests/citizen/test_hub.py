@@ -1,0 +1,308 @@
+"""The real huggingface_hub client, in processes of its own, against a local stand-in of the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from torch import zeros
+
+from learned_optim import model_card, push_to_hub, save_rule
+from learned_optim.checkpoint import FORMAT_VERSION
+from learned_optim.hub import _plot_curves
+from learned_optim.meta import EvaluateConfig, Evaluation
+from learned_optim.rules import UpdateRule
+
+from .common import descending_lstm, make_rule
+from .fake_hub import Files, Hub, serve
+
+RECORD = {
+    "recipe": {
+        "task": "mnist", "horizon": 100, "truncation": 20, "epochs": 60, "runs_per_epoch": 100,
+        "meta_lr": 0.003, "seed": 7,
+    },
+    "commit": "0123456789ab",
+    "validation": 48.5,
+    "test": {"mean": 49.25, "std": 3.125, "runs": 100},
+}  # fmt: skip
+
+# Loads every source it is given and reports what came of it; also what was pushed where.
+PROGRAM = """
+import json, os, sys, time
+if "NO_WAITING" in os.environ:  # the client waits between its attempts to reach a dead address
+    time.sleep = lambda seconds: None
+from learned_optim import LearnedOptimizer, load_record, load_rule, push_to_hub
+results = []
+for job in json.loads(sys.argv[1]):
+    try:
+        if job["do"] == "push":
+            results.append(push_to_hub(job["rule"], job["to"], token=job.get("token")))
+        else:
+            rule = load_rule(job["source"], local_files_only=job.get("local", False))
+            results.append([rule.fingerprint(), load_record(job["source"])])
+    except Exception as error:
+        results.append([type(error).__name__, str(error)])
+print("RESULT" + json.dumps(results))
+"""
+
+
+def client(hub: Hub | str, home: Path, *jobs: dict[str, Any], **environment: str) -> list[Any]:
+    """What came of ``jobs`` in a fresh process whose Hub is the stand-in and cache is ``home``."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(jobs)],
+        env={
+            **kept,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.rsplit("RESULT", 1)[1])
+
+
+def load(source: str, **options: Any) -> dict[str, Any]:
+    return {"do": "load", "source": source, **options}
+
+
+def repository(rule: UpdateRule, folder: Path, **config: Any) -> Files:
+    """The files of a Hub repository that holds ``rule``."""
+    save_rule(rule, folder / "rule.safetensors", RECORD)
+    entry = {"format": "learned_optim", "format_version": FORMAT_VERSION, "rule": rule.name}
+    return {
+        "model.safetensors": (folder / "rule.safetensors").read_bytes(),
+        "config.json": json.dumps({**entry, **config}).encode(),
+    }
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """Two revisions of a good repository, and several that must be refused."""
+    folder = tmp_path_factory.mktemp("repositories")
+    with serve() as hub:
+        good = repository(make_rule("adam"), folder)
+        hub.add("user/good", good)
+        hub.add("user/good", repository(descending_lstm(), folder), "v2")
+        hub.add(
+            "user/foreign", {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"?"}
+        )
+        hub.add("user/pickled", {"pytorch_model.bin": b"never read"})
+        hub.add("user/no-weights", {"config.json": good["config.json"]})
+        hub.add("user/newer", repository(make_rule("adam"), folder, format_version=99))
+        hub.add("user/odd", {**good, "config.json": b"[1, 2]"})
+        hub.add("user/damaged", {**good, "model.safetensors": good["model.safetensors"][:100]})
+        save_file({"w": zeros(1)}, folder / "w.safetensors")
+        other = (folder / "w.safetensors").read_bytes()
+        hub.add("user/unmarked", {**good, "model.safetensors": other})
+        lacking = folder / "lacking.safetensors"
+        rule = descending_lstm()
+        tensors = dict(list(rule.state_dict().items())[:-1])
+        metadata = {
+            "format": "learned_optim", "format_version": str(FORMAT_VERSION), "rule": "lstm",
+            "config": json.dumps(rule.config_dict()), "record": "{}",
+        }  # fmt: skip
+        save_file(tensors, lacking, metadata)
+        hub.add("user/lacking", {**good, "model.safetensors": lacking.read_bytes()})
+        yield hub
+
+
+def test_load_by_name_branch_and_commit_then_offline(hub: Hub, tmp_path: Path) -> None:
+    adam, lstm = make_rule("adam").fingerprint(), descending_lstm().fingerprint()
+    commit = hub.add("user/good", hub.repos["user/good"]["v2"], "v2")
+    sources = ["user/good", "user/good@v2", f"user/good@{commit}"]
+    found = client(hub, tmp_path, *map(load, sources))
+    assert [fingerprint for fingerprint, _ in found] == [adam, lstm, lstm]
+    assert all(record == RECORD for _, record in found)
+
+    asked = len(hub.requests)
+    offline = client(hub, tmp_path, *map(load, sources), HF_HUB_OFFLINE="1")
+    assert offline == found
+    local = client("http://127.0.0.1:9", tmp_path, load("user/good", local=True))
+    assert local[0][0] == adam
+    assert len(hub.requests) == asked
+
+
+def test_what_is_not_in_the_cache(hub: Hub, tmp_path: Path) -> None:
+    """Offline mode, local_files_only and a dead network each say which of them it is."""
+    asked = len(hub.requests)
+    (offline,) = client(hub, tmp_path, load("user/good"), HF_HUB_OFFLINE="1")
+    assert "not in the local cache, and HF_HUB_OFFLINE is set" in offline[1]
+    (local,) = client(hub, tmp_path, load("user/good", local=True))
+    assert "not in the local cache, and local_files_only was asked for" in local[1]
+    assert len(hub.requests) == asked
+    (dead,) = client("http://127.0.0.1:9", tmp_path, load("user/good"), NO_WAITING="1")
+    assert "the Hub could not be reached for 'user/good'" in dead[1]
+    assert all(
+        isinstance(name, str) and name.endswith("FileError") for name, _ in (offline, local, dead)
+    )
+
+
+@pytest.fixture(scope="module")
+def refusals(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    sources = [
+        "nobody/nothing", "user/good@v3", "user/foreign", "user/pickled", "user/no-weights",
+        "user/newer", "user/odd", "user/damaged", "user/unmarked", "user/lacking", "user",
+        "user/-bad-.name-", "not a name",
+    ]  # fmt: skip
+    found = client(hub, tmp_path_factory.mktemp("home"), *map(load, sources))
+    return dict(zip(sources, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("nobody/nothing", "_HubFileError", "no repository 'nobody/nothing', or it is private"),
+        ("user/good@v3", "_HubFileError", "no such revision: 'user/good@v3'"),
+        ("user/foreign", "CheckpointError", "no learned_optim rule: its config.json says"),
+        ("user/pickled", "CheckpointError", "'user/pickled' has no config.json"),
+        ("user/no-weights", "_HubFileError", "no file model.safetensors, and only safetensors"),
+        ("user/newer", "CheckpointError", "version 99 and this release reads 1"),
+        ("user/odd", "CheckpointError", "config.json of 'user/odd' is not readable"),
+        ("user/damaged", "CheckpointError", "'user/damaged': "),
+        ("user/unmarked", "CheckpointError", "'user/unmarked': "),
+        ("user/lacking", "CheckpointError", 'Missing key(s) in state_dict: "readout.bias"'),
+        ("user", "ValueError", "unknown checkpoint 'user'"),
+        ("user/-bad-.name-", "_HubFileError", "'user/-bad-.name-'"),
+        ("not a name", "ValueError", "unknown checkpoint 'not a name'"),
+    ],
+)
+def test_refusals_say_what_is_wrong(refusals, source: str, error: str, message: str) -> None:
+    name, text = refusals[source]
+    assert name == error
+    assert message in text
+
+
+def test_a_foreign_repositorys_weights_are_never_fetched(hub: Hub, refusals) -> None:
+    assert refusals
+    fetched = [r for r in hub.requests if "model.safetensors" in r or "pytorch_model" in r]
+    for repo in ("foreign", "pickled", "newer", "odd"):
+        assert not any(f"user/{repo}/" in request for request in fetched)
+    assert any("user/damaged/" in request for request in fetched)
+
+
+def test_push_then_load_in_another_process(tmp_path: Path) -> None:
+    save_rule(descending_lstm(), tmp_path / "rule.safetensors", RECORD)
+    source = str(tmp_path / "rule.safetensors")
+    with serve() as hub:
+        jobs = [
+            {"do": "push", "rule": source, "to": "user/mine", "token": "hf_writer"},
+            {"do": "push", "rule": source, "to": "user/mine@draft", "token": "hf_writer"},
+            {"do": "push", "rule": source, "to": "user/other", "token": "hf_nobody"},
+            {"do": "push", "rule": source, "to": "no-slash", "token": "hf_writer"},
+        ]
+        first, second, refused, malformed = client(hub, tmp_path / "writer", *jobs)
+        assert first.startswith(f"{hub.url}/user/mine/commit/")
+        assert second.startswith(f"{hub.url}/user/mine/commit/")
+        assert refused[0] in ("HfHubHTTPError", "RepositoryNotFoundError")
+        assert "401" in refused[1]
+        assert malformed == [
+            "ValueError",
+            "a Hub id has the form 'user/repo' or 'user/repo@branch', got 'no-slash'",
+        ]
+        assert set(hub.repos) == {"user/mine"}
+        assert set(hub.repos["user/mine"]) == {"main", "draft"}
+        files = hub.repos["user/mine"]["main"]
+        assert {"model.safetensors", "config.json", "README.md"} <= set(files)
+        config = json.loads(files["config.json"])
+        assert config["rule"] == "lstm"
+        assert config["fingerprint"] == descending_lstm().fingerprint()
+        assert "# mine" in files["README.md"].decode()
+        jobs = [load("user/mine"), load("user/mine@draft")]
+        for fingerprint, record in client(hub, tmp_path / "reader", *jobs):
+            assert fingerprint == descending_lstm().fingerprint()
+            assert record == RECORD
+
+
+def test_the_card_states_the_record() -> None:
+    card = model_card(descending_lstm(), "user/mine", record=RECORD)
+    head, body = card.removeprefix("---\n").split("\n---\n")
+    assert head.splitlines()[:2] == ["license: mit", "library_name: learned_optim"]
+    for line in [
+        'optimizer = LearnedOptimizer(model.parameters(), "user/mine")',
+        "- Tasks: `mnist`",
+        "- Horizon (inner steps of one run): 100",
+        "- Meta-learning rate (Adam): 0.003",
+        "| loss summed over 100 steps | mean | value | standard deviation |",
+        "| validation | arithmetic | 48.5 |  |",
+        "| test, 100 fresh runs | arithmetic | 49.25 | 3.125 |",
+        "- Trained on runs of 100 steps and tested on runs of 100;",
+        "- State takes 320 bytes per parameter in float32 (Adam: 8).",
+        "- Parameters whose gradient stays exactly zero still drift.",
+        "## Licence\n\nmit",
+    ]:
+        assert line in body, line
+
+
+def test_the_card_admits_what_is_not_known() -> None:
+    card = model_card(make_rule("adam"), "user/adam", license="apache-2.0")
+    assert "The checkpoint holds no record of its training." in card
+    assert "None was recorded." in card
+    assert "an unknown number of steps" in card
+    assert "license: apache-2.0" in card
+    assert "still drift" not in card
+
+
+def test_the_card_shows_an_evaluation_with_its_curves(tmp_path: Path) -> None:
+    """From a real evaluation, small; the pushed folder holds the images that the card shows."""
+    save_rule(descending_lstm(), tmp_path / "mine.safetensors")
+    config = EvaluateConfig(
+        checkpoints=(str(tmp_path / "mine.safetensors"),),
+        tasks=("quadratic",),
+        baselines=("sgd",),
+        horizons=(10, 20),
+        seeds=2,
+        tuning_seeds=1,
+        output=tmp_path / "evaluation",
+    )
+    summary = Evaluation(config).execute()
+    curves = _plot_curves(summary, tmp_path)
+    assert curves == ["quadratic-20.png"]
+    assert (tmp_path / "quadratic-20.png").read_bytes().startswith(b"\x89PNG")
+    card = model_card(
+        descending_lstm(), "user/mine", record=RECORD, evaluation=summary, curves=curves
+    )
+    mean = summary["tasks"]["quadratic"]["horizons"]["20"]["optimizers"]["mine"]["sum"]["mean"]
+    assert f"{mean:.1f} ± " in card
+    assert "### Summed loss over 20 steps" in card
+    assert "![Learning curves: quadratic-20](quadratic-20.png)" in card
+    assert "Trained on runs of 100 steps and tested on runs of 100;" in card
+
+
+def test_the_card_of_a_mixture_names_its_tasks_and_its_mean() -> None:
+    recipe = {
+        "task": ["mnist", "quadratic"], "horizon": 1000, "validation_horizon": 2000,
+        "validation_mean": "geometric",
+    }  # fmt: skip
+    test = {"mean": 12.0, "geometric_mean": 9.5, "runs": 8}
+    record = {"recipe": recipe, "validation": 10.5, "test": test}
+    card = model_card(make_rule("adam"), "user/adam", record=record)
+    for line in [
+        "- Tasks: `mnist`, `quadratic`",
+        "- Horizon (inner steps of one run): 1,000",
+        "| loss summed over 2,000 steps | mean | value | standard deviation |",
+        "| validation | geometric | 10.5 |  |",
+        "| test, 8 fresh runs | arithmetic | 12 |  |",
+        "| test, 8 fresh runs | geometric | 9.5 |  |",
+        "- Trained on runs of 1,000 steps and tested on runs of 2,000;",
+    ]:
+        assert line in card, line
+
+
+def test_an_unregistered_rule_cannot_be_pushed() -> None:
+    with pytest.raises(TypeError, match="has no name"):
+        push_to_hub(make_rule("normalized"), "user/mine")

@@ -1,0 +1,171 @@
+"""Parameters in every floating dtype, half-precision state, loss scaling, exact resumption."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.testing import assert_close
+
+from learned_optim import LearnedOptimizer
+from learned_optim.rules import UpdateRule
+
+from .common import descending_lstm, flat, make_rule, small_batch, small_net, train
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trains_in_every_dtype_with_float32_state(descending: UpdateRule, dtype) -> None:
+    model = small_net().to(dtype)
+    opt = LearnedOptimizer(model.parameters(), descending)
+    losses = train(model, opt, 30)
+    assert losses[-1] < losses[0]
+    assert all(p.dtype is dtype for p in model.parameters())
+    for state in opt.state.values():
+        assert all(value.dtype is torch.float32 for value in state.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_update_is_rounded_once(rule: UpdateRule, dtype) -> None:
+    """The rule computes in float32; only the sum with the parameter is rounded to its dtype."""
+    start, grad = torch.randn(6, 3, dtype=dtype), torch.randn(6, 3, dtype=dtype)
+    param = Parameter(start.clone())
+    opt = LearnedOptimizer([param], rule, lr=0.5)
+    param.grad = grad
+    opt.step()
+    state = rule.init_state(start)
+    update = rule.update_(grad.float(), state, start.float())
+    expected = (start.to(torch.promote_types(dtype, torch.float32)) + 0.5 * update).to(dtype)
+    assert torch.equal(param, expected)
+
+
+def test_a_double_rule_computes_in_double() -> None:
+    """float64 weights make the whole path float64: a rule and its float32 twin differ."""
+    rule = make_rule("lstm").double()
+    param = Parameter(torch.randn(5, dtype=torch.float64))
+    opt = LearnedOptimizer([param], rule)
+    for seed in range(4):
+        param.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed)).double()
+        opt.step()
+    assert opt.state[param]["hidden"].dtype is torch.float64
+    reference, state = param.detach().clone(), rule.init_state(param)
+    for seed in range(4):
+        grad = torch.randn(5, generator=torch.Generator().manual_seed(seed)).double()
+        _, state = rule(grad, state, reference)
+    assert_close(opt.state[param]["hidden"], state["hidden"], rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_state_dtype_is_used_for_coordinates_and_kept(rule: UpdateRule, dtype) -> None:
+    """Per-tensor entries stay as they are: a bfloat16 counter would stop at 256."""
+    param = Parameter(torch.randn(4, 3))
+    opt = LearnedOptimizer([param], rule, state_dtype=dtype)
+    for _ in range(300):
+        param.grad = torch.randn(4, 3)
+        opt.step()
+    state = opt.state[param]
+    assert state["step"].item() == 300.0
+    for key, value in state.items():
+        per_coordinate = value.dim() == 3
+        assert value.dtype is (dtype if per_coordinate else torch.float32), key
+    if "count" in state:
+        assert state["count"].item() == 300.0
+
+
+def test_bfloat16_state_halves_the_memory_and_stays_close() -> None:
+    results, sizes = [], []
+    for dtype in (None, torch.bfloat16):
+        model = small_net()
+        opt = LearnedOptimizer(model.parameters(), descending_lstm(), state_dtype=dtype)
+        losses = train(model, opt, 30)
+        results.append(losses[-1])
+        entries = [v for s in opt.state.values() for k, v in s.items() if k != "step"]
+        sizes.append(sum(v.numel() * v.element_size() for v in entries))
+    assert sizes[1] * 2 == sizes[0]
+    assert results[1] == pytest.approx(results[0], rel=0.02)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=["state32", "state16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_resumed_equals_uninterrupted(rule: UpdateRule, dtype, state_dtype) -> None:
+    whole = small_net().to(dtype)
+    opt = LearnedOptimizer(whole.parameters(), rule, state_dtype=state_dtype)
+    losses = train(whole, opt, 12)
+
+    first = small_net().to(dtype)
+    opt = LearnedOptimizer(first.parameters(), rule, state_dtype=state_dtype)
+    begun = train(first, opt, 5)
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": opt.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    second = small_net(seed=1).to(dtype)
+    second.load_state_dict(saved["model"])
+    opt = LearnedOptimizer(second.parameters(), rule, state_dtype=state_dtype)
+    opt.load_state_dict(saved["optimizer"])
+    assert begun + train(second, opt, 7) == losses
+    assert torch.equal(flat(whole), flat(second))
+
+
+def test_a_chosen_state_dtype_wins_over_the_saved_one() -> None:
+    model = small_net()
+    opt = LearnedOptimizer(model.parameters(), descending_lstm())
+    train(model, opt, 2)
+    half = LearnedOptimizer(model.parameters(), descending_lstm(), state_dtype=torch.bfloat16)
+    half.load_state_dict(opt.state_dict())
+    for p in model.parameters():
+        assert half.state[p]["cell"].dtype is torch.bfloat16
+        assert torch.equal(half.state[p]["cell"], opt.state[p]["cell"].bfloat16())
+    train(model, half, 1)
+
+
+def scaled_steps(
+    model: nn.Module, opt: LearnedOptimizer, scaler: torch.amp.GradScaler, bad: set[int]
+) -> None:
+    """Eight scaled steps; those in ``bad`` overflow."""
+    x, y = small_batch()
+    for step in range(8):
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss * float("inf") if step in bad else loss).backward()
+        scaler.step(opt)
+        scaler.update()
+
+
+def test_grad_scaler_skips_overflows_without_a_trace(rule: UpdateRule) -> None:
+    """Skipped steps change nothing, so the run equals one in which they never happened."""
+    model = small_net()
+    opt = LearnedOptimizer(model.parameters(), rule)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaled_steps(model, opt, scaler, bad={2, 5})
+    assert scaler.get_scale() == 2.0**14
+    plain = small_net()
+    other = LearnedOptimizer(plain.parameters(), rule)
+    train(plain, other, 6)
+    assert_close(flat(model), flat(plain), rtol=1e-5, atol=1e-6)
+    assert all(state["step"].item() == 6.0 for state in opt.state.values())
+
+
+def test_grad_scaler_with_unscaling_and_clipping(descending: UpdateRule) -> None:
+    model = small_net()
+    opt = LearnedOptimizer(model.parameters(), descending)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    x, y = small_batch()
+    losses = []
+    for _ in range(20):
+        opt.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(opt)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        assert norm < 100.0
+        scaler.step(opt)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

@@ -1,0 +1,233 @@
+"""Bad gradients, and hypothesis over shapes, strides, dtypes, groups and missing gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from learned_optim import LearnedOptimizer
+from learned_optim.rules import UpdateRule
+from learned_optim.rules.lstm import LSTMConfig, LSTMRule
+
+from .common import ALL_RULES, flat, make_rule, small_batch, small_net
+
+# Examples are drawn from a fixed seed, as everything in these tests.
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(torch.view_as_real(tensor) if tensor.is_complex() else tensor).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_entry_counts_as_zero(rule: UpdateRule, bad: float) -> None:
+    """Only that coordinate hears of it, and it hears a zero."""
+    results = []
+    for value in (bad, 0.0):
+        param = Parameter(torch.ones(3, 4))
+        opt = LearnedOptimizer([param], rule)
+        for step in range(4):
+            grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+            if step == 1:
+                grad[1, 2] = value
+            param.grad = grad
+            opt.step()
+        results.append((param.detach(), opt.state[param]))
+    assert torch.equal(results[0][0], results[1][0])
+    for key in results[0][1]:
+        assert torch.equal(results[0][1][key], results[1][1][key])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30, 3e38])
+def test_training_recovers_from_one_bad_batch(descending: UpdateRule, bad: float) -> None:
+    """Every gradient of step 5 is bad; nothing stays broken and the loss still falls."""
+
+    def run(batch_of_step_5: float | None) -> tuple[nn.Module, LearnedOptimizer, list[float]]:
+        model = small_net()
+        opt = LearnedOptimizer(model.parameters(), descending, weight_decay=0.1)
+        x, y = small_batch()
+        losses = []
+        for step in range(60):
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            if step == 5 and batch_of_step_5 is not None:
+                for p in model.parameters():
+                    p.grad = torch.full_like(p, batch_of_step_5)
+            opt.step()
+            losses.append(loss.item())
+        return model, opt, losses
+
+    model, opt, losses = run(bad)
+    assert finite(flat(model))
+    assert all(finite(v) for state in opt.state.values() for v in state.values())
+    if not torch.isfinite(torch.tensor(bad)):
+        assert max(losses) < 1.5 * losses[0]
+        assert losses[-1] < losses[4]
+        assert losses[-1] == pytest.approx(run(None)[2][-1], abs=0.2)
+
+
+def test_finite_gradients_beyond_float32_do_not_count_as_infinite(rule: UpdateRule) -> None:
+    """1e300 in float64 is a large gradient, not a missing one; both signs keep their meaning."""
+    updates = []
+    for value in (1e300, 2.0**48, -1e300):
+        param = Parameter(torch.zeros(2, dtype=torch.float64))
+        opt = LearnedOptimizer([param], rule)
+        param.grad = torch.full((2,), value, dtype=torch.float64)
+        opt.step()
+        assert finite(param)
+        assert all(finite(v) for v in opt.state[param].values())
+        updates.append(param.detach())
+    assert torch.equal(updates[0], updates[1])
+    assert not torch.equal(updates[0], updates[2])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_loss_counts_as_zero_for_a_rule_that_reads_it(bad: float) -> None:
+    torch.manual_seed(0)
+    rule = LSTMRule(LSTMConfig(loss_input=True))
+    results = []
+    for value in (bad, 0.0):
+        param = Parameter(torch.ones(3))
+        opt = LearnedOptimizer([param], rule)
+        for step in range(4):
+            param.grad = torch.full((3,), 0.1 * step)
+            loss = torch.tensor(value if step == 1 else 1.0)
+            returned = opt.step(lambda loss=loss: loss)
+            assert returned is loss
+        results.append((param.detach(), opt.state[param]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(finite(v) for v in results[0][1].values())
+    with pytest.raises(ValueError, match=r"reads the loss: call step\(closure\)"):
+        opt.step()
+
+
+def test_the_users_gradients_are_left_alone(rule: UpdateRule) -> None:
+    param = Parameter(torch.ones(4))
+    grad = torch.tensor([1.0, float("nan"), float("inf"), 1e30])
+    param.grad = grad.clone()
+    LearnedOptimizer([param], rule, maximize=True, weight_decay=0.1).step()
+    torch.testing.assert_close(param.grad, grad, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- hypothesis
+
+shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+dtypes = st.sampled_from(
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+)
+tensors = st.fixed_dictionaries(
+    {
+        "shape": shapes,
+        "dtype": dtypes,
+        "layout": st.sampled_from(["contiguous", "transposed", "strided", "expanded-grad"]),
+        "scale": st.sampled_from([0.0, 1e-30, 1e-4, 1.0, 1e4]),
+    }
+)
+groups = st.fixed_dictionaries(
+    {
+        "tensors": st.lists(tensors, min_size=1, max_size=3),
+        "lr": st.sampled_from([0.0, 0.5, 1.0]),
+        "tensor_lr": st.booleans(),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "maximize": st.booleans(),
+    }
+)
+
+
+def laid_out(value: Tensor, layout: str) -> Tensor:
+    """The same values in memory of another layout."""
+    if layout == "transposed" and value.dim() >= 2:
+        return value.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided" and value.dim() >= 1:
+        return value.repeat_interleave(2, dim=-1)[..., ::2]
+    return value
+
+
+@SETTINGS
+@given(
+    rule=st.sampled_from(ALL_RULES),
+    groups=st.lists(groups, min_size=1, max_size=3),
+    has_grad=st.lists(st.booleans(), min_size=9, max_size=9),
+    state_dtype=st.sampled_from([None, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_any_parameters_any_groups(rule, groups, has_grad, state_dtype, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(spec: dict) -> Tensor:
+        wide = torch.complex64 if spec["dtype"].is_complex else torch.float32
+        return torch.randn(spec["shape"], generator=generator, dtype=wide).to(spec["dtype"])
+
+    specs, param_groups, params = [], [], []
+    for group in groups:
+        members = [Parameter(laid_out(draw(t), t["layout"])) for t in group["tensors"]]
+        lr = torch.tensor(group["lr"]) if group["tensor_lr"] else group["lr"]
+        options = {key: group[key] for key in ("weight_decay", "maximize")}
+        param_groups.append({"params": members, "lr": lr, **options})
+        specs += group["tensors"]
+        params += members
+    opt = LearnedOptimizer(param_groups, make_rule(rule), state_dtype=state_dtype)
+    before = [p.detach().clone() for p in params]
+    strides = [p.stride() for p in params]
+    for step in range(3):
+        for index, (p, spec) in enumerate(zip(params, specs, strict=True)):
+            grad = draw(spec) * spec["scale"]
+            if spec["layout"] == "expanded-grad" and grad.dim():
+                grad = grad[:1].expand_as(grad)
+            # Gradients come and go: present in every step, or in the second alone.
+            p.grad = laid_out(grad, spec["layout"]) if has_grad[index] or step == 1 else None
+        opt.step()
+    lrs = [float(g["lr"]) for g in opt.param_groups for _ in g["params"]]
+    for p, b, stride, lr, steady in zip(params, before, strides, lrs, has_grad, strict=False):
+        assert finite(p)
+        assert p.stride() == stride
+        assert p.shape == b.shape
+        assert lr != 0.0 or torch.equal(p, b)
+        state = opt.state[p]
+        assert state["step"].item() == (0.0 if lr == 0.0 else 3.0 if steady else 1.0)
+        whole = (*p.shape, 2) if p.is_complex() else tuple(p.shape)
+        for value in state.values():
+            assert finite(value)
+            assert value.shape[:-1] == whole or value.dim() <= 1
+    twin = LearnedOptimizer(param_groups_like(opt), make_rule(rule), state_dtype=state_dtype)
+    twin.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for mine, other in zip(opt.state.values(), twin.state.values(), strict=True):
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def param_groups_like(opt: torch.optim.Optimizer) -> list[dict]:
+    """Groups of the same structure around copies of the parameters."""
+    return [
+        {"params": [Parameter(p.detach().clone()) for p in group["params"]]}
+        for group in opt.param_groups
+    ]
+
+
+@SETTINGS
+@given(
+    rule=st.sampled_from(ALL_RULES),
+    shape=shapes,
+    order=st.permutations(range(4)),
+    seed=st.integers(0, 1000),
+)
+def test_the_order_of_parameters_does_not_matter(rule, shape, order, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    start = [torch.randn(shape, generator=generator) for _ in range(4)]
+    grads = [[torch.randn(shape, generator=generator) for _ in range(4)] for _ in range(3)]
+    results = []
+    for arrangement in (range(4), order):
+        params = [Parameter(t.clone()) for t in start]
+        opt = LearnedOptimizer([params[i] for i in arrangement], make_rule(rule))
+        for step_grads in grads:
+            for p, g in zip(params, step_grads, strict=True):
+                p.grad = g
+            opt.step()
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
