@@ -1,7 +1,7 @@
-"""The ``learned-optim`` command: list, show, train, evaluate.
+"""The ``learned-optim`` command: list, show, search, train, evaluate.
 
-Options of ``train`` and ``evaluate`` are generated from :class:`~learned_optim.meta.recipes.Recipe`
-and :class:`~learned_optim.meta.evaluate.EvaluateConfig`.
+Options of ``search``, ``train`` and ``evaluate`` are generated from their config dataclasses:
+:class:`~learned_optim.meta.recipes.Recipe`, :class:`~learned_optim.meta.evaluate.EvaluateConfig`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from learned_optim.pretrained import ALIASES, list_pretrained, load_record, load_rule
 
 if TYPE_CHECKING:
     from learned_optim.meta.trainer import TrainConfig
 
+T = TypeVar("T")
+
 USAGE = """usage: learned-optim COMMAND ...
 
 commands:
   list                 shipped checkpoints, update rules, tasks, recipes and baselines
   show CHECKPOINT      what a checkpoint is and how it was made
+  search RECIPE        random search of a recipe's meta-learning rate (... search --help)
   train RECIPE         meta-train an update rule (learned-optim train --help)
   evaluate             compare learned with tuned hand-written optimizers (... evaluate --help)
 """
@@ -32,7 +35,13 @@ commands:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"list": _list, "show": _show, "train": _train, "evaluate": _evaluate}
+    commands = {
+        "list": _list,
+        "show": _show,
+        "search": _search,
+        "train": _train,
+        "evaluate": _evaluate,
+    }
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if args else 2
@@ -90,27 +99,49 @@ def _show(args: list[str]) -> int:
     return 0
 
 
-def _train(args: list[str]) -> int:
+def _with_recipe(command: str, kind: type[T], args: list[str]) -> T | None:
+    """Options of ``train`` and ``search``, which start with a recipe; None if help was wanted."""
     import tyro
 
     from learned_optim.meta.recipes import load_recipe, recipes
-    from learned_optim.meta.trainer import TrainConfig
 
-    names = ", ".join(sorted(recipes()))
     if not args or args[0] in ("-h", "--help"):
+        names = ", ".join(sorted(recipes()))
         print(
-            f"usage: learned-optim train RECIPE [options]\n\nRECIPE is a shipped recipe ({names}) "
-            f"or a JSON file as\nwritten into every run folder. Options: learned-optim train "
-            f"RECIPE --help"
+            f"usage: learned-optim {command} RECIPE [options]\n\nRECIPE is a shipped recipe "
+            f"({names}) or a JSON file as\nwritten into every run folder. Options: "
+            f"learned-optim {command} RECIPE --help"
         )
-        return 0 if args else 2
-    config = tyro.cli(
-        TrainConfig,
+        return None
+    folder = Path("runs") / Path(args[0]).stem
+    if command == "search":
+        folder = folder.with_name(f"{folder.name}-search")
+    return tyro.cli(
+        kind,
         args=args[1:],
-        default=TrainConfig(load_recipe(args[0]), folder=Path("runs") / Path(args[0]).stem),
-        prog=f"learned-optim train {args[0]}",
+        default=kind(recipe=load_recipe(args[0]), folder=folder),  # type: ignore[call-arg]
+        prog=f"learned-optim {command} {args[0]}",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def _search(args: list[str]) -> int:
+    from learned_optim.meta.search import SearchConfig, search
+
+    config = _with_recipe("search", SearchConfig, args)
+    if config is None:
+        return 0 if args else 2
+    trials = search(config, lambda t: print(f"{t.meta_lr:<10g}{t.validation:.2f}", flush=True))
+    print(f"best: --meta-lr {trials[0].meta_lr:g} (validation {trials[0].validation:.2f})")
+    return 0
+
+
+def _train(args: list[str]) -> int:
+    from learned_optim.meta.trainer import TrainConfig
+
+    config = _with_recipe("train", TrainConfig, args)
+    if config is None:
+        return 0 if args else 2
     return _run_training(config)
 
 

@@ -1,0 +1,57 @@
+"""Random search of the meta-learning rate."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import SMALL
+
+from learned_optim.cli import main
+from learned_optim.meta import MetaTrainer
+from learned_optim.meta.search import SearchConfig, Trial, search
+
+
+def test_search_ranks_what_training_gives(tmp_path: Path) -> None:
+    seen: list[Trial] = []
+    config = SearchConfig(SMALL, tmp_path, trials=4, trial_epochs=1)
+    trials = search(config, seen.append)
+    assert sorted(seen, key=lambda t: t.validation) == trials
+    assert len({t.meta_lr for t in trials}) == 4
+    assert all(1e-5 <= t.meta_lr <= 1.0 for t in trials)
+    best = trials[0]
+    alone = replace(SMALL, meta_lr=best.meta_lr, meta_lr_final=best.meta_lr / 10, epochs=1)
+    trainer = MetaTrainer(alone, tmp_path / "alone")
+    trainer.train()
+    assert trainer.best is not None
+    assert trainer.best.validation == best.validation
+    # Finished trials are read back, not trained again.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetaTrainer, "_train_run", lambda *_: pytest.fail("trained again"))
+        assert search(config) == trials
+
+
+def test_rates_are_log_uniform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MetaTrainer, "train", lambda self: None)
+    trials = search(SearchConfig(SMALL, tmp_path, trials=200))
+    logs = torch.tensor([t.meta_lr for t in trials]).log10()
+    assert logs.mean().item() == pytest.approx(-2.5, abs=0.35)
+    assert logs.std().item() == pytest.approx(5 / 12**0.5, abs=0.2)
+
+
+def test_bad_ranges() -> None:
+    with pytest.raises(ValueError, match=r"need 0 < low < high, got low=1\.0 and high=0\.1"):
+        SearchConfig(SMALL, low=1.0, high=0.1)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
+        SearchConfig(SMALL, trials=0)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["search", "quadratic", "--folder", str(tmp_path), "--trials", "2"]
+    arguments += ["--trial-epochs", "1", "--runs-per-epoch", "1", "--validation-runs", "4"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[-1].startswith("best: --meta-lr ")
+    assert main(["search", "--help"]) == 0
+    assert "RECIPE is a shipped recipe (mnist, quadratic)" in capsys.readouterr().out
