@@ -36,7 +36,7 @@ FOUR = ("sgd", "nesterov", "rmsprop", "adam")
 GROUPS = {
     "thesis": EvaluateConfig(checkpoints=("mnist",), tasks=NETWORKS, baselines=ALL),
     "thesis-torch": EvaluateConfig(
-        checkpoints=("mnist",), tasks=tuple(f"{n}-torch" for n in NETWORKS), baselines=ALL
+        checkpoints=("mnist",), tasks=tuple(f"{n}-torch" for n in NETWORKS), baselines=FOUR
     ),
     "quadratic": EvaluateConfig(
         checkpoints=("quadratic",),
