@@ -269,3 +269,22 @@ def test_loss_input() -> None:
 def test_bad_configurations(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LSTMConfig(**values)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_several_tensors_at_once_equal_one_by_one(name: str) -> None:
+    rule = random_rule(name, torch.float64)
+    assert isinstance(rule, RecurrentRule)
+    shapes = [(3, 5), (7,), (), (2, 0), (4, 2, 3)]
+    params = [gradients(1, *shape)[0] for shape in shapes]
+    together = [rule.init_state(p) for p in params]
+    alone = [rule.init_state(p) for p in params]
+    for step in range(4):
+        grads = [gradients(4, *shape)[step] for shape in shapes]
+        updates, signals = rule.update_many_(grads, together, params)
+        assert signals.shape[0] == sum(p.numel() for p in params)
+        for grad, state, param, update in zip(grads, alone, params, updates, strict=True):
+            expected = rule.update_(grad, state, param)
+            torch.testing.assert_close(update, expected, rtol=1e-10, atol=1e-14)
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)

@@ -140,14 +140,11 @@ def replay(
     signals: dict[str, list[Tensor]] = {name: [] for name in index}
     slopes: dict[str, list[Tensor]] = {name: [] for name in index}
     for _ in range(steps):
-        loss, grads = optimizees.losses_and_grads(optimizees.params, optimizees.next_batch())
-        losses.append(loss.detach())
-        for name, grad in grads.items():
-            update, seen = optimizees.recorded_update_(rule, name, grad, loss.detach())
-            signals[name].append(seen[index[name]])
-            slopes[name].append(grad.reshape(-1)[index[name]])
-            optimizees.params[name] = optimizees.params[name] + update
-        optimizees.step += 1
+        loss, grads, seen = optimizees.advance_recorded(rule)
+        losses.append(loss)
+        for name, chosen in index.items():
+            signals[name].append(seen[name][chosen])
+            slopes[name].append(grads[name].reshape(-1)[chosen])
 
     weights: list[Tensor] = list(rule.parameters())
     meta = [torch.zeros_like(w) for w in weights]

@@ -101,41 +101,62 @@ class Optimizees:
         """One inner step on the fast path; returns the losses before it, ``(B,)``, detached."""
         losses, grads = self.losses_and_grads(self.params, self.next_batch())
         losses = losses.detach()
-        for name, grad in grads.items():
-            self.params[name] += self.update_(rule, name, grad, losses)
+        if rule.coordinatewise:
+            loss = losses.unsqueeze(1) if rule.needs_loss else None
+            for name, grad in grads.items():
+                update = rule.update_(grad, self.state[name], self.params[name], loss)
+                self.params[name] = self.params[name] + update
+        else:
+            self._update_tensors(rule, grads)
         self.step += 1
         return losses
 
-    def update_(self, rule: UpdateRule, name: str, grad: Tensor, losses: Tensor) -> Tensor:
-        """The rule's update for one parameter, advancing its state in place."""
+    @torch.no_grad()
+    def advance_recorded(self, rule: RecurrentRule) -> tuple[Tensor, Params, Params]:
+        """:meth:`advance`, and what replay needs of the step.
+
+        Returns:
+            ``(losses, grads, signals)``: losses ``(B,)``; gradients keyed and shaped like
+            ``params``; what the network saw, keyed like them, each ``(B * n, k)``.
+        """
+        losses, grads = self.losses_and_grads(self.params, self.next_batch())
+        losses = losses.detach()
         if rule.coordinatewise:
-            loss = losses.unsqueeze(1) if rule.needs_loss else None
-            return rule.update_(grad, self.state[name], self.params[name], loss)
-        return torch.stack([rule.update_(*each) for each in self._separately(name, grad, losses)])
+            (name, grad), state = next(iter(grads.items())), self.state[PACKED]
+            seen = rule.observe_(grad, state, self.params[name], losses.unsqueeze(1))
+            signals = {name: seen.reshape(grad.numel(), -1)}
+            update = rule.respond_to_all_(signals[name], state)
+            self.params[name] = self.params[name] + update.view_as(grad)
+        else:
+            signals = self._update_tensors(rule, grads)
+        self.step += 1
+        return losses, grads, signals
 
-    def recorded_update_(
-        self, rule: RecurrentRule, name: str, grad: Tensor, losses: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`update_`, and the signals the network saw, of shape ``(B * n, k)``."""
-        parts = [(grad, self.state[name], self.params[name], losses.unsqueeze(1))]
-        if not rule.coordinatewise:
-            parts = self._separately(name, grad, losses)
-        seen = [rule.observe_(*part).reshape(part[0].numel(), -1) for part in parts]
-        updates = [
-            rule.respond_to_all_(signals, part[1])
-            for signals, part in zip(seen, parts, strict=True)
-        ]
-        return torch.cat(updates).view(grad.shape), torch.cat(seen)
+    def _update_tensors(self, rule: UpdateRule, grads: Params) -> Params:
+        """Update every tensor of every optimizee; signals as :meth:`advance_recorded` has them.
 
-    def _separately(
-        self, name: str, grad: Tensor, losses: Tensor
-    ) -> list[tuple[Tensor, State, Tensor, Tensor]]:
-        """What a rule is called with for each optimizee; the states are views."""
-        state, param = self.state[name], self.params[name]
-        return [
-            (grad[b], {key: value[b] for key, value in state.items()}, param[b], losses[b])
-            for b in range(len(self))
+        A rule that does not split into observation and response has none.
+        """
+        params, count = self.params, len(self)
+        each_grad = [g for grad in grads.values() for g in grad]
+        each_param = [p for name in grads for p in params[name]]
+        each_state = [  # views, so that the rule writes through them
+            {key: value[b] for key, value in self.state[name].items()}
+            for name in grads
+            for b in range(count)
         ]
+        signals: Params = {}
+        if isinstance(rule, RecurrentRule):
+            updates, seen = rule.update_many_(each_grad, each_state, each_param)
+            parts = seen.split([grad.numel() for grad in grads.values()])
+            signals = dict(zip(grads, parts, strict=True))
+        else:
+            every = zip(each_grad, each_state, each_param, strict=True)
+            updates = [rule.update_(*each) for each in every]
+        for index, name in enumerate(grads):
+            update = torch.stack(updates[index * count : (index + 1) * count])
+            params[name] = params[name] + update
+        return signals
 
     def forward(
         self, rule: UpdateRule, name: str, grad: Tensor, param: Tensor, losses: Tensor

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -188,6 +190,35 @@ class RecurrentRule(UpdateRule):
         return signals
 
     @torch.no_grad()
+    def observe_many_(
+        self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
+    ) -> Tensor:
+        """:meth:`observe_` of several tensors; their signals below each other, ``(n, k)``.
+
+        Rules with per-tensor statistics may override it with one pass over all tensors.
+        """
+        seen = [self.observe_(*each) for each in zip(grads, states, params, strict=True)]
+        return torch.cat([_as_rows(signals) for signals in seen])
+
+    @torch.no_grad()
+    def update_many_(
+        self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """:meth:`update_` of several tensors through one pass of the network.
+
+        Returns:
+            ``(updates, signals)``: an update per tensor, and what the network saw, ``(n, k)``.
+        """
+        signals = self.observe_many_(grads, states, params)
+        sizes = [grad.numel() for grad in grads]
+        own = {key: [_as_rows(state[key]) for state in states] for key in self.network_state}
+        packed = {key: torch.cat(rows) for key, rows in own.items()}
+        updates = self.respond_to_all_(signals, packed).split(sizes)
+        for key, rows in own.items():
+            torch._foreach_copy_(rows, list(packed[key].split(sizes)))
+        return [u.view_as(g) for u, g in zip(updates, grads, strict=True)], signals
+
+    @torch.no_grad()
     def respond_to_all_(self, signals: Tensor, state: State) -> Tensor:
         """:meth:`respond_` over any number of rows, block by block.
 
@@ -233,6 +264,11 @@ class RecurrentRule(UpdateRule):
             signals = self.observe_(flat_grad[block], part, flat_param[block], loss)
             update[block] = self.respond_to_all_(signals, part)
         return update.view(grad.shape)
+
+
+def _as_rows(value: Tensor) -> Tensor:
+    """``(*S, k)`` as ``(n, k)``, a view where possible, also where ``n`` is 0."""
+    return value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
 
 
 def rule_class(name: str) -> type[UpdateRule]:

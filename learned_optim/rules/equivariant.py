@@ -16,7 +16,9 @@ is signal.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -86,32 +88,67 @@ class EquivariantRule(RecurrentRule):
         self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Signals ``(*param.shape, 19)``: 15 even features, 3 odd directions, the scale."""
+        return self._observe(grad, state["moments"], state["count"], param, _Alone(param))
+
+    @torch.no_grad()
+    def observe_many_(
+        self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
+    ) -> Tensor:
+        """All tensors at once: the same signals as one by one, for a fraction of the calls."""
+        packed = _Packed.of(tuple(p.shape for p in params), grads[0].dtype, grads[0].device)
+        moments = torch.cat([state["moments"].view(-1, 3) for state in states])
+        counts = torch.stack([state["count"] for state in states])
+        grad = torch.cat([grad.reshape(-1) for grad in grads])
+        param = torch.cat([param.reshape(-1) for param in params])
+        signals, new = self._observe(grad, moments, counts, param, packed)
+        torch._foreach_copy_([s["count"] for s in states], list(new["count"].unbind()))
+        parts = new["moments"].split(packed.sizes)
+        torch._foreach_copy_([s["moments"].view(-1, 3) for s in states], list(parts))
+        return signals
+
+    def _observe(
+        self, grad: Tensor, moments: Tensor, count: Tensor, param: Tensor, at: _Alone | _Packed
+    ) -> tuple[Tensor, State]:
+        """:meth:`observe` of one tensor, or of several packed into one.
+
+        Args:
+            grad: ``S``, the tensor's shape, or ``(n,)`` packed; ``param`` likewise.
+            moments: ``(*S, 3)`` or ``(n, 3)``.
+            count: ``()`` or ``(tensors,)``.
+            at: which coordinates belong to which tensor.
+        """
         cfg = self.config
-        count = state["count"].to(grad.dtype) + 1
-        fast, slow, square = state["moments"].to(grad.dtype).unbind(-1)
+        count = count.to(grad.dtype) + 1
+        fast, slow, square = moments.to(grad.dtype).unbind(-1)
         fast = torch.lerp(grad, fast, cfg.fast_beta)
         slow = torch.lerp(grad, slow, cfg.slow_beta)
         square = torch.lerp(grad.square(), square, cfg.square_beta)
         new_state = {"moments": torch.stack((fast, slow, square), -1), "count": count}
 
-        unbias = [-torch.expm1(count * math.log(beta)) for beta in
-                  (cfg.fast_beta, cfg.slow_beta, cfg.square_beta)]  # fmt: skip
+        betas = (cfg.fast_beta, cfg.slow_beta, cfg.square_beta)
+        unbias = [at.spread(-torch.expm1(count * math.log(beta))) for beta in betas]
         fast, slow, square = fast / unbias[0], slow / unbias[1], square / unbias[2]
         size = (square + TINY**2).sqrt()
         s_fast, s_slow = fast / size, slow / size
         s_now = (grad / size).clamp(-3.0, 3.0)
 
-        mean_square, *means = whole_mean(square, fast.square(), slow.square(), grad.square())
+        mean_square, param_square, *means = at.means(
+            square, param.square(), fast.square(), slow.square(), grad.square()
+        )
         mean_square = mean_square + TINY**2
-        scale, relative = tensor_scale(param)
+        rms = (param_square + TINY).sqrt()  # differentiable at zero, too
+        scale = at.spread(torch.maximum(rms, at.natural))
         per_tensor = torch.stack(
             (
-                relative,
-                *_shape_features(param, count),
+                # How small the tensor is against its natural scale.
+                (rms / at.natural).clamp(min=math.exp(-8.0)).log() / 4.0,
+                at.log_fan_in / 8.0,
+                at.is_vector,
                 (count.clamp(max=10_000.0).log() - 4.0) / 4.0,
                 (-count / 10.0).exp(),
                 *(_log_ratio(mean, mean_square) / 4.0 for mean in means),
-            )
+            ),
+            dim=-1,
         )
         per_coordinate = (
             s_fast.abs() - 0.5,
@@ -119,15 +156,15 @@ class EquivariantRule(RecurrentRule):
             s_now.abs() - 0.5,
             s_fast * s_slow,
             s_now * s_fast,
-            _log_ratio(square, mean_square) / 8.0,
+            _log_ratio(square, at.spread(mean_square)) / 8.0,
             torch.tanh(param.abs() / scale) - 0.5,
         )
         signals = torch.cat(
             (
                 torch.stack(per_coordinate, -1),
-                per_tensor.expand(*param.shape, -1),
+                at.rows(per_tensor),
                 torch.stack((s_fast, s_slow, s_now), -1),
-                scale.expand(*param.shape, 1),
+                scale.expand_as(grad).unsqueeze(-1),
             ),
             dim=-1,
         )
@@ -157,30 +194,69 @@ class EquivariantRule(RecurrentRule):
         return -self.config.initial_step * signals[..., -1] * log_step.exp() * mixed
 
 
-def tensor_scale(param: Tensor) -> tuple[Tensor, Tensor]:
-    """The unit of a tensor's steps, and how small the tensor is against its natural scale.
-
-    Returns:
-        ``(scale, relative)``, both of shape ``()``: ``max(rms(theta), natural)`` with natural
-        ``1 / sqrt(fan_in)`` (0.1 for vectors and scalars), and ``log(rms / natural) / 4``, not
-        below -2.
-    """
-    natural = VECTOR_SCALE if param.dim() < 2 else _fan_in(param) ** -0.5
-    rms = (whole_mean(param.square())[0] + TINY).sqrt()  # differentiable at zero, too
-    relative = (rms / natural).clamp(min=math.exp(-8.0)).log() / 4.0
-    return rms.clamp(min=natural), relative
+def _natural_scale(shape: Sequence[int]) -> float:
+    """What a tensor of this shape is drawn at: ``1 / sqrt(fan_in)``, 0.1 for vectors."""
+    return VECTOR_SCALE if len(shape) < 2 else _fan_in(shape) ** -0.5
 
 
-def _fan_in(param: Tensor) -> int:
+def _fan_in(shape: Sequence[int]) -> int:
     """Inputs per output, as torch counts them for linear and convolutional weights."""
-    return max(1, math.prod(whole_shape(param)[1:]))
+    return max(1, math.prod(shape[1:]))
 
 
-def _shape_features(param: Tensor, like: Tensor) -> list[Tensor]:
-    """Log fan-in and whether it is a vector, as tensors beside ``like``."""
-    is_vector = param.dim() < 2
-    fan_in = 1 if is_vector else _fan_in(param)
-    return [torch.full_like(like, math.log(fan_in) / 8.0), torch.full_like(like, float(is_vector))]
+class _Alone:
+    """One tensor, or a shard of one: per-tensor values have shape ``()``."""
+
+    def __init__(self, param: Tensor) -> None:
+        whole = whole_shape(param)
+        self.shape = param.shape
+        self.natural = param.new_tensor(_natural_scale(whole))
+        self.log_fan_in = param.new_tensor(math.log(_fan_in(whole)))
+        self.is_vector = param.new_tensor(float(len(whole) < 2))
+
+    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
+        return whole_mean(*values).unbind()
+
+    def spread(self, value: Tensor) -> Tensor:
+        return value
+
+    def rows(self, features: Tensor) -> Tensor:
+        return features.expand(*self.shape, -1)
+
+
+class _Packed:
+    """Several tensors flattened into one: per-tensor values have shape ``(tensors,)``."""
+
+    def __init__(
+        self, shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        self.sizes = [shape.numel() for shape in shapes]
+        self.counts = column([float(max(1, size)) for size in self.sizes])
+        owner = torch.arange(len(shapes), device=device)
+        self.owner = owner.repeat_interleave(torch.tensor(self.sizes, device=device))  # (n,)
+        self.natural = column([_natural_scale(shape) for shape in shapes])
+        self.log_fan_in = column([math.log(_fan_in(shape)) for shape in shapes])
+        self.is_vector = column([float(len(shape) < 2) for shape in shapes])
+
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def of(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> _Packed:
+        """The packing of these shapes, remembered: every step of an optimizee asks for it."""
+        return _Packed(shapes, dtype, device)
+
+    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
+        stacked = torch.stack(values)  # (m, n)
+        totals = stacked.new_zeros(len(values), len(self.sizes))
+        return (totals.index_add_(1, self.owner, stacked) / self.counts).unbind()
+
+    def spread(self, value: Tensor) -> Tensor:
+        return value[self.owner]
+
+    def rows(self, features: Tensor) -> Tensor:
+        return features[self.owner]
 
 
 def _log_ratio(x: Tensor, reference: Tensor) -> Tensor:
