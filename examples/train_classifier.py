@@ -2,7 +2,8 @@
 
 The training loop is an ordinary one; the learned optimizer takes Adam's place in it and nothing
 else changes. Adam's and SGD's learning rates are chosen by grid search on a seed of their own;
-the learned optimizer has nothing to choose.
+the learned optimizer has nothing to choose. Two initializations are tried: the thesis's tiny
+weights, on which the shipped rule was meta-trained, and PyTorch's own, which it has never seen.
 
     python examples/train_classifier.py                    # scikit-learn's digits, no download
     python examples/train_classifier.py --dataset mnist    # downloads MNIST through torchvision
@@ -41,13 +42,21 @@ def load(name: str, data_dir: Path | None) -> tuple[Dataset, Dataset]:
     return sets[0], sets[1]
 
 
+def initialize(model: nn.Module, how: str) -> None:
+    """The thesis's weights ~ N(0, 0.001^2) and biases 0; otherwise PyTorch's stay."""
+    if how == "thesis":
+        for param in model.parameters():
+            nn.init.normal_(param, std=0.001) if param.dim() > 1 else nn.init.zeros_(param)
+
+
 def train(
-    make_optimizer: MakeOptimizer, args: argparse.Namespace, data: Dataset, seed: int
+    make_optimizer: MakeOptimizer, args: argparse.Namespace, data: Dataset, how: str, seed: int
 ) -> tuple[nn.Module, list[float]]:
     """One training run; returns the model and the loss at every step."""
     torch.manual_seed(seed)
     inputs = data[0][0].numel()
     model = nn.Sequential(nn.Linear(inputs, 20), ACTIVATIONS[args.activation](), nn.Linear(20, 10))
+    initialize(model, how)
     # A generator of its own: every optimizer sees the same batches.
     generator = torch.Generator().manual_seed(seed)
     sampler = RandomSampler(
@@ -75,30 +84,61 @@ def accuracy(model: nn.Module, data: Dataset) -> float:
     return (model(x).argmax(1) == y).float().mean().item()
 
 
-def tuned(make: Callable[[Iterable[Tensor], float], torch.optim.Optimizer], args, data) -> float:
+def tuned(
+    make: Callable[[Iterable[Tensor], float], torch.optim.Optimizer],
+    args: argparse.Namespace,
+    data: Dataset,
+    how: str,
+) -> float:
     """The learning rate with the smallest summed loss, on a seed that is not used again."""
 
     def summed(lr: float) -> float:
-        total = sum(train(lambda params: make(params, lr), args, data, seed=1000)[1])
+        total = sum(train(lambda params: make(params, lr), args, data, how, seed=1000)[1])
         return total if total == total else float("inf")
 
     return min(LEARNING_RATES, key=summed)
 
 
-def plot(curves: dict[str, list[list[float]]], title: str, path: Path) -> None:
-    """Mean learning curves on a logarithmic scale, one per optimizer."""
+def compare(
+    args: argparse.Namespace, data: Dataset, tests: Dataset, how: str
+) -> dict[str, list[list[float]]]:
+    """Tune, train and print a table; returns the loss curves by optimizer."""
+    adam_lr = tuned(lambda params, lr: torch.optim.Adam(params, lr=lr), args, data, how)
+    sgd_lr = tuned(lambda params, lr: torch.optim.SGD(params, lr=lr), args, data, how)
+    optimizers: dict[str, MakeOptimizer] = {
+        f"LearnedOptimizer({Path(args.rule).stem!r})": lambda p: LearnedOptimizer(p, args.rule),
+        f"Adam(lr={adam_lr:g})": lambda params: torch.optim.Adam(params, lr=adam_lr),
+        f"SGD(lr={sgd_lr:g})": lambda params: torch.optim.SGD(params, lr=sgd_lr),
+    }
+    print(f"{how + ' initialization':<30}{'summed loss':>12}{'last 10 steps':>15}{'test':>8}")
+    curves: dict[str, list[list[float]]] = {}
+    for name, make_optimizer in optimizers.items():
+        runs = [train(make_optimizer, args, data, how, seed) for seed in range(args.seeds)]
+        curves[name] = [losses for _, losses in runs]
+        summed = sum(sum(losses) for losses in curves[name]) / args.seeds
+        last = sum(sum(losses[-10:]) / 10 for losses in curves[name]) / args.seeds
+        correct = sum(accuracy(model, tests) for model, _ in runs) / args.seeds
+        print(f"{name:<30}{summed:>12.1f}{last:>15.3f}{correct:>8.1%}")
+    return curves
+
+
+def plot(panels: dict[str, dict[str, list[list[float]]]], title: str, path: Path) -> None:
+    """Mean learning curves on a logarithmic scale: a panel per initialization."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, runs in curves.items():
-        mean = torch.tensor(runs).mean(0)
-        learned = name.startswith("LearnedOptimizer")
-        style = {"linestyle": "-", "linewidth": 2} if learned else {"linestyle": "--"}
-        axes.plot(mean, label=name, **style)
-    axes.set(yscale="log", xlabel="step", ylabel="training loss", title=title)
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend()
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, (how, curves) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+    ):
+        for name, runs in curves.items():
+            mean = torch.tensor(runs).mean(0)
+            learned = name.startswith("LearnedOptimizer")
+            style = {"linestyle": "-", "linewidth": 2} if learned else {"linestyle": "--"}
+            axes.plot(mean, label=name, **style)
+        axes.set(yscale="log", xlabel="step", ylabel="training loss", title=f"{how} initialization")
+        axes.grid(True, which="both", alpha=0.2)
+        axes.legend()
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
 
@@ -115,27 +155,12 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="where MNIST is or goes")
     args = parser.parse_args()
 
-    train_set, test_set = load(args.dataset, args.data_dir)
-    adam_lr = tuned(lambda params, lr: torch.optim.Adam(params, lr=lr), args, train_set)
-    sgd_lr = tuned(lambda params, lr: torch.optim.SGD(params, lr=lr), args, train_set)
-    optimizers: dict[str, MakeOptimizer] = {
-        f'LearnedOptimizer("{args.rule}")': lambda params: LearnedOptimizer(params, args.rule),
-        f"Adam(lr={adam_lr:g})": lambda params: torch.optim.Adam(params, lr=adam_lr),
-        f"SGD(lr={sgd_lr:g})": lambda params: torch.optim.SGD(params, lr=sgd_lr),
-    }
-
-    print(f"{args.dataset}, {args.steps} steps, mean of {args.seeds} seeds")
-    print(f"{'optimizer':<30}{'summed loss':>12}{'last 10 steps':>15}{'test accuracy':>15}")
-    curves: dict[str, list[list[float]]] = {}
-    for name, make_optimizer in optimizers.items():
-        runs = [train(make_optimizer, args, train_set, seed) for seed in range(args.seeds)]
-        curves[name] = [losses for _, losses in runs]
-        summed = sum(sum(losses) for losses in curves[name]) / args.seeds
-        last = sum(sum(losses[-10:]) / 10 for losses in curves[name]) / args.seeds
-        correct = sum(accuracy(model, test_set) for model, _ in runs) / args.seeds
-        print(f"{name:<30}{summed:>12.1f}{last:>15.3f}{correct:>15.1%}")
-    plot(curves, f"{args.dataset}: 20 {args.activation} units", args.plot)
-    print(f"learning curves: {args.plot}")
+    torch.set_num_threads(1)  # networks this small lose time to a second thread
+    data, tests = load(args.dataset, args.data_dir)
+    print(f"{args.dataset}, {args.steps} steps, mean of {args.seeds} seeds\n")
+    panels = {how: compare(args, data, tests, how) for how in ("thesis", "PyTorch")}
+    plot(panels, f"{args.dataset}: 20 {args.activation} units", args.plot)
+    print(f"\nlearning curves: {args.plot}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import torch
 from learned_optim.meta.data import DATA_VARIABLE, DataOptions
 from learned_optim.rules import UpdateRule, rule_class
 
+# One thread here and in the processes that tests start: two of them spin where both cores are busy.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -23,16 +23,14 @@ def run(folder: Path, *arguments: str) -> str:
 @pytest.mark.slow
 def test_digits_in_an_empty_folder(tmp_path: Path) -> None:
     output = run(tmp_path)
-    rows = {
-        name: float(summed)
-        for name, summed in re.findall(r"^(LearnedOptimizer|Adam|SGD)\(.*?\) +(\S+)", output, re.M)
-    }
-    assert set(rows) == {"LearnedOptimizer", "Adam", "SGD"}
-    # Ten classes cost log(10) per step untrained: all three must have learned something.
-    assert all(0 < summed < 0.95 * 30 * 2.303 for summed in rows.values())
+    rows = re.findall(r"^(LearnedOptimizer|Adam|SGD)\(.*?\) +(\S+)", output, re.M)
+    assert [name for name, _ in rows] == ["LearnedOptimizer", "Adam", "SGD"] * 2
+    untrained = 30 * 2.303  # log(10) a step
+    assert all(0 < float(summed) < 1.01 * untrained for _, summed in rows)
+    assert float(rows[0][1]) < 0.8 * float(rows[1][1])  # where the rule is at home
     assert [path.name for path in tmp_path.iterdir()] == ["train_classifier.png"]
     with Image.open(tmp_path / "train_classifier.png") as image:
-        assert image.size == (840, 540)
+        assert image.size == (1320, 540)
 
 
 @pytest.mark.slow
