@@ -136,7 +136,7 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| task | handmade | handmade / best baseline | sgd |" in captured.out
     assert f"wrote {tmp_path / 'out' / 'quadratic-10.png'}\n" in captured.out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "quadratic-10.png", "runs.jsonl", "summary.json", "table.md",
+        "protocol.json", "quadratic-10.png", "runs.jsonl", "summary.json", "table.md",
     ]  # fmt: skip
     assert (tmp_path / "out" / "table.md").read_text() in captured.out
     # Again: every run is in the log, and the figures are the same.

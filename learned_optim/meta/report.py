@@ -11,12 +11,20 @@ from learned_optim.checkpoint import write_text
 # Colours of Okabe and Ito (2008), told apart by readers with any colour vision.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 
+#: Beside a learning rate in tables and legends.
+MARKS = {
+    "†": "the learning rate that was best on the tuning seeds diverged on a test seed: this is "
+    "the next best that does not",
+    "‡": "at the edge of the grid of learning rates: beyond it there may be a better one",
+}
+
 
 def markdown(summary: dict[str, Any]) -> str:
     """The tables: one overview per horizon, then the figures of every task."""
     protocol = summary["protocol"]
     seeds = f"{protocol['seeds']} test seeds, learning rates tuned on {protocol['tuning_seeds']}"
     parts = [f"Mean ± half the 95 % interval; {seeds} others."]
+    parts += [f"{mark} {meaning}." for mark, meaning in MARKS.items() if mark in _marks(summary)]
     for horizon in protocol["horizons"]:
         parts.append(f"## Summed loss over {horizon:,} steps\n\n" + _overview(summary, horizon))
     for task, entry in summary["tasks"].items():
@@ -24,6 +32,14 @@ def markdown(summary: dict[str, Any]) -> str:
             f"## {task}\n\n" + "\n\n".join(_detail(h, v) for h, v in entry["horizons"].items())
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _marks(summary: dict[str, Any]) -> set[str]:
+    """The marks that some learning rate of a summary carries."""
+    cells = [cell for task in summary["tasks"].values() for cell in task["horizons"].values()]
+    rows = [row for cell in cells for row in cell["optimizers"].values()]
+    rows += [row["tuned_by_final"] for row in rows if "tuned_by_final" in row]
+    return {mark for row in rows for mark in lr_text(row)} & set(MARKS)
 
 
 def _names(summary: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -59,18 +75,19 @@ def _detail(horizon: str, cell: dict[str, Any]) -> str:
     long = any("worst_after_1000" in row for row in optimizers.values())
     head = ["optimizer", "lr", "summed loss", "last 10 steps", "lr by last 10", "last 10 so tuned"]
     head += [f"test {name}" for name in tests]
-    head += ["worst after step 1,000"] * long
-    head += ["ms per step", "steps to best baseline's last 10"]
+    head += ["worst mean of ten after step 1,000"] * long
+    best = cell.get("best_final_baseline")
+    head += ["ms per step", f"steps to last 10 so tuned of {best}" if best else "steps"]
     rows = []
     for name, row in optimizers.items():
         final = row.get("tuned_by_final")
         rows.append(
             [
                 f"**{name}**" if row["kind"] == "learned" else name,
-                f"{row['lr']:g}",
+                lr_text(row),
                 _sum(row),
                 value_text(row["last"], 3),
-                f"{final['lr']:g}" if final else "",
+                lr_text(final) if final else "",
                 value_text(final["last"], 3) if final else "",
                 *(value_text(row["test"].get(test), 3) for test in tests),
                 *([value_text(row.get("worst_after_1000"), 3)] * long),
@@ -103,6 +120,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
+    """A mean with half its interval, as ``"12.3 ± 0.4"``.
+
+    Args:
+        interval: ``mean`` and ``half`` of a summary; ``None`` for what was not measured gives "".
+        digits: after the decimal point.
+    """
     if interval is None:  # not measured
         return ""
     if interval["mean"] is None:
@@ -110,7 +133,19 @@ def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
     return f"{interval['mean']:.{digits}f} ± {interval['half'] or 0.0:.{digits}f}"
 
 
+def lr_text(row: dict[str, Any]) -> str:
+    """The learning rate of a summary's row, with those of :data:`MARKS` that apply."""
+    replaced = row.get("tuned_lr", row["lr"]) != row["lr"]
+    return f"{row['lr']:g}" + "†" * replaced + "‡" * row.get("lr_at_edge", False)
+
+
 def ratio_text(ratio: dict[str, Any] | None) -> str:
+    """A ratio with its interval, as ``"0.61 [0.58, 0.64]"``, bold if below 1.
+
+    Args:
+        ratio: ``mean``, ``low`` and ``high`` of a summary; ``None``, where there was no baseline
+            to compare with, gives "".
+    """
     if ratio is None:
         return ""
     if ratio["mean"] is None:
@@ -120,7 +155,7 @@ def ratio_text(ratio: dict[str, Any] | None) -> str:
 
 
 def _with_lr(row: dict[str, Any], best: bool) -> str:
-    text = f"{_sum(row)} (lr {row['lr']:g})"
+    text = f"{_sum(row)} (lr {lr_text(row)})"
     return f"**{text}**" if best else text
 
 
@@ -161,7 +196,7 @@ def _draw(axes: Any, name: str, row: dict[str, Any], colour: str) -> None:
         color=colour,
         linestyle="-" if is_learned else "--",
         linewidth=2.0 if is_learned else 1.3,
-        label=f"{name} (learned)" if is_learned else f"{name} (lr {row['lr']:g})",
+        label=f"{name} (learned)" if is_learned else f"{name} (lr {lr_text(row)})",
         zorder=3 if is_learned else 2,
     )  # fmt: skip
     # A log axis has no room for an interval that reaches below zero.
