@@ -625,10 +625,25 @@ def test_report_files(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Pat
     )
 
 
+def test_tasks_of_two_modules_have_their_own_plots(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(lambda spec: [2.0 - 0.01 * t for t in range(20)])
+    for name in ("own_tasks_b", "own_tasks_c"):
+        line = "from learned_optim.meta.tasks.quadratic import FAMILIES\n"
+        (tmp_path / f"{name}.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    tasks = ("own_tasks_b:quadratic", "own_tasks_c:quadratic")
+    summary = Evaluation(replace(NOTHING_LEARNED, tasks=tasks, output=tmp_path)).execute()
+    assert [path.name for path in write_report(summary, tmp_path)] == [
+        "table.md", "own_tasks_b.quadratic-20.png", "own_tasks_c.quadratic-20.png",
+    ]  # fmt: skip
+
+
 def test_axis_has_plain_numbers() -> None:
     from matplotlib.figure import Figure
 
-    from learned_optim.meta.report import _set_log_axis
+    from learned_optim.summary import _set_log_axis
 
     figure = Figure()
     axes = figure.add_subplot()
