@@ -6,7 +6,6 @@ Options of ``search``, ``train`` and ``evaluate`` are generated from their confi
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from learned_optim.checkpoint import as_json
 from learned_optim.pretrained import ALIASES, list_pretrained, load_record, load_rule
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _show(args: list[str]) -> int:
         "fingerprint": rule.fingerprint(),
         "record": load_record(args[0]),
     }
-    print(json.dumps(described, indent=2, sort_keys=True))
+    print(as_json(described, indent=2))
     return 0
 
 

@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 
-from learned_optim.checkpoint import FORMAT, FORMAT_VERSION, CheckpointError, save_rule
+from learned_optim.checkpoint import (
+    FORMAT,
+    FORMAT_VERSION,
+    CheckpointError,
+    as_json,
+    save_rule,
+)
 from learned_optim.rules import UpdateRule
 from learned_optim.summary import curve_file, markdown, plot
 
@@ -320,7 +326,7 @@ def _training(record: dict[str, Any]) -> str:
     ]
     if record.get("commit"):
         rows.append(f"- Source version: `{record['commit']}`")
-    details = json.dumps(record, indent=2, sort_keys=True)
+    details = as_json(record, indent=2)
     return "\n".join(rows) + (
         f"\n\n<details><summary>Full record</summary>\n\n```json\n{details}\n```\n\n</details>"
     )
