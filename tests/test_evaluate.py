@@ -666,25 +666,36 @@ def test_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "best", "pinned"),
+    ("task", "checkpoints", "best", "pinned"),
     [
         (
             "quadratic",
+            ("quadratic",),
             "nesterov",
-            {"nesterov": (0.01, 41.65), "rmsprop": (0.03, 59.41), "adam": (0.3, 73.15)},
+            {
+                "quadratic": (1.0, 31.97),
+                "nesterov": (0.01, 41.65),
+                "rmsprop": (0.03, 59.41),
+                "adam": (0.3, 73.15),
+            },
         ),
         (
             "digits",
+            (),
             "rmsprop",
             {"nesterov": (1.0, 98.64), "rmsprop": (0.03, 70.28), "adam": (0.03, 87.33)},
         ),
     ],
 )
 def test_fast_tier(
-    task: str, best: str, pinned: dict[str, tuple[float, float]], tmp_path: Path
+    task: str,
+    checkpoints: tuple[str, ...],
+    best: str,
+    pinned: dict[str, tuple[float, float]],
+    tmp_path: Path,
 ) -> None:
     config = EvaluateConfig(
-        checkpoints=(), tasks=(task,), baselines=("nesterov", "rmsprop", "adam"), horizons=(50,),
+        checkpoints=checkpoints, tasks=(task,), baselines=("nesterov", "rmsprop", "adam"), horizons=(50,),
         seeds=2, tuning_seeds=1, output=tmp_path,
     )  # fmt: skip
     cell = Evaluation(config).execute()["tasks"][task]["horizons"]["50"]
@@ -693,3 +704,33 @@ def test_fast_tier(
         row = cell["optimizers"][name]
         assert row["lr"] == lr
         assert row["sum"]["mean"] == pytest.approx(summed, rel=0.02)
+
+
+def against_adam(
+    checkpoint: str, task: str, lrs: tuple[float, ...], output: Path, data: DataOptions, seeds: int
+) -> float:
+    """Summed loss over 100 steps of a checkpoint, relative to that of Adam tuned over ``lrs``."""
+    config = EvaluateConfig(
+        checkpoints=(checkpoint,), tasks=(task,), baselines=("adam",), horizons=(100,),
+        seeds=seeds, tuning_seeds=3, output=output, data=data,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "LR_GRID", lrs)
+        optimizers = Evaluation(config).execute()["tasks"][task]["horizons"]["100"]["optimizers"]
+    assert optimizers["adam"]["lr"] not in (lrs[0], lrs[-1])  # the best lies inside
+    return optimizers[checkpoint]["ratio"]["mean"]
+
+
+def test_shipped_quadratic_rule_beats_tuned_adam(tmp_path: Path) -> None:
+    lrs = (0.03, 0.1, 0.3, 1.0)
+    assert against_adam("quadratic", "quadratic", lrs, tmp_path, DataOptions(), 10) < 0.6
+
+
+def test_shipped_mnist_rule_beats_tuned_adam(image_data: DataOptions, tmp_path: Path) -> None:
+    """On the half of MNIST that did not meta-train it."""
+    assert against_adam("mnist", "mnist", (0.01, 0.03, 0.1), tmp_path, image_data, 3) < 0.75
+
+
+def test_shipped_mnist_rule_beats_tuned_adam_on_digits(tmp_path: Path) -> None:
+    lrs = (0.01, 0.03, 0.1)
+    assert against_adam("mnist", "digits", lrs, tmp_path, DataOptions(), 3) < 0.7
