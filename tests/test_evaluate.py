@@ -695,8 +695,8 @@ def test_fast_tier(
     tmp_path: Path,
 ) -> None:
     config = EvaluateConfig(
-        checkpoints=checkpoints, tasks=(task,), baselines=("nesterov", "rmsprop", "adam"), horizons=(50,),
-        seeds=2, tuning_seeds=1, output=tmp_path,
+        checkpoints=checkpoints, tasks=(task,), baselines=("nesterov", "rmsprop", "adam"),
+        horizons=(50,), seeds=2, tuning_seeds=1, output=tmp_path,
     )  # fmt: skip
     cell = Evaluation(config).execute()["tasks"][task]["horizons"]["50"]
     assert cell["best_baseline"] == best
