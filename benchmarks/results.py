@@ -48,18 +48,27 @@ GROUPS = {
     ),
     "familiar": EvaluateConfig(
         checkpoints=("mnist",),
-        tasks=("digits", "digits-torch", "regression", "mnist-cnn", "mnist-cnn-bn", "cifar10-cnn",
-               "cifar10-cnn-bn", "char-lm-gru", "char-lm-transformer"),
+        tasks=("digits", "digits-torch", "regression"),
         baselines=FOUR,
         horizons=(200,),
-        tuning_seeds=1,
+    ),
+    "convnets": EvaluateConfig(
+        checkpoints=("mnist",),
+        tasks=("mnist-cnn", "mnist-cnn-bn", "cifar10-cnn", "cifar10-cnn-bn"),
+        baselines=FOUR,
+        horizons=(200,),
+    ),
+    "language": EvaluateConfig(
+        checkpoints=("mnist",),
+        tasks=("char-lm-gru", "char-lm-transformer"),
+        baselines=FOUR,
+        horizons=(200,),
     ),
     "long": EvaluateConfig(
         checkpoints=("mnist",),
         tasks=("mnist", "mnist-relu"),
         baselines=FOUR,
         horizons=(2000,),
-        tuning_seeds=1,
     ),
     "very-long": EvaluateConfig(
         checkpoints=("mnist",),
@@ -69,7 +78,7 @@ GROUPS = {
         seeds=3,
         tuning_seeds=1,
     ),
-}  # fmt: skip
+}
 
 # The published notebook's summed losses over 100 steps: best hand-written optimizer, learned one.
 # Entries with a note come from runs the notebook mistuned, see "What is wrong" on the page.

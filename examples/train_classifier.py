@@ -9,7 +9,6 @@ the learned optimizer has nothing to choose.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from learned_optim import LearnedOptimizer
+from learned_optim.meta.data import DataOptions, halves, load_images
 
 LEARNING_RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh}
@@ -25,21 +25,20 @@ ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh}
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
-def load(name: str, data_dir: Path) -> tuple[Dataset, Dataset]:
-    """Training and test set of flattened images in [0, 1]."""
+def load(name: str, data_dir: Path | None) -> tuple[Dataset, Dataset]:
+    """Training and test set of flattened images in [0, 1].
+
+    Of MNIST's training images, only the half that no shipped checkpoint was meta-trained on.
+    """
+    options = DataOptions(data_dir)
+    train_images, test_images = (load_images(name, train, options) for train in (True, False))
     if name == "mnist":
-        from torchvision.datasets import MNIST
-
-        sets = [MNIST(data_dir, train=train, download=True) for train in (True, False)]
-        pairs = [(s.data.flatten(1) / 255.0, s.targets) for s in sets]
-        return TensorDataset(*pairs[0]), TensorDataset(*pairs[1])
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images, dtype=torch.float32) / 16.0, torch.tensor(labels)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, test = order[360:], order[:360]
-    return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
+        _, train_images = halves(train_images)
+    sets = []
+    for images in (train_images, test_images):
+        x, y = images.batch(torch.arange(len(images)))
+        sets.append(TensorDataset(x.flatten(1), y))
+    return sets[0], sets[1]
 
 
 def train(
@@ -49,7 +48,11 @@ def train(
     torch.manual_seed(seed)
     inputs = data[0][0].numel()
     model = nn.Sequential(nn.Linear(inputs, 20), ACTIVATIONS[args.activation](), nn.Linear(20, 10))
-    sampler = RandomSampler(data, replacement=True, num_samples=args.steps * 128)
+    # A generator of its own: every optimizer sees the same batches.
+    generator = torch.Generator().manual_seed(seed)
+    sampler = RandomSampler(
+        data, replacement=True, num_samples=args.steps * 128, generator=generator
+    )
     loader = DataLoader(data, batch_size=128, sampler=sampler)
 
     # optimizer = torch.optim.Adam(model.parameters(), lr=...)
@@ -109,10 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path, default=Path("train_classifier.png"))
-    parser.add_argument(
-        "--data-dir", type=Path,
-        default=Path(os.environ.get("LEARNED_OPTIM_DATA", "data")), help="where MNIST is or goes",
-    )  # fmt: skip
+    parser.add_argument("--data-dir", type=Path, help="where MNIST is or goes")
     args = parser.parse_args()
 
     train_set, test_set = load(args.dataset, args.data_dir)

@@ -29,6 +29,10 @@ DECAY_UNIT = 1e-3
 LARGEST_GRAD = 2.0**48
 
 
+# Hyperparameters that groups of torch's own optimizers have and ours have not.
+FOREIGN_KEYS = frozenset({"alpha", "betas", "dampening", "momentum", "nesterov", "rho"})
+
+
 class LearnedOptimizer(Optimizer):
     """Trains with updates computed by a learned update rule (Andrychowicz et al. 2016).
 
@@ -80,7 +84,7 @@ class LearnedOptimizer(Optimizer):
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(rule, (int, float, Tensor)):
+        if not isinstance(rule, (str, os.PathLike, UpdateRule)):
             raise TypeError(
                 f"the second argument of LearnedOptimizer is the update rule, got {rule!r}. If it "
                 f"was Adam's learning rate, leave it out: LearnedOptimizer(params) needs none "
@@ -268,6 +272,12 @@ class LearnedOptimizer(Optimizer):
 
     def _check_identity(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get("rule")
+        foreign = FOREIGN_KEYS.intersection(*(group.keys() for group in state_dict["param_groups"]))
+        if saved is None and foreign:
+            raise ValueError(
+                f"loaded state dict belongs to another optimizer: its groups have "
+                f"{', '.join(sorted(foreign))}, and its learning rate would scale learned updates"
+            )
         if saved is not None and saved != self._identity:
             raise ValueError(
                 f"loaded state dict belongs to the update rule {saved['name']!r} "

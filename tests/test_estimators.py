@@ -128,12 +128,3 @@ def test_optimizees_do_not_see_each_other() -> None:
 def test_replay_needs_a_recurrent_rule() -> None:
     with pytest.raises(TypeError, match="needs a RecurrentRule, and AdamRule is none: use"):
         estimate(random_rule("adam"), "quadratic", "replay", 2)
-
-
-def test_non_finite_unrolls_are_recognized() -> None:
-    rule = random_rule("lstm")
-    with torch.no_grad():
-        rule.readout.bias.fill_(1e30)
-    result, _ = estimate(rule.double(), "quadratic", "replay", 20)
-    assert not MetaGradient(result.losses * 1e300, result.grads).is_finite()
-    assert MetaGradient(torch.ones(2, 1), [torch.ones(1)]).is_finite()

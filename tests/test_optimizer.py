@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_rule
@@ -60,6 +61,24 @@ def test_wrapper_equals_differentiable_unroll(name: str, task_name: str) -> None
         optimizer.step()
         losses.append(loss.detach())
     torch.testing.assert_close(torch.stack(losses), unrolled, rtol=2e-4, atol=1e-5)
+
+
+def test_making_an_optimizer_leaves_the_global_generator_alone() -> None:
+    """Swapping Adam out must not change anybody's shuffling, dropout or initialization."""
+    params = list(network().parameters())
+    before = torch.get_rng_state()
+    LearnedOptimizer(params, "quadratic")
+    LearnedOptimizer(params, random_rule("lstm"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_state_of_a_hand_written_optimizer_is_refused() -> None:
+    model = network()
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3).state_dict()
+    optimizer = LearnedOptimizer(model.parameters(), random_rule("lstm"))
+    with pytest.raises(ValueError, match="belongs to another optimizer: its groups have betas"):
+        optimizer.load_state_dict(adam)
+    assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 def test_lr_multiplies_the_update_and_groups_have_their_own() -> None:
@@ -216,6 +235,11 @@ class TestAdamHabits:
     def test_positional_learning_rate(self) -> None:
         with pytest.raises(TypeError, match=r"second argument .* is the update rule, got 0\.001"):
             LearnedOptimizer(network().parameters(), 1e-3)
+
+    @pytest.mark.parametrize("given", [None, LSTMRule, np.float32(1e-3), torch.tensor(0.1)])
+    def test_what_is_no_rule(self, given: object) -> None:
+        with pytest.raises(TypeError, match="second argument of LearnedOptimizer is the update"):
+            LearnedOptimizer(network().parameters(), given)
 
     def test_kept_keyword(self) -> None:
         with pytest.warns(

@@ -180,6 +180,15 @@ def test_unknown_rule_lists_the_known() -> None:
         build_rule("lstm", {"units": 20})
 
 
+def test_names_are_taken_once() -> None:
+    with pytest.raises(ValueError, match=r"cannot be named 'lstm': LSTMRule .* is, and"):
+
+        class Impostor(UpdateRule):
+            name = "lstm"
+
+    assert rule_class("lstm") is LSTMRule
+
+
 # ---- the LSTM's own numbers
 
 

@@ -1,6 +1,7 @@
 """Meta-training runs: resuming, schedules, divergence, several ranks."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -150,6 +151,20 @@ def test_schedule_and_average(tmp_path: Path) -> None:
     constant = MetaTrainer(replace(SMALL, meta_lr_final=None, epochs=1), tmp_path / "b")
     constant.train()
     assert constant.history[0].meta_lr == SMALL.meta_lr
+
+
+def test_cosine_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four epochs of three runs of three unrolls: 36 meta-steps from 0.01 towards 0.001."""
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1],
+    )
+    MetaTrainer(SMALL, tmp_path).train()
+    expected = [0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * k / 36)) for k in range(36)]
+    assert rates == pytest.approx(expected, rel=1e-12)
 
 
 def test_early_stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,10 +51,6 @@ class MetaGradient:
     losses: Tensor
     grads: list[Tensor]
 
-    def is_finite(self) -> bool:
-        """Whether every loss and every gradient is a finite number."""
-        return all(bool(torch.isfinite(x).all()) for x in (self.losses, *self.grads))
-
 
 Estimator = Callable[[UpdateRule, Optimizees, int, EstimatorOptions], MetaGradient]
 

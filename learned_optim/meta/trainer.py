@@ -8,7 +8,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from learned_optim.checkpoint import read_checkpoint, save_rule, write_atomically, write_text
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
-from learned_optim.meta.recipes import Recipe
+from learned_optim.meta.recipes import Recipe, recipe_from_json
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
@@ -123,7 +123,11 @@ class MetaTrainer:
                 f"tasks_per_meta_step={recipe.tasks_per_meta_step} cannot be shared evenly by "
                 f"{self.world} ranks: make it a multiple"
             )
+        if self.world > 1 and self.rank > 0:
+            dist.barrier()  # rank 0 downloads what is missing, alone
         self.family = build_tasks(recipe.task, TaskOptions("meta", self.data))
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
         if recipe.tasks_per_meta_step > self.world and not self.family.stackable:
             raise ValueError(
                 f"tasks of {recipe.task!r} differ in structure and cannot share a meta-step on one "
@@ -136,7 +140,6 @@ class MetaTrainer:
         self.kept.load_state_dict(self.rule.state_dict())
         self.meta_optimizer = torch.optim.Adam(self.rule.parameters(), lr=recipe.meta_lr)
         self.epoch = 0
-        self._epoch_done = 0.0  # share of the current epoch's runs
         self.meta_steps = 0
         self.history: list[EpochMetrics] = []
         self._open_folder()
@@ -150,27 +153,33 @@ class MetaTrainer:
 
     def _open_folder(self) -> None:
         recipe_file = self.folder / "recipe.json"
-        mine = self.recipe.to_json()
         if recipe_file.exists():
-            found = json.loads(recipe_file.read_text())
+            found = recipe_from_json(json.loads(recipe_file.read_text()))
             # Stopping earlier or later continues the same run, unless the schedule depends on it.
             free = {"patience", "test_runs"}
             if self.recipe.meta_lr_final is None:
                 free.add("epochs")
-            fields = mine.keys() | found.keys()
-            differing = {k for k in fields if mine.get(k) != found.get(k)} - free
+            names = [f.name for f in fields(Recipe) if f.name not in free]
+            differing = [n for n in names if getattr(found, n) != getattr(self.recipe, n)]
             if differing:
                 raise ValueError(
                     f"{self.folder} holds a run of another recipe (different: "
                     f"{', '.join(sorted(differing))}): choose another folder, or delete it"
                 )
         if self.rank == 0:
-            write_text(recipe_file, json.dumps(mine, indent=2, sort_keys=True) + "\n")
+            text = json.dumps(self.recipe.to_json(), indent=2, sort_keys=True)
+            write_text(recipe_file, text + "\n")
         resume = self.folder / "resume.pt"
         if resume.exists():
             self._load(torch.load(resume, weights_only=True))
 
     def _load(self, saved: dict[str, Any]) -> None:
+        ranks = saved.get("ranks", self.world)
+        if ranks != self.world and self.recipe.coordinates is not None:
+            raise ValueError(
+                f"{self.folder} holds a run of {ranks} ranks, and each draws its own sample of "
+                f"coordinates: resume it with as many, not {self.world}"
+            )
         self.rule.load_state_dict(saved["rule"])
         self.kept.load_state_dict(saved["kept"])
         self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
@@ -191,6 +200,7 @@ class MetaTrainer:
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "epoch": self.epoch,
             "meta_steps": self.meta_steps,
+            "ranks": self.world,
             "history": [asdict(m) for m in self.history],
         }
         write_atomically(self.folder / "resume.pt", lambda path: torch.save(state, path))
@@ -230,7 +240,12 @@ class MetaTrainer:
             "geometric_mean": logs.mean().exp().item(),
             "runs": len(sums),
         }
-        record["epochs_run"] = self.epoch
+        record |= {
+            "epochs_run": self.epoch,
+            "meta_steps": self.meta_steps,
+            "data": f"task family {self.recipe.task!r}, meta-training split alone",
+            "torch": torch.__version__.split("+")[0],
+        }
         name = self.recipe.task.rpartition(":")[2]
         path = output or self.folder / f"{name}.safetensors"
         save_rule(rule, path, record)
@@ -260,7 +275,6 @@ class MetaTrainer:
             epoch = self.epoch + 1
             sums, dropped = [], 0
             for run in range(self.recipe.runs_per_epoch):
-                self._epoch_done = run / self.recipe.runs_per_epoch
                 meta_loss, lost = self._train_run(epoch, run)
                 sums.append(meta_loss)
                 dropped += lost
@@ -268,7 +282,7 @@ class MetaTrainer:
                     on_run(epoch, run, meta_loss)
             finite = [s for s in sums if math.isfinite(s)]
             validation = self.validate()
-            self.epoch, self._epoch_done = epoch, 0.0
+            self.epoch = epoch
             previous = self.best.validation if self.best else math.inf
             metrics = EpochMetrics(
                 epoch=epoch,
@@ -296,7 +310,9 @@ class MetaTrainer:
         sampler = seeded(recipe.seed, "coordinates", epoch, run, self.rank)
         estimate = ESTIMATORS[recipe.estimator]
         plan = self._plan(seeded(recipe.seed, "plan", epoch, run))
-        total = 0.0
+        total, done = 0.0, 0
+        unrolls = sum(learns for _, learns in plan)
+        runs_before = (epoch - 1) * recipe.runs_per_epoch + run
         for steps, learns in plan:
             if not learns:
                 for _ in range(steps):
@@ -314,7 +330,9 @@ class MetaTrainer:
                 # Averaging it in would poison the weights, and the optimizee will not recover.
                 return math.inf, 1
             total += packed[-1].item()
-            self._meta_step(packed[:-1])
+            every = recipe.epochs * recipe.runs_per_epoch * unrolls
+            self._meta_step(packed[:-1], (runs_before * unrolls + done) / every)
+            done += 1
         # Per horizon, so that runs of different lengths compare.
         return total * recipe.horizon / sum(steps for steps, _ in plan), 0
 
@@ -331,7 +349,8 @@ class MetaTrainer:
         last = max(chosen)  # what follows the last meta-step would teach nothing
         return [(n, i in chosen) for i, n in enumerate(steps[: last + 1])]
 
-    def _meta_step(self, flat_grad: Tensor) -> None:
+    def _meta_step(self, flat_grad: Tensor, progress: float) -> None:
+        """Clip, step, average; ``progress`` is the share of the whole training done before."""
         recipe = self.recipe
         if recipe.clip_norm is not None:
             flat_grad = flat_grad * (recipe.clip_norm / (flat_grad.norm() + 1e-12)).clamp(max=1.0)
@@ -340,21 +359,19 @@ class MetaTrainer:
         for weight, part in zip(weights, parts, strict=True):
             weight.grad = part.view_as(weight).clone()
         for group in self.meta_optimizer.param_groups:
-            group["lr"] = self._meta_lr()
+            group["lr"] = self._meta_lr(progress)
         self.meta_optimizer.step()
         self.meta_steps += 1
         with torch.no_grad():
             for kept, weight in zip(self.kept.parameters(), weights, strict=True):
                 kept.lerp_(weight, 1.0 - recipe.average)
 
-    def _meta_lr(self) -> float:
-        """Cosine from ``meta_lr`` to ``meta_lr_final`` over all meta-steps, or constant."""
+    def _meta_lr(self, progress: float) -> float:
+        """Cosine from ``meta_lr`` to ``meta_lr_final`` over the whole training, or constant."""
         recipe = self.recipe
         if recipe.meta_lr_final is None:
             return recipe.meta_lr
-        # By epochs, not meta-steps: how many of these a run has may be drawn at random.
-        done = min(1.0, (self.epoch + self._epoch_done) / recipe.epochs)
-        swing = 0.5 * (1.0 + math.cos(math.pi * done))
+        swing = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
         return recipe.meta_lr_final + (recipe.meta_lr - recipe.meta_lr_final) * swing
 
     @torch.no_grad()
@@ -387,13 +404,22 @@ def source_version() -> str:
     """The commit of the source tree this package is run from, or the installed version."""
     from learned_optim import __version__
 
-    here = Path(__file__).parent
-    try:
+    def git(*arguments: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here, capture_output=True, text=True, check=True, timeout=10,
-            env={**os.environ, "GIT_DISCOVERY_ACROSS_FILESYSTEM": "0"},
-        )  # fmt: skip
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+            env=environment,
+        )
+        return done.stdout.strip()
+
+    try:
+        # Installed inside somebody else's repository, the package is not among its files.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=12") or __version__
     except (OSError, subprocess.SubprocessError):
         return __version__
-    return done.stdout.strip() or __version__

@@ -62,8 +62,18 @@ class UpdateRule(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name:
-            _RULES[cls.name] = cls
+        if not cls.name:
+            return
+        taken = _RULES.get(cls.name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise ValueError(
+                f"{cls.__qualname__} cannot be named {cls.name!r}: {taken.__qualname__} of "
+                f"{taken.__module__} is, and checkpoints know rules by name"
+            )
+        _RULES[cls.name] = cls
 
     @property
     def needs_loss(self) -> bool:
@@ -290,11 +300,18 @@ def rule_names() -> list[str]:
 
 
 def rule_for(config: RuleConfig) -> UpdateRule:
-    """A rule with fresh weights for a configuration: its type tells which rule."""
-    for name in rule_names():
-        if _RULES[name].Config is type(config):
-            return _RULES[name](config)
-    raise TypeError(f"no update rule is configured by {type(config).__name__}")
+    """A rule with fresh weights for a configuration: its type tells which rule.
+
+    Raises:
+        TypeError: no rule, or more than one, is configured by this type.
+    """
+    fitting = [name for name in rule_names() if _RULES[name].Config is type(config)]
+    if len(fitting) != 1:
+        which = f"{', '.join(fitting)} are all" if fitting else "no update rule is"
+        raise TypeError(
+            f"{which} configured by {type(config).__name__}: give every rule a Config of its own"
+        )
+    return _RULES[fitting[0]](config)
 
 
 def build_rule(name: str, config: dict[str, Any]) -> UpdateRule:
@@ -306,7 +323,10 @@ def build_rule(name: str, config: dict[str, Any]) -> UpdateRule:
     cls = rule_class(name)
     try:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return cls(cls.Config(**values))
+        # The first weights are about to be replaced: drawing them must not move the generator
+        # that the caller's own initialization, dropout and shuffling draw from.
+        with torch.random.fork_rng(devices=[]):
+            return cls(cls.Config(**values))
     except TypeError as error:
         fields = ", ".join(field.name for field in dataclasses.fields(cls.Config))
         raise ValueError(

@@ -15,7 +15,9 @@ class LSTMStack(nn.Module):
     """LSTM layers whose state is kept as ``hidden`` and ``cell``, layers side by side.
 
     The parameters are named and drawn as those of ``nn.LSTM``, which is not a base class because
-    torch.compile traces no module that holds one.
+    torch.compile traces no module that holds one. The in-place step works on a rearranged copy of
+    the weights, which follows every change that autograd can see; writes through ``weight.data``
+    are not seen.
 
     Args:
         inputs: features per coordinate.

@@ -6,7 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -49,7 +49,7 @@ class TaskFamily(ABC):
     under ``vmap``.
     """
 
-    stackable: ClassVar[bool] = True
+    stackable: bool = True
 
     @abstractmethod
     def sample(self, generator: Generator) -> Task:
@@ -156,11 +156,29 @@ class ModuleTask(Task):
         return figures
 
 
-class FixedTask(TaskFamily):
-    """The family with one member: only initial parameters and batches differ between runs."""
+def evaluation_only(name: str, options: TaskOptions) -> None:
+    """Refuse to build a family for meta-training that has no examples set apart for it.
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    Raises:
+        ValueError: ``options.split`` is ``"meta"``.
+    """
+    if options.split == "meta":
+        raise ValueError(
+            f"{name!r} is for evaluation only: meta-training on it would leak the evaluation. To "
+            f"meta-train on your own data, write a family of your own"
+        )
+
+
+class FixedTask(TaskFamily):
+    """The family with one member: only initial parameters and batches differ between runs.
+
+    Args:
+        task: the member.
+        stackable: whether its loss runs under ``vmap``.
+    """
+
+    def __init__(self, task: Task, *, stackable: bool = True) -> None:
+        self.task, self.stackable = task, stackable
 
     def sample(self, generator: Generator) -> Task:
         return self.task

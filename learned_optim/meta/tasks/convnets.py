@@ -47,7 +47,8 @@ def image_convnet(
         batches=image_batches(image_set, options),
         tests=partial(image_test_set, image_set, options.data),
     )
-    return FixedTask(task)
+    # Running statistics live in the module, which several optimizees would share.
+    return FixedTask(task, stackable=not batch_norm)
 
 
 FAMILIES = {

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from learned_optim.meta.tasks._base import Batch, FixedTask, ModuleTask, TaskFamily, TaskOptions
+from learned_optim.meta.tasks._base import (
+    Batch,
+    FixedTask,
+    ModuleTask,
+    TaskFamily,
+    TaskOptions,
+    evaluation_only,
+)
 
 LENGTH = 64
 BATCH_SIZE = 16
@@ -57,10 +64,9 @@ class GRUModel(nn.Module):
         # nn.GRU caches its weights and would miss functional_call's: the functional form does not.
         gru = self.gru
         weights: list[Tensor] = [getattr(gru, f"{name}_l0") for name in GRU_WEIGHTS]
-        start = torch.zeros(1, len(tokens), gru.hidden_size)
-        states, _ = torch.gru(
-            self.embed(tokens), start, weights, True, 1, 0.0, self.training, False, True
-        )
+        x = self.embed(tokens)
+        start = x.new_zeros(1, len(tokens), gru.hidden_size)
+        states, _ = torch.gru(x, start, weights, True, 1, 0.0, self.training, False, True)
         return self.head(states)
 
 
@@ -104,6 +110,7 @@ class TransformerModel(nn.Module):
 
 def char_lm(model: Callable[[int], nn.Module], options: TaskOptions) -> TaskFamily:
     """Next-character prediction on the first nine tenths of a text; the last tenth tests."""
+    evaluation_only("char-lm", options)
     tokens, vocabulary = read_text(options.data.text)
     cut = len(tokens) * 9 // 10
     train, held_out = tokens[:cut], tokens[cut:]

@@ -11,7 +11,14 @@ from functools import lru_cache
 import torch
 from torch import Generator, Tensor, nn
 
-from learned_optim.meta.tasks._base import Batch, FixedTask, ModuleTask, TaskFamily, TaskOptions
+from learned_optim.meta.tasks._base import (
+    Batch,
+    FixedTask,
+    ModuleTask,
+    TaskFamily,
+    TaskOptions,
+    evaluation_only,
+)
 
 BATCH_SIZE = 64
 
@@ -32,6 +39,7 @@ def _diabetes() -> tuple[Tensor, Tensor]:
 
 
 def _regression(options: TaskOptions) -> TaskFamily:
+    evaluation_only("regression", options)
     x, y = _diabetes()
     cut = len(x) * 4 // 5
 

@@ -1,0 +1,41 @@
+"""The example of the README, as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from learned_optim.meta.data import DataOptions
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "train_classifier.py"
+
+
+def run(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLE), "--steps", "30", "--seeds", "2", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_digits_in_an_empty_folder(tmp_path: Path) -> None:
+    output = run(tmp_path)
+    rows = {
+        name: float(summed)
+        for name, summed in re.findall(r"^(LearnedOptimizer|Adam|SGD)\(.*?\) +(\S+)", output, re.M)
+    }
+    assert set(rows) == {"LearnedOptimizer", "Adam", "SGD"}
+    # Ten classes cost log(10) per step untrained: all three must have learned something.
+    assert all(0 < summed < 0.95 * 30 * 2.303 for summed in rows.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["train_classifier.png"]
+    with Image.open(tmp_path / "train_classifier.png") as image:
+        assert image.size == (840, 540)
+
+
+@pytest.mark.slow
+def test_mnist(tmp_path: Path, image_data: DataOptions) -> None:
+    output = run(tmp_path, "--dataset", "mnist", "--data-dir", str(image_data.root()))
+    assert "mnist, 30 steps, mean of 2 seeds" in output
