@@ -10,10 +10,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 def check_fields(config: Any) -> None:
     """Check every field of a dataclass instance against its annotation.
 
+    Annotations that only a type checker can resolve are not checked.
+
     Raises:
         ValueError: a value of another type, or none of a field's choices.
     """
-    hints = get_type_hints(type(config))
+    try:
+        hints = get_type_hints(type(config))
+    except NameError:
+        return
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         if not _fits(value, hint):

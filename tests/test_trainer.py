@@ -262,6 +262,7 @@ def test_bad_recipes(tmp_path: Path) -> None:
         ({"epochs": "ten"}, "epochs must be int, got 'ten'"),
         ({"patience": 1.5}, r"patience must be int \| None, got 1.5"),
         ({"seed": True}, "seed must be int, got True"),
+        ({"rule": LSTMConfig(output_scale="big")}, "output_scale must be float, got 'big'"),
         ({"rule": {}}, r"rule must be RuleConfig, got \{\}"),
     ],
 )

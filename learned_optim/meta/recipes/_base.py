@@ -78,6 +78,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_fields(self.rule)
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
