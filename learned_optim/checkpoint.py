@@ -1,12 +1,14 @@
 """An update rule as one safetensors file: weights, and a header that rebuilds the rule.
 
 The header's metadata holds ``format``, ``format_version``, ``rule`` (registered name), ``config``
-(JSON) and ``record`` (JSON: recipe, seed, commit, figures). Nothing is ever unpickled.
+(JSON) and ``record`` (JSON: recipe, seed, commit, figures). Nothing is ever unpickled. A rule keeps
+the dtype of its tensors.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from learned_optim._fields import check_fields
 from learned_optim.rules import UpdateRule, build_rule
 
 FORMAT = "learned_optim"
@@ -57,6 +60,23 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_atomically(path, write)
 
 
+def as_json(data: Any, indent: int | None = None) -> str:
+    """JSON text with sorted keys; NaN and infinities, which JSON has not, become ``null``.
+
+    Raises:
+        TypeError: something in ``data`` has no JSON form.
+    """
+    return json.dumps(_finite(data), sort_keys=True, indent=indent, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def save_rule(
     rule: UpdateRule, path: str | os.PathLike[str], record: dict[str, Any] | None = None
 ) -> None:
@@ -65,7 +85,8 @@ def save_rule(
     Args:
         rule: any registered update rule.
         path: the file to write.
-        record: how the rule was made, JSON-serializable: recipe, seed, commit, figures.
+        record: how the rule was made, JSON-serializable: recipe, seed, commit, figures. Numbers
+            that are not finite are stored as ``null``.
 
     Raises:
         TypeError: the rule is not registered under a name, or the record is not JSON.
@@ -80,7 +101,7 @@ def save_rule(
         "format_version": str(FORMAT_VERSION),
         "rule": rule.name,
         "config": json.dumps(rule.config_dict(), sort_keys=True),
-        "record": json.dumps(record or {}, sort_keys=True),
+        "record": as_json(record or {}),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in rule.state_dict().items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -120,9 +141,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
             f"{FORMAT_VERSION}: pip install --upgrade learned-optim"
         )
     try:
-        rule = build_rule(metadata["rule"], json.loads(metadata["config"]))
+        rule = build_rule(metadata["rule"], _json_object(metadata, "config"))
+        check_fields(rule.config)
+        # Weights load into the dtype they have: casting them would make another rule.
+        for key, entry in rule.state_dict(keep_vars=True).items():
+            if key in tensors and tensors[key].is_floating_point() and entry.is_floating_point():
+                entry.data = entry.data.to(tensors[key].dtype)
         rule.load_state_dict(tensors, strict=True)
-        record = json.loads(metadata.get("record", "{}"))
-    except (KeyError, ValueError, RuntimeError) as error:
+        record = _json_object({"record": "{}", **metadata}, "record")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not describe a known update rule: {error}") from error
     return rule.eval(), record
+
+
+def _json_object(metadata: dict[str, str], entry: str) -> dict[str, Any]:
+    value = json.loads(metadata[entry])
+    if not isinstance(value, dict):
+        raise ValueError(f"its {entry} is no JSON object: {metadata[entry][:40]}")
+    return value

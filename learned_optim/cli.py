@@ -6,7 +6,6 @@ Options of ``search``, ``train`` and ``evaluate`` are generated from their confi
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from learned_optim import __version__
+from learned_optim.checkpoint import as_json
 from learned_optim.pretrained import ALIASES, list_pretrained, load_record, load_rule
 
 if TYPE_CHECKING:
@@ -29,7 +30,26 @@ commands:
   search RECIPE        random search of a recipe's meta-learning rate (... search --help)
   train RECIPE         meta-train an update rule (learned-optim train --help)
   evaluate             compare learned with tuned hand-written optimizers (... evaluate --help)
+
+  --version            the version of learned_optim
+  COMMAND --help       more about one of them
 """
+
+SHOW_USAGE = """usage: learned-optim show CHECKPOINT
+
+Prints what a checkpoint is as JSON: update rule, configuration, number of weights, fingerprint, and
+the record of how it was made. CHECKPOINT is a shipped name, a file, a folder or a Hub id.
+"""
+
+LIST_USAGE = """usage: learned-optim list
+
+Prints the names of shipped checkpoints, update rules, tasks, recipes and baselines.
+"""
+
+#: Modules of the ``meta`` extra, which the package is installed without unless asked.
+META_EXTRA = (
+    "matplotlib", "numpy", "scipy", "sklearn", "tensorboard", "torchvision", "tqdm", "tyro",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if args else 2
+    if args[0] == "--version":
+        print(f"learned-optim {__version__}")
+        return 0
     if args[0] not in commands:
         print(f"learned-optim: unknown command {args[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -54,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return commands[args[0]](args[1:])
     except (ValueError, OSError, ImportError) as error:
-        print(f"learned-optim: {error}", file=sys.stderr)
+        print(f"learned-optim: {_message(error, args[0])}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nlearned-optim: interrupted; the same command goes on from here", file=sys.stderr)
@@ -63,12 +86,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.remove(here)
 
 
+def _message(error: Exception, command: str) -> str:
+    """What went wrong; for a missing package of ours, how to get it."""
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ImportError) and missing in META_EXTRA:
+        return f"{command} needs {missing}: pip install 'learned-optim[meta]'"
+    return str(error)
+
+
 def _list(args: list[str]) -> int:
     from learned_optim.meta.baselines import BASELINES
     from learned_optim.meta.recipes import recipes
     from learned_optim.meta.tasks import task_names
     from learned_optim.rules import rule_names
 
+    if args in (["-h"], ["--help"]):
+        print(LIST_USAGE, end="")
+        return 0
     if args:
         raise ValueError(f"list takes no arguments, got {' '.join(args)}")
     aliases = [f"{a} (= {n})" for a, n in ALIASES.items() if n in list_pretrained()]
@@ -85,6 +119,9 @@ def _list(args: list[str]) -> int:
 
 
 def _show(args: list[str]) -> int:
+    if args in (["-h"], ["--help"]):
+        print(SHOW_USAGE, end="")
+        return 0
     if len(args) != 1 or args[0].startswith("-"):
         raise ValueError("show takes one checkpoint: a shipped name, a file or a Hub id")
     rule = load_rule(args[0])
@@ -95,7 +132,7 @@ def _show(args: list[str]) -> int:
         "fingerprint": rule.fingerprint(),
         "record": load_record(args[0]),
     }
-    print(json.dumps(described, indent=2, sort_keys=True))
+    print(as_json(described, indent=2))
     return 0
 
 
@@ -113,6 +150,11 @@ def _with_recipe(command: str, kind: type[T], args: list[str]) -> T | None:
             f"learned-optim {command} RECIPE --help"
         )
         return None
+    if args[0].startswith("-"):
+        raise ValueError(
+            f"{command} takes the recipe first, then the options: learned-optim {command} RECIPE "
+            f"{args[0]} ..."
+        )
     folder = Path("runs") / Path(args[0]).stem
     if command == "search":
         folder = folder.with_name(f"{folder.name}-search")
@@ -126,12 +168,25 @@ def _with_recipe(command: str, kind: type[T], args: list[str]) -> T | None:
 
 
 def _search(args: list[str]) -> int:
-    from learned_optim.meta.search import SearchConfig, search
+    import torch
+
+    from learned_optim.meta.search import SearchConfig, Trial, search
 
     config = _with_recipe("search", SearchConfig, args)
     if config is None:
         return 0 if args else 2
-    trials = search(config, lambda t: print(f"{t.meta_lr:<10g}{t.validation:.2f}", flush=True))
+    torch.set_num_threads(config.threads)
+    found: list[Trial] = []
+    with ProgressBar("search") as show:
+        show(0, config.trials, "")
+
+        def on_trial(trial: Trial) -> None:
+            found.append(trial)
+            print(f"{trial.meta_lr:<10g}{trial.validation:.2f}", flush=True)
+            best = min(found, key=lambda t: t.validation)
+            show(len(found), config.trials, f"best {best.validation:.2f} at {best.meta_lr:g}")
+
+        trials = search(config, on_trial)
     print(f"best: --meta-lr {trials[0].meta_lr:g} (validation {trials[0].validation:.2f})")
     return 0
 
@@ -190,6 +245,11 @@ def _evaluate(args: list[str]) -> int:
         prog="learned-optim evaluate",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    # Tables and plots come last: what they need is missed now, not after hours of runs.
+    import matplotlib
+    import scipy
+
+    del matplotlib, scipy
     with ProgressBar("evaluation") as show:
         summary = Evaluation(config, show).execute()
     print(markdown(summary))

@@ -16,8 +16,15 @@ from typing import Any
 
 import torch
 
-from learned_optim.checkpoint import FORMAT, FORMAT_VERSION, CheckpointError, save_rule
+from learned_optim.checkpoint import (
+    FORMAT,
+    FORMAT_VERSION,
+    CheckpointError,
+    as_json,
+    save_rule,
+)
 from learned_optim.rules import UpdateRule
+from learned_optim.summary import curve_file, markdown, plot
 
 #: Name of the checkpoint file inside a folder or a Hub repository.
 CHECKPOINT_FILE = "model.safetensors"
@@ -228,13 +235,11 @@ def push_to_hub(
 
 def _plot_curves(evaluation: dict[str, Any], folder: Path) -> list[str]:
     """Learning curves of every task at the longest horizon as PNGs in ``folder``; their names."""
-    from learned_optim.meta.report import plot
-
     horizon = max(evaluation["protocol"]["horizons"])
-    names = [f"{task}-{horizon}.png" for task in evaluation["tasks"]]
-    for task, name in zip(evaluation["tasks"], names, strict=True):
+    names = {task: curve_file(task, horizon) for task in evaluation["tasks"]}
+    for task, name in names.items():
         plot(evaluation, task, horizon, folder / name)
-    return names
+    return list(names.values())
 
 
 # ---- the card
@@ -321,7 +326,7 @@ def _training(record: dict[str, Any]) -> str:
     ]
     if record.get("commit"):
         rows.append(f"- Source version: `{record['commit']}`")
-    details = json.dumps(record, indent=2, sort_keys=True)
+    details = as_json(record, indent=2)
     return "\n".join(rows) + (
         f"\n\n<details><summary>Full record</summary>\n\n```json\n{details}\n```\n\n</details>"
     )
@@ -340,8 +345,6 @@ def _tasks(recipe: dict[str, Any]) -> list[str]:
 def _results(record: dict[str, Any], evaluation: dict[str, Any] | None, curves: list[str]) -> str:
     parts = []
     if evaluation is not None:
-        from learned_optim.meta.report import markdown
-
         # The report's headings go one level down, under the card's own.
         parts.append(re.sub(r"^#", "##", markdown(evaluation).strip(), flags=re.MULTILINE))
     parts += [f"![Learning curves: {Path(curve).stem}]({curve})" for curve in curves]

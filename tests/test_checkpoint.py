@@ -1,6 +1,7 @@
 """Checkpoint files and where rules are loaded from."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_rule
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import learned_optim
@@ -90,6 +92,56 @@ def test_weights_that_do_not_fit(good: Path) -> None:
     config = json.dumps(LSTMConfig(hidden_size=7).__dict__)
     with pytest.raises(CheckpointError, match="size mismatch"):
         load_rule(rewritten(good, config=config))
+
+
+@pytest.mark.parametrize(
+    ("entry", "text", "message"),
+    [
+        ("config", "[1, 2]", r"its config is no JSON object: \[1, 2\]"),
+        ("config", "null", "its config is no JSON object: null"),
+        ("config", "{", "does not describe a known update rule"),
+        ("config", '{"output_scale": "big"}', "output_scale must be float, got 'big'"),
+        ("config", '{"p": "ten"}', "does not describe a known update rule"),
+        ("config", '{"loss_input": 1}', "loss_input must be bool, got 1"),
+        ("config", '{"hidden_size": "many"}', "does not describe a known update rule"),
+        ("config", '{"hidden_size": -3}', "does not describe a known update rule"),
+        ("record", "[]", r"its record is no JSON object: \[\]"),
+    ],
+)
+def test_header_of_wrong_types(good: Path, entry: str, text: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_rule(rewritten(good, **{entry: text}))
+
+
+def test_records_are_valid_json(good: Path) -> None:
+    record = {"validation": math.nan, "figures": (1.0, -math.inf), "runs": [{"best": math.inf}]}
+    save_rule(load_rule(good), good, record)
+    with safe_open(good, framework="pt") as file:
+        text = file.metadata()["record"]
+    strict = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert strict == {"validation": None, "figures": [1.0, None], "runs": [{"best": None}]}
+    assert load_record(good) == strict
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_rule(load_rule(good), good, {"weights": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["lstm", "equivariant"])
+def test_other_dtypes_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    rule = random_rule(name, torch.float64)
+    with torch.no_grad():
+        for weight in rule.parameters():
+            weight.add_(1e-12)  # lost in float32
+    rule = rule.to(dtype)
+    save_rule(rule, tmp_path / "rule.safetensors")
+    loaded = load_rule(tmp_path / "rule.safetensors")
+    assert loaded.dtype == dtype
+    assert loaded.fingerprint() == rule.fingerprint()
+    param = torch.zeros(3, dtype=dtype)
+    grad = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
+    expected, _ = rule(grad, rule.init_state(param), param)
+    update, _ = loaded(grad, loaded.init_state(param), param)
+    assert torch.equal(update, expected)
 
 
 def test_missing_file_and_unknown_name(tmp_path: Path) -> None:

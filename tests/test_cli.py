@@ -32,6 +32,45 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == usage
 
 
+def test_help_of_show_and_list(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("-h", "--help"):
+        assert main(["show", flag]) == 0
+        assert capsys.readouterr().out.startswith("usage: learned-optim show CHECKPOINT\n")
+        assert main(["list", flag]) == 0
+        assert capsys.readouterr().out.startswith("usage: learned-optim list\n")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"learned-optim {learned_optim.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        (["train", "quadratic"], "tyro"),
+        (["train", "quadratic"], "tqdm"),
+        (["search", "quadratic"], "tyro"),
+        (["evaluate", "--tasks", "quadratic"], "tyro"),
+        (["evaluate", "--tasks", "quadratic"], "scipy"),
+        (["evaluate", "--tasks", "quadratic"], "matplotlib"),
+    ],
+)
+def test_missing_extra_is_named_before_any_work(
+    command: list[str],
+    module: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(command) == 1
+    expected = f"learned-optim: {command[0]} needs {module}: pip install 'learned-optim[meta]'\n"
+    assert said(capsys) == expected
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
 def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     assert f"({', '.join(sorted(recipes()))})" in capsys.readouterr().out
@@ -136,7 +175,7 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| task | handmade | handmade / best baseline | sgd |" in captured.out
     assert f"wrote {tmp_path / 'out' / 'quadratic-10.png'}\n" in captured.out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "quadratic-10.png", "runs.jsonl", "summary.json", "table.md",
+        "protocol.json", "quadratic-10.png", "runs.jsonl", "summary.json", "table.md",
     ]  # fmt: skip
     assert (tmp_path / "out" / "table.md").read_text() in captured.out
     # Again: every run is in the log, and the figures are the same.
@@ -152,6 +191,9 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["show", "gone.safetensors"], "no checkpoint file at gone.safetensors"),
         (["list", "rules"], "list takes no arguments, got rules"),
         (["train", "nonesuch"], f"known: {', '.join(sorted(recipes()))}"),
+        (["train", "gone.json"], "no recipe file at gone.json"),
+        (["train", "--epochs", "2", "quadratic"], "learned-optim train RECIPE --epochs ..."),
+        (["search", "--trials", "2"], "search takes the recipe first, then the options"),
         (["train", "quadratic", "--task", "fashion"], "'fashion' is for evaluation only"),
         (["evaluate", "--checkpoints", "nonesuch"], "unknown checkpoint 'nonesuch'; known: "),
         (["evaluate", "--checkpoints", "--tasks", "nonesuch"], "unknown task 'nonesuch'; known: "),

@@ -14,10 +14,19 @@ from conftest import random_rule
 from PIL import Image
 
 from learned_optim import save_rule
+from learned_optim.hub import _plot_curves
 from learned_optim.meta import DataOptions, EvaluateConfig, Evaluation, build_tasks
 from learned_optim.meta import evaluate as evaluate_module
 from learned_optim.meta.baselines import BASELINES, LR_GRID, make_baseline
-from learned_optim.meta.evaluate import Run, RunSpec, _curve, _smooth, interval, ratio_interval
+from learned_optim.meta.evaluate import (
+    Run,
+    RunSpec,
+    _curve,
+    _smooth,
+    interval,
+    median,
+    ratio_interval,
+)
 from learned_optim.meta.report import markdown, table, write_report
 from learned_optim.rules.handmade import AdamConfig, AdamRule
 
@@ -87,6 +96,14 @@ def test_ratio_interval_by_hand() -> None:
     assert diverged["mean"] is None
 
 
+def test_median_by_hand() -> None:
+    assert median(torch.tensor([7.0, 1.0, 3.0])) == 3.0
+    assert median(torch.tensor([7.0, 1.0, 3.0, 4.0])) == 3.5
+    # Half of the seeds never got there: so did the median.
+    assert median(torch.tensor([1.0, math.inf, 2.0, math.inf])) == math.inf
+    assert median(torch.tensor([1.0, 2.0, math.inf])) == 2.0
+
+
 def test_smooth_by_hand() -> None:
     smooth = _smooth(torch.arange(12.0)[None])[0].tolist()
     assert smooth == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.5, 6.5]
@@ -104,13 +121,18 @@ def test_curve_by_hand() -> None:
 
 
 def test_figures_by_hand(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> None:
-    """Thirty steps: the learned optimizer falls as 30 - t, the baseline stays at 15.5."""
+    """Thirty steps: the learned optimizer falls as 30 - t, the baseline stays at 15.5.
+
+    At another learning rate the baseline is worse in sum and ends lower, at 10.5.
+    """
     path = tmp_path / "rule.safetensors"
     save_rule(random_rule("lstm"), path)
 
     def losses(spec: RunSpec) -> list[float]:
         if spec.optimizer.kind == "learned":
             return [float(30 - t) for t in range(30)]
+        if spec.lr == 0.3:
+            return [25.0] * 20 + [10.5] * 10
         return [15.5 if spec.lr == 0.1 else 99.0] * 30
 
     scripted(losses)
@@ -121,14 +143,17 @@ def test_figures_by_hand(scripted: Callable[[Losses], list[RunSpec]], tmp_path: 
     whole = summary["tasks"]["quadratic"]["horizons"]["30"]
     row, sgd = whole["optimizers"]["rule"], whole["optimizers"]["sgd"]
     assert whole["best_baseline"] == "sgd"
-    assert sgd["lr"] == sgd["tuned_by_final"]["lr"] == 0.1
+    assert sgd["lr"] == sgd["tuned_lr"] == 0.1
+    assert sgd["tuned_by_final"]["lr"] == 0.3
+    assert not sgd["lr_at_edge"]
     assert row["sum"] == {"mean": 465.0, "half": 0.0}
     assert row["last"] == {"mean": 5.5, "half": 0.0}
     assert row["ratio"]["mean"] == pytest.approx(1.0)
     assert row["ratio_last"]["mean"] == pytest.approx(5.5 / 15.5)
-    # The mean of ten falling losses, 34.5 - t, is down to 15.5 at t = 19: after 20 steps.
-    assert row["steps_to_best"] == 20
-    assert row["seconds_to_best"] == pytest.approx(20 * 0.5 / 30)
+    # The mean of ten falling losses, 34.5 - t, is down to 10.5 at t = 24: after 25 steps.
+    assert row["steps_to_best"] == 25
+    assert row["seconds_to_best"] == pytest.approx(25 * 0.5 / 30)
+    assert sgd["steps_to_best"] is None  # the baseline tuned by its sum never gets there
     assert row["milliseconds_per_step"]["mean"] == pytest.approx(1000 * 0.5 / 30)
     assert row["test"]["accuracy"]["mean"] == 0.75
     assert row["diverged"] == 0
@@ -153,7 +178,7 @@ def test_long_runs_report_the_worst_loss_after_step_1000(
     assert horizons["1200"]["optimizers"]["adam"]["worst_after_1000"] == {"mean": 3.0, "half": 0.0}
     assert "worst_after_1000" not in horizons["1000"]["optimizers"]["adam"]
     saved = json.loads((tmp_path / "summary.json").read_text())
-    assert "| worst after step 1,000 |" in markdown(saved)
+    assert "| worst mean of ten after step 1,000 |" in markdown(saved)
 
 
 # ---- the protocol
@@ -263,7 +288,9 @@ def test_tuned_lr_is_the_argmin(
     assert row["lr"] == 0.3
     assert row["tuned_by_final"]["lr"] == 0.01
     assert row["tuned_by_final"]["last"]["mean"] == 0.5
-    assert evaluation.tuned_lr("quadratic", evaluation.contestants[0], 10) == 10.0
+    sgd = evaluation.contestants[0]
+    assert evaluation.ranked_lrs("quadratic", sgd, 10)[0] == 10.0
+    assert 10.0 not in evaluation.ranked_lrs("quadratic", sgd, 20)
     tuning = [spec for spec in asked if spec.phase == "tune"]
     assert sorted({spec.lr for spec in tuning}) == list(LR_GRID)
     assert len(tuning) == 2 * len(LR_GRID)
@@ -305,15 +332,49 @@ def test_a_diverged_optimizer_is_never_best(
     assert row["diverged"] == 1
     assert row["sum"]["mean"] is None
     assert row["ratio"]["mean"] is None
-    assert row["steps_to_best"] == 1  # the median is the seed that lived
+    assert row["steps_to_best"] == 1  # both get there before one of them diverges
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert "NaN" not in (tmp_path / "runs.jsonl").read_text()
-    assert "| 1 diverged (lr 1e-05) | **140.0 ± 0.0 (lr 1e-05)** |" in markdown(summary)
+    assert "| 1 diverged (lr 1e-05‡) | **140.0 ± 0.0 (lr 1e-05‡)** |" in markdown(summary)
     # With nobody alive there is nothing to compare with, and still a table and a plot.
     scripted(lambda spec: [math.inf] * 20)
     summary = Evaluation(replace(config, output=tmp_path / "all")).execute()
     assert summary["tasks"]["quadratic"]["horizons"]["20"]["best_baseline"] is None
     assert len(write_report(summary, tmp_path / "all")) == 2
+
+
+def test_next_best_lr_where_the_best_diverges_on_a_test_seed(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    """0.3 is best and 0.1 second, both diverge on a test seed; 0.1 only after step 10."""
+
+    def losses(spec: RunSpec) -> list[float]:
+        value = {0.3: 1.0, 0.1: 2.0, 0.03: 3.0}.get(spec.lr, 9.0)
+        good = {0.3: 5, 0.1: 15}.get(spec.lr, 20) if (spec.phase, spec.seed) == ("test", 1) else 20
+        return [value] * good + [math.inf] * (20 - good)
+
+    asked = scripted(losses)
+    config = replace(
+        NOTHING_LEARNED, baselines=("sgd",), horizons=(10, 20), seeds=2, output=tmp_path
+    )
+    summary = Evaluation(config).execute()
+    horizons = summary["tasks"]["quadratic"]["horizons"]
+    row = horizons["20"]["optimizers"]["sgd"]
+    assert (row["tuned_lr"], row["lr"], row["diverged"]) == (0.3, 0.03, 0)
+    assert row["sum"]["mean"] == 60.0
+    assert horizons["20"]["best_baseline"] == "sgd"
+    short = horizons["10"]["optimizers"]["sgd"]
+    assert (short["tuned_lr"], short["lr"], short["sum"]["mean"]) == (0.3, 0.1, 20.0)
+    tested = [spec.lr for spec in asked if spec.phase == "test"]
+    assert tested == [0.3, 0.3, 0.1, 0.1, 0.03, 0.03]
+    text = markdown(summary)
+    assert "**60.0 ± 0.0 (lr 0.03†)**" in text
+    assert "† the learning rate that was best on the tuning seeds diverged" in text
+    assert "‡" not in text
+    # All of it is in the log.
+    asked.clear()
+    assert Evaluation(config).execute() == summary
+    assert asked == []
 
 
 # ---- the log of runs
@@ -371,12 +432,59 @@ def test_retrained_checkpoint_is_run_again(
         ("learned", "test", 0),
         ("learned", "test", 1),
     ]
+    (tmp_path / "out" / "protocol.json").unlink()  # as in folders of earlier releases
     # The same weights in another place are known again.
     before = len(asked)
     moved = path.rename(tmp_path / "moved.safetensors")
     summary = Evaluation(replace(config, checkpoints=(str(moved),))).execute()
     assert len(asked) == before
     assert summary["protocol"]["checkpoints"] == {"moved": rule.fingerprint()}
+
+
+def test_checkpoint_replaced_during_its_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+    config = replace(NOTHING_LEARNED, checkpoints=(str(path),), baselines=(), output=tmp_path)
+    evaluation = Evaluation(config)
+    save_rule(AdamRule(), path)
+    with pytest.raises(ValueError, match=r"rule\.safetensors was replaced while it was evaluated"):
+        evaluation.execute()
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_folder_made_under_other_conditions_is_refused(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = scripted(lambda spec: [1.0] * 20)
+    module = tmp_path / "own_tasks_a.py"
+    module.write_text("from learned_optim.meta.tasks.quadratic import FAMILIES\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    texts[0].write_text("abcdefgh " * 100)
+    texts[1].write_text("hgfedcba " * 100 + "?")
+    output = tmp_path / "out"
+    config = replace(NOTHING_LEARNED, output=output)
+    Evaluation(config).execute()
+    kept = json.loads((output / "protocol.json").read_text())
+    assert sorted(kept) == ["learned_optim", "torch"]
+    # More tasks in the same folder: what they depend on comes with them.
+    tasks = ("char-lm-gru", "own_tasks_a:quadratic")
+    more = replace(config, tasks=tasks, data=DataOptions(text=texts[0]))
+    Evaluation(more).execute()
+    kept = json.loads((output / "protocol.json").read_text())
+    assert sorted(kept) == ["learned_optim", "source of own_tasks_a", "text", "torch"]
+    asked.clear()
+    with pytest.raises(ValueError, match=r"out were made under .* \(text: \w+ then, \w+ now\)"):
+        Evaluation(replace(more, data=DataOptions(text=texts[1])))
+    module.write_text(module.read_text() + "# changed\n")
+    with pytest.raises(ValueError, match=r"\(source of own_tasks_a: .* give another --output"):
+        Evaluation(more)
+    # What does not depend on them goes on.
+    Evaluation(replace(config, data=DataOptions(text=texts[1]))).execute()
+    monkeypatch.setattr(torch, "__version__", "1.0.0+cpu")
+    with pytest.raises(ValueError, match=r"\(torch: .* then, 1\.0\.0 now\)"):
+        Evaluation(config)
+    assert asked == []
 
 
 @pytest.mark.slow
@@ -513,15 +621,33 @@ def test_report_files(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Pat
     assert lines[overview + 2] == "| task | rule | rule / best baseline | sgd | adam |"
     # Two seeds 0.2 apart in the sum: 20 (1 - 0.9^20) + 0.1 = 17.7, half of it 12.7062 * 0.1.
     assert lines[overview + 4] == (
-        "| quadratic | 17.7 ± 1.3 | **0.50 [0.50, 0.50]** | **35.3 ± 2.5 (lr 1e-05)** "
-        "| 70.7 ± 5.1 (lr 1e-05) |"
+        "| quadratic | 17.7 ± 1.3 | **0.50 [0.50, 0.50]** | **35.3 ± 2.5 (lr 1e-05‡)** "
+        "| 70.7 ± 5.1 (lr 1e-05‡) |"
     )
+
+
+def test_tasks_of_two_modules_have_their_own_plots(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(lambda spec: [2.0 - 0.01 * t for t in range(20)])
+    for name in ("own_tasks_b", "own_tasks_c"):
+        line = "from learned_optim.meta.tasks.quadratic import FAMILIES\n"
+        (tmp_path / f"{name}.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    tasks = ("own_tasks_b:quadratic", "own_tasks_c:quadratic")
+    summary = Evaluation(replace(NOTHING_LEARNED, tasks=tasks, output=tmp_path)).execute()
+    assert [path.name for path in write_report(summary, tmp_path)] == [
+        "table.md", "own_tasks_b.quadratic-20.png", "own_tasks_c.quadratic-20.png",
+    ]  # fmt: skip
+    assert _plot_curves(summary, tmp_path) == [
+        "own_tasks_b.quadratic-20.png", "own_tasks_c.quadratic-20.png",
+    ]  # fmt: skip
 
 
 def test_axis_has_plain_numbers() -> None:
     from matplotlib.figure import Figure
 
-    from learned_optim.meta.report import _set_log_axis
+    from learned_optim.summary import _set_log_axis
 
     figure = Figure()
     axes = figure.add_subplot()
@@ -544,26 +670,37 @@ def test_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "best", "pinned"),
+    ("task", "checkpoints", "best", "pinned"),
     [
         (
             "quadratic",
+            ("quadratic",),
             "nesterov",
-            {"nesterov": (0.01, 41.65), "rmsprop": (0.03, 59.41), "adam": (0.3, 73.15)},
+            {
+                "quadratic": (1.0, 31.97),
+                "nesterov": (0.01, 41.65),
+                "rmsprop": (0.03, 59.41),
+                "adam": (0.3, 73.15),
+            },
         ),
         (
             "digits",
+            (),
             "rmsprop",
             {"nesterov": (1.0, 98.64), "rmsprop": (0.03, 70.28), "adam": (0.03, 87.33)},
         ),
     ],
 )
 def test_fast_tier(
-    task: str, best: str, pinned: dict[str, tuple[float, float]], tmp_path: Path
+    task: str,
+    checkpoints: tuple[str, ...],
+    best: str,
+    pinned: dict[str, tuple[float, float]],
+    tmp_path: Path,
 ) -> None:
     config = EvaluateConfig(
-        checkpoints=(), tasks=(task,), baselines=("nesterov", "rmsprop", "adam"), horizons=(50,),
-        seeds=2, tuning_seeds=1, output=tmp_path,
+        checkpoints=checkpoints, tasks=(task,), baselines=("nesterov", "rmsprop", "adam"),
+        horizons=(50,), seeds=2, tuning_seeds=1, output=tmp_path,
     )  # fmt: skip
     cell = Evaluation(config).execute()["tasks"][task]["horizons"]["50"]
     assert cell["best_baseline"] == best
@@ -571,3 +708,33 @@ def test_fast_tier(
         row = cell["optimizers"][name]
         assert row["lr"] == lr
         assert row["sum"]["mean"] == pytest.approx(summed, rel=0.02)
+
+
+def against_adam(
+    checkpoint: str, task: str, lrs: tuple[float, ...], output: Path, data: DataOptions, seeds: int
+) -> float:
+    """Summed loss over 100 steps of a checkpoint, relative to that of Adam tuned over ``lrs``."""
+    config = EvaluateConfig(
+        checkpoints=(checkpoint,), tasks=(task,), baselines=("adam",), horizons=(100,),
+        seeds=seeds, tuning_seeds=3, output=output, data=data,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "LR_GRID", lrs)
+        optimizers = Evaluation(config).execute()["tasks"][task]["horizons"]["100"]["optimizers"]
+    assert optimizers["adam"]["lr"] not in (lrs[0], lrs[-1])  # the best lies inside
+    return optimizers[checkpoint]["ratio"]["mean"]
+
+
+def test_shipped_quadratic_rule_beats_tuned_adam(tmp_path: Path) -> None:
+    lrs = (0.03, 0.1, 0.3, 1.0)
+    assert against_adam("quadratic", "quadratic", lrs, tmp_path, DataOptions(), 10) < 0.6
+
+
+def test_shipped_mnist_rule_beats_tuned_adam(image_data: DataOptions, tmp_path: Path) -> None:
+    """On the half of MNIST that did not meta-train it."""
+    assert against_adam("mnist", "mnist", (0.01, 0.03, 0.1), tmp_path, image_data, 3) < 0.75
+
+
+def test_shipped_mnist_rule_beats_tuned_adam_on_digits(tmp_path: Path) -> None:
+    lrs = (0.01, 0.03, 0.1)
+    assert against_adam("mnist", "digits", lrs, tmp_path, DataOptions(), 3) < 0.7

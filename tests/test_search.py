@@ -49,8 +49,12 @@ def test_bad_ranges() -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["search", "quadratic", "--folder", str(tmp_path), "--trials", "2"]
     arguments += ["--trial-epochs", "1", "--runs-per-epoch", "1", "--validation-runs", "4"]
+    torch.set_num_threads(2)
     assert main(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    assert "2/2" in captured.err  # the progress bar: trials
+    assert torch.get_num_threads() == 1
+    lines = captured.out.splitlines()
     assert len(lines) == 3
     assert lines[-1].startswith("best: --meta-lr ")
     assert main(["search", "--help"]) == 0

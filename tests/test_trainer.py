@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ import learned_optim
 from learned_optim import load_record, load_rule
 from learned_optim.meta import MetaTrainer, Recipe, load_recipe, recipes
 from learned_optim.meta.recipes import recipe_from_json
+from learned_optim.rules import RuleConfig
+from learned_optim.rules._base import _RULES
+from learned_optim.rules.handmade import SGDRule
 from learned_optim.rules.lstm import LSTMConfig
 
 SMALL = Recipe(
@@ -239,3 +243,51 @@ def test_bad_recipes(tmp_path: Path) -> None:
         recipe_from_json({**SMALL.to_json(), "momentum": 0.9})
     with pytest.raises(ValueError, match="for evaluation only"):
         MetaTrainer(replace(SMALL, task="fashion"), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no recipe file at .*gone\.json"):
+        load_recipe(str(tmp_path / "gone.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_runs": 1}, "test_runs must be at least 2, got 1"),
+        ({"validation_runs": 0}, "validation_runs must be at least 2, got 0"),
+        ({"coordinates": 0}, "coordinates must be at least 1, got 0"),
+        ({"unrolls_per_run": 0}, "unrolls_per_run must be at least 1, got 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
+        ({"meta_lr": float("nan")}, "meta_lr must be positive, got nan"),
+        ({"long_fraction": 1.5}, r"long_fraction must lie in \[0, 1\], got 1.5"),
+        ({"estimator": "guess"}, "estimator must be one of 'replay', 'autograd', 'full', got 'g"),
+        ({"validation_mean": "median"}, "validation_mean must be one of 'arithmetic', 'geometric'"),
+        ({"epochs": "ten"}, "epochs must be int, got 'ten'"),
+        ({"patience": 1.5}, r"patience must be int \| None, got 1.5"),
+        ({"seed": True}, "seed must be int, got True"),
+        ({"rule": LSTMConfig(output_scale="big")}, "output_scale must be float, got 'big'"),
+        ({"rule": {}}, r"rule must be RuleConfig, got \{\}"),
+    ],
+)
+def test_recipe_fields_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **changes)
+
+
+def test_lists_in_a_recipe_file_are_tuples_of_the_rule() -> None:
+    @dataclass(frozen=True)
+    class TupleConfig(RuleConfig):
+        betas: tuple[float, ...] = (0.5, 0.75)
+
+    class TupleRule(SGDRule):
+        name = "with-a-tuple"
+        Config = TupleConfig
+
+    try:
+        recipe = replace(SMALL, rule=TupleConfig((0.1, 0.2, 0.3)))
+        data = json.loads(json.dumps(recipe.to_json()))
+        assert data["rule"] == {"name": "with-a-tuple", "config": {"betas": [0.1, 0.2, 0.3]}}
+        assert recipe_from_json(data) == recipe
+        with pytest.raises(ValueError, match="does not fit update rule 'with-a-tuple'"):
+            recipe_from_json({**data, "rule": {**data["rule"], "config": {"gammas": [1]}}})
+        with pytest.raises(ValueError, match="not a recipe"):
+            recipe_from_json({**data, "rule": {"name": "lstm", "config": [1]}})
+    finally:
+        del _RULES["with-a-tuple"]

@@ -3,8 +3,9 @@
 The protocol. Per seed, every optimizer starts from the same initial parameters and sees the same
 batches, and all of them run through their public ``torch.optim`` classes. Each baseline's
 learning rate is chosen per task and horizon from :data:`~learned_optim.meta.baselines.LR_GRID` by
-the mean summed loss over tuning seeds; the figures come from other seeds. The learned optimizer
-runs at lr = 1.
+the mean summed loss over tuning seeds; the figures come from other seeds. Where it diverges on one
+of those, the next best takes its place, in the baseline's favour. The learned optimizer runs at
+lr = 1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.checkpoint import write_text
+from learned_optim.meta import protocol
 from learned_optim.meta.baselines import LR_GRID, make_baseline
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import seeded
@@ -99,10 +101,21 @@ class Contestant:
     identity: str
 
     def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-        """The optimizer itself; ``lr`` multiplies a learned update."""
-        if self.kind == "learned":
-            return LearnedOptimizer(params, load_rule(self.source), lr=lr)
-        return make_baseline(self.source, params, lr)
+        """The optimizer itself; ``lr`` multiplies a learned update.
+
+        Raises:
+            ValueError: the checkpoint file is no longer the one that takes part.
+        """
+        if self.kind == "baseline":
+            return make_baseline(self.source, params, lr)
+        rule = load_rule(self.source)
+        if rule.fingerprint() != self.identity:
+            raise ValueError(
+                f"{self.source} was replaced while it was evaluated: it holds "
+                f"{rule.fingerprint()}, no longer {self.identity}. Start again; finished runs are "
+                f"kept, and those of the new file are done afresh"
+            )
+        return LearnedOptimizer(params, rule, lr=lr)
 
 
 def contestants(checkpoints: Sequence[str], baselines: Sequence[str]) -> list[Contestant]:
@@ -220,7 +233,16 @@ def _one_thread() -> Iterator[None]:
 
 
 class RunLog:
-    """Finished runs in a JSON-lines file, so that an interrupted evaluation goes on."""
+    """Finished runs in a JSON-lines file, so that an interrupted evaluation goes on.
+
+    Infinite losses and seconds are ``null`` in the file, since JSON has no infinity.
+
+    Args:
+        path: the file; it and its folder appear with the first run added.
+
+    Attributes:
+        runs: everything in the file, by :attr:`RunSpec.key`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -264,7 +286,8 @@ class Evaluation:
         progress: told ``(runs done, runs in all, what)``.
 
     Raises:
-        ValueError: an unknown checkpoint, task or baseline; the message lists those that exist.
+        ValueError: an unknown checkpoint, task or baseline (the message lists those that exist),
+            or the runs in ``output`` were made under another torch, text or source of tasks.
         FileNotFoundError: a checkpoint file or a task's data is not there.
     """
 
@@ -276,6 +299,9 @@ class Evaluation:
         self.contestants = contestants(config.checkpoints, config.baselines)
         for name in config.tasks:  # an unknown task or missing data fails here, not hours later
             build_tasks(name, TaskOptions("evaluation", config.data))
+        self._conditions = protocol.check(
+            config.output, protocol.conditions(config.tasks, config.data)
+        )
         self._log = RunLog(config.output / "runs.jsonl")
 
     def execute(self) -> dict[str, Any]:
@@ -285,6 +311,7 @@ class Evaluation:
             The summary that :mod:`learned_optim.meta.report` draws; also in ``summary.json``.
         """
         config = self.config
+        protocol.remember(config.output, self._conditions)
         tuning = [
             spec
             for task in config.tasks
@@ -295,11 +322,17 @@ class Evaluation:
         ]
         with self._workers() as workers:
             self._perform(tuning, "tuning", workers)
-            tests = [s for task in config.tasks for e in self._entries(task) for s in e.specs]
-            self._perform(tests, "testing", workers)
+            # Where a tuned learning rate diverges, the next best one is tested too.
+            while tests := self._missing_tests():
+                self._perform(tests, "testing", workers)
         summary = self.summary()
         write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
+
+    def _missing_tests(self) -> list[RunSpec]:
+        """All test runs that are asked for now, if one of them has still to be done."""
+        tests = [s for task in self.config.tasks for e in self._entries(task) for s in e.specs]
+        return tests if any(s.key not in self._log.runs for s in tests) else []
 
     def _tuning_runs(self, task: str, baseline: Contestant, lr: float) -> list[RunSpec]:
         seeds, steps = range(self.config.tuning_seeds), self.config.length
@@ -343,8 +376,12 @@ class Evaluation:
 
     # ---- choosing learning rates, and the figures
 
-    def tuned_lr(self, task: str, baseline: Contestant, horizon: int, by: str = "sum") -> float:
-        """The learning rate with the smallest mean over tuning seeds.
+    def ranked_lrs(
+        self, task: str, baseline: Contestant, horizon: int, by: str = "sum"
+    ) -> list[float]:
+        """Learning rates by their mean over tuning seeds, best first.
+
+        Those that diverged there are left out, unless all of them did.
 
         Args:
             by: ``"sum"``, the loss summed over ``horizon``; ``"final"``, its mean over the last
@@ -356,29 +393,46 @@ class Evaluation:
             considered = slice(0 if by == "sum" else horizon - LAST_STEPS, horizon)
             return sum(sum(run.losses[considered]) for run in runs)
 
-        return min(LR_GRID, key=score)
+        scores = {lr: score(lr) for lr in LR_GRID}
+        ranked = sorted(scores, key=scores.__getitem__)
+        return [lr for lr in ranked if math.isfinite(scores[lr])] or ranked[:1]
 
     def _entries(self, task: str) -> list[_Entry]:
         """Who runs how on a task; test runs that several of them need are run once."""
-        config = self.config
-        entries = []
-        for horizon in config.horizons:
-            for contestant in self.contestants:
-                learned = contestant.kind == "learned"
-                for by in ("sum",) if learned else ("sum", "final"):
-                    lr = 1.0 if learned else self.tuned_lr(task, contestant, horizon, by)
-                    specs = [
-                        RunSpec(task, contestant, lr, "test", seed, config.length)
-                        for seed in range(config.seeds)
-                    ]
-                    entries.append(_Entry(contestant, lr, horizon, by, specs))
-        return entries
+        return [
+            self._entry(task, contestant, horizon, by)
+            for horizon in self.config.horizons
+            for contestant in self.contestants
+            for by in (("sum",) if contestant.kind == "learned" else ("sum", "final"))
+        ]
+
+    def _entry(self, task: str, contestant: Contestant, horizon: int, by: str) -> _Entry:
+        """One optimizer at one horizon, with its best learning rate that does not diverge.
+
+        A run that has not been done yet counts as one that does not.
+        """
+        learned = contestant.kind == "learned"
+        lrs = [1.0] if learned else self.ranked_lrs(task, contestant, horizon, by)
+        choices = [
+            _Entry(contestant, lr, lrs[0], horizon, by, self._test_runs(task, contestant, lr))
+            for lr in lrs
+        ]
+        return next((e for e in choices if not self._diverges(e)), choices[0])
+
+    def _test_runs(self, task: str, contestant: Contestant, lr: float) -> list[RunSpec]:
+        seeds, steps = range(self.config.seeds), self.config.length
+        return [RunSpec(task, contestant, lr, "test", seed, steps) for seed in seeds]
+
+    def _diverges(self, entry: _Entry) -> bool:
+        """Whether a loss within the horizon is known to be infinite on some test seed."""
+        runs = [self._log.runs[s.key] for s in entry.specs if s.key in self._log.runs]
+        return any(math.isinf(run.losses[entry.horizon - 1]) for run in runs)
 
     def summary(self) -> dict[str, Any]:
         """Every figure, by task, horizon and optimizer, with 95 % intervals."""
         config = self.config
         learned = [c for c in self.contestants if c.kind == "learned"]
-        protocol = {
+        rules = {
             "checkpoints": {c.label: c.identity for c in learned},
             "baselines": list(config.baselines),
             "horizons": list(config.horizons),
@@ -387,21 +441,27 @@ class Evaluation:
             "lr_grid": list(LR_GRID),
             "torch": torch.__version__.split("+")[0],
         }
-        return {"protocol": protocol, "tasks": {t: self._task_summary(t) for t in config.tasks}}
+        return {"protocol": rules, "tasks": {t: self._task_summary(t) for t in config.tasks}}
 
     def _task_summary(self, task: str) -> dict[str, Any]:
         by_horizon: dict[str, Any] = {}
         entries = self._entries(task)
         for horizon in self.config.horizons:
             here = [e for e in entries if e.horizon == horizon]
-            best = self._best_baseline(here)
-            rows = {e.contestant.label: self._row(e, best) for e in here if e.by == "sum"}
+            best = self._best_baseline(here, "sum")
+            best_final = self._best_baseline(here, "final")
+            rows = {}
             for entry in here:
-                if entry.by == "final":
-                    rows[entry.contestant.label]["tuned_by_final"] = self._row(entry, None)
+                if entry.by == "sum":
+                    compared = self._against(entry, best) if best else {}
+                    reached = self._reaching(entry, best_final) if best_final else {}
+                    rows[entry.contestant.label] = self._row(entry) | compared | reached
+                else:
+                    rows[entry.contestant.label]["tuned_by_final"] = self._row(entry)
             by_horizon[str(horizon)] = {
                 "optimizers": rows,
                 "best_baseline": best.contestant.label if best else None,
+                "best_final_baseline": best_final.contestant.label if best_final else None,
             }
         return {"horizons": by_horizon}
 
@@ -415,16 +475,14 @@ class Evaluation:
         seconds = [self._log.runs[spec.key].seconds for spec in entry.specs]
         return torch.tensor(seconds, dtype=torch.float64) / self.config.length
 
-    def _row(self, entry: _Entry, best: _Entry | None) -> dict[str, Any]:
-        """The figures of one optimizer at one horizon.
-
-        Args:
-            best: the baseline to compare with.
-        """
+    def _row(self, entry: _Entry) -> dict[str, Any]:
+        """The figures of one optimizer at one horizon."""
         losses = self._losses(entry)
         row: dict[str, Any] = {
             "kind": entry.contestant.kind,
             "lr": entry.lr,
+            "tuned_lr": entry.tuned_lr,
+            "lr_at_edge": entry.contestant.kind == "baseline" and entry.lr in _EDGES,
             "diverged": int(losses[:, -1].isinf().sum()),
             "sum": interval(losses.sum(1)),
             "last": interval(losses[:, -LAST_STEPS:].mean(1)),
@@ -439,38 +497,61 @@ class Evaluation:
             }
         if entry.horizon > SETTLED_STEP:
             row["worst_after_1000"] = interval(_smooth(losses)[:, SETTLED_STEP:].amax(1))
-        return row | (self._against(entry, best) if best else {})
+        return row
 
-    def _best_baseline(self, entries: list[_Entry]) -> _Entry | None:
-        """The baseline with the smallest mean summed loss; none if all of them diverged."""
+    def _best_baseline(self, entries: list[_Entry], by: str) -> _Entry | None:
+        """The baseline with the smallest mean loss over test seeds; none if all diverged.
+
+        Args:
+            by: ``"sum"``, tuned by and compared in the summed loss; ``"final"``, both in the
+                mean over the last :data:`LAST_STEPS`.
+        """
 
         def score(entry: _Entry) -> float:
-            return self._losses(entry).sum().item()
+            losses = self._losses(entry)
+            return (losses if by == "sum" else losses[:, -LAST_STEPS:]).sum().item()
 
-        tuned = [e for e in entries if e.contestant.kind == "baseline" and e.by == "sum"]
+        tuned = [e for e in entries if e.contestant.kind == "baseline" and e.by == by]
         return min((e for e in tuned if math.isfinite(score(e))), key=score, default=None)
 
     def _against(self, entry: _Entry, best: _Entry) -> dict[str, Any]:
-        """An entry against the best baseline, seed by seed."""
+        """An entry against the baseline with the best summed loss, seed by seed."""
         mine, theirs = self._losses(entry), self._losses(best)
-        target = theirs[:, -LAST_STEPS:].mean(1, keepdim=True)
-        reached = _smooth(mine) <= target  # (seeds, horizon)
+        return {
+            "ratio": ratio_interval(mine.sum(1), theirs.sum(1)),
+            "ratio_last": ratio_interval(
+                mine[:, -LAST_STEPS:].mean(1), theirs[:, -LAST_STEPS:].mean(1)
+            ),
+        }
+
+    def _reaching(self, entry: _Entry, best: _Entry) -> dict[str, Any]:
+        """When an entry gets to the last loss of the baseline that is best in it, seed by seed."""
+        target = self._losses(best)[:, -LAST_STEPS:].mean(1, keepdim=True)
+        reached = _smooth(self._losses(entry)) <= target  # (seeds, horizon)
         # Over seeds the median: one that never gets there counts as infinity and spoils nothing.
         steps = torch.where(reached.any(1), reached.int().argmax(1) + 1.0, math.inf)
         return {
-            "ratio": ratio_interval(mine.sum(1), theirs.sum(1)),
-            "ratio_last": ratio_interval(mine[:, -LAST_STEPS:].mean(1), target[:, 0]),
-            "steps_to_best": _finite(steps.median().item()),
-            "seconds_to_best": _finite((steps * self._step_seconds(entry)).median().item()),
+            "steps_to_best": _finite(median(steps)),
+            "seconds_to_best": _finite(median(steps * self._step_seconds(entry))),
         }
+
+
+#: A learning rate tuned to one of these might have been better still outside the grid.
+_EDGES = (LR_GRID[0], LR_GRID[-1])
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """An optimizer on a task at a horizon: its test runs and how its lr was chosen."""
+    """An optimizer on a task at a horizon: its test runs and how its lr was chosen.
+
+    Attributes:
+        lr: the learning rate of the runs.
+        tuned_lr: the best on tuning seeds; another one where that diverged on a test seed.
+    """
 
     contestant: Contestant
     lr: float
+    tuned_lr: float
     horizon: int
     by: str
     specs: list[RunSpec]
@@ -479,6 +560,13 @@ class _Entry:
 def _finite(x: float) -> float | None:
     """JSON has no infinity."""
     return x if math.isfinite(x) else None
+
+
+def median(values: Tensor) -> float:
+    """The middle of ``values`` (shape ``(n,)``), or the mean of the two middle ones."""
+    ordered = values.sort().values
+    n = len(ordered)
+    return 0.5 * (ordered[(n - 1) // 2] + ordered[n // 2]).item()
 
 
 def interval(values: Tensor) -> dict[str, float | None]:

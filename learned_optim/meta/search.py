@@ -30,6 +30,8 @@ class SearchConfig:
     """Smallest meta-learning rate."""
     high: float = 1.0
     """Largest meta-learning rate."""
+    threads: int = 1
+    """Threads of torch, for the command; see ``train``."""
     data: DataOptions = field(default_factory=DataOptions)
     """Where data is looked for."""
 

@@ -8,7 +8,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from learned_optim._discovery import import_submodules, unknown_name
-from learned_optim.rules import RuleConfig, rule_class, rule_for
+from learned_optim._fields import check_fields
+from learned_optim.rules import RuleConfig, build_rule, rule_for
+
+_AT_LEAST = {
+    "epochs": 1,
+    "runs_per_epoch": 1,
+    "tasks_per_meta_step": 1,
+    "horizon": 1,
+    "truncation": 1,
+    "unrolls_per_run": 1,
+    "coordinates": 1,
+    "validation_runs": 2,
+    "validation_horizon": 1,
+    "test_runs": 2,  # their standard deviation goes into the checkpoint's record
+    "patience": 1,
+    "meta_lr_final": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +77,23 @@ class Recipe:
     """Seed of everything random in the run."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "runs_per_epoch", "tasks_per_meta_step", "horizon", "truncation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
+        check_fields(self.rule)
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= self.long_fraction <= 1:
+            raise ValueError(f"long_fraction must lie in [0, 1], got {self.long_fraction}")
         if self.long_fraction and (self.long_horizon or 0) < self.horizon:
             raise ValueError(
                 f"long_fraction={self.long_fraction} needs a long_horizon of at least "
                 f"horizon={self.horizon}, got {self.long_horizon}"
             )
-        if self.meta_lr <= 0:
-            raise ValueError(f"meta_lr must be positive, got {self.meta_lr}")
+        for name in ("meta_lr", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average must lie in [0, 1), got {self.average}")
 
@@ -85,13 +108,13 @@ def recipe_from_json(data: dict[str, Any]) -> Recipe:
     """The inverse of :meth:`Recipe.to_json`.
 
     Raises:
-        ValueError: unknown or missing fields.
+        ValueError: unknown or missing fields, or values that do not fit them.
     """
     try:
         rule = data["rule"]
-        config = rule_class(rule["name"]).Config(**rule["config"])
+        config = build_rule(rule["name"], rule["config"]).config
         return Recipe(**{**data, "rule": config})
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"not a recipe: {error}") from error
 
 
@@ -108,12 +131,15 @@ def load_recipe(source: str) -> Recipe:
 
     Raises:
         ValueError: neither a shipped name nor a readable recipe file.
+        FileNotFoundError: a path to a JSON file that does not exist.
     """
     known = recipes()
     if source in known:
         return known[source]
     path = Path(source)
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix == ".json" and not path.is_file():
+        raise FileNotFoundError(f"no recipe file at {path}")
+    if path.suffix != ".json":
         raise unknown_name("recipe", source, list(known))
     try:
         return recipe_from_json(json.loads(path.read_text()))

@@ -1,0 +1,69 @@
+"""What the runs of an evaluation's folder share beyond their keys: ``protocol.json`` beside them.
+
+A run's key names task, optimizer, learning rate and seed. The same key stands for other figures
+under another torch, another text for the language models or another source of one's own tasks, so a
+folder remembers these and is never filled from two of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from learned_optim.checkpoint import write_text
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.tasks.language import FAMILIES as TEXT_TASKS
+from learned_optim.meta.tasks.language import read_text
+
+FILE = "protocol.json"
+
+
+def conditions(tasks: Sequence[str], data: DataOptions) -> dict[str, str]:
+    """What the figures of ``tasks`` depend on, by what a reader would call it."""
+    from learned_optim import __version__
+
+    found = {"torch": torch.__version__.split("+")[0], "learned_optim": __version__}
+    if any(task in TEXT_TASKS for task in tasks):
+        tokens, _ = read_text(data.text)
+        found["text"] = _digest(tokens.numpy().tobytes())
+    for task in tasks:
+        module = task.rpartition(":")[0]
+        source = importlib.import_module(module).__file__ if module else None
+        if source is not None:
+            found[f"source of {module}"] = _digest(Path(source).read_bytes())
+    return found
+
+
+def check(folder: Path, current: dict[str, str]) -> dict[str, str]:
+    """Hold the present conditions against those of the runs in ``folder``.
+
+    Returns:
+        The conditions of old and new runs together, for :func:`remember`.
+
+    Raises:
+        ValueError: they differ; the message says in what.
+    """
+    path = folder / FILE
+    before: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    different = [name for name, value in current.items() if before.get(name, value) != value]
+    if different:
+        listing = "; ".join(f"{n}: {before[n]} then, {current[n]} now" for n in different)
+        raise ValueError(
+            f"the runs in {folder} were made under other conditions ({listing}): give another "
+            f"--output, or restore what changed"
+        )
+    return {**before, **current}
+
+
+def remember(folder: Path, current: dict[str, str]) -> None:
+    """Write the conditions beside the runs."""
+    write_text(folder / FILE, json.dumps(current, indent=1, sort_keys=True) + "\n")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
