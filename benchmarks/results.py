@@ -3,8 +3,8 @@
     python -m benchmarks.results run [GROUP ...]   # resumable; runs/ keeps every single run
     python -m benchmarks.results page              # docs/results.md from docs/results/*.json
 
-``run`` needs MNIST, FashionMNIST, EMNIST Letters and CIFAR-10 (see ``--data-dir`` of
-``learned-optim evaluate``), and leaves a compact summary of every group in docs/results/.
+``run`` needs MNIST, FashionMNIST, EMNIST Letters and CIFAR-10 in the folder that
+``$LEARNED_OPTIM_DATA`` names, and leaves a compact summary of every group in docs/results/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from learned_optim.cli import ProgressBar
 from learned_optim.meta import EvaluateConfig, Evaluation
-from learned_optim.meta.report import plot, ratio_text, table, value_text
+from learned_optim.summary import lr_text, plot, ratio_text, table, value_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 NETWORKS = (
@@ -124,6 +124,7 @@ def page() -> str:
             for horizon in summary["protocol"]["horizons"]:
                 plot(summary, task, horizon, DOCS / "results" / f"{task}-{horizon}.png")
     text = text.replace("{thesis-table}", _thesis_table(summaries))
+    text = text.replace("{verdict}", _verdict(summaries))
     for name in GROUPS:
         body = _tables(summaries[name]) if name in summaries else "Not measured yet."
         text = text.replace(f"{{{name}}}", body)
@@ -144,14 +145,14 @@ def _thesis_table(summaries: dict[str, Any]) -> str:
             continue
         optimizers = cell["horizons"]["100"]["optimizers"]
         best = cell["horizons"]["100"]["best_baseline"]
-        mine = next(row for row in optimizers.values() if row["kind"] == "learned")
+        mine = _learned(cell["horizons"]["100"])
         rows.append(
             [
                 figure,
                 task,
                 baseline,
                 learned,
-                f"{value_text(optimizers[best]['sum'])} ({best}, lr {optimizers[best]['lr']:g})",
+                f"{value_text(optimizers[best]['sum'])} ({best}, lr {lr_text(optimizers[best])})",
                 value_text(mine["sum"]),
                 ratio_text(mine["ratio"]),
             ]
@@ -160,38 +161,80 @@ def _thesis_table(summaries: dict[str, Any]) -> str:
 
 
 def _tables(summary: dict[str, Any]) -> str:
-    """One table per horizon: everybody's summed loss, and the learned one's other figures."""
-    parts = []
+    """Per horizon, everybody's summed loss; then the other figures of the learned and the best."""
     protocol = summary["protocol"]
+    parts = [f"{protocol['seeds']} test seeds, {protocol['tuning_seeds']} tuning seeds."]
     for horizon in protocol["horizons"]:
-        head = ["task", "ratio to best baseline [95 %]", "learned", *protocol["baselines"],
-                "last 10 steps: learned", "best baseline"]  # fmt: skip
-        final = horizon == max(protocol["horizons"])
-        if final:
-            head += ["test accuracy: learned", "best baseline"]
-            head += ["ms per step: learned", "best baseline"]
-        if horizon > 1000:
-            head += ["worst after step 1,000: learned", "best baseline"]
-        rows = []
+        head = ["task", "ratio to best baseline [95 %]", "learned", *protocol["baselines"]]
+        rows, figures = [], []
         for task, entry in summary["tasks"].items():
             cell = entry["horizons"][str(horizon)]
-            mine = next(row for row in cell["optimizers"].values() if row["kind"] == "learned")
-            best = cell["optimizers"][cell["best_baseline"]]
-            row = [task, ratio_text(mine["ratio"]), value_text(mine["sum"])]
+            mine, best = _learned(cell), cell["optimizers"].get(cell["best_baseline"])
+            row = [task, ratio_text(mine.get("ratio")), value_text(mine["sum"])]
             for name in protocol["baselines"]:
                 other = cell["optimizers"][name]
-                shown = f"{value_text(other['sum'])} (lr {other['lr']:g})"
+                shown = f"{value_text(other['sum'])} (lr {lr_text(other)})"
                 row.append(f"**{shown}**" if other is best else shown)
-            row += [value_text(mine["last"], 3), value_text(best["last"], 3)]
-            if final:
-                for each in (mine, best):
-                    row.append(value_text(each["test"].get("accuracy"), 3))
-                row += [value_text(each["milliseconds_per_step"], 2) for each in (mine, best)]
-            if horizon > 1000:
-                row += [value_text(each["worst_after_1000"], 3) for each in (mine, best)]
             rows.append(row)
+            if best is not None:
+                figures.append([task, *_figures(cell, mine, best)])
         parts.append(f"Summed loss over {horizon:,} steps:\n\n{table(head, rows)}")
+        parts.append(f"After {horizon:,} steps:\n\n{table(_FIGURES, figures)}")
     return "\n\n".join(parts)
+
+
+_FIGURES = [
+    "task",
+    "last 10 steps: learned",
+    "best baseline",
+    "worst running mean after step 1,000: learned",
+    "best baseline",
+    "test accuracy: learned",
+    "best baseline",
+    "ms per step: learned",
+    "best baseline",
+    "learned reaches the lowest final loss of a baseline after",
+]
+
+
+def _figures(cell: dict[str, Any], mine: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    """One row of :data:`_FIGURES`, without the task."""
+    row = []
+    for key in ("last", "worst_after_1000"):
+        row += [value_text(each[key], 3) if key in each else "" for each in (mine, best)]
+    for each in (mine, best):
+        accuracy = each.get("test", {}).get("accuracy")
+        row.append(value_text(accuracy, 3) if accuracy else "")
+    row += [value_text(each["milliseconds_per_step"], 2) for each in (mine, best)]
+    steps, seconds = mine.get("steps_to_best"), mine.get("seconds_to_best")
+    reached = f"{steps:.0f} steps, {seconds:.2f} s" if steps and seconds else "never"
+    row.append(f"{reached} ({cell['best_final_baseline']})")
+    return row
+
+
+def _learned(cell: dict[str, Any]) -> dict[str, Any]:
+    """The row of the one learned optimizer."""
+    return next(row for row in cell["optimizers"].values() if row["kind"] == "learned")
+
+
+def _verdict(summaries: dict[str, Any]) -> str:
+    """Where the learned optimizer is ahead of every tuned one, and where it is not."""
+    lines = []
+    for name, summary in summaries.items():
+        for horizon in summary["protocol"]["horizons"]:
+            ratios = {
+                task: _learned(entry["horizons"][str(horizon)])["ratio"]["mean"]
+                for task, entry in summary["tasks"].items()
+            }
+            ahead = [t for t, r in ratios.items() if r is not None and r < 1]
+            behind = [
+                f"{t} ({'diverged' if r is None else f'{r:.2f}'})"
+                for t, r in ratios.items()
+                if t not in ahead
+            ]
+            line = f"- {name}, {horizon:,} steps: ahead on {len(ahead)} of {len(ratios)} tasks"
+            lines.append(f"{line}; behind on {', '.join(behind)}." if behind else f"{line}.")
+    return "\n".join(lines)
 
 
 def _plots(summary: dict[str, Any]) -> str:
