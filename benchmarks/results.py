@@ -179,7 +179,9 @@ def _tables(summary: dict[str, Any]) -> str:
             if best is not None:
                 figures.append([task, *_figures(cell, mine, best)])
         parts.append(f"Summed loss over {horizon:,} steps:\n\n{table(head, rows)}")
-        parts.append(f"After {horizon:,} steps:\n\n{table(_FIGURES, figures)}")
+        used = [i for i in range(len(_FIGURES)) if any(row[i] for row in figures)]
+        kept = [[row[i] for i in used] for row in (_FIGURES, *figures)]
+        parts.append(f"After {horizon:,} steps:\n\n{table(kept[0], kept[1:])}")
     return "\n\n".join(parts)
 
 
