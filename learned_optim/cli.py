@@ -209,7 +209,8 @@ def _run_training(config: TrainConfig) -> int:
     torch.set_num_threads(config.threads)
     under_torchrun = dist.is_torchelastic_launched()
     if under_torchrun:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Meta-gradients live on the CPU, whatever else there is.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         trainer = MetaTrainer(config.recipe, config.folder, config.data, config.tensorboard)
         first = trainer.rank == 0

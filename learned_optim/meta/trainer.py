@@ -123,11 +123,11 @@ class MetaTrainer:
                 f"tasks_per_meta_step={recipe.tasks_per_meta_step} cannot be shared evenly by "
                 f"{self.world} ranks: make it a multiple"
             )
-        if self.world > 1 and self.rank > 0:
-            dist.barrier()  # rank 0 downloads what is missing, alone
+        if self.rank > 0:
+            self._meet()  # rank 0 downloads what is missing, alone
         self.family = build_tasks(recipe.task, TaskOptions("meta", self.data))
-        if self.world > 1 and self.rank == 0:
-            dist.barrier()
+        if self.rank == 0:
+            self._meet()
         if recipe.tasks_per_meta_step > self.world and not self.family.stackable:
             raise ValueError(
                 f"tasks of {recipe.task!r} differ in structure and cannot share a meta-step on one "
@@ -148,6 +148,11 @@ class MetaTrainer:
     def best(self) -> EpochMetrics | None:
         """The epoch with the smallest validation."""
         return min(self.history, key=lambda m: m.validation, default=None)
+
+    def _meet(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1))
 
     # ---- the run folder
 
