@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
@@ -285,12 +285,16 @@ class LearnedOptimizer(Optimizer):
                 f"({self._identity['fingerprint']}): construct it with the same checkpoint"
             )
 
-    def _check_state(self, saved: dict[str, Any]) -> None:
-        """Refuse state that this optimizer's rule did not make, before any of it is loaded."""
+    def _matched(self, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Own parameters with their saved state, by position; torch checks that lengths agree."""
         own = [param for group in self.param_groups for param in group["params"]]
         ids = [index for group in saved["param_groups"] for index in group["params"]]
-        for param, index in zip(own, ids, strict=False):  # torch's own check of lengths comes next
-            state = saved["state"].get(index)
+        for param, index in zip(own, ids, strict=False):
+            yield param, saved["state"].get(index, {})
+
+    def _check_state(self, saved: dict[str, Any]) -> None:
+        """Refuse state that this optimizer's rule did not make, before any of it is loaded."""
+        for param, state in self._matched(saved):
             if not state:
                 continue
             fresh = self._init_state(param)
@@ -304,10 +308,8 @@ class LearnedOptimizer(Optimizer):
                 )
 
     def _restore_state(self, saved: dict[str, Any]) -> None:
-        own = [param for group in self.param_groups for param in group["params"]]
-        ids = [index for group in saved["param_groups"] for index in group["params"]]
-        for param, index in zip(own, ids, strict=True):
-            for key, value in saved["state"].get(index, {}).items():
+        for param, state in self._matched(saved):
+            for key, value in state.items():
                 if not isinstance(value, Tensor):
                     value = torch.tensor(float(value))
                 chosen = self.state_dtype if _per_coordinate(value, _real_shape(param)) else None
