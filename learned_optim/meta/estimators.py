@@ -129,9 +129,8 @@ def replay(
 
     start: dict[str, State] = {}  # the network's state before the unroll, (sampled, k)
     for name, chosen in index.items():
-        n = optimizees.params[name].numel()
         state = optimizees.state[name]
-        start[name] = {key: state[key].view(n, -1)[chosen] for key in rule.network_state}
+        start[name] = {key: state[key].flatten(0, -2)[chosen] for key in rule.network_state}
     losses: list[Tensor] = []
     signals: dict[str, list[Tensor]] = {name: [] for name in index}
     slopes: dict[str, list[Tensor]] = {name: [] for name in index}

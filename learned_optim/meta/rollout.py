@@ -102,10 +102,9 @@ class Optimizees:
         losses, grads = self.losses_and_grads(self.params, self.next_batch())
         losses = losses.detach()
         if rule.coordinatewise:
-            loss = losses.unsqueeze(1) if rule.needs_loss else None
-            for name, grad in grads.items():
-                update = rule.update_(grad, self.state[name], self.params[name], loss)
-                self.params[name] = self.params[name] + update
+            param, loss = self.params[PACKED], _packed_loss(rule, losses)
+            update = rule.update_(grads[PACKED], self.state[PACKED], param, loss)
+            self.params[PACKED] = param + update
         else:
             self._update_tensors(rule, grads)
         self.step += 1
@@ -122,11 +121,11 @@ class Optimizees:
         losses, grads = self.losses_and_grads(self.params, self.next_batch())
         losses = losses.detach()
         if rule.coordinatewise:
-            (name, grad), state = next(iter(grads.items())), self.state[PACKED]
-            seen = rule.observe_(grad, state, self.params[name], losses.unsqueeze(1))
-            signals = {name: seen.reshape(grad.numel(), -1)}
-            update = rule.respond_to_all_(signals[name], state)
-            self.params[name] = self.params[name] + update.view_as(grad)
+            grad, state, param = grads[PACKED], self.state[PACKED], self.params[PACKED]
+            seen = rule.observe_(grad, state, param, _packed_loss(rule, losses))
+            signals = {PACKED: seen.reshape(grad.numel(), -1)}
+            update = rule.respond_to_all_(signals[PACKED], state)
+            self.params[PACKED] = param + update.view_as(grad)
         else:
             signals = self._update_tensors(rule, grads)
         self.step += 1
@@ -163,11 +162,10 @@ class Optimizees:
     ) -> tuple[Tensor, State]:
         """The rule's update and new state for one parameter, differentiable in its weights."""
         if rule.coordinatewise:
-            loss = losses.unsqueeze(1) if rule.needs_loss else None
-            return rule(grad, self.state[name], param, loss)
+            return rule(grad, self.state[name], param, _packed_loss(rule, losses))
         return torch.vmap(rule)(grad, self.state[name], param, losses)
 
-    def test(self) -> list[dict[str, float]]:
-        """Held-out figures of every optimizee at its current parameters."""
-        named = self.unpack(self.params)
-        return [t.test({n: p[b] for n, p in named.items()}) for b, t in enumerate(self._tasks)]
+
+def _packed_loss(rule: UpdateRule, losses: Tensor) -> Tensor | None:
+    """The losses ``(B,)`` beside packed parameters ``(B, n)``, for a rule that reads them."""
+    return losses.unsqueeze(1) if rule.needs_loss else None

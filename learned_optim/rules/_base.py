@@ -208,7 +208,9 @@ class RecurrentRule(UpdateRule):
         Rules with per-tensor statistics may override it with one pass over all tensors.
         """
         seen = [self.observe_(*each) for each in zip(grads, states, params, strict=True)]
-        return torch.cat([_as_rows(signals) for signals in seen])
+        return torch.cat(
+            [s.reshape(g.numel(), s.shape[-1]) for s, g in zip(seen, grads, strict=True)]
+        )
 
     @torch.no_grad()
     def update_many_(
@@ -241,7 +243,7 @@ class RecurrentRule(UpdateRule):
             Updates of shape ``(n,)``.
         """
         n = signals.shape[0]
-        rows = {key: state[key].view(n, -1) for key in self.network_state}
+        rows = {key: _as_rows(state[key]) for key in self.network_state}
         update = signals.new_empty(n)
         for start in range(0, n, BLOCK_ROWS):
             block = slice(start, min(start + BLOCK_ROWS, n))
@@ -267,7 +269,7 @@ class RecurrentRule(UpdateRule):
             return self.respond_to_all_(signals.reshape(n, -1), state).view(grad.shape)
         update = grad.new_empty(n)
         flat_grad, flat_param = grad.reshape(-1), param.reshape(-1)
-        rows = {key: value.view(n, -1) for key, value in state.items()}
+        rows = {key: _as_rows(value) for key, value in state.items()}
         for start in range(0, n, BLOCK_ROWS):
             block = slice(start, min(start + BLOCK_ROWS, n))
             part = {key: value[block] for key, value in rows.items()}
@@ -277,8 +279,8 @@ class RecurrentRule(UpdateRule):
 
 
 def _as_rows(value: Tensor) -> Tensor:
-    """``(*S, k)`` as ``(n, k)``, a view where possible, also where ``n`` is 0."""
-    return value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
+    """State ``(*S, k)`` as ``(n, k)``, also where ``n`` is 0: a view, to be written through."""
+    return value.view(math.prod(value.shape[:-1]), value.shape[-1])
 
 
 def rule_class(name: str) -> type[UpdateRule]:
