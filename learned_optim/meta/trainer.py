@@ -25,6 +25,9 @@ from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
 from learned_optim.rules import UpdateRule, rule_for
 
+# Mean loss below which `relative_loss` divides no further: such a task is solved.
+SMALLEST_LOSS = 1e-3
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -334,7 +337,10 @@ class MetaTrainer:
             if not torch.isfinite(packed).all():
                 # Averaging it in would poison the weights, and the optimizee will not recover.
                 return math.inf, 1
-            total += packed[-1].item()
+            unroll_loss = packed[-1].item()
+            total += unroll_loss
+            if recipe.relative_loss:
+                packed /= max(unroll_loss / steps, SMALLEST_LOSS)
             every = recipe.epochs * recipe.runs_per_epoch * unrolls
             self._meta_step(packed[:-1], (runs_before * unrolls + done) / every)
             done += 1
@@ -344,11 +350,13 @@ class MetaTrainer:
     def _plan(self, generator: Generator) -> list[tuple[int, bool]]:
         """Unrolls of one run: their lengths, and which of them end in a meta-step."""
         recipe, length = self.recipe, self.recipe.horizon
+        truncation = recipe.truncation
         u = torch.rand(2, generator=generator)
         if recipe.long_horizon is not None and u[0] < recipe.long_fraction:
             length = round(length * (recipe.long_horizon / length) ** u[1].item())
-        whole, rest = divmod(length, recipe.truncation)
-        steps = [recipe.truncation] * whole + [rest] * (rest > 0)
+            truncation = recipe.long_truncation or truncation
+        whole, rest = divmod(length, truncation)
+        steps = [truncation] * whole + [rest] * (rest > 0)
         limit = recipe.unrolls_per_run or len(steps)
         chosen = set(torch.randperm(len(steps), generator=generator)[:limit].tolist())
         last = max(chosen)  # what follows the last meta-step would teach nothing

@@ -17,6 +17,7 @@ _AT_LEAST = {
     "tasks_per_meta_step": 1,
     "horizon": 1,
     "truncation": 1,
+    "long_truncation": 1,
     "unrolls_per_run": 1,
     "coordinates": 1,
     "validation_runs": 2,
@@ -51,6 +52,8 @@ class Recipe:
     """Where the heavy tail of run lengths ends; all runs are of ``horizon`` if not given."""
     long_fraction: float = 0.0
     """Share of runs whose length is log-uniform between ``horizon`` and ``long_horizon``."""
+    long_truncation: int | None = None
+    """Inner steps per unroll of the longer runs; ``truncation`` if not given."""
     unrolls_per_run: int | None = None
     """Longer runs learn from this many of their unrolls, drawn at random; from all if not given."""
     estimator: Literal["replay", "autograd", "full"] = "replay"
@@ -61,6 +64,8 @@ class Recipe:
     """Where a cosine takes the meta-learning rate by the last meta-step; constant if not given."""
     clip_norm: float | None = None
     """Largest norm of a meta-gradient; longer ones are scaled down."""
+    relative_loss: bool = False
+    """Divide every meta-gradient by its unroll's mean loss: tasks of all scales count alike."""
     average: float = 0.0
     """Decay of the moving average of weights that is validated and kept; 0 keeps the last."""
     validation_runs: int = 20
