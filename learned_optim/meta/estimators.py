@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.rollout import Optimizees
-from learned_optim.rules import RecurrentRule, State, UpdateRule
+from learned_optim.rules import RecurrentRule, State, TensorRule, UpdateRule, tensor_of_each
 
 # Coordinates per slice of a replay: recurrent activations of 1,000 rows and 20 steps stay near the
 # cache, which halves the backward pass's time per coordinate against one slice of 4,000.
@@ -115,12 +115,18 @@ def replay(
     then the recorded signals of all, or of some randomly sampled, coordinates are fed through the
     network once more and ``sum(A * u)`` is back-propagated.
 
+    Of a :class:`TensorRule`, whose updates are directions times gains, the sum over a tensor's
+    coordinates is taken first, and the network is replayed once per tensor: without sampling.
+
     Raises:
-        TypeError: the rule does not split into ``observe`` and ``respond``.
+        TypeError: the rule does not split into observation and response.
     """
+    if isinstance(rule, TensorRule):
+        return _replay_tensors(rule, optimizees, steps)
     if not isinstance(rule, RecurrentRule):
         raise TypeError(
-            f"estimator 'replay' needs a RecurrentRule, and {type(rule).__name__} is none: "
+            f"estimator 'replay' needs a RecurrentRule or a TensorRule, and "
+            f"{type(rule).__name__} is neither: "
             f"use estimator='autograd'"
         )
     index = _sample_coordinates(optimizees, options)
@@ -151,6 +157,29 @@ def replay(
         after = g.flip(0).cumsum(0).flip(0) - g  # suffix sums over s > t
         _accumulate(rule, torch.stack(signals[name]), after * scale, start[name], weights, meta)
     return MetaGradient(torch.stack(losses), meta)
+
+
+def _replay_tensors(rule: TensorRule, optimizees: Optimizees, steps: int) -> MetaGradient:
+    """:func:`replay` tensor by tensor: dL / dgains_{t,j,d} = sum_{i in tensor j} A_{t,i} D_{t,i,d}."""
+    state = optimizees.state
+    start = {key: torch.cat([state[name][key] for name in state]) for key in rule.network_state}
+    sizes = [param[0].numel() for param in optimizees.params.values() for _ in param]
+    record = [optimizees.advance_steered(rule) for _ in range(steps)]
+    losses, grads, features, directions = (list(column) for column in zip(*record, strict=True))
+    owner = tensor_of_each(sizes, grads[0].device)
+    after = torch.zeros_like(grads[0])  # sum of the gradients at later steps of the unroll
+    slopes = []  # d meta-loss / d gains, (m, d) per step, last first
+    for grad, direction in zip(reversed(grads), reversed(directions), strict=True):
+        slope = direction.new_zeros(len(sizes), direction.shape[1])
+        slopes.append(slope.index_add_(0, owner, after.unsqueeze(1) * direction))
+        after = after + grad
+    weights = list(rule.parameters())
+    with torch.enable_grad():
+        gains, _ = rule.gains(torch.stack(features), start)
+        objective = (gains * torch.stack(slopes[::-1])).sum() / len(optimizees)
+        meta = torch.autograd.grad(objective, weights, allow_unused=True)
+    kept = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, meta, strict=True)]
+    return MetaGradient(torch.stack(losses), kept)
 
 
 def _sample_coordinates(optimizees: Optimizees, options: EstimatorOptions) -> dict[str, Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.tasks import Batch, Params, Task
-from learned_optim.rules import RecurrentRule, State, UpdateRule
+from learned_optim.rules import RecurrentRule, State, TensorRule, UpdateRule
 
 #: Key under which a coordinatewise rule sees all parameters as one tensor.
 PACKED = "packed"
@@ -111,6 +112,20 @@ class Optimizees:
         return losses
 
     @torch.no_grad()
+    def advance_steered(self, rule: TensorRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """:meth:`advance`, and what replay needs of the step; tensors in the order of ``params``.
+
+        Returns:
+            ``(losses, grad, features, directions)``: losses ``(B,)``; gradients of all tensors
+            behind each other, ``(n,)``; features ``(m, k)`` and scaled directions ``(n, d)``.
+        """
+        losses, grads = self.losses_and_grads(self.params, self.next_batch())
+        features, directions = self._update_tensors(rule, grads)
+        self.step += 1
+        flat = torch.cat([grad.reshape(-1) for grad in grads.values()])
+        return losses.detach(), flat, features, directions
+
+    @torch.no_grad()
     def advance_recorded(self, rule: RecurrentRule) -> tuple[Tensor, Params, Params]:
         """:meth:`advance`, and what replay needs of the step.
 
@@ -127,15 +142,14 @@ class Optimizees:
             update = rule.respond_to_all_(signals[PACKED], state)
             self.params[PACKED] = param + update.view_as(grad)
         else:
-            signals = self._update_tensors(rule, grads)
+            seen = self._update_tensors(rule, grads)
+            parts = seen.split([grad.numel() for grad in grads.values()])
+            signals = dict(zip(grads, parts, strict=True))
         self.step += 1
         return losses, grads, signals
 
-    def _update_tensors(self, rule: UpdateRule, grads: Params) -> Params:
-        """Update every tensor of every optimizee; signals as :meth:`advance_recorded` has them.
-
-        A rule that does not split into observation and response has none.
-        """
+    def _update_tensors(self, rule: UpdateRule, grads: Params) -> Any:
+        """Update every tensor of every optimizee; returns what ``update_many_`` recorded."""
         params, count = self.params, len(self)
         each_grad = [g for grad in grads.values() for g in grad]
         each_param = [p for name in grads for p in params[name]]
@@ -144,18 +158,16 @@ class Optimizees:
             for name in grads
             for b in range(count)
         ]
-        signals: Params = {}
-        if isinstance(rule, RecurrentRule):
-            updates, seen = rule.update_many_(each_grad, each_state, each_param)
-            parts = seen.split([grad.numel() for grad in grads.values()])
-            signals = dict(zip(grads, parts, strict=True))
+        record = None
+        if isinstance(rule, (RecurrentRule, TensorRule)):
+            updates, record = rule.update_many_(each_grad, each_state, each_param)
         else:
             every = zip(each_grad, each_state, each_param, strict=True)
             updates = [rule.update_(*each) for each in every]
         for index, name in enumerate(grads):
             update = torch.stack(updates[index * count : (index + 1) * count])
             params[name] = params[name] + update
-        return signals
+        return record
 
     def forward(
         self, rule: UpdateRule, name: str, grad: Tensor, param: Tensor, losses: Tensor

@@ -278,6 +278,72 @@ class RecurrentRule(UpdateRule):
         return update.view(grad.shape)
 
 
+class TensorRule(UpdateRule):
+    """A rule with one network per tensor, whose output are gains of per-coordinate directions.
+
+    Weight-free observation and a learned response, as in :class:`RecurrentRule`; a response is to
+    a whole tensor, so that meta-gradients by replay need no sampling of coordinates.
+    """
+
+    #: State entries that belong to the network; observation owns all others.
+    network_state: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def observe_many_(
+        self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What does not depend on the weights, for ``m`` tensors of ``n`` coordinates in all.
+
+        In place in what observation owns of ``states``.
+
+        Returns:
+            ``(features, scale, directions)`` of shapes ``(m, k)``, ``(m,)`` and ``(n, d)``.
+        """
+
+    @abstractmethod
+    def gains(self, features: Tensor, state: State) -> tuple[Tensor, State]:
+        """The learned network over a sequence, differentiable in the weights.
+
+        Args:
+            features: shape ``(T, m, k)``: steps, tensors, features.
+            state: the network's own entries before step 0, each of shape ``(m, ·)``.
+
+        Returns:
+            ``(gains, new_state)``: gains of the directions in units of the scale, ``(T, m, d)``;
+            the network's own entries after step T.
+        """
+
+    @torch.no_grad()
+    def update_many_(
+        self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        """:meth:`update_` of several tensors at once.
+
+        Returns:
+            ``(updates, record)``: an update per tensor; the features ``(m, k)`` and the scaled
+            directions ``(n, d)``, whose product with the gains the updates are.
+        """
+        features, scale, directions = self.observe_many_(grads, states, params)
+        own = {key: [state[key] for state in states] for key in self.network_state}
+        gains, network = self.gains(
+            features.unsqueeze(0), {key: torch.stack(values) for key, values in own.items()}
+        )
+        for key, values in own.items():
+            torch._foreach_copy_(values, list(network[key].unbind()))
+        sizes = [grad.numel() for grad in grads]
+        owner = tensor_of_each(sizes, features.device)
+        scaled = directions * scale[owner].unsqueeze(-1)
+        updates = (scaled * gains[0][owner]).sum(-1).split(sizes)
+        views = [u.view_as(g) for u, g in zip(updates, grads, strict=True)]
+        return views, (features, scaled)
+
+
+def tensor_of_each(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Of tensors flattened behind each other, the index of the one a coordinate is of: ``(n,)``."""
+    counts = torch.tensor(sizes, device=device)
+    return torch.arange(len(sizes), device=device).repeat_interleave(counts)
+
+
 def _as_rows(value: Tensor) -> Tensor:
     """State ``(*S, k)`` as ``(n, k)``, also where ``n`` is 0: a view, to be written through."""
     return value.view(math.prod(value.shape[:-1]), value.shape[-1])

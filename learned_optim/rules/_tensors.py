@@ -1,0 +1,89 @@
+"""What rules with per-tensor statistics ask of a tensor, or of many packed into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from learned_optim.rules._shards import whole_mean, whole_shape
+
+# Keeps 0 / 0 at 0. Gradients below it count as zero; it is far below any a float32 network has.
+TINY = 1e-15
+# Scale of a vector (bias, norm gain) whose entries are smaller: fan-in says nothing about it.
+VECTOR_SCALE = 0.1
+
+
+def _natural_scale(shape: Sequence[int]) -> float:
+    """What a tensor of this shape is drawn at: ``1 / sqrt(fan_in)``, 0.1 for vectors."""
+    return VECTOR_SCALE if len(shape) < 2 else _fan_in(shape) ** -0.5
+
+
+def _fan_in(shape: Sequence[int]) -> int:
+    """Inputs per output, as torch counts them for linear and convolutional weights."""
+    return max(1, math.prod(shape[1:]))
+
+
+class Alone:
+    """One tensor, or a shard of one: per-tensor values have shape ``()``."""
+
+    def __init__(self, param: Tensor) -> None:
+        whole = whole_shape(param)
+        self.shape = param.shape
+        self.natural = param.new_tensor(_natural_scale(whole))
+        self.log_fan_in = param.new_tensor(math.log(_fan_in(whole)))
+        self.log_size = param.new_tensor(math.log(max(1, whole.numel())))
+        self.is_vector = param.new_tensor(float(len(whole) < 2))
+
+    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
+        return whole_mean(*values).unbind()
+
+    def spread(self, value: Tensor) -> Tensor:
+        return value
+
+    def rows(self, features: Tensor) -> Tensor:
+        return features.expand(*self.shape, -1)
+
+
+class Packed:
+    """Several tensors flattened into one: per-tensor values have shape ``(tensors,)``."""
+
+    def __init__(
+        self, shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        self.sizes = [shape.numel() for shape in shapes]
+        self.counts = column([float(max(1, size)) for size in self.sizes])
+        owner = torch.arange(len(shapes), device=device)
+        self.owner = owner.repeat_interleave(torch.tensor(self.sizes, device=device))  # (n,)
+        self.natural = column([_natural_scale(shape) for shape in shapes])
+        self.log_fan_in = column([math.log(_fan_in(shape)) for shape in shapes])
+        self.log_size = self.counts.log()
+        self.is_vector = column([float(len(shape) < 2) for shape in shapes])
+
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def of(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> Packed:
+        """The packing of these shapes, remembered: every step of an optimizee asks for it."""
+        return Packed(shapes, dtype, device)
+
+    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
+        stacked = torch.stack(values)  # (m, n)
+        totals = stacked.new_zeros(len(values), len(self.sizes))
+        return (totals.index_add_(1, self.owner, stacked) / self.counts).unbind()
+
+    def spread(self, value: Tensor) -> Tensor:
+        return value[self.owner]
+
+    def rows(self, features: Tensor) -> Tensor:
+        return features[self.owner]
+
+
+def log_ratio(x: Tensor, reference: Tensor) -> Tensor:
+    """log(x / reference), not below -16, so that zero has a value."""
+    return (x / reference).clamp(min=math.exp(-16.0), max=math.exp(16.0)).log()
