@@ -28,6 +28,8 @@ DECAY_UNIT = 1e-3
 # when summed over a tensor of two thousand million coordinates.
 LARGEST_GRAD = 2.0**48
 
+# Coordinates in a pack of small tensors: bounds the copies that packing makes of their state.
+LARGEST_PACK = 1 << 16
 
 # Hyperparameters that groups of torch's own optimizers have and ours have not.
 FOREIGN_KEYS = frozenset({"alpha", "betas", "dampening", "momentum", "nesterov", "rho"})
@@ -159,9 +161,11 @@ class LearnedOptimizer(Optimizer):
             self._init_group(group)
             if _known_zero(group["lr"]):
                 continue
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group, loss)
+            for pack in self._packs(group):
+                if len(pack) == 1:
+                    self._update(pack[0], group, loss)
+                else:
+                    self._update_many(pack, group, loss)
         return loss
 
     def _init_group(self, group: dict[str, Any]) -> None:
@@ -180,6 +184,26 @@ class LearnedOptimizer(Optimizer):
                 state.update(self._init_state(param))
             self._rule_on(param.device)
 
+    def _packs(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """Parameters that have a gradient; those that are cheaper updated together, together."""
+        packs: list[list[Tensor]] = []
+        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+        open_packs: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        alone = torch.compiler.is_compiling() or _unreadable(group["lr"])
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            size, kind = param.numel(), (param.device, param.dtype)
+            if alone or is_sharded(param) or size >= self.rule.pack_below:
+                packs.append([param])
+                continue
+            if kind not in open_packs or sizes[kind] + size > LARGEST_PACK:
+                open_packs[kind], sizes[kind] = [], 0
+                packs.append(open_packs[kind])
+            open_packs[kind].append(param)
+            sizes[kind] += size
+        return packs
+
     def _update(self, param: Tensor, group: dict[str, Any], loss: float | Tensor | None) -> None:
         rule = self._rule_on(param.device)
         lr, weight_decay = group["lr"], group["weight_decay"]
@@ -190,32 +214,48 @@ class LearnedOptimizer(Optimizer):
                 grad = _local_grad(grad, param)
                 state = {key: _local(value) for key, value in state.items()}
             param, grad = _real(_local(param)), _real(grad)
-            # NaN and infinity read as "nothing known about this coordinate", and what is finite
-            # stays small enough to be squared; neither asks the device.
-            grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0).to(rule.dtype)
-            grad.clamp_(-LARGEST_GRAD, LARGEST_GRAD)
-            if group["maximize"]:
-                grad = grad.neg()
             if isinstance(lr, Tensor):
                 lr = lr.to(param.device).reshape(())
             if weight_decay != 0:
                 param.mul_(1.0 - DECAY_UNIT * lr * weight_decay)
-            seen_loss = None
-            if rule.needs_loss:
-                seen_loss = torch.as_tensor(loss, dtype=rule.dtype, device=param.device)
-                seen_loss = torch.nan_to_num(seen_loss, nan=0.0, posinf=0.0, neginf=0.0)
+            seen_loss = _seen_loss(rule, loss, param.device)
             # Where only the device knows whether lr is zero, the state before may be needed.
-            asking_costs = isinstance(group["lr"], Tensor) and not _readable(group["lr"])
-            before = {k: v.clone() for k, v in state.items()} if asking_costs else {}
+            before = {k: v.clone() for k, v in state.items()} if _unreadable(group["lr"]) else {}
             rule_state = {key: value for key, value in state.items() if key != "step"}
-            update = rule.update_(grad, rule_state, param.to(rule.dtype), seen_loss)
+            read = _reader(rule.dtype, group["maximize"])
+            if torch.compiler.is_compiling() or not param.is_contiguous():
+                update = rule.update_(read(grad), rule_state, param.to(rule.dtype), seen_loss)
+                _add(param, update, lr)
+            else:
+                flat = param.view(-1)
+                for rows, update in rule.update_blocks_(grad, rule_state, param, seen_loss, read):
+                    _add(flat[rows], update, lr)
             state["step"] += 1
             for key, value in before.items():
                 state[key].copy_(torch.where(lr != 0, state[key], value))
-            if isinstance(lr, Tensor) or torch.compiler.is_compiling():
-                param.add_(update * lr)
-            else:
-                param.add_(update, alpha=lr)
+
+    def _update_many(
+        self, params: list[Tensor], group: dict[str, Any], loss: float | Tensor | None
+    ) -> None:
+        """:meth:`_update` of several small tensors of one device and dtype at once."""
+        device = params[0].device
+        rule, lr = self._rule_on(device), float(group["lr"])
+        states = [self.state[param] for param in params]
+        grads = [_real(param.grad) for param in params if param.grad is not None]
+        params = [_real(param) for param in params]
+        read = _reader(rule.dtype, group["maximize"])
+        cleaned = read(torch.cat([grad.reshape(-1) for grad in grads]))
+        pieces = cleaned.split([grad.numel() for grad in grads])
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(params, 1.0 - DECAY_UNIT * lr * group["weight_decay"])
+        updates, _ = rule.update_many_(
+            [piece.view(grad.shape) for piece, grad in zip(pieces, grads, strict=True)],
+            [{key: value for key, value in s.items() if key != "step"} for s in states],
+            [param.to(rule.dtype) for param in params],
+            _seen_loss(rule, loss, device),
+        )
+        torch._foreach_add_([state["step"] for state in states], 1)
+        torch._foreach_add_(params, updates, alpha=lr)
 
     @torch.no_grad()
     def _init_state(self, param: Tensor) -> State:
@@ -333,12 +373,51 @@ class LearnedOptimizer(Optimizer):
         return super().__repr__().replace(" (\n", f" (\nUpdate rule: {rule}\n", 1)
 
 
+# ---- what the rule is told, and what is done with its answer
+
+
+def _reader(dtype: torch.dtype, maximize: bool) -> Callable[[Tensor], Tensor]:
+    """From (a piece of) a raw gradient to a new tensor: what the rule sees of it."""
+
+    def read(grad: Tensor) -> Tensor:
+        # NaN and infinity read as "nothing known about this coordinate", and what is finite
+        # stays small enough to be squared; neither asks the device.
+        grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0).to(dtype)
+        grad.clamp_(-LARGEST_GRAD, LARGEST_GRAD)
+        return grad.neg_() if maximize else grad
+
+    return read
+
+
+def _seen_loss(
+    rule: UpdateRule, loss: float | Tensor | None, device: torch.device
+) -> Tensor | None:
+    """The loss, for a rule that reads it."""
+    if not rule.needs_loss:
+        return None
+    seen = torch.as_tensor(loss, dtype=rule.dtype, device=device)
+    return torch.nan_to_num(seen, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _add(param: Tensor, update: Tensor, lr: float | Tensor) -> None:
+    """``param += lr * update``"""
+    if isinstance(lr, Tensor) or torch.compiler.is_compiling():
+        param.add_(update * lr)
+    else:
+        param.add_(update, alpha=lr)
+
+
 # ---- learning rates
 
 
 def _readable(lr: Tensor) -> bool:
     """Whether the value can be read without waiting for a device or ending a compiled graph."""
     return lr.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _unreadable(lr: float | Tensor) -> bool:
+    """Whether the value is a device's secret."""
+    return isinstance(lr, Tensor) and not _readable(lr)
 
 
 def _known_zero(lr: float | Tensor) -> bool:

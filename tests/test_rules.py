@@ -290,8 +290,12 @@ def test_several_tensors_at_once_equal_one_by_one(name: str) -> None:
     alone = [rule.init_state(p) for p in params]
     for step in range(4):
         grads = [gradients(4, *shape)[step] for shape in shapes]
-        updates, signals = rule.update_many_(grads, together, params)
-        assert signals.shape[0] == sum(p.numel() for p in params)
+        seen = [
+            rule.observe(grad, state, param)[0].unflatten(-1, (1, -1)).flatten(0, -2)
+            for grad, state, param in zip(grads, alone, params, strict=True)
+        ]
+        updates, signals = rule.update_many_(grads, together, params, record=True)
+        torch.testing.assert_close(signals, torch.cat(seen), rtol=1e-9, atol=1e-12)
         for grad, state, param, update in zip(grads, alone, params, updates, strict=True):
             expected = rule.update_(grad, state, param)
             torch.testing.assert_close(update, expected, rtol=1e-10, atol=1e-14)

@@ -120,7 +120,7 @@ class Optimizees:
             behind each other, ``(n,)``; features ``(m, k)`` and scaled directions ``(n, d)``.
         """
         losses, grads = self.losses_and_grads(self.params, self.next_batch())
-        features, directions = self._update_tensors(rule, grads)
+        features, directions = self._update_tensors(rule, grads, record=True)
         self.step += 1
         flat = torch.cat([grad.reshape(-1) for grad in grads.values()])
         return losses.detach(), flat, features, directions
@@ -142,13 +142,13 @@ class Optimizees:
             update = rule.respond_to_all_(signals[PACKED], state)
             self.params[PACKED] = param + update.view_as(grad)
         else:
-            seen = self._update_tensors(rule, grads)
+            seen = self._update_tensors(rule, grads, record=True)
             parts = seen.split([grad.numel() for grad in grads.values()])
             signals = dict(zip(grads, parts, strict=True))
         self.step += 1
         return losses, grads, signals
 
-    def _update_tensors(self, rule: UpdateRule, grads: Params) -> Any:
+    def _update_tensors(self, rule: UpdateRule, grads: Params, record: bool = False) -> Any:
         """Update every tensor of every optimizee; returns what ``update_many_`` recorded."""
         params, count = self.params, len(self)
         each_grad = [g for grad in grads.values() for g in grad]
@@ -158,16 +158,11 @@ class Optimizees:
             for name in grads
             for b in range(count)
         ]
-        record = None
-        if isinstance(rule, (RecurrentRule, TensorRule)):
-            updates, record = rule.update_many_(each_grad, each_state, each_param)
-        else:
-            every = zip(each_grad, each_state, each_param, strict=True)
-            updates = [rule.update_(*each) for each in every]
+        updates, seen = rule.update_many_(each_grad, each_state, each_param, record=record)
         for index, name in enumerate(grads):
             update = torch.stack(updates[index * count : (index + 1) * count])
             params[name] = params[name] + update
-        return record
+        return seen
 
     def forward(
         self, rule: UpdateRule, name: str, grad: Tensor, param: Tensor, losses: Tensor

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,11 @@ class RuleConfig:
 # Rows per block of the in-place path: the gates of 4,096 coordinates of a 20-unit LSTM (80 floats
 # each) and their states stay in a 2 MiB L2 cache.
 BLOCK_ROWS = 4096
+
+
+def as_it_is(grad: Tensor) -> Tensor:
+    return grad
+
 
 _RULES: dict[str, type[UpdateRule]] = {}
 
@@ -48,6 +53,8 @@ class UpdateRule(nn.Module):
     #: Every coordinate is treated alike and alone: tensors may be flattened and concatenated
     #: without changing any update. Rules with per-tensor statistics or per-tensor state say False.
     coordinatewise: ClassVar[bool] = True
+    #: Tensors with fewer coordinates than this are cheaper updated by :meth:`update_many_`.
+    pack_below: ClassVar[int] = 0
     #: An exactly zero gradient history gives an exactly zero update. Promised, and tested.
     zero_preserving: ClassVar[bool] = False
 
@@ -108,14 +115,75 @@ class UpdateRule(nn.Module):
             ``(update, new_state)``; the update has the shape of ``param``.
         """
 
+    @torch.no_grad()
     def update_(
         self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
     ) -> Tensor:
-        """:meth:`forward` without a graph, writing the new state into ``state``'s tensors.
+        """:meth:`forward` without a graph, writing the new state into ``state``'s tensors."""
+        if torch.compiler.is_compiling():
+            return self._plain_(grad, state, param, loss)
+        pieces = self.update_blocks_(grad, state, param, loss)
+        rows, update = next(pieces)
+        if rows.stop < grad.numel():
+            whole = update.new_empty(grad.numel())
+            whole[rows] = update
+            for rows, part in pieces:
+                whole[rows] = part
+            update = whole
+        return update.view(grad.shape)
+
+    @torch.no_grad()
+    def update_blocks_(
+        self,
+        grad: Tensor,
+        state: State,
+        param: Tensor,
+        loss: Tensor | None = None,
+        read: Callable[[Tensor], Tensor] = as_it_is,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`update_` in pieces, so that nothing as large as the tensor need be allocated.
 
         The optimizer and the rollouts of meta-training call this. Rules override it with a fast
         path, which a test holds against :meth:`forward`.
+
+        Args:
+            grad: as for :meth:`forward`, or what ``read`` turns into it.
+            param: as for :meth:`forward`, in any dtype. Rows that were yielded may be changed
+                before the next are asked for.
+            read: applied to each piece of the gradient before use; elementwise, and cheap, for it
+                may be applied more than once.
+
+        Yields:
+            ``(rows, update)``: consecutive rows of the flattened tensor, and their update; once
+            and without rows for an empty tensor.
         """
+        update = self._plain_(read(grad), state, param.to(self.dtype), loss)
+        yield slice(0, grad.numel()), update.reshape(-1)
+
+    @torch.no_grad()
+    def update_many_(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        params: Sequence[Tensor],
+        loss: Tensor | None = None,
+        record: bool = False,
+    ) -> tuple[list[Tensor], Any]:
+        """:meth:`update_` of several tensors, which rules override with one pass over all of them.
+
+        Args:
+            record: also return what replay needs of this step, if the rule can be replayed.
+
+        Returns:
+            ``(updates, record)``: an update per tensor, and the record, or ``None``.
+        """
+        every = zip(grads, states, params, strict=True)
+        return [self.update_(*each, loss) for each in every], None
+
+    def _plain_(
+        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`update_` in one piece, by :meth:`forward` itself."""
         with torch.no_grad():
             # Half-precision state is storage alone: the rule computes in its own dtype.
             given = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in state.items()}
@@ -150,6 +218,7 @@ class RecurrentRule(UpdateRule):
     a graph, during the rollout; :meth:`respond` is run again over the recorded signals, with one.
     """
 
+    pack_below = BLOCK_ROWS
     #: State entries that belong to the network; :meth:`observe` owns all others.
     network_state: ClassVar[tuple[str, ...]] = ()
 
@@ -177,7 +246,7 @@ class RecurrentRule(UpdateRule):
             step T.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def respond_(self, signals: Tensor, state: State) -> Tensor:
         """One step of :meth:`respond` without a graph, on a block of rows, in place in ``state``.
 
@@ -188,6 +257,10 @@ class RecurrentRule(UpdateRule):
         Returns:
             Updates of shape ``(n,)``.
         """
+        updates, new_state = self.respond(signals.unsqueeze(0), state)
+        for key, value in new_state.items():
+            state[key].copy_(value)
+        return updates[0]
 
     @torch.no_grad()
     def observe_(
@@ -200,35 +273,30 @@ class RecurrentRule(UpdateRule):
         return signals
 
     @torch.no_grad()
-    def observe_many_(
-        self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
-    ) -> Tensor:
-        """:meth:`observe_` of several tensors; their signals below each other, ``(n, k)``.
-
-        Rules with per-tensor statistics may override it with one pass over all tensors.
-        """
-        seen = [self.observe_(*each) for each in zip(grads, states, params, strict=True)]
-        return torch.cat(
-            [s.reshape(g.numel(), s.shape[-1]) for s, g in zip(seen, grads, strict=True)]
-        )
-
-    @torch.no_grad()
     def update_many_(
-        self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Tensor]:
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        params: Sequence[Tensor],
+        loss: Tensor | None = None,
+        record: bool = False,
+    ) -> tuple[list[Tensor], Tensor | None]:
         """:meth:`update_` of several tensors through one pass of the network.
 
         Returns:
-            ``(updates, signals)``: an update per tensor, and what the network saw, ``(n, k)``.
+            ``(updates, signals)``: the record is what the network saw, ``(n, k)``.
         """
-        signals = self.observe_many_(grads, states, params)
-        sizes = [grad.numel() for grad in grads]
-        own = {key: [_as_rows(state[key]) for state in states] for key in self.network_state}
-        packed = {key: torch.cat(rows) for key, rows in own.items()}
-        updates = self.respond_to_all_(signals, packed).split(sizes)
-        for key, rows in own.items():
-            torch._foreach_copy_(rows, list(packed[key].split(sizes)))
-        return [u.view_as(g) for u, g in zip(updates, grads, strict=True)], signals
+        if self.coordinatewise:  # whatever is observed: it does not matter whose coordinates
+            packed, unpack_ = pack_rows(states, tuple(states[0]))
+            signals = self.observe_(flat(grads), packed, flat(params), loss)
+        else:
+            packed, unpack_ = pack_rows(states, self.network_state)
+            each = zip(grads, states, params, strict=True)
+            seen = [self.observe_(*one, loss) for one in each]
+            signals = torch.cat([s.reshape(-1, s.shape[-1]) for s in seen])
+        update = self.respond_to_all_(signals, packed)
+        unpack_()
+        return split_like(update, grads), signals if record else None
 
     @torch.no_grad()
     def respond_to_all_(self, signals: Tensor, state: State) -> Tensor:
@@ -243,10 +311,9 @@ class RecurrentRule(UpdateRule):
             Updates of shape ``(n,)``.
         """
         n = signals.shape[0]
-        rows = {key: _as_rows(state[key]) for key in self.network_state}
+        rows = {key: as_rows(state[key]) for key in self.network_state}
         update = signals.new_empty(n)
-        for start in range(0, n, BLOCK_ROWS):
-            block = slice(start, min(start + BLOCK_ROWS, n))
+        for block in blocks(n):
             # Views where the state is already in the rule's dtype, copies where it is half.
             work = {key: value[block].to(signals.dtype) for key, value in rows.items()}
             update[block] = self.respond_(signals[block], work)
@@ -256,26 +323,27 @@ class RecurrentRule(UpdateRule):
         return update
 
     @torch.no_grad()
-    def update_(
-        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
-    ) -> Tensor:
+    def update_blocks_(
+        self,
+        grad: Tensor,
+        state: State,
+        param: Tensor,
+        loss: Tensor | None = None,
+        read: Callable[[Tensor], Tensor] = as_it_is,
+    ) -> Iterator[tuple[slice, Tensor]]:
         """:meth:`forward` in place and block by block, so that temporaries stay in the cache."""
         n = grad.numel()
         several_losses = loss is not None and loss.dim() > 0
-        if torch.compiler.is_compiling() or n == 0 or several_losses:
-            return super().update_(grad, state, param, loss)
-        if not self.coordinatewise:
-            signals = self.observe_(grad, state, param, loss)
-            return self.respond_to_all_(signals.reshape(n, -1), state).view(grad.shape)
-        update = grad.new_empty(n)
+        if not self.coordinatewise or n == 0 or several_losses:
+            yield from super().update_blocks_(grad, state, param, loss, read)
+            return
         flat_grad, flat_param = grad.reshape(-1), param.reshape(-1)
-        rows = {key: _as_rows(value) for key, value in state.items()}
-        for start in range(0, n, BLOCK_ROWS):
-            block = slice(start, min(start + BLOCK_ROWS, n))
+        rows = {key: as_rows(value) for key, value in state.items()}
+        for block in blocks(n):
             part = {key: value[block] for key, value in rows.items()}
-            signals = self.observe_(flat_grad[block], part, flat_param[block], loss)
-            update[block] = self.respond_to_all_(signals, part)
-        return update.view(grad.shape)
+            seen = flat_param[block].to(self.dtype)
+            signals = self.observe_(read(flat_grad[block]), part, seen, loss)
+            yield block, self.respond_to_all_(signals, part)
 
 
 class TensorRule(UpdateRule):
@@ -285,6 +353,7 @@ class TensorRule(UpdateRule):
     a whole tensor, so that meta-gradients by replay need no sampling of coordinates.
     """
 
+    pack_below = 2048
     #: State entries that belong to the network; observation owns all others.
     network_state: ClassVar[tuple[str, ...]] = ()
 
@@ -315,8 +384,13 @@ class TensorRule(UpdateRule):
 
     @torch.no_grad()
     def update_many_(
-        self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
-    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        params: Sequence[Tensor],
+        loss: Tensor | None = None,
+        record: bool = False,
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
         """:meth:`update_` of several tensors at once.
 
         Returns:
@@ -333,9 +407,8 @@ class TensorRule(UpdateRule):
         sizes = [grad.numel() for grad in grads]
         owner = tensor_of_each(sizes, features.device)
         scaled = directions * scale[owner].unsqueeze(-1)
-        updates = (scaled * gains[0][owner]).sum(-1).split(sizes)
-        views = [u.view_as(g) for u, g in zip(updates, grads, strict=True)]
-        return views, (features, scaled)
+        updates = (scaled * gains[0][owner]).sum(-1)
+        return split_like(updates, grads), (features, scaled) if record else None
 
 
 def tensor_of_each(sizes: Sequence[int], device: torch.device) -> Tensor:
@@ -344,7 +417,40 @@ def tensor_of_each(sizes: Sequence[int], device: torch.device) -> Tensor:
     return torch.arange(len(sizes), device=device).repeat_interleave(counts)
 
 
-def _as_rows(value: Tensor) -> Tensor:
+def blocks(n: int, size: int = BLOCK_ROWS) -> Iterator[slice]:
+    """``n`` rows in blocks of ``size``."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def pack_rows(states: Sequence[State], keys: Sequence[str]) -> tuple[State, Callable[[], None]]:
+    """Per-coordinate entries of several states as one state ``(n, k)``.
+
+    Returns:
+        ``(packed, unpack_)``: the call writes ``packed`` back into the states.
+    """
+    own = {key: [as_rows(state[key]) for state in states] for key in keys}
+    packed = {key: torch.cat(rows) for key, rows in own.items()}
+
+    def unpack_() -> None:
+        for key, rows in own.items():
+            torch._foreach_copy_(rows, list(packed[key].split([len(r) for r in rows])))
+
+    return packed, unpack_
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors flattened behind each other, ``(n,)``."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def split_like(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces that :func:`flat` put together, with the shapes of ``tensors``."""
+    pieces = values.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def as_rows(value: Tensor) -> Tensor:
     """State ``(*S, k)`` as ``(n, k)``, also where ``n`` is 0: a view, to be written through."""
     return value.view(math.prod(value.shape[:-1]), value.shape[-1])
 

@@ -79,7 +79,12 @@ def whole_mean(*values: Tensor) -> Tensor:
     Returns:
         Shape ``(len(values),)``; zeros for a tensor without coordinates.
     """
-    totals, count = torch.stack([value.sum() for value in values]), values[0].numel()
+    totals = torch.stack([value.sum() for value in values])
+    return mean_from_sums(totals, values[0].numel())
+
+
+def mean_from_sums(totals: Tensor, count: int) -> Tensor:
+    """:func:`whole_mean` from sums over the ``count`` coordinates at hand, ``(values,)``."""
     if _cut is not None:
         for group in _cut.groups:
             torch.distributed.all_reduce(totals, group=group)

@@ -88,22 +88,26 @@ class LSTMStack(nn.Module):
         return out, {"hidden": h.transpose(0, 1).flatten(1), "cell": c.transpose(0, 1).flatten(1)}
 
     @torch.no_grad()
-    def step_(self, x: Tensor, state: State) -> Tensor:
+    def step_(
+        self, x: Tensor, state: State, shared: Tensor | None = None, owner: Tensor | None = None
+    ) -> Tensor:
         """:meth:`step` on a block of rows, in place in ``state``.
 
         Args:
-            x: features, ``(n, inputs)``.
+            x: features, ``(n, inputs)``, or the first of them if there are ``shared`` ones.
             state: ``hidden`` and ``cell``, each ``(n, num_layers * hidden_size)``.
+            shared: the other features where many rows have the same, ``(m, k)``.
+            owner: which row of ``shared`` each row has, ``(n,)``; ``None`` where m is 1.
 
         Returns:
             The last layer's hidden state, ``(n, hidden_size)``, a view into ``state``.
         """
-        key = tuple((w.data_ptr(), w._version) for w in self.parameters())
+        key = tuple((w.data_ptr(), w._version) for w in self._parameters.values() if w is not None)
         if self._fast is None or self._fast.key != key:
             self._fast = _FastWeights(self, key)
         hidden, size = state["hidden"], self.hidden_size
         gates = x.new_empty(x.shape[0], 4 * size)
-        self._fast.run(x, hidden, state["cell"], gates)
+        self._fast.run(x, hidden, state["cell"], gates, shared, owner)
         return hidden[:, -size:]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,21 +141,35 @@ class _FastWeights:
             self.products.append(torch.cat((arrange(w_ih), arrange(w_hh)), 1).t().contiguous())
             self.biases.append(arrange(b_ih + b_hh))
 
-    def run(self, x: Tensor, h: Tensor, c: Tensor, gates: Tensor) -> None:
+    def run(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        gates: Tensor,
+        shared: Tensor | None,
+        owner: Tensor | None,
+    ) -> None:
         """One step of all layers on a block of ``n`` rows, in place in ``h`` and ``c``.
 
         Args:
             x: features, ``(n, k)``.
             h: hidden state, ``(n, layers * size)``; ``c`` likewise.
             gates: buffer of ``(n, 4 * size)``.
+            shared: see :meth:`LSTMStack.step_`; ``owner`` likewise.
         """
-        size = self.size
+        size, seen = self.size, x.shape[1]
         i, f, o, g = gates.chunk(4, dim=1)
         for layer, (weight, bias) in enumerate(zip(self.products, self.biases, strict=True)):
             own = slice(layer * size, (layer + 1) * size)
             if layer == 0:
-                torch.addmm(bias, x, weight[: x.shape[1]], out=gates)
-                gates.addmm_(h[:, own], weight[x.shape[1] :])
+                if shared is not None:
+                    bias = torch.addmm(bias, shared, weight[seen:-size])  # (m, 4 * size)
+                if owner is None:
+                    torch.addmm(bias, x, weight[:seen], out=gates)
+                else:
+                    torch.index_select(bias, 0, owner, out=gates).addmm_(x, weight[:seen])
+                gates.addmm_(h[:, own], weight[-size:])
             else:
                 # The new state of the layer below and this layer's own lie side by side.
                 torch.addmm(bias, h[:, own.start - size : own.stop], weight, out=gates)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from learned_optim.rules._base import tensor_of_each
 from learned_optim.rules._shards import whole_mean, whole_shape
 
 # Keeps 0 / 0 at 0. Gradients below it count as zero; it is far below any a float32 network has.
@@ -58,9 +59,8 @@ class Packed:
             return torch.tensor(values, dtype=dtype, device=device)
 
         self.sizes = [shape.numel() for shape in shapes]
+        self.lengths = torch.tensor(self.sizes, device=device)
         self.counts = column([float(max(1, size)) for size in self.sizes])
-        owner = torch.arange(len(shapes), device=device)
-        self.owner = owner.repeat_interleave(torch.tensor(self.sizes, device=device))  # (n,)
         self.natural = column([_natural_scale(shape) for shape in shapes])
         self.log_fan_in = column([math.log(_fan_in(shape)) for shape in shapes])
         self.log_size = self.counts.log()
@@ -72,16 +72,22 @@ class Packed:
         """The packing of these shapes, remembered: every step of an optimizee asks for it."""
         return Packed(shapes, dtype, device)
 
+    @cached_property
+    def owner(self) -> Tensor:
+        """Which tensor each coordinate belongs to, ``(n,)``."""
+        return tensor_of_each(self.sizes, self.lengths.device)
+
     def means(self, *values: Tensor) -> tuple[Tensor, ...]:
-        stacked = torch.stack(values)  # (m, n)
-        totals = stacked.new_zeros(len(values), len(self.sizes))
-        return (totals.index_add_(1, self.owner, stacked) / self.counts).unbind()
+        return tuple(
+            torch.segment_reduce(value, "sum", lengths=self.lengths, unsafe=True) / self.counts
+            for value in values
+        )
 
     def spread(self, value: Tensor) -> Tensor:
-        return value[self.owner]
+        return value.index_select(-1, self.owner)
 
     def rows(self, features: Tensor) -> Tensor:
-        return features[self.owner]
+        return features.index_select(0, self.owner)
 
 
 def log_ratio(x: Tensor, reference: Tensor) -> Tensor:

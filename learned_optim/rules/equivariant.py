@@ -16,23 +16,30 @@ is signal.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from learned_optim.rules._base import RecurrentRule, RuleConfig, State
-from learned_optim.rules._shards import whole_mean, whole_shape
+from learned_optim.rules._base import (
+    RecurrentRule,
+    RuleConfig,
+    State,
+    as_it_is,
+    as_rows,
+    blocks,
+    flat,
+    pack_rows,
+    split_like,
+)
+from learned_optim.rules._shards import mean_from_sums, whole_shape
 from learned_optim.rules._stack import LSTMStack
-
-# Keeps 0 / 0 at 0. Gradients below it count as zero; it is far below any a float32 network has.
-TINY = 1e-15
-# Scale of a vector (bias, norm gain) whose entries are smaller: fan-in says nothing about it.
-VECTOR_SCALE = 0.1
+from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio
 
 _EVEN, _ODD = 15, 3  # features the network reads; directions it mixes
+# Coordinates per block of the in-place path: gates of 8 units take 32 floats each.
+_BLOCK = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class EquivariantRule(RecurrentRule):
     name = "equivariant"
     Config = EquivariantConfig
     coordinatewise = False
+    pack_below = 1 << 14
     zero_preserving = True
     network_state = LSTMStack.STATE
     config: EquivariantConfig
@@ -88,57 +96,60 @@ class EquivariantRule(RecurrentRule):
         self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Signals ``(*param.shape, 19)``: 15 even features, 3 odd directions, the scale."""
-        return self._observe(grad, state["moments"], state["count"], param, _Alone(param))
-
-    @torch.no_grad()
-    def observe_many_(
-        self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
-    ) -> Tensor:
-        """All tensors at once: the same signals as one by one, for a fraction of the calls."""
-        packed = _Packed.of(tuple(p.shape for p in params), grads[0].dtype, grads[0].device)
-        moments = torch.cat([state["moments"].view(-1, 3) for state in states])
-        counts = torch.stack([state["count"] for state in states])
-        grad = torch.cat([grad.reshape(-1) for grad in grads])
-        param = torch.cat([param.reshape(-1) for param in params])
-        signals, new = self._observe(grad, moments, counts, param, packed)
-        torch._foreach_copy_([s["count"] for s in states], list(new["count"].unbind()))
-        parts = new["moments"].split(packed.sizes)
-        torch._foreach_copy_([s["moments"].view(-1, 3) for s in states], list(parts))
-        return signals
-
-    def _observe(
-        self, grad: Tensor, moments: Tensor, count: Tensor, param: Tensor, at: _Alone | _Packed
-    ) -> tuple[Tensor, State]:
-        """:meth:`observe` of one tensor, or of several packed into one.
-
-        Args:
-            grad: ``S``, the tensor's shape, or ``(n,)`` packed; ``param`` likewise.
-            moments: ``(*S, 3)`` or ``(n, 3)``.
-            count: ``()`` or ``(tensors,)``.
-            at: which coordinates belong to which tensor.
-        """
-        cfg = self.config
-        count = count.to(grad.dtype) + 1
-        fast, slow, square = moments.to(grad.dtype).unbind(-1)
+        cfg, at = self.config, Alone(param)
+        count = state["count"].to(grad.dtype) + 1
+        fast, slow, square = state["moments"].to(grad.dtype).unbind(-1)
         fast = torch.lerp(grad, fast, cfg.fast_beta)
         slow = torch.lerp(grad, slow, cfg.slow_beta)
         square = torch.lerp(grad.square(), square, cfg.square_beta)
         new_state = {"moments": torch.stack((fast, slow, square), -1), "count": count}
 
-        betas = (cfg.fast_beta, cfg.slow_beta, cfg.square_beta)
-        unbias = [at.spread(-torch.expm1(count * math.log(beta))) for beta in betas]
+        unbias = self._unbias(count)
         fast, slow, square = fast / unbias[0], slow / unbias[1], square / unbias[2]
         size = (square + TINY**2).sqrt()
         s_fast, s_slow = fast / size, slow / size
         s_now = (grad / size).clamp(-3.0, 3.0)
-
-        mean_square, param_square, *means = at.means(
-            square, param.square(), fast.square(), slow.square(), grad.square()
+        means = torch.stack(
+            at.means(square, param.square(), fast.square(), slow.square(), grad.square())
         )
-        mean_square = mean_square + TINY**2
-        rms = (param_square + TINY).sqrt()  # differentiable at zero, too
-        scale = at.spread(torch.maximum(rms, at.natural))
-        per_tensor = torch.stack(
+        per_tensor, scale, mean_square = self._about(means, count, at)
+        per_coordinate = (
+            s_fast.abs() - 0.5,
+            s_slow.abs() - 0.5,
+            s_now.abs() - 0.5,
+            s_fast * s_slow,
+            s_now * s_fast,
+            log_ratio(square, mean_square) / 8.0,
+            torch.tanh(param.abs() / scale) - 0.5,
+        )
+        signals = torch.cat(
+            (
+                torch.stack(per_coordinate, -1),
+                per_tensor.expand(*grad.shape, -1),
+                torch.stack((s_fast, s_slow, s_now), -1),
+                scale.expand_as(grad).unsqueeze(-1),
+            ),
+            dim=-1,
+        )
+        return signals, new_state
+
+    def _unbias(self, count: Tensor) -> Tensor:
+        """By what the three moments are too small after ``count`` steps, ``(3, *)``."""
+        betas = (self.config.fast_beta, self.config.slow_beta, self.config.square_beta)
+        return torch.stack([-torch.expm1(count * math.log(beta)) for beta in betas])
+
+    def _about(
+        self, means: Tensor, count: Tensor, at: Alone | Packed
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is said of whole tensors: the features, the scale and the mean square.
+
+        Args:
+            means: of the unbiased mean square, and of the squares of the parameter, the unbiased
+                momenta and the gradient, ``(5,)`` or ``(5, tensors)``; ``count`` likewise.
+        """
+        mean_square = means[0] + TINY**2
+        rms = (means[1] + TINY).sqrt()  # differentiable at zero, too
+        features = torch.stack(
             (
                 # How small the tensor is against its natural scale.
                 (rms / at.natural).clamp(min=math.exp(-8.0)).log() / 4.0,
@@ -146,29 +157,11 @@ class EquivariantRule(RecurrentRule):
                 at.is_vector,
                 (count.clamp(max=10_000.0).log() - 4.0) / 4.0,
                 (-count / 10.0).exp(),
-                *(_log_ratio(mean, mean_square) / 4.0 for mean in means),
+                *(log_ratio(means[2:], mean_square) / 4.0),
             ),
             dim=-1,
         )
-        per_coordinate = (
-            s_fast.abs() - 0.5,
-            s_slow.abs() - 0.5,
-            s_now.abs() - 0.5,
-            s_fast * s_slow,
-            s_now * s_fast,
-            _log_ratio(square, at.spread(mean_square)) / 8.0,
-            torch.tanh(param.abs() / scale) - 0.5,
-        )
-        signals = torch.cat(
-            (
-                torch.stack(per_coordinate, -1),
-                at.rows(per_tensor),
-                torch.stack((s_fast, s_slow, s_now), -1),
-                scale.expand_as(grad).unsqueeze(-1),
-            ),
-            dim=-1,
-        )
-        return signals, new_state
+        return features, torch.maximum(rms, at.natural), mean_square
 
     def forward(
         self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
@@ -181,9 +174,6 @@ class EquivariantRule(RecurrentRule):
         out, network = self.lstm.sequence(signals[..., :_EVEN].contiguous(), state)
         return self._read_out(out, signals), network
 
-    def respond_(self, signals: Tensor, state: State) -> Tensor:
-        return self._read_out(self.lstm.step_(signals[:, :_EVEN], state), signals)
-
     def _read_out(self, out: Tensor, signals: Tensor) -> Tensor:
         """Updates ``(*S,)`` from hidden states ``(*S, hidden_size)`` and signals ``(*S, 19)``."""
         gains = self.readout(out)
@@ -193,72 +183,142 @@ class EquivariantRule(RecurrentRule):
         mixed = (gains[..., 1:] * directions).sum(-1) + directions[..., 0]
         return -self.config.initial_step * signals[..., -1] * log_step.exp() * mixed
 
+    # ---- the in-place path: one tensor of any size, or several packed into one
 
-def _natural_scale(shape: Sequence[int]) -> float:
-    """What a tensor of this shape is drawn at: ``1 / sqrt(fan_in)``, 0.1 for vectors."""
-    return VECTOR_SCALE if len(shape) < 2 else _fan_in(shape) ** -0.5
+    @torch.no_grad()
+    def update_blocks_(
+        self,
+        grad: Tensor,
+        state: State,
+        param: Tensor,
+        loss: Tensor | None = None,
+        read: Callable[[Tensor], Tensor] = as_it_is,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Two walks over the tensor: what is said of it as a whole, and then the update."""
+        n = grad.numel()
+        if n == 0:
+            yield from super().update_blocks_(grad, state, param, loss, read)
+            return
+        dtype = self.dtype
+        at = Packed.of((whole_shape(param),), dtype, grad.device)
+        grad, param = grad.reshape(-1), param.reshape(-1)
+        rows = {key: as_rows(state[key]) for key in ("moments", *self.network_state)}
+        totals = torch.zeros(5, dtype=dtype, device=grad.device)
+        for block in blocks(n, _BLOCK):
+            g, p = read(grad[block]), param[block].to(dtype)
+            fast, slow, square = self._moments(g, rows["moments"][block])
+            dots = (square.sum(), p.dot(p), fast.dot(fast), slow.dot(slow), g.dot(g))
+            totals += torch.stack(dots)
+        count = state["count"].add_(1).to(dtype).unsqueeze(0)
+        said = self._said(mean_from_sums(totals, n).unsqueeze(1), count, at)
+        for block in blocks(n, _BLOCK):
+            g, p = read(grad[block]), param[block].to(dtype)
+            moments = self._moments(g, rows["moments"][block])
+            part = {key: value[block] for key, value in rows.items()}
+            yield block, self._update_rows_(g, p, moments, part, *said)
 
+    @torch.no_grad()
+    def update_many_(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        params: Sequence[Tensor],
+        loss: Tensor | None = None,
+        record: bool = False,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """As one by one, for a fraction of the calls; the record is the signals, ``(n, 19)``."""
+        at = Packed.of(tuple(p.shape for p in params), self.dtype, params[0].device)
+        counts = [state["count"] for state in states]
+        torch._foreach_add_(counts, 1)
+        grad, param = flat(grads), flat(params)
+        packed, unpack_ = pack_rows(states, ("moments", *self.network_state))
+        moments = self._moments(grad, packed["moments"])
+        fast, slow, square = moments
+        means = at.means(square, param.square(), fast.square(), slow.square(), grad.square())
+        said = self._said(torch.stack(means), torch.stack(counts).to(grad.dtype), at)
+        update, n = torch.empty_like(grad), len(grad)
+        signals = grad.new_empty(n, _EVEN + _ODD + 1) if record else None
+        for block in blocks(n, _BLOCK):
+            part = {key: value[block] for key, value in packed.items()}
+            seen = None if signals is None else signals[block]
+            update[block] = self._update_rows_(
+                grad[block], param[block], moments[:, block], part, *said, at.owner[block], seen
+            )
+        unpack_()
+        return split_like(update, grads), signals
 
-def _fan_in(shape: Sequence[int]) -> int:
-    """Inputs per output, as torch counts them for linear and convolutional weights."""
-    return max(1, math.prod(shape[1:]))
+    def _moments(self, grad: Tensor, before: Tensor) -> Tensor:
+        """The moments after ``grad``, ``(3, n)``, from those before, ``(n, 3)``."""
+        moments = before.t().to(grad.dtype, copy=True, memory_format=torch.contiguous_format)
+        fast, slow, square = moments
+        fast.lerp_(grad, 1 - self.config.fast_beta)
+        slow.lerp_(grad, 1 - self.config.slow_beta)
+        square.lerp_(grad.square(), 1 - self.config.square_beta)
+        return moments
 
+    def _said(self, means: Tensor, count: Tensor, at: Packed) -> tuple[Tensor, Tensor]:
+        """What is said of ``m`` tensors, from means as in :meth:`_about`, of biased moments.
 
-class _Alone:
-    """One tensor, or a shard of one: per-tensor values have shape ``()``."""
+        Returns:
+            ``(features, facts)``: features ``(m, 8)``; and ``(5, m)``, by what the three moments
+            are too small, the scale, and the mean square.
+        """
+        unbias = self._unbias(count)  # (3, m)
+        means = means.clone()
+        means[0] /= unbias[2]
+        means[2:4] /= unbias[:2].square()
+        features, scale, mean_square = self._about(means, count, at)
+        return features, torch.cat((unbias, scale.unsqueeze(0), mean_square.unsqueeze(0)))
 
-    def __init__(self, param: Tensor) -> None:
-        whole = whole_shape(param)
-        self.shape = param.shape
-        self.natural = param.new_tensor(_natural_scale(whole))
-        self.log_fan_in = param.new_tensor(math.log(_fan_in(whole)))
-        self.is_vector = param.new_tensor(float(len(whole) < 2))
+    def _update_rows_(
+        self,
+        grad: Tensor,
+        param: Tensor,
+        moments: Tensor,
+        state: State,
+        features: Tensor,
+        facts: Tensor,
+        owner: Tensor | None = None,
+        signals: Tensor | None = None,
+    ) -> Tensor:
+        """One block of ``n`` rows, in place in ``state``; features lie in rows of ``(7, n)``.
 
-    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
-        return whole_mean(*values).unbind()
+        Args:
+            moments: after ``grad``, ``(3, n)``; overwritten.
+            features: see :meth:`_said`; ``facts`` likewise.
+            owner: which tensor each row belongs to, ``(n,)``; ``None`` where there is but one.
+            signals: ``(n, 19)``, written to where given: what :meth:`observe` would return.
+        """
+        state["moments"].copy_(moments.t())
+        if owner is not None:
+            facts = facts.index_select(1, owner)
+        scale, mean_square = facts[3], facts[4]
+        moments.div_(facts[:3])
+        square = moments[2]
+        x, directions = grad.new_empty(7, len(grad)), grad.new_empty(3, len(grad))
+        *_, slow_fast, now_fast, log_square, size = x
+        s_fast, s_slow, s_now = directions
+        torch.div(square, mean_square, out=log_square).clamp_(math.exp(-16.0), math.exp(16.0))
+        log_square.log_().div_(8.0)
+        one_over_size = square.add_(TINY**2).rsqrt_()
+        torch.mul(moments[:2], one_over_size, out=directions[:2])
+        torch.mul(grad, one_over_size, out=s_now).clamp_(-3.0, 3.0)
+        torch.abs(directions, out=x[:3]).sub_(0.5)
+        torch.mul(s_fast, s_slow, out=slow_fast)
+        torch.mul(s_now, s_fast, out=now_fast)
+        # tanh(z) = 2 sigmoid(2z) - 1, which is several times cheaper: as in the network.
+        torch.div(param, scale, out=size).abs_().mul_(2.0).sigmoid_().mul_(2.0).sub_(1.5)
 
-    def spread(self, value: Tensor) -> Tensor:
-        return value
-
-    def rows(self, features: Tensor) -> Tensor:
-        return features.expand(*self.shape, -1)
-
-
-class _Packed:
-    """Several tensors flattened into one: per-tensor values have shape ``(tensors,)``."""
-
-    def __init__(
-        self, shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        self.sizes = [shape.numel() for shape in shapes]
-        self.counts = column([float(max(1, size)) for size in self.sizes])
-        owner = torch.arange(len(shapes), device=device)
-        self.owner = owner.repeat_interleave(torch.tensor(self.sizes, device=device))  # (n,)
-        self.natural = column([_natural_scale(shape) for shape in shapes])
-        self.log_fan_in = column([math.log(_fan_in(shape)) for shape in shapes])
-        self.is_vector = column([float(len(shape) < 2) for shape in shapes])
-
-    @staticmethod
-    @lru_cache(maxsize=16)
-    def of(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> _Packed:
-        """The packing of these shapes, remembered: every step of an optimizee asks for it."""
-        return _Packed(shapes, dtype, device)
-
-    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
-        stacked = torch.stack(values)  # (m, n)
-        totals = stacked.new_zeros(len(values), len(self.sizes))
-        return (totals.index_add_(1, self.owner, stacked) / self.counts).unbind()
-
-    def spread(self, value: Tensor) -> Tensor:
-        return value[self.owner]
-
-    def rows(self, features: Tensor) -> Tensor:
-        return features[self.owner]
-
-
-def _log_ratio(x: Tensor, reference: Tensor) -> Tensor:
-    """log(x / reference), not below -16, so that zero has a value."""
-    return (x / reference).clamp(min=math.exp(-16.0), max=math.exp(16.0)).log()
+        network = {key: state[key].to(grad.dtype) for key in self.network_state}
+        out = self.lstm.step_(x.t(), network, features, owner)
+        for key, value in network.items():
+            if value is not state[key]:  # half-precision state was copied
+                state[key].copy_(value)
+        if signals is not None:
+            said = features if owner is None else features.index_select(0, owner)
+            signals.copy_(torch.cat((x.t(), said, directions.t(), scale.unsqueeze(1)), 1))
+        gains = torch.addmm(self.readout.bias.unsqueeze(1), self.readout.weight, out.t())
+        step = gains[0].mul_(0.8).sigmoid_().mul_(10.0).sub_(5.0).exp_()
+        gains[1].add_(1.0)
+        mixed = gains[1:].mul_(directions).sum(0)
+        return mixed.mul_(step).mul_(scale).mul_(-self.config.initial_step)

@@ -15,14 +15,14 @@ are in units of the tensor's scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from learned_optim.rules import _shards
-from learned_optim.rules._base import RuleConfig, State, TensorRule
+from learned_optim.rules._base import RuleConfig, State, TensorRule, as_it_is, blocks
 from learned_optim.rules._stack import LSTMStack
 from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio
 
@@ -209,18 +209,23 @@ class SteeredRule(TensorRule):
         return features, torch.maximum(rms, at.natural), square.sqrt()
 
     @torch.no_grad()
-    def update_(
-        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
-    ) -> Tensor:
+    def update_blocks_(
+        self,
+        grad: Tensor,
+        state: State,
+        param: Tensor,
+        loss: Tensor | None = None,
+        read: Callable[[Tensor], Tensor] = as_it_is,
+    ) -> Iterator[tuple[slice, Tensor]]:
         """:meth:`forward` in place and block by block, where that pays: on one whole CPU tensor."""
         if (
-            torch.compiler.is_compiling()
-            or grad.device.type != "cpu"  # the gains become Python numbers
+            grad.device.type != "cpu"  # the gains become Python numbers
             or grad.numel() == 0
             or _shards.cut()
-            or any(state[key].dtype != grad.dtype for key in ("fast", "slow", "square"))
+            or any(state[key].dtype != self.dtype for key in ("fast", "slow", "square"))
         ):
-            return super().update_(grad, state, param, loss)
+            yield from super().update_blocks_(grad, state, param, loss, read)
+            return
         cfg, size = self.config, grad.numel()
         moments = [state[key].view(-1) for key in ("fast", "slow", "square")]
         count = state["count"].add_(1)
@@ -230,10 +235,9 @@ class SteeredRule(TensorRule):
         )
         flat_grad, flat_param = grad.reshape(-1), param.reshape(-1)
         sums = torch.zeros(10, dtype=torch.float64)
-        blocks = [slice(low, low + _BLOCK) for low in range(0, size, _BLOCK)]
-        scratch = [grad.new_empty(min(size, _BLOCK)) for _ in range(3)]
-        for block in blocks:
-            g, p = flat_grad[block], flat_param[block]
+        scratch = torch.empty(3, min(size, _BLOCK), dtype=self.dtype)
+        for block in blocks(size, _BLOCK):
+            g, p = read(flat_grad[block]), flat_param[block].to(self.dtype)
             fast, slow, square = (moment[block] for moment in moments)
             r, sf, ss = (buffer[: len(g)] for buffer in scratch)
             fast.lerp_(g, 1 - cfg.fast_beta)
@@ -254,10 +258,11 @@ class SteeredRule(TensorRule):
             ),
             dtype=torch.float64,
         )  # fmt: skip
-        means = (sums / (size * unbias)).to(grad.dtype)
-        features, scale, norm = self._features(means, count, Alone(param))
+        means = (sums / (size * unbias)).to(self.dtype)
+        at = Packed.of((param.shape,), self.dtype, param.device)
+        features, scale, norm = self._features(means.unsqueeze(1), count.unsqueeze(0), at)
         network = {key: state[key].unsqueeze(0) for key in self.network_state}
-        out = self.lstm.step_(features.unsqueeze(0), network)[0]
+        out = self.lstm.step_(features, network)[0]
         gains = (self._gains(out) * scale).double().tolist()
         k = c_square**0.5
         on_fast, on_slow, on_now, on_both = (
@@ -267,14 +272,12 @@ class SteeredRule(TensorRule):
             gains[5] * k * k / (c_fast * c_slow),
         )
         raw_fast, raw_slow = gains[3] / (c_fast * norm.item()), gains[4] / (c_slow * norm.item())
-        update = torch.empty_like(flat_grad)
-        for block in blocks:
-            g, u = flat_grad[block], update[block]
+        for block in blocks(size, _BLOCK):
+            g = read(flat_grad[block])
             fast, slow, square = (moment[block] for moment in moments)
             r, product = (buffer[: len(g)] for buffer in scratch[:2])
             torch.add(square, TINY**2, out=r).rsqrt_()
             torch.abs(slow, out=product).mul_(r).mul_(fast)
-            torch.mul(fast, on_fast, out=u)
+            u = fast * on_fast
             u.add_(slow, alpha=on_slow).add_(g, alpha=on_now).add_(product, alpha=on_both).mul_(r)
-            u.add_(fast, alpha=raw_fast).add_(slow, alpha=raw_slow)
-        return update.view(grad.shape)
+            yield block, u.add_(fast, alpha=raw_fast).add_(slow, alpha=raw_slow)
