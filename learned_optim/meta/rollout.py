@@ -158,7 +158,7 @@ class Optimizees:
             for name in grads
             for b in range(count)
         ]
-        record = None
+        record: Any = None
         if isinstance(rule, (RecurrentRule, TensorRule)):
             updates, record = rule.update_many_(each_grad, each_state, each_param)
         else:
