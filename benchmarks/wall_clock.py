@@ -5,7 +5,7 @@
 Per seed, every optimizer trains the same network from the same weights on the same batches, one
 after another, so that all of them see the machine in the same state. Adam's learning rate is the
 one tuned for the task (docs/results/). Losses are means over seeds and ten steps; seconds count
-forward, backward and optimizer step on one thread. Writes docs/performance/wall_clock.json and .png.
+forward, backward and step on one thread. Writes docs/performance/wall_clock.json and .png.
 """
 
 from __future__ import annotations
