@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +34,16 @@ NETWORKS = (
 ALL = ("sgd", "nesterov", "rmsprop", "adam", "adamw", "schedulefree")
 FOUR = ("sgd", "nesterov", "rmsprop", "adam")
 
+GENERAL = ("default", "default-fast")  # the general-purpose checkpoints
+EVERY = (*GENERAL, "mnist")
+
 GROUPS = {
-    "thesis": EvaluateConfig(checkpoints=("mnist",), tasks=NETWORKS, baselines=ALL),
+    "thesis": EvaluateConfig(checkpoints=EVERY, tasks=NETWORKS, baselines=ALL),
     "thesis-torch": EvaluateConfig(
-        checkpoints=("mnist",), tasks=tuple(f"{n}-torch" for n in NETWORKS), baselines=FOUR
+        checkpoints=EVERY, tasks=tuple(f"{n}-torch" for n in NETWORKS), baselines=FOUR
     ),
     "quadratic": EvaluateConfig(
-        checkpoints=("quadratic",),
+        checkpoints=(*GENERAL, "quadratic"),
         tasks=("quadratic",),
         baselines=FOUR,
         horizons=(100,),
@@ -47,35 +51,51 @@ GROUPS = {
         tuning_seeds=100,
     ),
     "familiar": EvaluateConfig(
-        checkpoints=("mnist",),
+        checkpoints=EVERY,
         tasks=("digits", "digits-torch", "regression"),
         baselines=FOUR,
         horizons=(200,),
     ),
+    "familiar-long": EvaluateConfig(
+        checkpoints=GENERAL,
+        tasks=("digits-torch", "regression"),
+        baselines=FOUR,
+        horizons=(2000,),
+    ),
+    "perceptrons": EvaluateConfig(
+        checkpoints=GENERAL,
+        tasks=("fashion-deep", "fashion-wide", "fashion-batch16", "fashion-batch1024"),
+        baselines=FOUR,
+        horizons=(200,),
+        seeds=5,
+    ),
     "convnets": EvaluateConfig(
-        checkpoints=("mnist",),
+        checkpoints=GENERAL,
         tasks=("mnist-cnn", "mnist-cnn-bn", "cifar10-cnn", "cifar10-cnn-bn"),
         baselines=FOUR,
         horizons=(200,),
+        seeds=5,
+        tuning_seeds=2,
     ),
     "language": EvaluateConfig(
-        checkpoints=("mnist",),
+        checkpoints=GENERAL,
         tasks=("char-lm-gru", "char-lm-transformer"),
         baselines=FOUR,
         horizons=(200,),
+        seeds=5,
+        tuning_seeds=2,
     ),
     "long": EvaluateConfig(
-        checkpoints=("mnist",),
+        checkpoints=EVERY,
         tasks=("mnist", "mnist-relu"),
         baselines=FOUR,
         horizons=(2000,),
     ),
     "very-long": EvaluateConfig(
-        checkpoints=("mnist",),
-        tasks=("mnist",),
+        checkpoints=EVERY,
+        tasks=("mnist", "mnist-relu"),
         baselines=FOUR,
         horizons=(10_000,),
-        seeds=3,
         tuning_seeds=1,
     ),
 }
@@ -135,17 +155,17 @@ def page() -> str:
 
 def _thesis_table(summaries: dict[str, Any]) -> str:
     head = ["figure", "task", "thesis: best hand-written", "thesis: learned",
-            "ours: best tuned baseline", "ours: learned", "ratio [95 %]"]  # fmt: skip
+            "ours: best tuned baseline", "ours: the thesis's LSTM", "ours: `default`",
+            "`default` / best [95 %]"]  # fmt: skip
     rows = []
     for task, (figure, baseline, learned) in THESIS.items():
-        group = "quadratic" if task == "quadratic" else "thesis"
+        group, lstm = ("quadratic", "quadratic") if task == "quadratic" else ("thesis", "mnist")
         cell = summaries.get(group, {}).get("tasks", {}).get(task)
         if cell is None:
-            rows.append([figure, task, baseline, learned, *["not measured"] * 3])
+            rows.append([figure, task, baseline, learned, *["not measured"] * 4])
             continue
         optimizers = cell["horizons"]["100"]["optimizers"]
         best = cell["horizons"]["100"]["best_baseline"]
-        mine = _learned(cell["horizons"]["100"])
         rows.append(
             [
                 figure,
@@ -153,8 +173,9 @@ def _thesis_table(summaries: dict[str, Any]) -> str:
                 baseline,
                 learned,
                 f"{value_text(optimizers[best]['sum'])} ({best}, lr {lr_text(optimizers[best])})",
-                value_text(mine["sum"]),
-                ratio_text(mine["ratio"]),
+                value_text(optimizers[lstm]["sum"]),
+                value_text(optimizers["default"]["sum"]),
+                ratio_text(optimizers["default"]["ratio"]),
             ]
         )
     return table(head, rows)
@@ -163,80 +184,95 @@ def _thesis_table(summaries: dict[str, Any]) -> str:
 def _tables(summary: dict[str, Any]) -> str:
     """Per horizon, everybody's summed loss; then the other figures of the learned and the best."""
     protocol = summary["protocol"]
+    learned = list(protocol["checkpoints"])
     parts = [f"{protocol['seeds']} test seeds, {protocol['tuning_seeds']} tuning seeds."]
     for horizon in protocol["horizons"]:
-        head = ["task", "ratio to best baseline [95 %]", "learned", *protocol["baselines"]]
+        head = ["task", *(f"{name} / best [95 %]" for name in learned), *learned]
         rows, figures = [], []
         for task, entry in summary["tasks"].items():
             cell = entry["horizons"][str(horizon)]
-            mine, best = _learned(cell), cell["optimizers"].get(cell["best_baseline"])
-            row = [task, ratio_text(mine.get("ratio")), value_text(mine["sum"])]
+            optimizers, best = cell["optimizers"], cell["best_baseline"]
+            mine = [optimizers[name] for name in learned]
+            row = [task, *(ratio_text(each.get("ratio")) for each in mine)]
+            row += [value_text(each["sum"]) for each in mine]
             for name in protocol["baselines"]:
-                other = cell["optimizers"][name]
-                shown = f"{value_text(other['sum'])} (lr {lr_text(other)})"
-                row.append(f"**{shown}**" if other is best else shown)
+                shown = f"{value_text(optimizers[name]['sum'])} (lr {lr_text(optimizers[name])})"
+                row.append(f"**{shown}**" if name == best else shown)
             rows.append(row)
-            if best is not None:
-                figures.append([task, *_figures(cell, mine, best)])
-        parts.append(f"Summed loss over {horizon:,} steps:\n\n{table(head, rows)}")
+            for name in [*learned, best]:
+                if name is not None:
+                    goal = cell["best_final_baseline"]
+                    figures.append([task, name, *_figures(optimizers[name], goal)])
+        overview = table([*head, *protocol["baselines"]], rows)
+        parts.append(f"Summed loss over {horizon:,} steps:\n\n{overview}")
         used = [i for i in range(len(_FIGURES)) if any(row[i] for row in figures)]
         kept = [[row[i] for i in used] for row in (_FIGURES, *figures)]
-        parts.append(f"After {horizon:,} steps:\n\n{table(kept[0], kept[1:])}")
+        parts.append(
+            f"After {horizon:,} steps, of the learned and of the best tuned optimizer:\n\n"
+            f"{table(kept[0], kept[1:])}"
+        )
     return "\n\n".join(parts)
 
 
 _FIGURES = [
     "task",
-    "last 10 steps: learned",
-    "best baseline",
-    "worst running mean after step 1,000: learned",
-    "best baseline",
-    "test accuracy: learned",
-    "best baseline",
-    "ms per step: learned",
-    "best baseline",
-    "learned reaches the lowest final loss of a baseline after",
+    "optimizer",
+    "last 10 steps",
+    "worst running mean after step 1,000",
+    "test accuracy",
+    "ms per step",
+    "reaches the lowest final loss of a tuned optimizer after",
 ]
 
 
-def _figures(cell: dict[str, Any], mine: dict[str, Any], best: dict[str, Any]) -> list[str]:
-    """One row of :data:`_FIGURES`, without the task."""
-    row = []
-    for key in ("last", "worst_after_1000"):
-        row += [value_text(each[key], 3) if key in each else "" for each in (mine, best)]
-    for each in (mine, best):
-        accuracy = each.get("test", {}).get("accuracy")
-        row.append(value_text(accuracy, 3) if accuracy else "")
-    row += [value_text(each["milliseconds_per_step"], 2) for each in (mine, best)]
-    steps, seconds = mine.get("steps_to_best"), mine.get("seconds_to_best")
-    reached = f"{steps:.0f} steps, {seconds:.2f} s" if steps and seconds else "never"
-    row.append(f"{reached} ({cell['best_final_baseline']})")
-    return row
+def _figures(row: dict[str, Any], goal: str) -> list[str]:
+    """One row of :data:`_FIGURES`, without task and optimizer.
 
-
-def _learned(cell: dict[str, Any]) -> dict[str, Any]:
-    """The row of the one learned optimizer."""
-    return next(row for row in cell["optimizers"].values() if row["kind"] == "learned")
+    Args:
+        row: the optimizer's part of a summary.
+        goal: the baseline whose final loss is to be reached.
+    """
+    accuracy = row.get("test", {}).get("accuracy")
+    reached = ""
+    if row["kind"] == "learned":
+        steps, seconds = row.get("steps_to_best"), row.get("seconds_to_best")
+        reached = f"{steps:.0f} steps, {seconds:.2f} s" if steps and seconds else "never"
+        reached = f"{reached} ({goal})"
+    return [
+        value_text(row["last"], 3),
+        value_text(row.get("worst_after_1000"), 3),
+        value_text(accuracy, 3),
+        value_text(row["milliseconds_per_step"], 2),
+        reached,
+    ]
 
 
 def _verdict(summaries: dict[str, Any]) -> str:
-    """Where the learned optimizer is ahead of every tuned one, and where it is not."""
-    lines = []
-    for name, summary in summaries.items():
-        for horizon in summary["protocol"]["horizons"]:
-            ratios = {
-                task: _learned(entry["horizons"][str(horizon)])["ratio"]["mean"]
-                for task, entry in summary["tasks"].items()
-            }
-            ahead = [t for t, r in ratios.items() if r is not None and r < 1]
-            behind = [
-                f"{t} ({'diverged' if r is None else f'{r:.2f}'})"
-                for t, r in ratios.items()
-                if t not in ahead
-            ]
-            line = f"- {name}, {horizon:,} steps: ahead on {len(ahead)} of {len(ratios)} tasks"
-            lines.append(f"{line}; behind on {', '.join(behind)}." if behind else f"{line}.")
-    return "\n".join(lines)
+    """Per checkpoint, where it is ahead of every tuned optimizer, and where it is not."""
+    head = ["checkpoint", "tasks", "steps", "ahead on", "mean ratio", "behind on"]
+    rows = []
+    for checkpoint in dict.fromkeys(name for c in GROUPS.values() for name in c.checkpoints):
+        for name, summary in summaries.items():
+            if checkpoint not in summary["protocol"]["checkpoints"]:
+                continue
+            for horizon in summary["protocol"]["horizons"]:
+                ratios = {
+                    task: entry["horizons"][str(horizon)]["optimizers"][checkpoint]["ratio"]["mean"]
+                    for task, entry in summary["tasks"].items()
+                }
+                finite = [ratio for ratio in ratios.values() if ratio is not None]
+                ahead = [ratio for ratio in finite if ratio < 1]
+                behind = [
+                    f"{task} ({'diverged' if ratio is None else f'{ratio:.2f}'})"
+                    for task, ratio in ratios.items()
+                    if ratio is None or ratio >= 1
+                ]
+                mean = math.exp(sum(map(math.log, finite)) / len(finite)) if finite else math.nan
+                rows.append(
+                    [f"`{checkpoint}`", name, f"{horizon:,}", f"{len(ahead)} of {len(ratios)}",
+                     f"{mean:.2f}", ", ".join(behind)]
+                )  # fmt: skip
+    return table(head, rows)
 
 
 def _plots(summary: dict[str, Any]) -> str:

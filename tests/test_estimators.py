@@ -6,10 +6,10 @@ from conftest import random_rule
 
 from learned_optim.meta import ESTIMATORS, EstimatorOptions, MetaGradient, Optimizees, build_tasks
 from learned_optim.meta.seeding import seeded
-from learned_optim.rules import RecurrentRule, UpdateRule, rule_class, rule_names
+from learned_optim.rules import RecurrentRule, TensorRule, UpdateRule, rule_class, rule_names
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
-RECURRENT = [name for name in rule_names() if issubclass(rule_class(name), RecurrentRule)]
+REPLAYED = [n for n in rule_names() if issubclass(rule_class(n), (RecurrentRule, TensorRule))]
 
 
 def estimate(
@@ -33,7 +33,7 @@ def estimate(
     return ESTIMATORS[estimator](rule, batch, steps, options), batch
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", REPLAYED)
 @pytest.mark.parametrize("task", ["quadratic", "digits"])
 def test_replay_equals_autograd(name: str, task: str) -> None:
     """The same gradients to float64 precision, and the same optimizees afterwards."""
@@ -60,7 +60,7 @@ def test_replay_with_the_loss_as_input() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", REPLAYED)
 def test_full_equals_finite_differences(name: str) -> None:
     rule = random_rule(name, torch.float64)
     weights = list(rule.parameters())
@@ -125,6 +125,6 @@ def test_optimizees_do_not_see_each_other() -> None:
         torch.testing.assert_close(grad, mean, rtol=1e-9, atol=1e-12)
 
 
-def test_replay_needs_a_recurrent_rule() -> None:
-    with pytest.raises(TypeError, match="needs a RecurrentRule, and AdamRule is none: use"):
+def test_replay_needs_a_learned_rule() -> None:
+    with pytest.raises(TypeError, match="needs a RecurrentRule or a TensorRule, and AdamRule is n"):
         estimate(random_rule("adam"), "quadratic", "replay", 2)

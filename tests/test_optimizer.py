@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_rule
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim import LearnedOptimizer
 from learned_optim.meta import Optimizees, build_tasks
 from learned_optim.meta.seeding import seeded
-from learned_optim.rules import rule_names
+from learned_optim.rules import RecurrentRule, TensorRule, rule_class, rule_names
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
 RULES = rule_names()
+LEARNED = [n for n in RULES if issubclass(rule_class(n), (RecurrentRule, TensorRule))]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
@@ -304,3 +307,58 @@ def test_repr_names_rule_and_groups() -> None:
     text = repr(LearnedOptimizer(network().parameters(), random_rule("lstm"), weight_decay=0.1))
     assert text.startswith("LearnedOptimizer (\nUpdate rule: lstm ")
     assert "weight_decay: 0.1" in text
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        before = {storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for made in pytree.tree_leaves(result):
+            if isinstance(made, Tensor) and storage(made) not in before:
+                self.elements = max(self.elements, made.untyped_storage().nbytes() // 4)
+        return result
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_nothing_as_large_as_the_parameter_is_allocated(name: str) -> None:
+    param = nn.Parameter(torch.randn(1000, 1500))
+    param.grad = torch.randn_like(param)
+    optimizer = LearnedOptimizer([param], random_rule(name))
+    optimizer.step()  # makes the state
+    with Largest() as largest:
+        optimizer.step()
+    assert largest.elements < param.numel() / 2
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_tensors_together_equal_one_by_one(name: str, dtype: torch.dtype) -> None:
+    shapes = [(3, 5), (7,), (), (0,), (50, 30), (4, 2, 3), (20000,), (11,)]
+    start = [0.1 * torch.randn(shape).to(dtype) for shape in shapes]
+    runs = []
+    for together in (True, False):
+        rule = random_rule(name)
+        rule.pack_below = 1 << 14 if together else 0  # type: ignore[misc]
+        params = [nn.Parameter(value.clone()) for value in start]
+        optimizer = LearnedOptimizer(params, rule, weight_decay=0.1, maximize=True)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            for param in params[:-1]:
+                param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+            optimizer.step()
+        runs.append((params, [optimizer.state[param] for param in params]))
+    # bfloat16 parameters round where the two differ in the last bits of float32.
+    loose = (
+        {"rtol": 0.02, "atol": 1e-3} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    )
+    torch.testing.assert_close(*runs, **loose)

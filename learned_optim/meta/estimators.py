@@ -160,7 +160,7 @@ def replay(
 
 
 def _replay_tensors(rule: TensorRule, optimizees: Optimizees, steps: int) -> MetaGradient:
-    """:func:`replay` by tensor: dL / dgains_{t,j,d} = sum_{i in tensor j} A_{t,i} D_{t,i,d}."""
+    """:func:`replay` by tensor: dL / dgain_{t,j,d} = sum over i in j of A_{t,i} D_{t,i,d}."""
     state = optimizees.state
     start = {key: torch.cat([state[name][key] for name in state]) for key in rule.network_state}
     sizes = [param[0].numel() for param in optimizees.params.values() for _ in param]

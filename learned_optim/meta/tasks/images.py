@@ -65,12 +65,13 @@ def image_mlp(
     activation: type[nn.Module],
     init_std: float | None,
     options: TaskOptions,
+    batch_size: int = BATCH_SIZE,
 ) -> TaskFamily:
     """The family of one network on one image set."""
     first = load_images(image_set, True, options.data)
     task = ModuleTask(
         build=partial(mlp, math.prod(first.shape), hidden, first.classes, activation),
-        batches=image_batches(image_set, options),
+        batches=image_batches(image_set, options, batch_size),
         init_std=init_std,
         tests=partial(image_test_set, image_set, options.data),
     )
