@@ -161,11 +161,8 @@ class LearnedOptimizer(Optimizer):
             self._init_group(group)
             if _known_zero(group["lr"]):
                 continue
-            for pack in self._packs(group):
-                if len(pack) == 1:
-                    self._update(pack[0], group, loss)
-                else:
-                    self._update_many(pack, group, loss)
+            for params, pack in self._together(group):
+                (self._update_packed if pack else self._update)(params, group, loss)
         return loss
 
     def _init_group(self, group: dict[str, Any]) -> None:
@@ -184,57 +181,77 @@ class LearnedOptimizer(Optimizer):
                 state.update(self._init_state(param))
             self._rule_on(param.device)
 
-    def _packs(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """Parameters that have a gradient; those that are cheaper updated together, together."""
-        packs: list[list[Tensor]] = []
-        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
-        open_packs: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    def _together(self, group: dict[str, Any]) -> list[tuple[list[Tensor], bool]]:
+        """Parameters that have a gradient, by which of them are updated together, and how.
+
+        Small tensors are packed into one. Larger ones are updated block by block, together for
+        the sake of what a rule computes per tensor. Some have to be updated on their own.
+        """
+        every: list[tuple[list[Tensor], bool]] = []
+        packs: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        room: dict[tuple[torch.device, torch.dtype], int] = {}
+        large: dict[torch.device, list[Tensor]] = {}
         alone = torch.compiler.is_compiling() or _unreadable(group["lr"])
         for param in group["params"]:
             if param.grad is None:
                 continue
             size, kind = param.numel(), (param.device, param.dtype)
-            if alone or is_sharded(param) or size >= self.rule.pack_below:
-                packs.append([param])
-                continue
-            if kind not in open_packs or sizes[kind] + size > LARGEST_PACK:
-                open_packs[kind], sizes[kind] = [], 0
-                packs.append(open_packs[kind])
-            open_packs[kind].append(param)
-            sizes[kind] += size
-        return packs
-
-    def _update(self, param: Tensor, group: dict[str, Any], loss: float | Tensor | None) -> None:
-        rule = self._rule_on(param.device)
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        grad, state = param.grad, self.state[param]
-        assert grad is not None
-        with _whole_tensor(param):
-            if is_sharded(param):
-                grad = _local_grad(grad, param)
-                state = {key: _local(value) for key, value in state.items()}
-            param, grad = _real(_local(param)), _real(grad)
-            if isinstance(lr, Tensor):
-                lr = lr.to(param.device).reshape(())
-            if weight_decay != 0:
-                param.mul_(1.0 - DECAY_UNIT * lr * weight_decay)
-            seen_loss = _seen_loss(rule, loss, param.device)
-            # Where only the device knows whether lr is zero, the state before may be needed.
-            before = {k: v.clone() for k, v in state.items()} if _unreadable(group["lr"]) else {}
-            rule_state = {key: value for key, value in state.items() if key != "step"}
-            read = _reader(rule.dtype, group["maximize"])
-            if torch.compiler.is_compiling() or not param.is_contiguous():
-                update = rule.update_(read(grad), rule_state, param.to(rule.dtype), seen_loss)
-                _add(param, update, lr)
+            if alone or is_sharded(param):
+                every.append(([param], False))
+            elif size < self.rule.pack_below:
+                if room.get(kind, 0) < size or kind not in packs:
+                    packs[kind], room[kind] = [], LARGEST_PACK
+                    every.append((packs[kind], True))
+                packs[kind].append(param)
+                room[kind] -= size
+            elif not param.is_contiguous():
+                every.append(([param], False))
             else:
-                flat = param.view(-1)
-                for rows, update in rule.update_blocks_(grad, rule_state, param, seen_loss, read):
-                    _add(flat[rows], update, lr)
-            state["step"] += 1
-            for key, value in before.items():
-                state[key].copy_(torch.where(lr != 0, state[key], value))
+                if param.device not in large:
+                    every.append((large.setdefault(param.device, []), False))
+                large[param.device].append(param)
+        return every
 
-    def _update_many(
+    def _update(
+        self, params: list[Tensor], group: dict[str, Any], loss: float | Tensor | None
+    ) -> None:
+        """Update tensors of one device, of which none is sharded if there are several."""
+        rule = self._rule_on(params[0].device)
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        grads = [param.grad for param in params if param.grad is not None]
+        states: list[State] = [self.state[param] for param in params]
+        with _whole_tensor(params[0]):
+            if is_sharded(params[0]):
+                grads = [_local_grad(grads[0], params[0])]
+                states = [{key: _local(value) for key, value in states[0].items()}]
+            params = [_real(_local(param)) for param in params]
+            grads = [_real(grad) for grad in grads]
+            if isinstance(lr, Tensor):
+                lr = lr.to(params[0].device).reshape(())
+            if weight_decay != 0:
+                for param in params:
+                    param.mul_(1.0 - DECAY_UNIT * lr * weight_decay)
+            seen_loss = _seen_loss(rule, loss, params[0].device)
+            # Where only the device knows whether lr is zero, the state before may be needed.
+            keep = _unreadable(group["lr"])
+            before = [{k: v.clone() for k, v in s.items()} if keep else {} for s in states]
+            rule_states = [_without_step(state) for state in states]
+            read = _reader(rule.dtype, group["maximize"])
+            if torch.compiler.is_compiling() or not all(p.is_contiguous() for p in params):
+                for grad, state, param in zip(grads, rule_states, params, strict=True):
+                    update = rule.update_(read(grad), state, param.to(rule.dtype), seen_loss)
+                    _add(param, update, lr)
+            else:
+                pieces = rule.update_blocks_(grads, rule_states, params, seen_loss, read)
+                flat = [param.view(-1) for param in params]
+                for index, rows, update in pieces:
+                    _add(flat[index][rows], update, lr)
+            for state, old in zip(states, before, strict=True):
+                state["step"] += 1
+                for key, value in old.items():
+                    state[key].copy_(torch.where(lr != 0, state[key], value))
+
+    def _update_packed(
         self, params: list[Tensor], group: dict[str, Any], loss: float | Tensor | None
     ) -> None:
         """:meth:`_update` of several small tensors of one device and dtype at once."""
@@ -250,7 +267,7 @@ class LearnedOptimizer(Optimizer):
             torch._foreach_mul_(params, 1.0 - DECAY_UNIT * lr * group["weight_decay"])
         updates, _ = rule.update_many_(
             [piece.view(grad.shape) for piece, grad in zip(pieces, grads, strict=True)],
-            [{key: value for key, value in s.items() if key != "step"} for s in states],
+            [_without_step(state) for state in states],
             [param.to(rule.dtype) for param in params],
             _seen_loss(rule, loss, device),
         )
@@ -387,6 +404,11 @@ def _reader(dtype: torch.dtype, maximize: bool) -> Callable[[Tensor], Tensor]:
         return grad.neg_() if maximize else grad
 
     return read
+
+
+def _without_step(state: State) -> State:
+    """What of the state is the rule's."""
+    return {key: value for key, value in state.items() if key != "step"}
 
 
 def _seen_loss(

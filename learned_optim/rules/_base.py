@@ -23,9 +23,9 @@ class RuleConfig:
     """Base of every rule's configuration: frozen and JSON-serializable."""
 
 
-# Rows per block of the in-place path: the gates of 4,096 coordinates of a 20-unit LSTM (80 floats
-# each) and their states stay in a 2 MiB L2 cache.
-BLOCK_ROWS = 4096
+# Rows per block of the in-place path: few enough that gates and states stay in the cache, enough
+# that the calls cost little. 8,192 coordinates of a 20-unit LSTM have 80 floats of gates each.
+BLOCK_ROWS = 1 << 13
 
 
 def as_it_is(grad: Tensor) -> Tensor:
@@ -122,43 +122,41 @@ class UpdateRule(nn.Module):
         """:meth:`forward` without a graph, writing the new state into ``state``'s tensors."""
         if torch.compiler.is_compiling():
             return self._plain_(grad, state, param, loss)
-        pieces = self.update_blocks_(grad, state, param, loss)
-        rows, update = next(pieces)
-        if rows.stop < grad.numel():
-            whole = update.new_empty(grad.numel())
-            whole[rows] = update
-            for rows, part in pieces:
-                whole[rows] = part
-            update = whole
-        return update.view(grad.shape)
+        n, update = grad.numel(), torch.empty_like(grad, memory_format=torch.contiguous_format)
+        for _, rows, part in self.update_blocks_([grad], [state], [param], loss):
+            if len(part) == n:
+                return part.view(grad.shape)
+            update.view(-1)[rows] = part
+        return update
 
     @torch.no_grad()
     def update_blocks_(
         self,
-        grad: Tensor,
-        state: State,
-        param: Tensor,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        params: Sequence[Tensor],
         loss: Tensor | None = None,
         read: Callable[[Tensor], Tensor] = as_it_is,
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """:meth:`update_` in pieces, so that nothing as large as the tensor need be allocated.
+    ) -> Iterator[tuple[int, slice, Tensor]]:
+        """:meth:`update_` of several tensors of any size, in pieces: never all of one at once.
 
         The optimizer and the rollouts of meta-training call this. Rules override it with a fast
         path, which a test holds against :meth:`forward`.
 
         Args:
-            grad: as for :meth:`forward`, or what ``read`` turns into it.
-            param: as for :meth:`forward`, in any dtype. Rows that were yielded may be changed
+            grads: as for :meth:`forward`, or what ``read`` turns into it.
+            params: as for :meth:`forward`, in any dtype. Rows that were yielded may be changed
                 before the next are asked for.
-            read: applied to each piece of the gradient before use; elementwise, and cheap, for it
+            read: applied to each piece of a gradient before use; elementwise, and cheap, for it
                 may be applied more than once.
 
         Yields:
-            ``(rows, update)``: consecutive rows of the flattened tensor, and their update; once
-            and without rows for an empty tensor.
+            ``(index, rows, update)``: which tensor, consecutive rows of it when flattened, and
+            their update.
         """
-        update = self._plain_(read(grad), state, param.to(self.dtype), loss)
-        yield slice(0, grad.numel()), update.reshape(-1)
+        for index, (grad, state, param) in enumerate(zip(grads, states, params, strict=True)):
+            update = self._plain_(read(grad), state, param.to(self.dtype), loss)
+            yield index, slice(0, grad.numel()), update.reshape(-1)
 
     @torch.no_grad()
     def update_many_(
@@ -218,7 +216,7 @@ class RecurrentRule(UpdateRule):
     a graph, during the rollout; :meth:`respond` is run again over the recorded signals, with one.
     """
 
-    pack_below = BLOCK_ROWS
+    pack_below = 1 << 12
     #: State entries that belong to the network; :meth:`observe` owns all others.
     network_state: ClassVar[tuple[str, ...]] = ()
 
@@ -325,25 +323,26 @@ class RecurrentRule(UpdateRule):
     @torch.no_grad()
     def update_blocks_(
         self,
-        grad: Tensor,
-        state: State,
-        param: Tensor,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        params: Sequence[Tensor],
         loss: Tensor | None = None,
         read: Callable[[Tensor], Tensor] = as_it_is,
-    ) -> Iterator[tuple[slice, Tensor]]:
+    ) -> Iterator[tuple[int, slice, Tensor]]:
         """:meth:`forward` in place and block by block, so that temporaries stay in the cache."""
-        n = grad.numel()
         several_losses = loss is not None and loss.dim() > 0
-        if not self.coordinatewise or n == 0 or several_losses:
-            yield from super().update_blocks_(grad, state, param, loss, read)
+        if not self.coordinatewise or several_losses:
+            yield from super().update_blocks_(grads, states, params, loss, read)
             return
-        flat_grad, flat_param = grad.reshape(-1), param.reshape(-1)
-        rows = {key: as_rows(value) for key, value in state.items()}
-        for block in blocks(n):
-            part = {key: value[block] for key, value in rows.items()}
-            seen = flat_param[block].to(self.dtype)
-            signals = self.observe_(read(flat_grad[block]), part, seen, loss)
-            yield block, self.respond_to_all_(signals, part)
+        dtype = self.dtype
+        for index, (grad, state, param) in enumerate(zip(grads, states, params, strict=True)):
+            flat_grad, flat_param = grad.reshape(-1), param.reshape(-1)
+            rows = {key: as_rows(value) for key, value in state.items()}
+            for block in blocks(len(flat_grad)):
+                part = {key: value[block] for key, value in rows.items()}
+                seen = flat_param[block].to(dtype)
+                signals = self.observe_(read(flat_grad[block]), part, seen, loss)
+                yield index, block, self.respond_to_all_(signals, part)
 
 
 class TensorRule(UpdateRule):
@@ -353,7 +352,6 @@ class TensorRule(UpdateRule):
     a whole tensor, so that meta-gradients by replay need no sampling of coordinates.
     """
 
-    pack_below = 2048
     #: State entries that belong to the network; observation owns all others.
     network_state: ClassVar[tuple[str, ...]] = ()
 

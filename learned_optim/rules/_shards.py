@@ -57,11 +57,6 @@ def shards_of(tensor: Any, shape: torch.Size) -> Iterator[None]:
         _cut = outer
 
 
-def cut() -> bool:
-    """Whether the tensor being updated is a shard of a larger one."""
-    return _cut is not None
-
-
 def whole_shape(param: Tensor) -> torch.Size:
     """Shape of the whole tensor that ``param`` is, or is a shard of."""
     return param.shape if _cut is None else _cut.shape

@@ -21,14 +21,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from learned_optim.rules import _shards
-from learned_optim.rules._base import RuleConfig, State, TensorRule, as_it_is, blocks
+from learned_optim.rules._base import (
+    RuleConfig,
+    State,
+    TensorRule,
+    as_it_is,
+    blocks,
+    flat,
+    pack_rows,
+    split_like,
+)
+from learned_optim.rules._shards import mean_from_sums, whole_shape
 from learned_optim.rules._stack import LSTMStack
 from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio
 
 _FEATURES, _DIRECTIONS = 14, 6
-# Coordinates per block of the in-place path: ten float32 vectors of this length stay in L2.
-_BLOCK = 1 << 14
+_MOMENTS, _MEANS = ("fast", "slow", "square"), 10
+# Coordinates per block of the in-place path, which are as cheap as calls are dear.
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class SteeredRule(TensorRule):
     name = "steered"
     Config = SteeredConfig
     coordinatewise = False
+    pack_below = 1 << 12
     zero_preserving = True
     network_state = LSTMStack.STATE
     config: SteeredConfig
@@ -91,7 +102,7 @@ class SteeredRule(TensorRule):
     def forward(
         self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        moments = tuple(state[key].squeeze(-1) for key in ("fast", "slow", "square"))
+        moments = tuple(state[key].squeeze(-1) for key in _MOMENTS)
         features, scale, directions, new, count = self._observe(
             grad, moments, state["count"], param, Alone(param)
         )
@@ -119,7 +130,7 @@ class SteeredRule(TensorRule):
         packed = Packed.of(tuple(p.shape for p in params), grads[0].dtype, grads[0].device)
         grad = torch.cat([grad.reshape(-1) for grad in grads])
         param = torch.cat([param.reshape(-1) for param in params])
-        own = {key: [s[key].view(-1) for s in states] for key in ("fast", "slow", "square")}
+        own = {key: [s[key].view(-1) for s in states] for key in _MOMENTS}
         moments = tuple(torch.cat(values).to(grad.dtype) for values in own.values())
         count = torch.stack([state["count"] for state in states])
         features, scale, directions, new, count = self._observe(grad, moments, count, param, packed)
@@ -208,76 +219,121 @@ class SteeredRule(TensorRule):
         )
         return features, torch.maximum(rms, at.natural), square.sqrt()
 
+    # ---- the in-place path: one tensor of any size, or several packed into one
+
     @torch.no_grad()
     def update_blocks_(
         self,
-        grad: Tensor,
-        state: State,
-        param: Tensor,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        params: Sequence[Tensor],
         loss: Tensor | None = None,
         read: Callable[[Tensor], Tensor] = as_it_is,
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """:meth:`forward` in place and block by block, where that pays: on one whole CPU tensor."""
-        if (
-            grad.device.type != "cpu"  # the gains become Python numbers
-            or grad.numel() == 0
-            or _shards.cut()
-            or any(state[key].dtype != self.dtype for key in ("fast", "slow", "square"))
-        ):
-            yield from super().update_blocks_(grad, state, param, loss, read)
-            return
-        cfg, size = self.config, grad.numel()
-        moments = [state[key].view(-1) for key in ("fast", "slow", "square")]
-        count = state["count"].add_(1)
-        c_fast, c_slow, c_square = (
-            -math.expm1(count.item() * math.log(beta))
-            for beta in (cfg.fast_beta, cfg.slow_beta, cfg.square_beta)
+    ) -> Iterator[tuple[int, slice, Tensor]]:
+        """Two walks over the tensors: moments and statistics, and then the updates.
+
+        The second reads the moments that the first has stored, rounded where state is half.
+        """
+        dtype, device = self.dtype, grads[0].device
+        at = Packed.of(tuple(whole_shape(param) for param in params), dtype, device)
+        grads = [grad.reshape(-1) for grad in grads]
+        moments = [[state[key].view(-1) for key in _MOMENTS] for state in states]
+        means = []
+        for grad, own, param in zip(grads, moments, params, strict=True):
+            flat_param = param.reshape(-1)
+            totals = torch.zeros(_MEANS, dtype=dtype, device=device)
+            for block in blocks(len(grad), _BLOCK):
+                g, p = read(grad[block]), flat_param[block].to(dtype)
+                pairs = _pairs(g, p, *self._advance_(g, [moment[block] for moment in own]))
+                totals += torch.stack([a.sum() if b is None else a.dot(b) for a, b in pairs])
+            means.append(mean_from_sums(totals, len(grad)))
+        factors = self._factors_(torch.stack(means, 1), states, at)
+        for index, (grad, own) in enumerate(zip(grads, moments, strict=True)):
+            for block in blocks(len(grad), _BLOCK):
+                fast, slow, square = (moment[block].to(dtype) for moment in own)
+                mine = factors[:, index : index + 1]
+                yield index, block, _mixed(read(grad[block]), fast, slow, square, mine)
+
+    @torch.no_grad()
+    def update_many_(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        params: Sequence[Tensor],
+        loss: Tensor | None = None,
+        record: bool = False,
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
+        """As one by one, for a fraction of the calls."""
+        if record:
+            return super().update_many_(grads, states, params, loss, record)
+        at = Packed.of(tuple(p.shape for p in params), self.dtype, params[0].device)
+        grad, param = flat(grads), flat(params)
+        packed, unpack_ = pack_rows(states, _MOMENTS)
+        new = self._advance_(grad, [packed[key].view(-1) for key in _MOMENTS])
+        pairs = _pairs(grad, param, *new)
+        means = torch.stack(at.means(*(a if b is None else a * b for a, b in pairs)))
+        factors = self._factors_(means, states, at).index_select(1, at.owner)
+        update = _mixed(grad, *new, factors)
+        unpack_()
+        return split_like(update, grads), None
+
+    def _advance_(self, grad: Tensor, moments: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments after ``grad``, in place, and returned in the rule's dtype."""
+        fast, slow, square = new = [moment.to(grad.dtype) for moment in moments]
+        fast.lerp_(grad, 1 - self.config.fast_beta)
+        slow.lerp_(grad, 1 - self.config.slow_beta)
+        beta = self.config.square_beta
+        square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
+        for value, moment in zip(new, moments, strict=True):
+            if value is not moment:  # half-precision state was copied
+                moment.copy_(value)
+        return fast, slow, square
+
+    def _factors_(self, means: Tensor, states: Sequence[State], at: Packed) -> Tensor:
+        """One step of the networks of ``m`` tensors, in place in ``states``.
+
+        Args:
+            means: of :func:`_pairs`, of biased moments, ``(10, m)``.
+
+        Returns:
+            What :func:`_mixed` multiplies biased moments with, ``(6, m)``.
+        """
+        own = {key: [state[key] for state in states] for key in ("count", *self.network_state)}
+        torch._foreach_add_(own["count"], 1)
+        packed = {key: torch.stack(values).to(means.dtype) for key, values in own.items()}
+        count = packed.pop("count")
+        betas = (self.config.fast_beta, self.config.slow_beta, self.config.square_beta)
+        fast, slow, square = (-torch.expm1(count * math.log(beta)) for beta in betas)
+        root, one = square.sqrt(), torch.ones_like(square)
+        fast2, slow2 = fast.square(), slow.square()
+        means = means / torch.stack(
+            (one, square, root, fast2, slow2, one, fast, slow, fast2 / square, slow2 / square)
         )
-        flat_grad, flat_param = grad.reshape(-1), param.reshape(-1)
-        sums = torch.zeros(10, dtype=torch.float64)
-        scratch = torch.empty(3, min(size, _BLOCK), dtype=self.dtype)
-        for block in blocks(size, _BLOCK):
-            g, p = read(flat_grad[block]), flat_param[block].to(self.dtype)
-            fast, slow, square = (moment[block] for moment in moments)
-            r, sf, ss = (buffer[: len(g)] for buffer in scratch)
-            fast.lerp_(g, 1 - cfg.fast_beta)
-            slow.lerp_(g, 1 - cfg.slow_beta)
-            square.mul_(cfg.square_beta).addcmul_(g, g, value=1 - cfg.square_beta)
-            torch.add(square, TINY**2, out=r).rsqrt_()
-            torch.mul(fast, r, out=sf)
-            torch.mul(slow, r, out=ss)
-            dots = (
-                p.dot(p), square.sum(), square.dot(r), fast.dot(fast), slow.dot(slow), g.dot(g),
-                g.dot(fast), g.dot(slow), sf.dot(sf), ss.dot(ss),
-            )  # fmt: skip
-            sums += torch.stack(dots)
-        unbias = torch.tensor(
-            (
-                1, c_square, c_square**0.5, c_fast**2, c_slow**2, 1,
-                c_fast, c_slow, c_fast**2 / c_square, c_slow**2 / c_square,
-            ),
-            dtype=torch.float64,
-        )  # fmt: skip
-        means = (sums / (size * unbias)).to(self.dtype)
-        at = Packed.of((param.shape,), self.dtype, param.device)
-        features, scale, norm = self._features(means.unsqueeze(1), count.unsqueeze(0), at)
-        network = {key: state[key].unsqueeze(0) for key in self.network_state}
-        out = self.lstm.step_(features, network)[0]
-        gains = (self._gains(out) * scale).double().tolist()
-        k = c_square**0.5
-        on_fast, on_slow, on_now, on_both = (
-            gains[0] * k / c_fast,
-            gains[1] * k / c_slow,
-            gains[2] * k,
-            gains[5] * k * k / (c_fast * c_slow),
-        )
-        raw_fast, raw_slow = gains[3] / (c_fast * norm.item()), gains[4] / (c_slow * norm.item())
-        for block in blocks(size, _BLOCK):
-            g = read(flat_grad[block])
-            fast, slow, square = (moment[block] for moment in moments)
-            r, product = (buffer[: len(g)] for buffer in scratch[:2])
-            torch.add(square, TINY**2, out=r).rsqrt_()
-            torch.abs(slow, out=product).mul_(r).mul_(fast)
-            u = fast * on_fast
-            u.add_(slow, alpha=on_slow).add_(g, alpha=on_now).add_(product, alpha=on_both).mul_(r)
-            yield block, u.add_(fast, alpha=raw_fast).add_(slow, alpha=raw_slow)
+        features, scale, norm = self._features(means, count, at)
+        gains = self._gains(self.lstm.step_(features, packed)).t() * scale  # (6, m)
+        for key, values in packed.items():
+            torch._foreach_copy_(own[key], list(values.unbind()))
+        of_moments = (fast / root, slow / root, 1 / root, fast * norm, slow * norm)
+        return gains / torch.stack((*of_moments, fast * slow / square))
+
+
+def _pairs(
+    grad: Tensor, param: Tensor, fast: Tensor, slow: Tensor, square: Tensor
+) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """The products whose means :meth:`SteeredRule._features` reads; ``None`` stands for one."""
+    r = (square + TINY**2).rsqrt_()
+    s_fast, s_slow = fast * r, slow * r
+    return (
+        (param, param), (square, None), (square, r), (fast, fast), (slow, slow), (grad, grad),
+        (grad, fast), (grad, slow), (s_fast, s_fast), (s_slow, s_slow),
+    )  # fmt: skip
+
+
+def _mixed(grad: Tensor, fast: Tensor, slow: Tensor, square: Tensor, factors: Tensor) -> Tensor:
+    """The update ``(n,)`` from biased moments and ``(6, 1)`` or ``(6, n)`` factors."""
+    on_fast, on_slow, on_now, raw_fast, raw_slow, on_both = factors
+    r = (square + TINY**2).rsqrt_()
+    both = slow.abs().mul_(r).mul_(fast)
+    update = on_fast * fast
+    update.addcmul_(slow, on_slow).addcmul_(grad, on_now).addcmul_(both, on_both).mul_(r)
+    return update.addcmul_(fast, raw_fast).addcmul_(slow, raw_slow)
