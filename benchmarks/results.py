@@ -126,9 +126,16 @@ def run(names: list[str], baselines_only: bool, workers: int) -> None:
             summary = Evaluation(config, show).execute()
         print(f"{name}: {(time.perf_counter() - started) / 60:.1f} min")
         if not baselines_only:
+            summary["effort"] = _effort(config.output / "runs.jsonl")
             path = DOCS / "results" / f"{name}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(summary, separators=(",", ":")) + "\n")
+
+
+def _effort(log: Path) -> dict[str, float]:
+    """How many runs a group took, and the hours of one thread they trained for."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return {"runs": len(entries), "hours": sum(e["seconds"] or 0.0 for e in entries) / 3600}
 
 
 def page() -> str:
@@ -145,12 +152,25 @@ def page() -> str:
                 plot(summary, task, horizon, DOCS / "results" / f"{task}-{horizon}.png")
     text = text.replace("{thesis-table}", _thesis_table(summaries))
     text = text.replace("{verdict}", _verdict(summaries))
+    text = text.replace("{time}", _time(summaries))
     for name in GROUPS:
         body = _tables(summaries[name]) if name in summaries else "Not measured yet."
         text = text.replace(f"{{{name}}}", body)
         plots = _plots(summaries[name]) if name in summaries else ""
         text = text.replace(f"{{{name}-plots}}", plots)
     return text
+
+
+def _time(summaries: dict[str, Any]) -> str:
+    hours = {name: summary["effort"]["hours"] for name, summary in summaries.items()}
+    runs = sum(summary["effort"]["runs"] for summary in summaries.values())
+    each = ", ".join(f"{name} {60 * spent:.0f}" for name, spent in hours.items())
+    total = sum(hours.values())
+    return (
+        f"The {runs:,} runs behind this page trained for {total:.1f} hours of one thread, so about "
+        f"{total / 2:.1f} hours on two cores (`--workers 2`), on a machine that was busy with other "
+        f"things as well. Minutes per group: {each}."
+    )
 
 
 def _thesis_table(summaries: dict[str, Any]) -> str:
