@@ -168,8 +168,8 @@ def _time(summaries: dict[str, Any]) -> str:
     total = sum(hours.values())
     return (
         f"The {runs:,} runs behind this page trained for {total:.1f} hours of one thread, so about "
-        f"{total / 2:.1f} hours on two cores (`--workers 2`), on a machine that was busy with other "
-        f"things as well. Minutes per group: {each}."
+        f"{total / 2:.1f} hours on two cores (`--workers 2`), on a machine that also had "
+        f"other things to do. Minutes per group: {each}."
     )
 
 
