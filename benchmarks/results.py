@@ -91,8 +91,16 @@ GROUPS = {
         baselines=FOUR,
         horizons=(2000,),
     ),
+    "very-long-lstm": EvaluateConfig(
+        checkpoints=("mnist",),
+        tasks=("mnist",),
+        baselines=FOUR,
+        horizons=(10_000,),
+        seeds=3,
+        tuning_seeds=1,
+    ),
     "very-long": EvaluateConfig(
-        checkpoints=EVERY,
+        checkpoints=GENERAL,
         tasks=("mnist", "mnist-relu"),
         baselines=FOUR,
         horizons=(10_000,),
