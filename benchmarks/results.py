@@ -61,6 +61,7 @@ GROUPS = {
         tasks=("digits-torch", "regression"),
         baselines=FOUR,
         horizons=(2000,),
+        tuning_seeds=1,
     ),
     "perceptrons": EvaluateConfig(
         checkpoints=GENERAL,
@@ -68,6 +69,7 @@ GROUPS = {
         baselines=FOUR,
         horizons=(200,),
         seeds=5,
+        tuning_seeds=1,
     ),
     "convnets": EvaluateConfig(
         checkpoints=GENERAL,
@@ -75,7 +77,7 @@ GROUPS = {
         baselines=FOUR,
         horizons=(200,),
         seeds=5,
-        tuning_seeds=2,
+        tuning_seeds=1,
     ),
     "language": EvaluateConfig(
         checkpoints=GENERAL,
@@ -83,7 +85,7 @@ GROUPS = {
         baselines=FOUR,
         horizons=(200,),
         seeds=5,
-        tuning_seeds=2,
+        tuning_seeds=1,
     ),
     "long": EvaluateConfig(
         checkpoints=EVERY,
