@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learned_optim import LearnedOptimizer
 
-from .common import SCENARIO_RULES, make_rule, small_batch, small_net
+from .common import SCENARIO_RULES, leave, make_rule, small_batch, small_net
 
 SETTINGS: dict[str, Any] = {"lr": 0.5, "weight_decay": 1.0}
 FULL = StateDictOptions(full_state_dict=True)
@@ -209,8 +209,8 @@ def main(folder: Path) -> None:
         result = run(*arguments)
         if rank == 0:
             torch.save(result, folder / f"{name}.pt")
-    dist.barrier()
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
