@@ -86,9 +86,11 @@ class NormalizedRule(UpdateRule):
 
 
 def make_rule(name: str) -> UpdateRule:
-    """A rule by its name in :data:`ALL_RULES`; fresh weights are the same every time."""
+    """A rule by its name in :data:`ALL_RULES`, or a bad one; the same weights every time."""
     if name == "lstm-descending":
         return descending_lstm()
+    if name == "lstm-ascending":
+        return descending_lstm(step=-0.5)
     if name == "normalized":
         return NormalizedRule()
     if name.startswith("checkpoint:"):
