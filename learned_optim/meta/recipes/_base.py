@@ -65,8 +65,8 @@ class Recipe:
     clip_norm: float | None = None
     """Largest norm of a meta-gradient; longer ones are scaled down."""
     relative_loss: Literal["no", "unroll", "start"] = "no"
-    """Divide meta-gradients by their unroll's mean loss, or by the loss at the start of the run: tasks
-    of all scales then count alike. By the unroll, late steps count like early ones."""
+    """Divide meta-gradients by their unroll's mean loss, or by the loss at the start of the run.
+    Tasks of all scales then count alike; by the unroll, late steps count like early ones, too."""
     average: float = 0.0
     """Decay of the moving average of weights that is validated and kept; 0 keeps the last."""
     validation_runs: int = 20
