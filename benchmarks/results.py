@@ -61,6 +61,7 @@ GROUPS = {
         tasks=("digits-torch", "regression"),
         baselines=FOUR,
         horizons=(2000,),
+        tuning_seeds=1,
     ),
     "perceptrons": EvaluateConfig(
         checkpoints=GENERAL,
@@ -68,6 +69,7 @@ GROUPS = {
         baselines=FOUR,
         horizons=(200,),
         seeds=5,
+        tuning_seeds=1,
     ),
     "convnets": EvaluateConfig(
         checkpoints=GENERAL,
@@ -75,7 +77,7 @@ GROUPS = {
         baselines=FOUR,
         horizons=(200,),
         seeds=5,
-        tuning_seeds=2,
+        tuning_seeds=1,
     ),
     "language": EvaluateConfig(
         checkpoints=GENERAL,
@@ -83,7 +85,7 @@ GROUPS = {
         baselines=FOUR,
         horizons=(200,),
         seeds=5,
-        tuning_seeds=2,
+        tuning_seeds=1,
     ),
     "long": EvaluateConfig(
         checkpoints=EVERY,
@@ -91,8 +93,16 @@ GROUPS = {
         baselines=FOUR,
         horizons=(2000,),
     ),
+    "very-long-lstm": EvaluateConfig(
+        checkpoints=("mnist",),
+        tasks=("mnist",),
+        baselines=FOUR,
+        horizons=(10_000,),
+        seeds=3,
+        tuning_seeds=1,
+    ),
     "very-long": EvaluateConfig(
-        checkpoints=EVERY,
+        checkpoints=GENERAL,
         tasks=("mnist", "mnist-relu"),
         baselines=FOUR,
         horizons=(10_000,),
@@ -126,9 +136,16 @@ def run(names: list[str], baselines_only: bool, workers: int) -> None:
             summary = Evaluation(config, show).execute()
         print(f"{name}: {(time.perf_counter() - started) / 60:.1f} min")
         if not baselines_only:
+            summary["effort"] = _effort(config.output / "runs.jsonl")
             path = DOCS / "results" / f"{name}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(summary, separators=(",", ":")) + "\n")
+
+
+def _effort(log: Path) -> dict[str, float]:
+    """How many runs a group took, and the hours of one thread they trained for."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return {"runs": len(entries), "hours": sum(e["seconds"] or 0.0 for e in entries) / 3600}
 
 
 def page() -> str:
@@ -145,12 +162,25 @@ def page() -> str:
                 plot(summary, task, horizon, DOCS / "results" / f"{task}-{horizon}.png")
     text = text.replace("{thesis-table}", _thesis_table(summaries))
     text = text.replace("{verdict}", _verdict(summaries))
+    text = text.replace("{time}", _time(summaries))
     for name in GROUPS:
         body = _tables(summaries[name]) if name in summaries else "Not measured yet."
         text = text.replace(f"{{{name}}}", body)
         plots = _plots(summaries[name]) if name in summaries else ""
         text = text.replace(f"{{{name}-plots}}", plots)
     return text
+
+
+def _time(summaries: dict[str, Any]) -> str:
+    hours = {name: summary["effort"]["hours"] for name, summary in summaries.items()}
+    runs = sum(summary["effort"]["runs"] for summary in summaries.values())
+    each = ", ".join(f"{name} {60 * spent:.0f}" for name, spent in hours.items())
+    total = sum(hours.values())
+    return (
+        f"The {runs:,} runs behind this page trained for {total:.1f} hours of one thread, so about "
+        f"{total / 2:.1f} hours on two cores (`--workers 2`), on a machine that also had "
+        f"other things to do. Minutes per group: {each}."
+    )
 
 
 def _thesis_table(summaries: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Learned optimizers: update rules trained by gradient descent, used like ``torch.optim``."""
 
 from learned_optim.checkpoint import CheckpointError, save_rule
+from learned_optim.guard import Guard
 from learned_optim.hub import model_card, push_to_hub
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.pretrained import list_pretrained, load_record, load_rule
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Guard",
     "LearnedOptimizer",
     "UpdateRule",
     "__version__",

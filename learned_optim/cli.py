@@ -209,6 +209,11 @@ def _run_training(config: TrainConfig) -> int:
     torch.set_num_threads(config.threads)
     under_torchrun = dist.is_torchelastic_launched()
     if under_torchrun:
+        # Optimizers import this; were the group there already, default arguments in it would keep
+        # the group, and its threads, past destroy_process_group. A thread that lets go of a tensor
+        # while the interpreter ends aborts the process.
+        import torch.distributed.nn
+
         # Meta-gradients live on the CPU, whatever else there is.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from learned_optim.guard import Guard, Verdict, Watch
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import State, UpdateRule
 from learned_optim.rules._shards import is_sharded, shards_of
+from learned_optim.rules.handmade import AdamConfig, AdamRule
 
 # A learning rate from Adam's world: kept by keyword, it would scale every learned update by it.
 SUSPICIOUS_LR = 0.01
@@ -30,6 +32,14 @@ LARGEST_GRAD = 2.0**48
 
 # Coordinates in a pack of small tensors: bounds the copies that packing makes of their state.
 LARGEST_PACK = 1 << 16
+
+# State entries of the guard, beside the rule's: Adam's, by their names there, and a copy of the
+# parameter.
+ADAM_KEYS = {f"guard_{key}": key for key in ("first_moment", "second_moment", "count")}
+SNAPSHOT = "guard_snapshot"
+GUARD_KEYS = frozenset({*ADAM_KEYS, SNAPSHOT})
+# Key of the first group under which the guard keeps what it has seen.
+WATCH = "guard_watch"
 
 # Hyperparameters that groups of torch's own optimizers have and ours have not.
 FOREIGN_KEYS = frozenset({"alpha", "betas", "dampening", "momentum", "nesterov", "rho"})
@@ -53,6 +63,9 @@ class LearnedOptimizer(Optimizer):
         maximize: maximize the objective instead of minimizing it.
         state_dtype: dtype of per-coordinate state: float32, float64, bfloat16 (half the memory),
             or ``None`` for the rule's own (float32). Per-tensor state keeps the rule's.
+        guard: ``True`` or a :class:`~learned_optim.Guard` for falling back to Adam while the
+            learned updates do worse. ``step`` then needs a closure that returns the loss, and
+            every parameter has state of three times its size more.
 
     Parameters may be float64, float32, bfloat16, float16 or complex (seen as pairs of reals), on
     any device, dense or sharded (DTensor). State of a parameter of shape ``S`` is ``step``, of
@@ -65,7 +78,8 @@ class LearnedOptimizer(Optimizer):
     Raises:
         TypeError: a learning rate in the place of the rule (``LearnedOptimizer(params, 1e-3)``).
         ValueError: a negative or non-finite learning rate or weight decay, another state dtype,
-            an unknown checkpoint name, or an empty parameter list.
+            an unknown checkpoint name, an empty parameter list, or a guard over groups of which
+            some maximize and some minimize.
         FileNotFoundError: a checkpoint file or Hub repository that is not there.
         CheckpointError: a checkpoint that is damaged, foreign or of a newer format.
 
@@ -85,6 +99,7 @@ class LearnedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
+        guard: Guard | bool | None = None,
     ) -> None:
         if not isinstance(rule, (str, os.PathLike, UpdateRule)):
             raise TypeError(
@@ -98,9 +113,12 @@ class LearnedOptimizer(Optimizer):
                 f"torch.float32, torch.float64 and torch.bfloat16 (float16's range is too short "
                 f"for running moments)"
             )
+        if not isinstance(guard, (Guard, bool, type(None))):
+            raise TypeError(f"guard must be True or a learned_optim.Guard, got {guard!r}")
         loaded = copy.deepcopy(rule) if isinstance(rule, UpdateRule) else load_rule(rule)
         self.rule = loaded.requires_grad_(False).eval()
         self.state_dtype = state_dtype
+        self.guard = Guard() if guard is True else guard or None
         self._reset_caches()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
@@ -123,7 +141,14 @@ class LearnedOptimizer(Optimizer):
         weight_decay = param_group.get("weight_decay", self.defaults["weight_decay"])
         if not math.isfinite(weight_decay) or weight_decay < 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        maximize = param_group.get("maximize", self.defaults["maximize"])
+        if self.guard and any(bool(g["maximize"]) != bool(maximize) for g in self.param_groups):
+            raise ValueError(
+                "a guard judges all groups by one loss: let all of them maximize it or none, or "
+                "give each direction an optimizer of its own"
+            )
         super().add_param_group(param_group)
+        self._settle_guard()
 
     # ---- one step
 
@@ -138,15 +163,16 @@ class LearnedOptimizer(Optimizer):
 
         Args:
             closure: recomputes the loss and its gradients and returns the loss. Needed by rules
-                that read the loss, optional otherwise. Under data parallelism such rules need
-                the mean loss of all ranks, or the replicas drift apart.
+                that read the loss and by a guard, optional otherwise. Where loss and gradients
+                are at hand, ``lambda: loss`` will do. Under data parallelism it must return the
+                mean loss of all ranks, or the replicas drift apart.
 
         Returns:
             The closure's loss, or ``None``.
 
         Raises:
             RuntimeError: a gradient is sparse.
-            ValueError: the rule reads the loss and there is no closure.
+            ValueError: the rule or the guard reads the loss and there is no closure.
         """
         loss = None
         if closure is not None:
@@ -157,12 +183,19 @@ class LearnedOptimizer(Optimizer):
                 f"the update rule {self.rule.name!r} of this optimizer reads the loss: call "
                 f"step(closure) with a closure that returns it"
             )
+        by_adam = False
+        if self.guard is not None:
+            verdict = self._consult_guard(self.guard, loss)
+            if verdict is Verdict.GO_BACK:
+                return loss
+            by_adam = verdict is Verdict.ADAM
         for group in self.param_groups:
             self._init_group(group)
             if _known_zero(group["lr"]):
                 continue
-            for params, pack in self._together(group):
-                (self._update_packed if pack else self._update)(params, group, loss)
+            for params, pack in self._together(group, by_adam):
+                packed = pack and len(params) > 1
+                (self._update_packed if packed else self._update)(params, group, loss, by_adam)
         return loss
 
     def _init_group(self, group: dict[str, Any]) -> None:
@@ -181,7 +214,7 @@ class LearnedOptimizer(Optimizer):
                 state.update(self._init_state(param))
             self._rule_on(param.device)
 
-    def _together(self, group: dict[str, Any]) -> list[tuple[list[Tensor], bool]]:
+    def _together(self, group: dict[str, Any], by_adam: bool) -> list[tuple[list[Tensor], bool]]:
         """Parameters that have a gradient, by which of them are updated together, and how.
 
         Small tensors are packed into one. Larger ones are updated block by block, together for
@@ -192,13 +225,14 @@ class LearnedOptimizer(Optimizer):
         room: dict[tuple[torch.device, torch.dtype], int] = {}
         large: dict[torch.device, list[Tensor]] = {}
         alone = torch.compiler.is_compiling() or _unreadable(group["lr"])
+        pack_below = (self._fallback if by_adam else self.rule).pack_below
         for param in group["params"]:
             if param.grad is None:
                 continue
             size, kind = param.numel(), (param.device, param.dtype)
             if alone or is_sharded(param):
                 every.append(([param], False))
-            elif size < self.rule.pack_below:
+            elif size < pack_below:
                 if room.get(kind, 0) < size or kind not in packs:
                     packs[kind], room[kind] = [], LARGEST_PACK
                     every.append((packs[kind], True))
@@ -213,10 +247,14 @@ class LearnedOptimizer(Optimizer):
         return every
 
     def _update(
-        self, params: list[Tensor], group: dict[str, Any], loss: float | Tensor | None
+        self,
+        params: list[Tensor],
+        group: dict[str, Any],
+        loss: float | Tensor | None,
+        by_adam: bool,
     ) -> None:
         """Update tensors of one device, of which none is sharded if there are several."""
-        rule = self._rule_on(params[0].device)
+        rule = self._fallback if by_adam else self._rule_on(params[0].device)
         lr, weight_decay = group["lr"], group["weight_decay"]
         grads = [param.grad for param in params if param.grad is not None]
         states: list[State] = [self.state[param] for param in params]
@@ -235,7 +273,7 @@ class LearnedOptimizer(Optimizer):
             # Where only the device knows whether lr is zero, the state before may be needed.
             keep = _unreadable(group["lr"])
             before = [{k: v.clone() for k, v in s.items()} if keep else {} for s in states]
-            rule_states = [_without_step(state) for state in states]
+            rule_states = [_rule_state(state, by_adam) for state in states]
             read = _reader(rule.dtype, group["maximize"])
             if torch.compiler.is_compiling() or not all(p.is_contiguous() for p in params):
                 for grad, state, param in zip(grads, rule_states, params, strict=True):
@@ -252,11 +290,16 @@ class LearnedOptimizer(Optimizer):
                     state[key].copy_(torch.where(lr != 0, state[key], value))
 
     def _update_packed(
-        self, params: list[Tensor], group: dict[str, Any], loss: float | Tensor | None
+        self,
+        params: list[Tensor],
+        group: dict[str, Any],
+        loss: float | Tensor | None,
+        by_adam: bool,
     ) -> None:
         """:meth:`_update` of several small tensors of one device and dtype at once."""
         device = params[0].device
-        rule, lr = self._rule_on(device), float(group["lr"])
+        rule = self._fallback if by_adam else self._rule_on(device)
+        lr = float(group["lr"])
         states = [self.state[param] for param in params]
         grads = [_real(param.grad) for param in params if param.grad is not None]
         params = [_real(param) for param in params]
@@ -267,7 +310,7 @@ class LearnedOptimizer(Optimizer):
             torch._foreach_mul_(params, 1.0 - DECAY_UNIT * lr * group["weight_decay"])
         updates, _ = rule.update_many_(
             [piece.view(grad.shape) for piece, grad in zip(pieces, grads, strict=True)],
-            [_without_step(state) for state in states],
+            [_rule_state(state, by_adam) for state in states],
             [param.to(rule.dtype) for param in params],
             _seen_loss(rule, loss, device),
         )
@@ -280,11 +323,19 @@ class LearnedOptimizer(Optimizer):
         with _whole_tensor(param):
             local = _real(_local(param))
             state = self._rule_on(param.device).init_state(local)
+            if self.guard is not None:
+                adam = self._fallback.init_state(local)
+                state.update({key: adam[own] for key, own in ADAM_KEYS.items()})
+                state[SNAPSHOT] = local.clone(memory_format=torch.contiguous_format).unsqueeze(-1)
         for key, value in state.items():
             if _per_coordinate(value, local.shape):
-                value = value.to(self.state_dtype or value.dtype)
+                value = value.to(self._state_dtype_of(key) or value.dtype)
                 state[key] = _shard_like(param, value) if is_sharded(param) else value
         return {"step": torch.zeros((), dtype=torch.float32, device=param.device), **state}
+
+    def _state_dtype_of(self, key: str) -> torch.dtype | None:
+        """Dtype asked for an entry. Adam's moments stand still in bfloat16, and a copy is exact."""
+        return None if key in GUARD_KEYS else self.state_dtype
 
     def _rule_on(self, device: torch.device) -> UpdateRule:
         """The rule with its weights on ``device``, copied there at first use."""
@@ -292,9 +343,88 @@ class LearnedOptimizer(Optimizer):
             self._rules[device] = copy.deepcopy(self.rule).to(device)
         return self._rules[device]
 
+    # ---- the guard
+
+    @property
+    def guard_report(self) -> dict[str, int] | None:
+        """What the guard did so far, in numbers to log; ``None`` without a guard.
+
+        ``steps`` seen, ``interventions``, ``adam_steps`` of these, and ``active``: whether (1) or
+        not (0) Adam takes the next step unless the loss of that step says otherwise.
+        """
+        if self.guard is None:
+            return None
+        watch = Watch(**self.param_groups[0][WATCH])
+        return {
+            "steps": watch.steps,
+            "interventions": watch.interventions,
+            "adam_steps": watch.adam_steps,
+            "active": int(watch.remaining > 0),
+        }
+
+    def _consult_guard(self, guard: Guard, loss: float | Tensor | None) -> Verdict:
+        """Show the guard the loss, and do to parameters and state what it says."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a guard decides in Python what each step does, which no graph can hold: compile "
+                "the model and call step() uncompiled, or leave out the guard"
+            )
+        if all(float(group["lr"]) == 0.0 for group in self.param_groups):
+            return Verdict.LEARNED  # nothing will move, and nothing is to be noted
+        if loss is None:
+            raise ValueError(
+                "the guard of this optimizer reads the loss: call step(closure) with a closure "
+                "that returns it, or step(lambda: loss) after loss.backward()"
+            )
+        first = self.param_groups[0]
+        watch = Watch(**first[WATCH])
+        verdict = watch.see(-float(loss) if first["maximize"] else float(loss), guard)
+        # A new dictionary: state dicts taken earlier hold the old one.
+        first[WATCH] = vars(watch)
+        if verdict in (Verdict.KEEP, Verdict.GO_BACK):
+            for group in self.param_groups:
+                self._init_group(group)
+                for param in filter(self.state.__contains__, group["params"]):
+                    if verdict is Verdict.KEEP:
+                        _snapshot(self.state[param]).copy_(_real(_local(param)))
+                    elif float(group["lr"]) != 0.0:
+                        self._go_back(param)
+        return verdict
+
+    def _go_back(self, param: Tensor) -> None:
+        """Restore the copy of a parameter, with fresh state."""
+        _real(_local(param)).copy_(_snapshot(self.state[param]))
+        # What led here is in the rule's memory, and would be in any second moment.
+        fresh = self._init_state(param)
+        kept = ("step", SNAPSHOT)
+        self.state[param].update({key: v for key, v in fresh.items() if key not in kept})
+
+    def _settle_guard(self) -> None:
+        """Let the first group hold what the guard has seen, and no group without a guard.
+
+        There distributed checkpoints and ZeRO keep it: of a state dict they know nothing but state
+        and groups.
+        """
+        if self.guard is None:
+            for group in self.param_groups:
+                group.pop(WATCH, None)
+        elif self.param_groups:
+            self.param_groups[0].setdefault(WATCH, vars(Watch()))
+
+    def _settle_guard_state(self, param: Tensor) -> None:
+        """Make up for a guard that was on when state was saved and is off now, or the reverse."""
+        state = self.state[param]
+        if self.guard is None:
+            for key in GUARD_KEYS & state.keys():
+                del state[key]
+        elif SNAPSHOT not in state:
+            fresh = self._init_state(param)
+            state.update({key: fresh[key] for key in GUARD_KEYS})
+
     # ---- saving, copying, loading
 
     def _reset_caches(self) -> None:
+        self._fallback = AdamRule(AdamConfig(lr=(self.guard or Guard()).lr))
         self._rules: dict[torch.device, UpdateRule] = {}
         self._identity = {"name": self.rule.name, "fingerprint": self.rule.fingerprint()}
 
@@ -357,6 +487,11 @@ class LearnedOptimizer(Optimizer):
             fresh = self._init_state(param)
             expected = {key: tuple(value.shape) for key, value in fresh.items()}
             found = {k: tuple(v.shape) if isinstance(v, Tensor) else () for k, v in state.items()}
+            if self.guard is None or SNAPSHOT not in found:  # a guard may come and go
+                expected, found = (
+                    {key: shape for key, shape in shapes.items() if key not in GUARD_KEYS}
+                    for shapes in (expected, found)
+                )
             if found != expected:
                 raise ValueError(
                     f"loaded state dict does not fit the update rule {self.rule.name!r}: for a "
@@ -369,25 +504,35 @@ class LearnedOptimizer(Optimizer):
             for key, value in state.items():
                 if not isinstance(value, Tensor):
                     value = torch.tensor(float(value))
-                chosen = self.state_dtype if _per_coordinate(value, _real_shape(param)) else None
+                per_coordinate = _per_coordinate(value, _real_shape(param))
+                chosen = self._state_dtype_of(key) if per_coordinate else None
                 moved = value.detach().to(param.device, chosen or value.dtype, copy=True)
                 self.state[param][key] = moved
+            if state:
+                self._settle_guard_state(param)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps defaults, state and groups alone: the network would vanish in a copy.
-        return {**super().__getstate__(), "rule": self.rule, "state_dtype": self.state_dtype}
+        kept = {"rule": self.rule, "state_dtype": self.state_dtype, "guard": self.guard}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("guard", None)  # pickled before there were guards
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("weight_decay", 0.0)
+        self._settle_guard()
         if "rule" in state:  # copied or unpickled; load_state_dict comes by here as well
             self._reset_caches()
 
     def __repr__(self) -> str:
         rule = f"{self._identity['name']} {self._identity['fingerprint']}"
-        return super().__repr__().replace(" (\n", f" (\nUpdate rule: {rule}\n", 1)
+        if self.guard is not None:
+            rule += f"\n{self.guard}"
+        # What the guard has seen is in guard_report, more legibly.
+        lines = super().__repr__().replace(" (\n", f" (\nUpdate rule: {rule}\n", 1).split("\n")
+        return "\n".join(line for line in lines if not line.startswith(f"    {WATCH}: "))
 
 
 # ---- what the rule is told, and what is done with its answer
@@ -406,9 +551,11 @@ def _reader(dtype: torch.dtype, maximize: bool) -> Callable[[Tensor], Tensor]:
     return read
 
 
-def _without_step(state: State) -> State:
-    """What of the state is the rule's."""
-    return {key: value for key, value in state.items() if key != "step"}
+def _rule_state(state: State, by_adam: bool) -> State:
+    """What of the state is the rule's, or Adam's where it steps in."""
+    if by_adam:
+        return {own: state[key] for key, own in ADAM_KEYS.items()}
+    return {k: v for k, v in state.items() if k != "step" and k not in GUARD_KEYS}
 
 
 def _seen_loss(
@@ -467,6 +614,11 @@ def _local_grad(grad: Any, param: Any) -> Tensor:
 def _real(tensor: Tensor) -> Tensor:
     """Complex tensors of shape ``S`` as real views of shape ``(*S, 2)``; others as they are."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _snapshot(state: dict[str, Any]) -> Tensor:
+    """The guard's copy of a parameter, of the shape of the real view of the local shard."""
+    return _local(state[SNAPSHOT]).squeeze(-1)
 
 
 def _whole_tensor(param: Tensor) -> AbstractContextManager[None]:

@@ -192,9 +192,16 @@ def test_longer_training_continues_without_a_schedule(tmp_path: Path) -> None:
         )
 
 
+# Whoever keeps the group keeps its threads, and those can abort the process at its end.
 RANKS = """
-import sys, torch, torch.distributed as dist
+import sys, weakref, torch.distributed as dist
 from learned_optim.cli import main
+destroy = dist.destroy_process_group
+def destroy_for_good():
+    group = weakref.ref(dist.group.WORLD)
+    destroy()
+    assert group() is None
+dist.destroy_process_group = destroy_for_good
 sys.exit(main(["train", sys.argv[1], "--folder", sys.argv[2]]))
 """
 

@@ -308,16 +308,20 @@ class RecurrentRule(UpdateRule):
         Returns:
             Updates of shape ``(n,)``.
         """
-        n = signals.shape[0]
         rows = {key: as_rows(state[key]) for key in self.network_state}
-        update = signals.new_empty(n)
-        for block in blocks(n):
-            # Views where the state is already in the rule's dtype, copies where it is half.
-            work = {key: value[block].to(signals.dtype) for key, value in rows.items()}
-            update[block] = self.respond_(signals[block], work)
-            for key, value in work.items():
-                if value.dtype != rows[key].dtype:
-                    rows[key][block] = value
+        update = signals.new_empty(len(signals))
+        for block in blocks(len(signals)):
+            part = {key: value[block] for key, value in rows.items()}
+            update[block] = self._respond_block_(signals[block], part)
+        return update
+
+    def _respond_block_(self, signals: Tensor, state: State) -> Tensor:
+        """:meth:`respond_` where ``state`` may be half."""
+        work = {key: state[key].to(signals.dtype) for key in self.network_state}
+        update = self.respond_(signals, work)
+        for key, value in work.items():
+            if value is not state[key]:
+                state[key].copy_(value)
         return update
 
     @torch.no_grad()
@@ -342,7 +346,7 @@ class RecurrentRule(UpdateRule):
                 part = {key: value[block] for key, value in rows.items()}
                 seen = flat_param[block].to(dtype)
                 signals = self.observe_(read(flat_grad[block]), part, seen, loss)
-                yield index, block, self.respond_to_all_(signals, part)
+                yield index, block, self._respond_block_(signals, part)
 
 
 class TensorRule(UpdateRule):

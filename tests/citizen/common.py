@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 
@@ -82,9 +86,11 @@ class NormalizedRule(UpdateRule):
 
 
 def make_rule(name: str) -> UpdateRule:
-    """A rule by its name in :data:`ALL_RULES`; fresh weights are the same every time."""
+    """A rule by its name in :data:`ALL_RULES`, or a bad one; the same weights every time."""
     if name == "lstm-descending":
         return descending_lstm()
+    if name == "lstm-ascending":
+        return descending_lstm(step=-0.5)
     if name == "normalized":
         return NormalizedRule()
     if name.startswith("checkpoint:"):
@@ -125,3 +131,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
 def flat(model: nn.Module) -> Tensor:
     """All parameters of a model in one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def leave() -> NoReturn:
+    """End a process that did all its work, without tearing down the interpreter.
+
+    Models, and caches of torch, keep process groups past ``destroy_process_group``. A thread of
+    such a group that lets go of a tensor while the interpreter ends aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
