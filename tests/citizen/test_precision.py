@@ -37,8 +37,11 @@ def test_the_update_is_rounded_once(rule: UpdateRule, dtype) -> None:
     opt = LearnedOptimizer([param], rule, lr=0.5)
     param.grad = grad
     opt.step()
-    state = rule.init_state(start)
-    update = rule.update_(grad.float(), state, start.float())
+    state, given, seen = rule.init_state(start), grad.float(), start.float()
+    if start.numel() < rule.pack_below:
+        update = rule.update_many_([given], [state], [seen])[0][0]
+    else:
+        update = rule.update_(given, state, seen)
     expected = (start.to(torch.promote_types(dtype, torch.float32)) + 0.5 * update).to(dtype)
     assert torch.equal(param, expected)
 
