@@ -188,7 +188,7 @@ def test_a_guard_on_shards_decides_as_on_the_whole(results: Path) -> None:
     rule = make_rule("lstm-ascending")
     opt = LearnedOptimizer(model.parameters(), rule, guard=GUARD, **SETTINGS)
     x, y = small_batch()
-    for _ in range(80):
+    for _ in range(40):
         opt.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x), y)
         loss.backward()
