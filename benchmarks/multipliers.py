@@ -49,6 +49,7 @@ def measure() -> dict[str, Any]:
 def draw(found: dict[str, Any], path: Path) -> None:
     """Final loss against the factor, a panel per task."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, len(found["tasks"]))
@@ -63,6 +64,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(found["factors"], [f"{factor:g}" for factor in found["factors"]])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
         axes.minorticks_off()
         axes.set_xlabel("factor on the learning rate")
         axes.set_ylabel(f"loss after {found['steps']} steps")

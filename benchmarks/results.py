@@ -106,6 +106,7 @@ GROUPS = {
         tasks=("mnist", "mnist-relu"),
         baselines=FOUR,
         horizons=(10_000,),
+        seeds=5,
         tuning_seeds=1,
     ),
 }

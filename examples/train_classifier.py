@@ -3,7 +3,7 @@
 The training loop is an ordinary one; the learned optimizer takes Adam's place in it and nothing
 else changes. Adam's and SGD's learning rates are chosen by grid search on a seed of their own;
 the learned optimizer has nothing to choose. Two initializations are tried: the thesis's tiny
-weights, on which the shipped rule was meta-trained, and PyTorch's own, which it has never seen.
+weights, and PyTorch's own.
 
     python examples/train_classifier.py                    # scikit-learn's digits, no download
     python examples/train_classifier.py --dataset mnist    # downloads MNIST through torchvision
@@ -148,7 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--dataset", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--activation", choices=sorted(ACTIVATIONS), default="sigmoid")
-    parser.add_argument("--rule", default="mnist", help="checkpoint of the learned optimizer")
+    parser.add_argument("--rule", default="default", help="checkpoint of the learned optimizer")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path, default=Path("train_classifier.png"))

@@ -1,8 +1,8 @@
 """When not to trust a learned update, judged by the training loss alone.
 
-After the loss-guarded optimizer of Premont-Schwarz et al. 2022 (arXiv 2201.12426) and the averaged
-safeguard of Heaton et al. 2020 (arXiv 2003.01880). Both evaluate the learned and the safe update
-from the same parameters; here the loss of the one run that there is decides.
+In the spirit of Premont-Schwarz et al. 2022 (arXiv 2201.12426), who compare the losses that a
+learned and a safe optimizer lead to, and of Heaton et al. 2020 (arXiv 2003.01880), who take learned
+updates while an averaged bound holds. Here the averaged loss of the one run that there is decides.
 """
 
 from __future__ import annotations

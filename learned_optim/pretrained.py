@@ -11,8 +11,9 @@ from learned_optim._discovery import unknown_name
 from learned_optim.checkpoint import CheckpointError, read_checkpoint
 from learned_optim.rules import UpdateRule
 
-#: What ``LearnedOptimizer(params)`` uses.
-ALIASES = {"default": "mnist"}
+#: Names that move on to better weights, and where they stand; ``default`` is what
+#: ``LearnedOptimizer(params)`` uses.
+ALIASES = {"default": "general", "default-fast": "general-fast"}
 
 
 def _folder() -> Path:

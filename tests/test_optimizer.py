@@ -331,7 +331,7 @@ def storage(tensor: Tensor) -> int:
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_nothing_as_large_as_the_parameter_is_allocated(name: str) -> None:
-    param = nn.Parameter(torch.randn(1000, 1500))
+    param = nn.Parameter(torch.randn(1500, 2000))
     param.grad = torch.randn_like(param)
     optimizer = LearnedOptimizer([param], random_rule(name))
     optimizer.step()  # makes the state

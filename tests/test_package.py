@@ -78,7 +78,7 @@ def test_lists_the_shipped_checkpoints(installed: Path, tmp_path: Path) -> None:
     )
     where, names, version = python(installed, tmp_path, "-c", code).splitlines()
     assert Path(where) == installed / "learned_optim" / "__init__.py"
-    assert set(SHIPPED) == set(names.split()) - {"default"}
+    assert set(SHIPPED) == set(names.split()) - {"default", "default-fast"}
     (metadata,) = installed.glob("learned_optim-*.dist-info")
     assert metadata.name == f"learned_optim-{version}.dist-info"
     listed = python(installed, tmp_path, "-m", "learned_optim.cli", "list")

@@ -58,4 +58,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 3
     assert lines[-1].startswith("best: --meta-lr ")
     assert main(["search", "--help"]) == 0
-    assert "RECIPE is a shipped recipe (mnist, quadratic)" in capsys.readouterr().out
+    assert (
+        "RECIPE is a shipped recipe (general, general-fast, mnist, quadratic)"
+        in capsys.readouterr().out
+    )

@@ -319,34 +319,30 @@ class MetaTrainer:
         estimate = ESTIMATORS[recipe.estimator]
         plan = self._plan(seeded(recipe.seed, "plan", epoch, run))
         total, done = 0.0, 0
-        first: Tensor | None = None  # loss before the first step
         unrolls = sum(learns for _, learns in plan)
         runs_before = (epoch - 1) * recipe.runs_per_epoch + run
         for steps, learns in plan:
             if not learns:
                 for _ in range(steps):
-                    loss = optimizees.advance(self.rule).mean()
-                    first = loss if first is None else first
-                    total += loss.item()
+                    total += optimizees.advance(self.rule).mean().item()
                 continue
             options = EstimatorOptions(recipe.coordinates, sampler)
             meta = estimate(self.rule, optimizees, steps, options)
-            first = meta.losses[0].mean() if first is None else first
-            figures = torch.stack([first, meta.losses.mean(1).sum()])
-            packed = torch.cat([*(g.flatten() for g in meta.grads), figures])
+            packed = torch.cat(
+                [g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]]
+            )
             if self.world > 1:
                 dist.all_reduce(packed)
                 packed /= self.world
             if not torch.isfinite(packed).all():
                 # Averaging it in would poison the weights, and the optimizee will not recover.
                 return math.inf, 1
-            at_start, unroll_loss = packed[-2:].tolist()
+            unroll_loss = packed[-1].item()
             total += unroll_loss
-            if recipe.relative_loss != "no":
-                unit = at_start if recipe.relative_loss == "start" else unroll_loss / steps
-                packed /= max(unit, SMALLEST_LOSS)
+            if recipe.relative_loss:
+                packed /= max(unroll_loss / steps, SMALLEST_LOSS)
             every = recipe.epochs * recipe.runs_per_epoch * unrolls
-            self._meta_step(packed[:-2], (runs_before * unrolls + done) / every)
+            self._meta_step(packed[:-1], (runs_before * unrolls + done) / every)
             done += 1
         # Per horizon, so that runs of different lengths compare.
         return total * recipe.horizon / sum(steps for steps, _ in plan), 0

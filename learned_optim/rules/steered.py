@@ -75,7 +75,7 @@ class SteeredRule(TensorRule):
     name = "steered"
     Config = SteeredConfig
     coordinatewise = False
-    pack_below = 1 << 12
+    pack_below = 1 << 15
     zero_preserving = True
     network_state = LSTMStack.STATE
     config: SteeredConfig

@@ -33,8 +33,8 @@ from learned_optim import Guard, LearnedOptimizer
 from .common import SCENARIO_RULES, leave, make_rule, small_batch, small_net
 
 SETTINGS: dict[str, Any] = {"lr": 0.5, "weight_decay": 1.0}
-#: Of a bad rule, for some 100 steps.
-GUARD = Guard(lr=1e-2, window=10, patience=50, length=20)
+#: For a bad rule, which it stops twice in 40 steps.
+GUARD = Guard(lr=1e-2, window=5, patience=25, length=10)
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -191,24 +191,24 @@ def guarded_steps(model: nn.Module, opt: torch.optim.Optimizer, steps: int) -> N
 def guarded(rule: str, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     """Under FSDP2, through a checkpoint written during an intervention; and under ZeRO."""
     model, opt = sharded(rule, mesh, guard=GUARD)
-    guarded_steps(model, opt, 30)
+    guarded_steps(model, opt, 15)
     active = opt.guard_report["active"]
     saved = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, opt),
     }
     dcp.save(saved, checkpoint_id=folder)
-    guarded_steps(model, opt, 50)
+    guarded_steps(model, opt, 25)
 
     model2, opt2 = sharded(rule, mesh, seed=1, guard=GUARD)
     resume(model2, opt2, folder)
-    guarded_steps(model2, opt2, 50)
+    guarded_steps(model2, opt2, 25)
 
     model3 = DistributedDataParallel(small_net())
     opt3 = ZeroRedundancyOptimizer(
         model3.parameters(), LearnedOptimizer, rule=make_rule(rule), guard=GUARD, **SETTINGS
     )
-    guarded_steps(model3, opt3, 80)
+    guarded_steps(model3, opt3, 40)
     return {
         "active": active,
         "params": [whole(p) for p in model.parameters()],

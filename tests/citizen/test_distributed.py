@@ -132,7 +132,7 @@ def test_fsdp2_state_is_cut_like_its_parameter(results: Path, rule: str) -> None
             assert shard[:-1] == local
             assert local[0] == (shape[0] + 1) // 2  # 3 rows lie as 2 and 1
         else:
-            assert whole in [(), (2,)]
+            assert len(whole) <= 1
     fresh = make_rule(rule).init_state(torch.zeros(8, 5))
     assert rule_state == {key for key, value in fresh.items() if value.dim() == 3}
     assert rule_state
@@ -188,7 +188,7 @@ def test_a_guard_on_shards_decides_as_on_the_whole(results: Path) -> None:
     rule = make_rule("lstm-ascending")
     opt = LearnedOptimizer(model.parameters(), rule, guard=GUARD, **SETTINGS)
     x, y = small_batch()
-    for _ in range(80):
+    for _ in range(40):
         opt.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x), y)
         loss.backward()

@@ -64,9 +64,8 @@ class Recipe:
     """Where a cosine takes the meta-learning rate by the last meta-step; constant if not given."""
     clip_norm: float | None = None
     """Largest norm of a meta-gradient; longer ones are scaled down."""
-    relative_loss: Literal["no", "unroll", "start"] = "no"
-    """Divide meta-gradients by their unroll's mean loss, or by the loss at the start of the run.
-    Tasks of all scales then count alike; by the unroll, late steps count like early ones, too."""
+    relative_loss: bool = False
+    """Divide every meta-gradient by its unroll's mean loss: tasks of all scales count alike."""
     average: float = 0.0
     """Decay of the moving average of weights that is validated and kept; 0 keeps the last."""
     validation_runs: int = 20

@@ -2,8 +2,7 @@
 
 One optimizee per meta-step, because in a given time many noisy meta-steps beat few good ones.
 A quarter of the runs is longer than 100 steps, up to 2,000, and learns from unrolls of 50: short
-unrolls alone teach greed, and a rule that stalls later. Losses count relative to the one at the
-start of their run, so that early progress weighs as much as it does in a sum over steps.
+unrolls alone teach greed, and a rule that stalls later.
 """
 
 from learned_optim.meta.recipes._base import Recipe
@@ -12,7 +11,7 @@ from learned_optim.rules.equivariant import EquivariantConfig
 RECIPE = Recipe(
     task="general",
     rule=EquivariantConfig(hidden_size=8, square_beta=0.99),
-    epochs=8,
+    epochs=24,
     runs_per_epoch=250,
     horizon=100,
     truncation=20,
@@ -23,10 +22,11 @@ RECIPE = Recipe(
     coordinates=1000,
     meta_lr=3e-3,
     meta_lr_final=3e-5,
-    clip_norm=3.0,
-    relative_loss="start",
-    average=0.995,
+    clip_norm=1.0,
+    relative_loss=True,
+    average=0.99,
     validation_runs=32,
     validation_horizon=200,
     validation_mean="geometric",
+    patience=10,
 )
