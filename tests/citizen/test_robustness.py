@@ -230,4 +230,5 @@ def test_the_order_of_parameters_does_not_matter(rule, shape, order, seed) -> No
                 p.grad = g
             opt.step()
         results.append(params)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    # Small tensors are packed into one, and a product's last bits depend on the row it is of.
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
