@@ -73,7 +73,8 @@ def package_run(runs: int, coordinates: int | None) -> tuple[float, int]:
 
 
 def _timed(run: Callable[[], None]) -> tuple[float, int]:
-    """Processor seconds, and bytes by which the process grew."""
+    """Processor seconds, and bytes by which the process grew; the first run is a warm-up."""
+    run()
     started = time.process_time()
     peak = peak_memory(run)
     return time.process_time() - started, peak

@@ -206,7 +206,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def scaling() -> dict[str, Any]:
-    """Target 6: step time against the number of coordinates, in one tensor, on 1 and 2 threads."""
+    """Target 6: step time against the number of coordinates, in one tensor, on 1 and 2 threads.
+
+    Two only where nobody else keeps a core busy: each would wait for the other.
+    """
+    cores = os.cpu_count() or 1
+    threads = (1, 2) if cores > 1 and os.getloadavg()[0] < 0.5 * cores else (1,)
     makers: dict[str, Callable[[list[nn.Parameter]], Any]] = {
         "adam, foreach": lambda params: torch.optim.Adam(params, foreach=True),
         **{rule: lambda params, rule=rule: LearnedOptimizer(params, fresh(rule)) for rule in RULES},
@@ -225,9 +230,9 @@ def scaling() -> dict[str, Any]:
             optimizer = make(parameters([(n,)]))
             rounds = 20 if n <= 10**5 else 5 if n <= MILLION else 2 if n <= 10 * MILLION else 1
             row = {}
-            for threads in sorted({1, min(2, os.cpu_count() or 1)}):
-                seconds = in_turns({name: optimizer.step}, rounds, threads)[name]
-                row[str(threads)] = round(1e9 * seconds / n, 2)
+            for count in threads:
+                seconds = in_turns({name: optimizer.step}, rounds, count)[name]
+                row[str(count)] = round(1e9 * seconds / n, 2)
             found[name][str(n)] = row
             print(f"  {name}, {n:,}: {row}", flush=True)
     return found
