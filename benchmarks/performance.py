@@ -142,9 +142,9 @@ _TARGETS: list[tuple[str, str, float, Callable[[dict[str, Any]], float]]] = [
     ("the same, peak memory against plain", "<= 0.2", 0.2, _meta("peak", _ALL)),
     ("batched, times more optimizee-steps: quadratic", ">= 3", 3, _batched("quadratic")),
     ("batched, times more optimizee-steps: digits", ">= 3", 3, _batched("digits")),
-    ("cost per coordinate, largest size against 10^4: 2x20", "<= 1", 1.05, _growth("lstm")),
-    ("the same: equivariant", "<= 1", 1.05, _growth("equivariant")),
-    ("the same: steered", "<= 1", 1.05, _growth("steered")),
+    ("cost per coordinate, largest size against 10^4: 2x20", "<= 1.1", 1.1, _growth("lstm")),
+    ("the same: equivariant", "<= 1.1", 1.1, _growth("equivariant")),
+    ("the same: steered", "<= 1.1", 1.1, _growth("steered")),
 ]  # fmt: skip
 
 

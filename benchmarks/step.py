@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.measure import available_memory, in_child, in_turns, peak_memory
 from benchmarks.plain import PlainOptimizer
 from learned_optim import LearnedOptimizer, list_pretrained
+from learned_optim.pretrained import ALIASES
 from learned_optim.rules import UpdateRule, build_rule
 from learned_optim.rules._base import BLOCK_ROWS
 from learned_optim.rules.lstm import LSTMRule
@@ -172,7 +173,8 @@ def temporaries() -> dict[str, Any]:
 def checkpoints() -> dict[str, Any]:
     """Targets 2 and 4: every shipped checkpoint beside Adam, at a million coordinates."""
     shipped = [name for name in ("default", "default-fast") if name in list_pretrained()]
-    shipped += [name for name in list_pretrained() if name not in shipped]
+    same = {ALIASES[name] for name in shipped}
+    shipped += [name for name in list_pretrained() if name not in {*shipped, *same}]
     rules: dict[str, Any] = {name: name for name in shipped}
     trained = {type(LearnedOptimizer(parameters([(1,)]), name).rule).name for name in shipped}
     rules |= {f"{rule} (untrained)": fresh(rule) for rule in RULES if rule not in trained}

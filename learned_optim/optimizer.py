@@ -299,11 +299,11 @@ class LearnedOptimizer(Optimizer):
         """:meth:`_update` of several small tensors of one device and dtype at once."""
         device = params[0].device
         rule = self._fallback if by_adam else self._rule_on(device)
-        lr = float(group["lr"])
+        lr, dtype = float(group["lr"]), rule.dtype
         states = [self.state[param] for param in params]
         grads = [_real(param.grad) for param in params if param.grad is not None]
         params = [_real(param) for param in params]
-        read = _reader(rule.dtype, group["maximize"])
+        read = _reader(dtype, group["maximize"])
         cleaned = read(torch.cat([grad.reshape(-1) for grad in grads]))
         pieces = cleaned.split([grad.numel() for grad in grads])
         if group["weight_decay"] != 0:
@@ -311,7 +311,7 @@ class LearnedOptimizer(Optimizer):
         updates, _ = rule.update_many_(
             [piece.view(grad.shape) for piece, grad in zip(pieces, grads, strict=True)],
             [_rule_state(state, by_adam) for state in states],
-            [param.to(rule.dtype) for param in params],
+            [param.to(dtype) for param in params],
             _seen_loss(rule, loss, device),
         )
         torch._foreach_add_([state["step"] for state in states], 1)
