@@ -246,7 +246,7 @@ def _draw_scaling(found: dict[str, Any], path: Path) -> None:
     """Nanoseconds per coordinate against size; one thread solid, two dashed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, rows) in enumerate(found.items()):
         for threads, style in (("1", "-"), ("2", "--")):
@@ -260,7 +260,7 @@ def _draw_scaling(found: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("coordinates in one tensor")
     axes.set_ylabel("nanoseconds per coordinate and step")
     axes.grid(True, which="both", alpha=0.2)
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(frameon=False, fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
