@@ -16,30 +16,21 @@ from typing import Any
 import torch
 
 from benchmarks.results import GENERAL, NETWORKS
+from benchmarks.wall_clock import STEPS, train
 from learned_optim import LearnedOptimizer
-from learned_optim.meta.data import DataOptions
-from learned_optim.meta.seeding import seeded
-from learned_optim.meta.tasks import TaskOptions, build_tasks
 from learned_optim.summary import table
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "performance" / "half-state.json"
-SEEDS, STEPS = 3, 200
+SEEDS = 3
 
 
 def summed(task_name: str, checkpoint: str, dtype: torch.dtype, seed: int) -> float:
     """Loss summed over one run with per-coordinate state of ``dtype``."""
-    generator = seeded("half state", task_name, seed)
-    task = build_tasks(task_name, TaskOptions("evaluation", DataOptions())).sample(generator)
-    params = {n: torch.nn.Parameter(p) for n, p in task.init(generator).items()}
-    optimizer = LearnedOptimizer(params.values(), checkpoint, state_dtype=dtype)
-    total = 0.0
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss = task.loss(params, task.batch(generator))
-        loss.backward()
-        optimizer.step()
-        total += loss.item()
-    return total
+    losses, _ = train(
+        "half state", task_name, seed,
+        lambda params: LearnedOptimizer(params, checkpoint, state_dtype=dtype),
+    )  # fmt: skip
+    return sum(losses)
 
 
 def measure() -> dict[str, Any]:
@@ -51,7 +42,7 @@ def measure() -> dict[str, Any]:
         for task in [name + suffix for suffix in ("", "-torch") for name in NETWORKS]:
             ratios = [
                 summed(task, checkpoint, torch.bfloat16, seed)
-                / summed(task, checkpoint, None, seed)
+                / summed(task, checkpoint, torch.float32, seed)
                 for seed in range(SEEDS)
             ]
             error = statistics.stdev(ratios) / SEEDS**0.5

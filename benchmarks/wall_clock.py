@@ -45,10 +45,13 @@ def optimizers(lr: float) -> dict[str, Callable[[Iterable[Tensor]], torch.optim.
 
 
 def train(
-    task_name: str, seed: int, make: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+    benchmark: str,
+    task_name: str,
+    seed: int,
+    make: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
 ) -> tuple[list[float], list[float]]:
-    """Losses, and seconds of every step."""
-    generator = seeded("wall clock", task_name, seed)
+    """Losses, and seconds of every step; each benchmark draws weights and batches of its own."""
+    generator = seeded(benchmark, task_name, seed)
     family = build_tasks(task_name, TaskOptions("evaluation", DataOptions()))
     task = family.sample(generator)
     params = {n: torch.nn.Parameter(p) for n, p in task.init(generator).items()}
@@ -76,7 +79,7 @@ def measure() -> dict[str, Any]:
         runs: dict[str, list[tuple[list[float], list[float]]]] = {}
         for seed in range(-1, SEEDS):  # the first is a warm-up
             for name, make in optimizers(lr).items():
-                result = train(task, seed, make)
+                result = train("wall clock", task, seed, make)
                 if seed >= 0:
                     runs.setdefault(name, []).append(result)
         rows = {name: _curves(each) for name, each in runs.items()}

@@ -12,7 +12,7 @@ unroll is the sum over its steps of the loss at the parameters *before* each upd
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +84,12 @@ def _backpropagate(
     for name in optimizees.params:
         optimizees.params[name] = optimizees.params[name].detach()
         optimizees.state[name] = {k: v.detach() for k, v in optimizees.state[name].items()}
-    grads_ = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, meta, strict=True)]
-    return MetaGradient(stacked.detach(), grads_)
+    return MetaGradient(stacked.detach(), _zeros_for_none(meta, weights))
+
+
+def _zeros_for_none(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of ``weights``, zero for those that had no part in the unroll."""
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
 
 
 def autograd(
@@ -178,8 +182,7 @@ def _replay_tensors(rule: TensorRule, optimizees: Optimizees, steps: int) -> Met
         gains, _ = rule.gains(torch.stack(features), start)
         objective = (gains * torch.stack(slopes[::-1])).sum() / len(optimizees)
         meta = torch.autograd.grad(objective, weights, allow_unused=True)
-    kept = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, meta, strict=True)]
-    return MetaGradient(torch.stack(losses), kept)
+    return MetaGradient(torch.stack(losses), _zeros_for_none(meta, weights))
 
 
 def _sample_coordinates(optimizees: Optimizees, options: EstimatorOptions) -> dict[str, Tensor]:

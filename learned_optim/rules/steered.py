@@ -128,14 +128,15 @@ class SteeredRule(TensorRule):
         self, grads: Sequence[Tensor], states: Sequence[State], params: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         packed = Packed.of(tuple(p.shape for p in params), grads[0].dtype, grads[0].device)
-        grad = torch.cat([grad.reshape(-1) for grad in grads])
-        param = torch.cat([param.reshape(-1) for param in params])
-        own = {key: [s[key].view(-1) for s in states] for key in _MOMENTS}
-        moments = tuple(torch.cat(values).to(grad.dtype) for values in own.values())
+        rows, unpack_ = pack_rows(states, _MOMENTS)
+        moments = tuple(rows[key].view(-1) for key in _MOMENTS)
         count = torch.stack([state["count"] for state in states])
-        features, scale, directions, new, count = self._observe(grad, moments, count, param, packed)
-        for values, value in zip(own.values(), new, strict=True):
-            torch._foreach_copy_(values, list(value.split(packed.sizes)))
+        features, scale, directions, new, count = self._observe(
+            flat(grads), moments, count, flat(params), packed
+        )
+        for moment, value in zip(moments, new, strict=True):
+            moment.copy_(value)
+        unpack_()
         torch._foreach_copy_([state["count"] for state in states], list(count.unbind()))
         return features, scale, directions
 
