@@ -1,10 +1,13 @@
 """Meta-gradients: the estimators against each other and against finite differences."""
 
+from typing import Literal
+
 import pytest
 import torch
 from conftest import random_rule
 
 from learned_optim.meta import ESTIMATORS, EstimatorOptions, MetaGradient, Optimizees, build_tasks
+from learned_optim.meta.estimators import _sample_coordinates
 from learned_optim.meta.seeding import seeded
 from learned_optim.rules import RecurrentRule, TensorRule, UpdateRule, rule_class, rule_names
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
@@ -22,6 +25,7 @@ def estimate(
     optimizees: int = 3,
     coordinates: int | None = None,
     seed: int = 0,
+    sampling: Literal["uniform", "stratified"] = "uniform",
 ) -> tuple[MetaGradient, Optimizees]:
     family = build_tasks(task)
     generators = [seeded("estimators", i) for i in range(optimizees)]
@@ -29,7 +33,7 @@ def estimate(
     batch = Optimizees(rule, tasks, generators, torch.float64)
     for _ in range(warm_up):
         batch.advance(rule)
-    options = EstimatorOptions(coordinates, torch.Generator().manual_seed(seed))
+    options = EstimatorOptions(coordinates, torch.Generator().manual_seed(seed), sampling)
     return ESTIMATORS[estimator](rule, batch, steps, options), batch
 
 
@@ -93,18 +97,27 @@ def test_truncated_equals_full_where_nothing_is_truncated() -> None:
     assert any(not torch.allclose(a, b) for a, b in zip(first_order.grads, full.grads, strict=True))
 
 
-def test_sampled_coordinates_are_unbiased() -> None:
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+@pytest.mark.parametrize(
+    ("name", "task", "count"), [("lstm", "quadratic", 5), ("lstm", "digits", 90),
+                                ("equivariant", "digits", 90)]
+)  # fmt: skip
+def test_sampled_coordinates_are_unbiased(
+    name: str, task: str, count: int, sampling: Literal["uniform", "stratified"]
+) -> None:
     """Averaged over draws, few coordinates give the gradient of all."""
-    rule = random_rule("lstm", torch.float64)
-    exact, _ = estimate(rule, "quadratic", "replay", 5, optimizees=2)
+    rule = random_rule(name, torch.float64)
+    exact, _ = estimate(rule, task, "replay", 5, optimizees=2)
     draws = [
-        estimate(rule, "quadratic", "replay", 5, optimizees=2, coordinates=5, seed=s)[0].grads
-        for s in range(400)
+        estimate(
+            rule, task, "replay", 5, optimizees=2, coordinates=count, seed=s, sampling=sampling
+        )[0].grads
+        for s in range(150)
     ]
     for index, reference in enumerate(exact.grads):
         sample = torch.stack([d[index] for d in draws])
         error = (sample.mean(0) - reference).norm()
-        spread = sample.std(0).norm() / 400**0.5
+        spread = sample.std(0).norm() / 150**0.5
         assert error < 3 * spread + 1e-12
     assert not torch.allclose(draws[0][0], draws[1][0])
 
@@ -128,3 +141,29 @@ def test_optimizees_do_not_see_each_other() -> None:
 def test_replay_needs_a_learned_rule() -> None:
     with pytest.raises(TypeError, match="needs a RecurrentRule or a TensorRule, and AdamRule is n"):
         estimate(random_rule("adam"), "quadratic", "replay", 2)
+
+
+@pytest.mark.parametrize("name", ["lstm", "equivariant"])
+def test_stratified_sample_meets_every_tensor(name: str) -> None:
+    """digits has tensors of 1,280, 20, 200 and 10: 500 of two optimizees are
+    110, 20, 110 and 10 of each.
+
+    """
+    rule = random_rule(name, torch.float64)
+    _, optimizees = estimate(rule, "digits", "replay", 1, optimizees=2)
+    strata = optimizees.tensor_sizes()
+    assert sum(map(sum, strata.values())) == 2 * 1510
+    index = _sample_coordinates(strata, EstimatorOptions(500, torch.Generator(), "stratified"))
+    weights = torch.cat([weight for _, weight in index.values()])
+    assert sorted(weights.tolist()) == sorted([1.0] * 60 + [200 / 110] * 220 + [1280 / 110] * 220)
+    for name, (chosen, weight) in index.items():
+        assert len(chosen.unique()) == len(chosen) == len(weight)
+        assert int(chosen.max()) < sum(strata[name])
+
+
+def test_stratified_sample_of_fewer_coordinates_than_tensors() -> None:
+    strata = {"a": [3, 4], "b": [0, 5]}
+    index = _sample_coordinates(strata, EstimatorOptions(2, torch.Generator(), "stratified"))
+    assert {name: len(chosen) for name, (chosen, _) in index.items()} == {"a": 2, "b": 1}
+    weights = torch.cat([weight for _, weight in index.values()])
+    assert weights.tolist() == [3.0, 4.0, 5.0]

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.rules import RecurrentRule, State, TensorRule, UpdateRule, tensor_of_each
+
+Sampling = Literal["uniform", "stratified"]
 
 # Coordinates per slice of a replay: recurrent activations of 1,000 rows and 20 steps stay near the
 # cache, which halves the backward pass's time per coordinate against one slice of 4,000.
@@ -33,10 +36,14 @@ class EstimatorOptions:
     Attributes:
         coordinates: replay this many randomly sampled coordinates (unbiased); ``None``: all.
         generator: draws them.
+        sampling: ``"uniform"`` over all coordinates, or ``"stratified"``: as many of every tensor,
+            and all of those that have fewer. A small tensor, an output layer say, can carry most
+            of the meta-gradient, and a uniform sample of a large network hardly meets it.
     """
 
     coordinates: int | None = None
     generator: Generator | None = None
+    sampling: Sampling = "uniform"
 
 
 @dataclass(frozen=True)
@@ -133,12 +140,11 @@ def replay(
             f"{type(rule).__name__} is neither: "
             f"use estimator='autograd'"
         )
-    index = _sample_coordinates(optimizees, options)
-    kept = sum(len(i) for i in index.values())
-    total = sum(p.numel() for p in optimizees.params.values())
+    strata = _strata(optimizees, options.sampling)
+    index = _sample_coordinates(strata, options)
 
     start: dict[str, State] = {}  # the network's state before the unroll, (sampled, k)
-    for name, chosen in index.items():
+    for name, (chosen, _) in index.items():
         state = optimizees.state[name]
         start[name] = {key: state[key].flatten(0, -2)[chosen] for key in rule.network_state}
     losses: list[Tensor] = []
@@ -147,19 +153,19 @@ def replay(
     for _ in range(steps):
         loss, grads, seen = optimizees.advance_recorded(rule)
         losses.append(loss)
-        for name, chosen in index.items():
+        for name, (chosen, _) in index.items():
             signals[name].append(seen[name][chosen])
             slopes[name].append(grads[name].reshape(-1)[chosen])
 
     weights: list[Tensor] = list(rule.parameters())
     meta = [torch.zeros_like(w) for w in weights]
-    scale = total / kept / len(optimizees)
-    for name in index:
-        if not len(index[name]):
+    for name, (chosen, scale) in index.items():
+        if not len(chosen):
             continue
         g = torch.stack(slopes[name])  # (T, n)
         after = g.flip(0).cumsum(0).flip(0) - g  # suffix sums over s > t
-        _accumulate(rule, torch.stack(signals[name]), after * scale, start[name], weights, meta)
+        after *= (scale / len(optimizees)).to(after.dtype)
+        _accumulate(rule, torch.stack(signals[name]), after, start[name], weights, meta)
     return MetaGradient(torch.stack(losses), meta)
 
 
@@ -185,20 +191,67 @@ def _replay_tensors(rule: TensorRule, optimizees: Optimizees, steps: int) -> Met
     return MetaGradient(torch.stack(losses), _zeros_for_none(meta, weights))
 
 
-def _sample_coordinates(optimizees: Optimizees, options: EstimatorOptions) -> dict[str, Tensor]:
-    """Sorted indices into each parameter's flattened coordinates."""
-    sizes = {name: p.numel() for name, p in optimizees.params.items()}
+def _strata(optimizees: Optimizees, sampling: Sampling) -> dict[str, list[int]]:
+    """Sizes of what is sampled from separately, in the order of each parameter's coordinates."""
+    if sampling == "uniform":
+        return {name: [param.numel()] for name, param in optimizees.params.items()}
+    return optimizees.tensor_sizes()
+
+
+def _sample_coordinates(
+    strata: dict[str, list[int]], options: EstimatorOptions
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sorted indices into each parameter's flattened coordinates, and by what to weight them."""
+    if options.coordinates is None or options.coordinates >= sum(map(sum, strata.values())):
+        everything = {name: sum(sizes) for name, sizes in strata.items()}
+        return {
+            name: (torch.arange(n), torch.ones(n, dtype=torch.float64))
+            for name, n in everything.items()
+        }
+    if options.sampling == "uniform":
+        return _sample_uniformly(strata, options.coordinates, options.generator)
+    index = {}
+    share = _fair_share([size for sizes in strata.values() for size in sizes], options.coordinates)
+    for name, sizes in strata.items():
+        chosen, weights, offset = [], [], 0
+        for size in sizes:
+            some = torch.arange(size)
+            if share < size:
+                order = torch.randperm(size, generator=options.generator)
+                some = order[:share].sort().values
+            chosen.append(some + offset)
+            weights.append(torch.full((len(some),), size / max(1, len(some)), dtype=torch.float64))
+            offset += size
+        index[name] = torch.cat(chosen), torch.cat(weights)
+    return index
+
+
+def _sample_uniformly(
+    strata: dict[str, list[int]], count: int, generator: Generator | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    sizes = {name: sum(parts) for name, parts in strata.items()}
     total = sum(sizes.values())
-    count = options.coordinates
-    if count is None or count >= total:
-        return {name: torch.arange(size) for name, size in sizes.items()}
-    chosen = torch.randperm(total, generator=options.generator)[:count].sort().values
+    chosen = torch.randperm(total, generator=generator)[:count].sort().values
     index, offset = {}, 0
     for name, size in sizes.items():
-        inside = (chosen >= offset) & (chosen < offset + size)
-        index[name] = chosen[inside] - offset
+        inside = chosen[(chosen >= offset) & (chosen < offset + size)] - offset
+        index[name] = inside, torch.full((len(inside),), total / count, dtype=torch.float64)
         offset += size
     return index
+
+
+def _fair_share(sizes: Sequence[int], count: int) -> int:
+    """What each may have of ``count`` at most, such that whoever needs less leaves the rest.
+
+    At least 1: with more of them than ``count``, each has one.
+    """
+    ordered = sorted(sizes)
+    for i, size in enumerate(ordered):
+        share = count // (len(ordered) - i)
+        if size > share:
+            return max(1, share)
+        count -= size
+    return ordered[-1]
 
 
 def _accumulate(

@@ -66,6 +66,13 @@ class Optimizees:
             for parts in zip(*drawn, strict=True)
         )
 
+    def tensor_sizes(self) -> dict[str, list[int]]:
+        """Coordinates of each tensor of each optimizee, by the key and in the order of `params`."""
+        sizes = {name: shape.numel() for name, shape in self._shapes.items()}
+        if PACKED in self.params:
+            return {PACKED: list(sizes.values()) * len(self)}
+        return {name: [size] * len(self) for name, size in sizes.items()}
+
     def unpack(self, params: Params) -> Params:
         """Parameters by the task's own names, each ``(B, *shape)``, as views."""
         if PACKED not in params:

@@ -326,7 +326,7 @@ class MetaTrainer:
                 for _ in range(steps):
                     total += optimizees.advance(self.rule).mean().item()
                 continue
-            options = EstimatorOptions(recipe.coordinates, sampler)
+            options = EstimatorOptions(recipe.coordinates, sampler, recipe.sampling)
             meta = estimate(self.rule, optimizees, steps, options)
             packed = torch.cat(
                 [g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]]

@@ -60,6 +60,8 @@ class Recipe:
     """How meta-gradients are computed."""
     coordinates: int | None = None
     """Coordinates sampled per replay; all of them if not given."""
+    sampling: Literal["uniform", "stratified"] = "uniform"
+    """How they are drawn: from all alike, or as many from every tensor."""
     meta_lr_final: float | None = None
     """Where a cosine takes the meta-learning rate by the last meta-step; constant if not given."""
     clip_norm: float | None = None
