@@ -1,6 +1,7 @@
 """The figures of docs/results.md: run every evaluation, then write the page from what they found.
 
     python -m benchmarks.results run [GROUP ...]   # resumable; runs/ keeps every single run
+    python -m benchmarks.results refresh [GROUP ...]  # the checkpoints again, not the baselines
     python -m benchmarks.results page              # docs/results.md from docs/results/*.json
 
 ``run`` needs MNIST, FashionMNIST, EMNIST Letters and CIFAR-10 in the folder that
@@ -141,6 +142,16 @@ def run(names: list[str], baselines_only: bool, workers: int) -> None:
             path = DOCS / "results" / f"{name}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(summary, separators=(",", ":")) + "\n")
+
+
+def refresh(names: list[str], workers: int) -> None:
+    """Evaluate the checkpoints anew beside the baselines that docs/results/ knows already."""
+    for name in names:
+        config = replace(GROUPS[name], output=Path("runs") / f"results-{name}", workers=workers)
+        path = DOCS / "results" / f"{name}.json"
+        with ProgressBar(name) as show:
+            summary = Evaluation(config, show).refresh(json.loads(path.read_text()))
+        path.write_text(json.dumps(summary, separators=(",", ":")) + "\n")
 
 
 def _effort(log: Path) -> dict[str, float]:
@@ -324,6 +335,9 @@ def main() -> None:
     runner.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     runner.add_argument("--baselines-only", action="store_true", help="leave checkpoints for later")
     runner.add_argument("--workers", type=int, default=1)
+    again = commands.add_parser("refresh", help="evaluate the checkpoints anew")
+    again.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    again.add_argument("--workers", type=int, default=1)
     commands.add_parser("page", help="write docs/results.md")
     args = parser.parse_args()
     if args.command == "page":
@@ -332,7 +346,10 @@ def main() -> None:
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"unknown group {sorted(unknown)}; known: {', '.join(GROUPS)}")
-    run(args.groups or list(GROUPS), args.baselines_only, args.workers)
+    if args.command == "refresh":
+        refresh(args.groups or list(GROUPS), args.workers)
+    else:
+        run(args.groups or list(GROUPS), args.baselines_only, args.workers)
 
 
 if __name__ == "__main__":

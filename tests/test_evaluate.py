@@ -738,3 +738,32 @@ def test_shipped_mnist_rule_beats_tuned_adam(image_data: DataOptions, tmp_path: 
 def test_shipped_mnist_rule_beats_tuned_adam_on_digits(tmp_path: Path) -> None:
     lrs = (0.01, 0.03, 0.1)
     assert against_adam("mnist", "digits", lrs, tmp_path, DataOptions(), 3) < 0.7
+
+
+def test_refresh_gives_what_evaluating_anew_does(adam_checkpoint: Path, tmp_path: Path) -> None:
+    """A new checkpoint in an old summary, with no run of the old evaluation at hand."""
+    config = replace(
+        NOTHING_LEARNED, checkpoints=(str(adam_checkpoint),), tasks=("quadratic", "digits"),
+        horizons=(10, 20), output=tmp_path / "old",
+    )  # fmt: skip
+    old = json.loads(json.dumps(Evaluation(config).execute()))
+    save_rule(AdamRule(AdamConfig(lr=0.03)), adam_checkpoint)
+    refreshed = Evaluation(replace(config, output=tmp_path / "new")).refresh(old)
+    anew = Evaluation(replace(config, output=tmp_path / "anew")).execute()
+    assert without_times(refreshed) == without_times(anew)
+    assert without_times(refreshed) != without_times(old)
+    assert "|tune|" not in (tmp_path / "new" / "runs.jsonl").read_text()
+
+
+def test_refresh_refuses_another_protocol_and_other_losses(
+    adam_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = replace(NOTHING_LEARNED, checkpoints=(str(adam_checkpoint),), output=tmp_path / "old")
+    old = Evaluation(config).execute()
+    more = Evaluation(replace(config, seeds=3, output=tmp_path / "new"))
+    with pytest.raises(ValueError, match="the summary has seeds=2 and this evaluation 3"):
+        more.refresh(old)
+    cell = old["tasks"]["quadratic"]["horizons"]["20"]
+    cell["optimizers"][cell["best_baseline"]]["sum"]["mean"] *= 1.01
+    with pytest.raises(ValueError, match="in the summary: evaluate anew"):
+        Evaluation(config).refresh(old)

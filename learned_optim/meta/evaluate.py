@@ -329,6 +329,65 @@ class Evaluation:
         write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
+    def refresh(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Replace the learned optimizers in a summary of the same tasks, horizons and seeds.
+
+        Hand-written optimizers keep their figures; only the best of each table run again, with the
+        learning rates found before, because ratios are taken seed by seed.
+
+        Raises:
+            ValueError: the summary is of another protocol, or what ran again gave other losses.
+        """
+        config, rules = self.config, self._rules()
+        for name, value in rules.items():
+            if name != "checkpoints" and summary["protocol"].get(name) != value:
+                raise ValueError(
+                    f"the summary has {name}={summary['protocol'].get(name)} and this evaluation "
+                    f"{value}: evaluate anew"
+                )
+        learned = [c for c in self.contestants if c.kind == "learned"]
+        cells, entries = {}, []
+        for task in config.tasks:
+            for horizon in config.horizons:
+                old = summary["tasks"][task]["horizons"][str(horizon)]
+                mine = [self._at(task, c, 1.0, horizon) for c in learned]
+                best = self._known_best(task, old, horizon, "sum")
+                final = self._known_best(task, old, horizon, "final")
+                cells[task, horizon] = mine, best, final
+                entries += [*mine, best, final]
+        with self._workers() as workers:
+            self._perform([spec for entry in entries for spec in entry.specs], "testing", workers)
+        tasks: dict[str, Any] = {task: {"horizons": {}} for task in config.tasks}
+        for (task, horizon), (mine, best, final) in cells.items():
+            old = summary["tasks"][task]["horizons"][str(horizon)]
+            row = old["optimizers"][best.contestant.label]
+            again = self._row(best)["sum"]["mean"]
+            if not math.isclose(again, row["sum"]["mean"], rel_tol=1e-4):
+                raise ValueError(
+                    f"{best.contestant.label} on {task} has a summed loss of {again} now, and "
+                    f"{row['sum']['mean']} in the summary: evaluate anew"
+                )
+            kept = {k: r for k, r in old["optimizers"].items() if r["kind"] == "baseline"}
+            new = {
+                e.contestant.label: self._row(e) | self._against(e, best) | self._reaching(e, final)
+                for e in mine
+            }
+            tasks[task]["horizons"][str(horizon)] = {**old, "optimizers": {**new, **kept}}
+        return {**summary, "protocol": rules, "tasks": tasks}
+
+    def _at(
+        self, task: str, contestant: Contestant, lr: float, horizon: int, by: str = "sum"
+    ) -> _Entry:
+        return _Entry(contestant, lr, lr, horizon, by, self._test_runs(task, contestant, lr))
+
+    def _known_best(self, task: str, cell: dict[str, Any], horizon: int, by: str) -> _Entry:
+        """The best hand-written optimizer of a summary's table, as it ran for it."""
+        name = cell["best_baseline" if by == "sum" else "best_final_baseline"]
+        row = cell["optimizers"][name]
+        lr = row["lr"] if by == "sum" else row["tuned_by_final"]["lr"]
+        contestant = next(c for c in self.contestants if c.label == name)
+        return self._at(task, contestant, lr, horizon, by)
+
     def _missing_tests(self) -> list[RunSpec]:
         """All test runs that are asked for now, if one of them has still to be done."""
         tests = [s for task in self.config.tasks for e in self._entries(task) for s in e.specs]
@@ -430,10 +489,14 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """Every figure, by task, horizon and optimizer, with 95 % intervals."""
+        tasks = {task: self._task_summary(task) for task in self.config.tasks}
+        return {"protocol": self._rules(), "tasks": tasks}
+
+    def _rules(self) -> dict[str, Any]:
+        """The protocol, as the summary states it."""
         config = self.config
-        learned = [c for c in self.contestants if c.kind == "learned"]
-        rules = {
-            "checkpoints": {c.label: c.identity for c in learned},
+        return {
+            "checkpoints": {c.label: c.identity for c in self.contestants if c.kind == "learned"},
             "baselines": list(config.baselines),
             "horizons": list(config.horizons),
             "seeds": config.seeds,
@@ -441,7 +504,6 @@ class Evaluation:
             "lr_grid": list(LR_GRID),
             "torch": torch.__version__.split("+")[0],
         }
-        return {"protocol": rules, "tasks": {t: self._task_summary(t) for t in config.tasks}}
 
     def _task_summary(self, task: str) -> dict[str, Any]:
         by_horizon: dict[str, Any] = {}
