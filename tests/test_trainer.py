@@ -141,6 +141,32 @@ def test_one_bad_run_is_dropped_and_counted(
     assert all(torch.isfinite(b).all() for b in bits(trainer))
 
 
+def test_training_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    first = MetaTrainer(SMALL, tmp_path / "first")
+    first.train()
+    checkpoint = first.finish(tmp_path / "first.safetensors")
+    recipe = replace(SMALL, start=str(checkpoint), epochs=1, seed=1)
+    second = MetaTrainer(recipe, tmp_path / "second")
+    for rule in (second.rule, second.kept):
+        assert rule.fingerprint() == load_rule(checkpoint).fingerprint()
+    second.train()
+    assert second.rule.fingerprint() != second._start == load_rule(checkpoint).fingerprint()
+    record = load_record(second.finish(tmp_path / "second.safetensors"))
+    assert record["start"] == load_rule(checkpoint).fingerprint()
+    again = MetaTrainer(recipe, tmp_path / "second")  # resumes, and does not start over
+    assert all(torch.equal(a, b) for a, b in zip(bits(again), bits(second), strict=True))
+
+
+def test_start_must_be_of_the_same_rule(tmp_path: Path) -> None:
+    checkpoint = MetaTrainer(replace(SMALL, epochs=1), tmp_path / "first")
+    checkpoint.train()
+    start = str(tmp_path / "first" / "best.safetensors")
+    wider = replace(SMALL, start=start, rule=replace(SMALL.rule, hidden_size=5))
+    with pytest.raises(ValueError, match=r"hidden_size=4.*hidden_size=5.*take the checkpoint's"):
+        MetaTrainer(wider, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
 def test_schedule_and_average(tmp_path: Path) -> None:
     trainer = MetaTrainer(replace(SMALL, average=0.0), tmp_path / "a")
     trainer.train()

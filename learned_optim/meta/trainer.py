@@ -23,6 +23,7 @@ from learned_optim.meta.recipes import Recipe, recipe_from_json
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
+from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
 
 # Mean loss below which `relative_loss` divides no further: such a task is solved.
@@ -107,7 +108,8 @@ class MetaTrainer:
         tensorboard: also write the metrics as TensorBoard events into the folder.
 
     Raises:
-        ValueError: the folder belongs to a run of another recipe.
+        ValueError: the folder belongs to a run of another recipe, or the checkpoint to start from
+            to another rule or configuration.
     """
 
     def __init__(
@@ -140,12 +142,25 @@ class MetaTrainer:
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
             self.kept = rule_for(recipe.rule)  # the moving average: what is validated and saved
+        self._start: str | None = None  # fingerprint of the weights before training, if learned
+        if recipe.start is not None:
+            self._start_from(recipe.start)
         self.kept.load_state_dict(self.rule.state_dict())
         self.meta_optimizer = torch.optim.Adam(self.rule.parameters(), lr=recipe.meta_lr)
         self.epoch = 0
         self.meta_steps = 0
         self.history: list[EpochMetrics] = []
         self._open_folder()
+
+    def _start_from(self, source: str) -> None:
+        start = load_rule(source)
+        if type(start) is not type(self.rule) or start.config != self.recipe.rule:
+            raise ValueError(
+                f"start={source!r} is a rule {start.name!r} with {start.config}, the recipe has "
+                f"{self.rule.name!r} with {self.recipe.rule}: take the checkpoint's configuration"
+            )
+        self.rule.load_state_dict(start.state_dict())
+        self._start = start.fingerprint()
 
     @property
     def best(self) -> EpochMetrics | None:
@@ -268,6 +283,7 @@ class MetaTrainer:
             "epoch": best.epoch if best else 0,
             "validation": best.validation if best else None,
             "dropped_unrolls": sum(m.dropped for m in self.history),
+            **({"start": self._start} if self._start else {}),
         }
 
     # ---- training

@@ -40,6 +40,8 @@ class Recipe:
     """How many epochs to run."""
     meta_lr: float
     """Learning rate of the meta-optimizer, Adam."""
+    start: str | None = None
+    """Checkpoint whose weights training begins with: fine-tuning; random weights if not given."""
     runs_per_epoch: int = 100
     """Optimizee runs per epoch (thesis section 4.1), one after another."""
     tasks_per_meta_step: int = 1
