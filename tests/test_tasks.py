@@ -298,13 +298,14 @@ def test_regression() -> None:
     assert y.shape == (64, 1)
 
 
-def test_general_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mixture", ["general", "general-2"])
+def test_general_mixture(monkeypatch: pytest.MonkeyPatch, mixture: str) -> None:
     """Every kind of member trains: finite losses that a plain SGD step lowers, no global state."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (64, 1, 28, 28), generator=generator, dtype=torch.uint8)
     images = Images(pixels, torch.arange(64) % 10, 10)
     monkeypatch.setattr("learned_optim.meta.tasks.general.load_images", lambda *_: images)
-    family = build_tasks("general", TaskOptions("meta"))
+    family = build_tasks(mixture, TaskOptions("meta"))
     assert not family.stackable
     kinds, lowered, global_state = set(), 0, torch.get_rng_state()
     for seed in range(60):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,9 +20,22 @@ from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import Images, halves, load_images
 from learned_optim.meta.tasks._base import Batch, ModuleTask, Params, Task, TaskFamily, TaskOptions
+from learned_optim.meta.tasks.images import THESIS_STD, mlp
 from learned_optim.meta.tasks.quadratic import Quadratic
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares by which the two mixtures differ; see :data:`FAMILIES`."""
+
+    plain: float = 0.0
+    """Of the image tasks, those of the thesis's kind."""
+    tiny: float = 4.0
+    """Weight of the thesis's initialization, beside 2 of other normal ones and 6 of the usual."""
+    sides: tuple[float, float, float] = (4.0, 4.0, 1.0)
+    """Weights of perceptrons' images of 7, 14 and 28 pixels a side."""
 
 
 class Dice:
@@ -59,9 +74,10 @@ def _batch_size(dice: Dice) -> int:
     return dice.choice([(6, 128), (2, 64), (1, 32), (1, 16), (1, 256)])
 
 
-def _initialization(dice: Dice) -> float | None:
+def _initialization(dice: Dice, mixture: Mixture) -> float | None:
     """The thesis's tiny weights, other normal ones, or the module's own (``None``)."""
-    return dice.choice([(4, 0.001), (2, dice.log_uniform(0.003, 0.1)), (6, None)])
+    other = dice.log_uniform(0.003, 0.1)
+    return dice.choice([(mixture.tiny, THESIS_STD), (2, other), (6, None)])
 
 
 class ScaledInit(nn.Module):
@@ -130,7 +146,8 @@ def _convnet(dice: Dice, channels: int, side: int, outputs: int) -> Callable[[],
 class ImageTasks:
     """Random classification tasks on one set of images."""
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Images, mixture: Mixture) -> None:
+        self.mixture = mixture
         self.pixels: dict[int, Tensor] = {}  # side -> uint8 (N, side, side)
         whole = images.pixels.float()
         for side, kernel in ((28, 1), (14, 2), (7, 4)):
@@ -139,9 +156,13 @@ class ImageTasks:
         self.labels = images.labels
 
     def sample(self, dice: Dice) -> Task:
+        if self.mixture.plain and dice.chance(self.mixture.plain):
+            return self._plain(dice)
         conv = dice.chance(0.2)
         side = (
-            dice.choice([(4, 7), (4, 14), (1, 28)]) if not conv else dice.choice([(2, 7), (1, 14)])
+            dice.choice(list(zip(self.mixture.sides, (7, 14, 28), strict=True)))
+            if not conv
+            else dice.choice([(2, 7), (1, 14)])
         )
         colours = 3 if side < 28 and dice.chance(0.25) else 1
         views = dice.choice([(6, 1), (1, 2), (1, 3)])
@@ -152,8 +173,24 @@ class ImageTasks:
             init = dice.choice([(1, 0.01), (8, None)])
         else:
             build = _mlp(dice, colours * side * side, classes, 32 if side == 28 else 100)
-            init = _initialization(dice)
+            init = _initialization(dice, self.mixture)
         return ModuleTask(build, draw, init_std=init)
+
+    def _plain(self, dice: Dice) -> Task:
+        """A perceptron of the thesis's kind: whole images as they are, tiny or usual weights."""
+        widths = [dice.integer(12, 64)] * dice.choice([(3, 1), (1, 2)])
+        activation = dice.choice([(3, nn.Sigmoid), (2, nn.ReLU)])
+        pixels, labels = self.pixels[28], self.labels
+        size = dice.choice([(6, 128), (1, 64), (1, 32)])
+
+        def build() -> nn.Module:
+            return mlp(28 * 28, tuple(widths), 10, activation)
+
+        def draw(generator: Generator) -> Batch:
+            index = torch.randint(len(labels), (size,), generator=generator)
+            return pixels[index].float().div_(255.0).unsqueeze(1), labels[index]
+
+        return ModuleTask(build, draw, init_std=dice.choice([(3, THESIS_STD), (2, None)]))
 
     def _batches(
         self, dice: Dice, side: int, colours: int, views: int
@@ -223,7 +260,7 @@ class IllConditioned(Task):
         return (root @ (params["theta"] - target)).square().sum()
 
 
-def _teacher(dice: Dice) -> Task:
+def _teacher(mixture: Mixture, dice: Dice) -> Task:
     """Regression on, or classification by, a random network."""
     inputs, hidden = dice.integer(4, 64), dice.integer(4, 64)
     outputs = dice.integer(1, 10)
@@ -243,7 +280,7 @@ def _teacher(dice: Dice) -> Task:
 
     criterion = F.cross_entropy if classify else F.mse_loss
     build = _mlp(dice, inputs, outputs, 100)
-    return ModuleTask(build, draw, criterion, init_std=_initialization(dice))
+    return ModuleTask(build, draw, criterion, init_std=_initialization(dice, mixture))
 
 
 class SequenceNet(nn.Module):
@@ -318,26 +355,28 @@ class General(TaskFamily):
 
     stackable = False
 
-    def __init__(self, images: Images) -> None:
-        self._images = ImageTasks(images)
+    def __init__(self, images: Images, mixture: Mixture) -> None:
+        self._mixture, self._images = mixture, ImageTasks(images, mixture)
 
     def sample(self, generator: Generator) -> Task:
         dice = Dice(generator)
-        kind = dice.choice(
-            [
-                (66, self._images.sample),
-                (7, _thesis_quadratic),
-                (6, IllConditioned),
-                (12, _teacher),
-                (9, _sequence),
-            ]
-        )
-        return kind(dice)
+        kinds: list[tuple[float, Callable[[Dice], Task]]] = [
+            (66, self._images.sample),
+            (7, _thesis_quadratic),
+            (6, IllConditioned),
+            (12, partial(_teacher, self._mixture)),
+            (9, _sequence),
+        ]
+        return dice.choice(kinds)(dice)
 
 
-def _general(options: TaskOptions) -> TaskFamily:
+def _general(mixture: Mixture, options: TaskOptions) -> TaskFamily:
     meta, evaluation = halves(load_images("mnist", True, options.data))
-    return General(meta if options.split == "meta" else evaluation)
+    return General(meta if options.split == "meta" else evaluation, mixture)
 
 
-FAMILIES = {"general": _general}
+# The second mixture has more of what the thesis trains: whole images, tiny weights.
+FAMILIES = {
+    "general": partial(_general, Mixture()),
+    "general-2": partial(_general, Mixture(plain=0.4, tiny=6.0, sides=(3.0, 3.0, 3.0))),
+}
