@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -317,3 +318,27 @@ def test_recorded_signals_are_what_the_plain_path_observes(name: str) -> None:
         seen = [rule.observe(*one)[0].flatten(0, -2) for one in each]
         _, signals = rule.update_many_(grads, states, params, record=True)
         torch.testing.assert_close(signals, torch.cat(seen), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["equivariant", "steered"])
+def test_direct_path_of_zero_weights_is_none(name: str) -> None:
+    """With it a rule is born as without it, so that training can start from one without."""
+    with_it = random_rule(name)
+    assert with_it.direct is not None
+    torch.nn.init.zeros_(with_it.direct.weight)
+    without = rule_class(name)(replace(with_it.config, direct=False))
+    without.load_state_dict(with_it.state_dict(), strict=False)
+    assert without.direct is None
+    assert rule_class(name)().direct is None
+    shapes = [(6, 5), (7,), (40, 30)]
+    params = [torch.randn(shape) for shape in shapes]
+    for rule in (with_it, without):
+        torch.manual_seed(1)
+        states = [rule.init_state(param) for param in params]
+        for _ in range(3):
+            updates, _ = rule.update_many_([torch.randn(s) for s in shapes], states, params)
+        if rule is with_it:
+            reference = updates
+    for ours, theirs in zip(updates, reference, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert all(update.abs().max() > 1e-4 for update in reference)

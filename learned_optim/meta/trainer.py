@@ -109,7 +109,7 @@ class MetaTrainer:
 
     Raises:
         ValueError: the folder belongs to a run of another recipe, or the checkpoint to start from
-            to another rule or configuration.
+            to another rule or to one of other sizes.
     """
 
     def __init__(
@@ -154,12 +154,19 @@ class MetaTrainer:
 
     def _start_from(self, source: str) -> None:
         start = load_rule(source)
-        if type(start) is not type(self.rule) or start.config != self.recipe.rule:
+        own = self.rule.state_dict()
+        misfits = [
+            f"{name} of shape {tuple(value.shape)}"
+            for name, value in start.state_dict().items()
+            if name not in own or own[name].shape != value.shape
+        ]
+        if type(start) is not type(self.rule) or misfits:
             raise ValueError(
                 f"start={source!r} is a rule {start.name!r} with {start.config}, the recipe has "
-                f"{self.rule.name!r} with {self.recipe.rule}: take the checkpoint's configuration"
+                f"{self.rule.name!r} with {self.recipe.rule}, which has no place for "
+                f"{', '.join(misfits) or 'its weights'}"
             )
-        self.rule.load_state_dict(start.state_dict())
+        self.rule.load_state_dict(start.state_dict(), strict=False)
         self._start = start.fingerprint()
 
     @property

@@ -38,6 +38,7 @@ from learned_optim.rules._stack import LSTMStack
 from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio
 
 _EVEN, _ODD = 15, 3  # features the network reads; directions it mixes
+_SAID = 8  # features of those, the last ones, that are said of whole tensors
 # Coordinates per block of the in-place path: cheaper ones than in the LSTM rule, so more of them.
 _BLOCK = 1 << 15
 
@@ -58,14 +59,18 @@ class EquivariantConfig(RuleConfig):
     """Decay of the mean square that normalizes."""
     initial_step: float = 0.02
     """Step of the untrained rule, in units of the tensor's scale."""
+    direct: bool = False
+    """Whether what is said of whole tensors also reaches the gains directly, past the LSTM."""
 
 
 class EquivariantRule(RecurrentRule):
     """LSTM gains on normalized momenta, relative to the tensor's scale.
 
     ``update = -scale * exp(a) * (s_fast + b_1 s_fast + b_2 s_slow + b_3 s_now)`` with
-    ``s = m_hat / sqrt(v_hat)`` and ``a``, ``b`` read out from the LSTM. State per coordinate:
-    ``moments`` (fast, slow, square) and the LSTM's; per tensor: ``count``.
+    ``s = m_hat / sqrt(v_hat)`` and ``a``, ``b`` read out from the LSTM and, if ``direct``, from
+    what is said of the tensor: a bounded network that starts from nothing takes several steps to
+    say that weights are a hundred times below their scale, and those are the steps that count.
+    State per coordinate: ``moments`` (fast, slow, square) and the LSTM's; per tensor: ``count``.
     """
 
     name = "equivariant"
@@ -83,6 +88,10 @@ class EquivariantRule(RecurrentRule):
         # The untrained rule is a small step along the fast momentum, in the right direction.
         nn.init.normal_(self.readout.weight, std=0.02)
         nn.init.zeros_(self.readout.bias)
+        self.direct: nn.Linear | None = None
+        if self.config.direct:
+            self.direct = nn.Linear(_SAID, 1 + _ODD, bias=False)
+            nn.init.zeros_(self.direct.weight)
 
     def init_state(self, param: Tensor) -> State:
         like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
@@ -177,6 +186,8 @@ class EquivariantRule(RecurrentRule):
     def _read_out(self, out: Tensor, signals: Tensor) -> Tensor:
         """Updates ``(*S,)`` from hidden states ``(*S, hidden_size)`` and signals ``(*S, 19)``."""
         gains = self.readout(out)
+        if self.direct is not None:
+            gains = gains + self.direct(signals[..., _EVEN - _SAID : _EVEN])
         # The exponent is bounded: steps of e^-5 to e^5 times the initial one.
         log_step = 5.0 * torch.tanh(gains[..., 0] / 2.5)
         directions = signals[..., _EVEN : _EVEN + _ODD]
@@ -321,7 +332,11 @@ class EquivariantRule(RecurrentRule):
         if signals is not None:
             said = features if owner is None else features.index_select(0, owner)
             signals.copy_(torch.cat((x.t(), said, directions.t(), scale.unsqueeze(1)), 1))
-        gains = torch.addmm(self.readout.bias.unsqueeze(1), self.readout.weight, out.t())
+        bias = self.readout.bias.unsqueeze(1)  # (4, 1), or below (4, m) and (4, n)
+        if self.direct is not None:
+            bias = torch.addmm(bias, self.direct.weight, features.t())
+            bias = bias if owner is None else bias.index_select(1, owner)
+        gains = torch.addmm(bias, self.readout.weight, out.t())
         step = gains[0].mul_(0.8).sigmoid_().mul_(10.0).sub_(5.0).exp_()
         gains[1].add_(1.0)
         mixed = gains[1:].mul_(directions).sum(0)

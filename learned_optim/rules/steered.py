@@ -57,6 +57,8 @@ class SteeredConfig(RuleConfig):
     """Decay of the mean square that normalizes."""
     initial_step: float = 0.02
     """Step of the untrained rule, in units of the tensor's scale."""
+    direct: bool = False
+    """Whether the features also reach the gains directly, past the LSTM."""
 
 
 class SteeredRule(TensorRule):
@@ -68,7 +70,8 @@ class SteeredRule(TensorRule):
         update = -scale * exp(a) * (f/r + b_1 f/r + b_2 s/r + b_3 g/r
                                     + b_4 f/R + b_5 s/R + b_6 f/r |s/r|)
 
-    where ``a`` and ``b`` are read out from the tensor's LSTM. State per coordinate: ``fast``,
+    where ``a`` and ``b`` are read out from the tensor's LSTM and, if ``direct``, from its features,
+    as in :class:`~learned_optim.rules.equivariant.EquivariantRule`. State per coordinate: ``fast``,
     ``slow`` and ``square``, each ``(*S, 1)``; per tensor: ``count`` and the LSTM's.
     """
 
@@ -87,6 +90,10 @@ class SteeredRule(TensorRule):
         # The untrained rule is a small step along the fast momentum, in the right direction.
         nn.init.normal_(self.readout.weight, std=0.02)
         nn.init.zeros_(self.readout.bias)
+        self.direct: nn.Linear | None = None
+        if self.config.direct:
+            self.direct = nn.Linear(_FEATURES, 1 + _DIRECTIONS, bias=False)
+            nn.init.zeros_(self.direct.weight)
 
     def init_state(self, param: Tensor) -> State:
         like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
@@ -107,17 +114,23 @@ class SteeredRule(TensorRule):
             grad, moments, state["count"], param, Alone(param)
         )
         out, network = self.lstm.step(features, state)
-        update = (directions * (self._gains(out) * scale.unsqueeze(-1))).sum(-1)
+        update = (directions * (self._gains(out, features) * scale.unsqueeze(-1))).sum(-1)
         fast, slow, square = (value.unsqueeze(-1) for value in new)
         return update, {"fast": fast, "slow": slow, "square": square, "count": count, **network}
 
     def gains(self, features: Tensor, state: State) -> tuple[Tensor, State]:
         out, network = self.lstm.sequence(features, state)
-        return self._gains(out), network
+        return self._gains(out, features), network
 
-    def _gains(self, out: Tensor) -> Tensor:
-        """``(*, 6)`` gains of the directions, in units of the scale, from ``(*, hidden_size)``."""
+    def _gains(self, out: Tensor, features: Tensor) -> Tensor:
+        """``(*, 6)`` gains of the directions, in units of the scale.
+
+        Args:
+            out: hidden states, ``(*, hidden_size)``; ``features`` ``(*, 14)``.
+        """
         read = self.readout(out)
+        if self.direct is not None:
+            read = read + self.direct(features)
         # The exponent is bounded: steps of e^-5 to e^5 times the initial one.
         step = self.config.initial_step * (5.0 * torch.tanh(read[..., :1] / 2.5)).exp()
         mix = torch.cat((read[..., 1:2] + 1.0, read[..., 2:]), dim=-1)
@@ -311,7 +324,7 @@ class SteeredRule(TensorRule):
             (one, square, root, fast2, slow2, one, fast, slow, fast2 / square, slow2 / square)
         )
         features, scale, norm = self._features(means, count, at)
-        gains = self._gains(self.lstm.step_(features, packed)).t() * scale  # (6, m)
+        gains = self._gains(self.lstm.step_(features, packed), features).t() * scale  # (6, m)
         for key, values in packed.items():
             torch._foreach_copy_(own[key], list(values.unbind()))
         of_moments = (fast / root, slow / root, 1 / root, fast * norm, slow * norm)

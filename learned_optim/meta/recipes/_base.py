@@ -41,7 +41,8 @@ class Recipe:
     meta_lr: float
     """Learning rate of the meta-optimizer, Adam."""
     start: str | None = None
-    """Checkpoint whose weights training begins with: fine-tuning; random weights if not given."""
+    """Checkpoint whose weights training begins with; weights that it lacks, and all if not given,
+    begin untrained."""
     runs_per_epoch: int = 100
     """Optimizee runs per epoch (thesis section 4.1), one after another."""
     tasks_per_meta_step: int = 1
