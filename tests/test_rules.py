@@ -19,6 +19,7 @@ from learned_optim.rules import (
     rule_class,
     rule_names,
 )
+from learned_optim.rules.equivariant import EquivariantConfig, EquivariantRule
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
 RULES = rule_names()
@@ -342,3 +343,29 @@ def test_direct_path_of_zero_weights_is_none(name: str) -> None:
     for ours, theirs in zip(updates, reference, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert all(update.abs().max() > 1e-4 for update in reference)
+
+
+@pytest.mark.parametrize("name", ["equivariant", "steered"])
+def test_wider_rule_begins_as_the_narrower_one(name: str) -> None:
+    narrow = random_rule(name, torch.float64)
+    units = narrow.config.hidden_size
+    wide = rule_class(name)(replace(narrow.config, hidden_size=units + 3)).double()
+    before = {key: value.clone() for key, value in wide.state_dict().items()}
+    wide.adopt(narrow)
+    after = wide.state_dict()
+    assert all(not after[key].equal(before[key]) for key in before)
+    for key in ("lstm.weight_ih_l0", "lstm.weight_hh_l0"):  # what new units read is drawn at random
+        new = after[key].unflatten(0, (4, -1))[:, units:]
+        assert new.equal(before[key].unflatten(0, (4, -1))[:, units:])
+    grads = gradients(6, 4, 3)
+    param = torch.randn(4, 3, dtype=torch.float64)
+    expected, found = trajectory(narrow, grads, param), trajectory(wide, grads, param)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_no_rule_begins_as_a_wider_one() -> None:
+    small = EquivariantRule(EquivariantConfig(hidden_size=3))
+    with pytest.raises(ValueError, match=r"hidden_size=3.*no place for lstm\.weight_ih_l0"):
+        small.adopt(EquivariantRule())
+    with pytest.raises(ValueError, match=r"'steered'.*weights of a rule 'equivariant'"):
+        rule_class("steered")().adopt(small)

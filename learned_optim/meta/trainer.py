@@ -154,19 +154,10 @@ class MetaTrainer:
 
     def _start_from(self, source: str) -> None:
         start = load_rule(source)
-        own = self.rule.state_dict()
-        misfits = [
-            f"{name} of shape {tuple(value.shape)}"
-            for name, value in start.state_dict().items()
-            if name not in own or own[name].shape != value.shape
-        ]
-        if type(start) is not type(self.rule) or misfits:
-            raise ValueError(
-                f"start={source!r} is a rule {start.name!r} with {start.config}, the recipe has "
-                f"{self.rule.name!r} with {self.recipe.rule}, which has no place for "
-                f"{', '.join(misfits) or 'its weights'}"
-            )
-        self.rule.load_state_dict(start.state_dict(), strict=False)
+        try:
+            self.rule.adopt(start)
+        except ValueError as error:
+            raise ValueError(f"start={source!r} does not fit the recipe: {error}") from error
         self._start = start.fingerprint()
 
     @property

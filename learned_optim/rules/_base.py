@@ -190,6 +190,35 @@ class UpdateRule(nn.Module):
                 state[key].copy_(value)
         return update
 
+    def adopt(self, other: UpdateRule) -> None:
+        """Begin with the weights of another rule of this kind; those it lacks stay as they are.
+
+        Where :meth:`_widened` says how, ``other`` may have fewer units: the rule then computes what
+        it computes, until training finds a use for the others.
+
+        Raises:
+            ValueError: ``other`` is another kind of rule, or has weights that fit nowhere.
+        """
+        own, misfits = self.state_dict(), []
+        for name, value in other.state_dict().items():
+            if name in own and own[name].shape != value.shape:
+                value = self._widened(name, own[name], value)
+            if name not in own or value is None:
+                misfits.append(name)
+            else:
+                own[name] = value
+        if type(other) is not type(self) or misfits:
+            raise ValueError(
+                f"a rule {self.name!r} with {self.config} cannot begin with the weights of a rule "
+                f"{other.name!r} with {other.config}: it has no place for "
+                f"{', '.join(misfits) or 'them'}"
+            )
+        self.load_state_dict(own)
+
+    def _widened(self, name: str, own: Tensor, narrow: Tensor) -> Tensor | None:
+        """``own`` with the weights of fewer units in their places, or ``None`` if it has none."""
+        return None
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype the rule computes in: that of its weights, float32 for a rule without any."""

@@ -178,3 +178,30 @@ class _FastWeights:
             cell.mul_(f).addcmul_(i, g, value=2.0).sub_(i)  # f c + i (2 sigmoid(2g) - 1)
             tanh_cell = (2.0 * cell).sigmoid_().mul_(2.0).sub_(1.0)
             torch.mul(o, tanh_cell, out=h[:, own])
+
+
+def widened(name: str, own: Tensor, narrow: Tensor) -> Tensor | None:
+    """A weight of a wider network that computes what the narrower one does, to begin with.
+
+    The first units are the narrower network's and read nothing of the others, nor does the readout.
+
+    Args:
+        name: ``lstm.*`` as in :class:`LSTMStack`, or ``readout.weight``.
+        own: the wider network's weight: new units keep what they have of it.
+        narrow: the narrower network's.
+
+    Returns:
+        The weight, shaped like ``own``; ``None`` where ``narrow`` is not the narrower one's.
+    """
+    wide = own.clone()
+    gates = 4 if name.startswith("lstm.") else 1
+    part = wide.unflatten(0, (gates, -1))  # a view: (gates, units, *)
+    small = narrow.unflatten(0, (gates, -1))
+    if small.shape[1] > part.shape[1] or small.shape[2:] > part.shape[2:]:
+        return None
+    if narrow.dim() == 1:
+        part[:, : small.shape[1]] = small
+        return wide
+    part[:, : small.shape[1], small.shape[2] :] = 0.0
+    part[:, : small.shape[1], : small.shape[2]] = small
+    return wide

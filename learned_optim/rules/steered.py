@@ -32,7 +32,7 @@ from learned_optim.rules._base import (
     split_like,
 )
 from learned_optim.rules._shards import mean_from_sums, whole_shape
-from learned_optim.rules._stack import LSTMStack
+from learned_optim.rules._stack import LSTMStack, widened
 from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio
 
 _FEATURES, _DIRECTIONS = 14, 6
@@ -94,6 +94,9 @@ class SteeredRule(TensorRule):
         if self.config.direct:
             self.direct = nn.Linear(_FEATURES, 1 + _DIRECTIONS, bias=False)
             nn.init.zeros_(self.direct.weight)
+
+    def _widened(self, name: str, own: Tensor, narrow: Tensor) -> Tensor | None:
+        return widened(name, own, narrow)
 
     def init_state(self, param: Tensor) -> State:
         like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)

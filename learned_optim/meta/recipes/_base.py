@@ -41,8 +41,8 @@ class Recipe:
     meta_lr: float
     """Learning rate of the meta-optimizer, Adam."""
     start: str | None = None
-    """Checkpoint whose weights training begins with; weights that it lacks, and all if not given,
-    begin untrained."""
+    """Checkpoint whose weights training begins with, which may have fewer units; weights that it
+    lacks, and all if not given, begin untrained."""
     runs_per_epoch: int = 100
     """Optimizee runs per epoch (thesis section 4.1), one after another."""
     tasks_per_meta_step: int = 1

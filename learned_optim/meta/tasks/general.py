@@ -378,5 +378,5 @@ def _general(mixture: Mixture, options: TaskOptions) -> TaskFamily:
 # The second mixture has more of what the thesis trains: whole images, tiny weights.
 FAMILIES = {
     "general": partial(_general, Mixture()),
-    "general-2": partial(_general, Mixture(plain=0.4, tiny=6.0, sides=(3.0, 3.0, 3.0))),
+    "general-2": partial(_general, Mixture(plain=0.3, tiny=5.0, sides=(3.0, 3.0, 2.0))),
 }
