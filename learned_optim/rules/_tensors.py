@@ -16,6 +16,8 @@ from learned_optim.rules._shards import whole_mean, whole_shape
 TINY = 1e-15
 # Scale of a vector (bias, norm gain) whose entries are smaller: fan-in says nothing about it.
 VECTOR_SCALE = 0.1
+# Mean number of coordinates from which packed tensors are walked over one by one.
+LONG = 1 << 10
 
 
 def _natural_scale(shape: Sequence[int]) -> float:
@@ -39,8 +41,9 @@ class Alone:
         self.log_size = param.new_tensor(math.log(max(1, whole.numel())))
         self.is_vector = param.new_tensor(float(len(whole) < 2))
 
-    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
-        return whole_mean(*values).unbind()
+    def means(self, values: Tensor) -> Tensor:
+        """Over the tensor, of ``(k, *S)``: ``(k,)``."""
+        return whole_mean(*values)
 
     def spread(self, value: Tensor) -> Tensor:
         return value
@@ -65,6 +68,8 @@ class Packed:
         self.log_fan_in = column([math.log(_fan_in(shape)) for shape in shapes])
         self.log_size = self.counts.log()
         self.is_vector = column([float(len(shape) < 2) for shape in shapes])
+        # A call per tensor beats an index per coordinate where calls are cheap and tensors long.
+        self._long = device.type == "cpu" and sum(self.sizes) >= LONG * len(self.sizes)
 
     @staticmethod
     @lru_cache(maxsize=16)
@@ -77,14 +82,22 @@ class Packed:
         """Which tensor each coordinate belongs to, ``(n,)``."""
         return tensor_of_each(self.sizes, self.lengths.device)
 
-    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.segment_reduce(value, "sum", lengths=self.lengths, unsafe=True) / self.counts
-            for value in values
-        )
+    def means(self, values: Tensor) -> Tensor:
+        """Over each tensor, of ``(k, n)``: ``(k, tensors)``."""
+        if self._long:
+            sums = torch.stack([part.sum(1) for part in values.split(self.sizes, 1)], 1)
+        else:
+            lengths = self.lengths.expand(len(values), -1).contiguous()
+            sums = torch.segment_reduce(values, "sum", lengths=lengths, axis=1, unsafe=True)
+        return sums / self.counts
 
     def spread(self, value: Tensor) -> Tensor:
-        return value.index_select(-1, self.owner)
+        """From one of each tensor, ``(*, tensors)``, to one of each coordinate, ``(*, n)``."""
+        if not self._long:
+            return value.index_select(-1, self.owner)
+        lead = value.shape[:-1]
+        each = zip(value.split(1, -1), self.sizes, strict=True)
+        return torch.cat([part.expand(*lead, size) for part, size in each], -1)
 
     def rows(self, features: Tensor) -> Tensor:
         return features.index_select(0, self.owner)

@@ -121,9 +121,8 @@ class EquivariantRule(RecurrentRule):
         size = (square + TINY**2).sqrt()
         s_fast, s_slow = fast / size, slow / size
         s_now = (grad / size).clamp(-3.0, 3.0)
-        means = torch.stack(
-            at.means(square, param.square(), fast.square(), slow.square(), grad.square())
-        )
+        of = (square, param.square(), fast.square(), slow.square(), grad.square())
+        means = at.means(torch.stack(of))
         per_tensor, scale, mean_square = self._about(means, count, at)
         per_coordinate = (
             s_fast.abs() - 0.5,
@@ -252,8 +251,8 @@ class EquivariantRule(RecurrentRule):
         packed, unpack_ = pack_rows(states, ("moments", *self.network_state))
         moments = self._moments(grad, packed["moments"])
         fast, slow, square = moments
-        means = at.means(square, param.square(), fast.square(), slow.square(), grad.square())
-        said = self._said(torch.stack(means), torch.stack(counts).to(grad.dtype), at)
+        of = (square, param.square(), fast.square(), slow.square(), grad.square())
+        said = self._said(at.means(torch.stack(of)), torch.stack(counts).to(grad.dtype), at)
         update, n = torch.empty_like(grad), len(grad)
         signals = grad.new_empty(n, _EVEN + _ODD + 1) if record else None
         for block in blocks(n, _BLOCK):

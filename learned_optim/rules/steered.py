@@ -37,6 +37,7 @@ from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio
 
 _FEATURES, _DIRECTIONS = 14, 6
 _MOMENTS, _MEANS = ("fast", "slow", "square"), 10
+_FEATURE_UNITS = [1 / 4, 1 / 8, 1 / 12, 1, 1 / 4, 1, *[1 / 4] * 6, 1, 1]
 # Coordinates per block of the in-place path, which are as cheap as calls are dear.
 _BLOCK = 1 << 16
 
@@ -182,58 +183,57 @@ class SteeredRule(TensorRule):
         slow = torch.lerp(grad, slow, cfg.slow_beta)
         square = torch.lerp(grad.square(), square, cfg.square_beta)
         new = (fast, slow, square)
-        betas = (cfg.fast_beta, cfg.slow_beta, cfg.square_beta)
-        unbias = [-torch.expm1(count * math.log(beta)) for beta in betas]
-        fast, slow, square = (
-            moment / at.spread(by) for moment, by in zip(new, unbias, strict=True)
-        )
+        unbias = at.spread(self._unbias(count))
+        fast, slow, square = (moment / by for moment, by in zip(new, unbias, strict=True))
         root = (square + TINY**2).sqrt()
         s_fast, s_slow, s_now = fast / root, slow / root, grad / root
-        means = at.means(
-            param.square(), square, root, fast.square(), slow.square(), grad.square(),
-            grad * fast, grad * slow, s_fast.square(), s_slow.square(),
+        of = (
+            fast.square(), slow.square(), grad.square(), square, root, param.square(),
+            s_fast.square(), s_slow.square(), grad * fast, grad * slow,
         )  # fmt: skip
-        features, scale, norm = self._features(torch.stack(means), count, at)
+        features, scale, norm = self._features(at.means(torch.stack(of)), count, at)
         norm = at.spread(norm)
         directions = torch.stack(
             (s_fast, s_slow, s_now, fast / norm, slow / norm, s_fast * s_slow.abs()), dim=-1
         )
         return features, scale, directions, new, count
 
+    def _unbias(self, count: Tensor) -> Tensor:
+        """By what the three moments are too small after ``count`` steps, ``(3, *)``."""
+        cfg = self.config
+        logs = [math.log(beta) for beta in (cfg.fast_beta, cfg.slow_beta, cfg.square_beta)]
+        return torch.stack([-torch.expm1(count * log) for log in logs])
+
     def _features(
         self, means: Tensor, count: Tensor, at: Alone | Packed
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, scale and root mean square of each tensor from ten means ``(10, *)``."""
-        param, square, root, fast, slow, now, now_fast, now_slow, s_fast, s_slow = means.unbind()
-        rms = (param + TINY).sqrt()  # differentiable at zero, too
+        """Features, scale and root mean square of each tensor from means of :func:`_pairs`."""
+        moments, (square, root, param), signals, products = means.split((3, 3, 2, 2))
         square = square + TINY**2
-
-        def floored(mean_square: Tensor) -> Tensor:
-            return (mean_square + TINY**2).sqrt()
-
-        features = torch.stack(
+        rms = (param + TINY).sqrt()  # differentiable at zero, too
+        # How much of the gradient is signal, of the tensor as one; how unequal coordinates are.
+        logs = log_ratio(torch.cat((moments, root.square().unsqueeze(0))), square)  # (4, *)
+        norms = (moments + TINY**2).sqrt()  # of the momenta and the gradient
+        features = torch.cat(
             (
                 # How small the tensor is against its natural scale, its shape, and its age.
-                (rms / at.natural).clamp(min=math.exp(-8.0)).log() / 4.0,
-                at.log_fan_in / 8.0,
-                at.log_size / 12.0,
-                at.is_vector,
-                (count.clamp(max=10_000.0).log() - 4.0) / 4.0,
-                (-count / 10.0).exp(),
-                # How much of the gradient is signal: of the tensor as one, and by coordinate.
-                log_ratio(fast, square) / 4.0,
-                log_ratio(slow, square) / 4.0,
-                log_ratio(now, square) / 4.0,
-                (s_fast + 1e-4).log() / 4.0,
-                (s_slow + 1e-4).log() / 4.0,
-                # How unequal its coordinates are.
-                log_ratio(root.square(), square) / 4.0,
-                # Whether it still goes where it went.
-                now_fast / (floored(now) * floored(fast)),
-                now_slow / (floored(now) * floored(slow)),
-            ),
-            dim=-1,
+                torch.stack(
+                    (
+                        (rms / at.natural).clamp(min=math.exp(-8.0)).log(),
+                        at.log_fan_in,
+                        at.log_size,
+                        at.is_vector,
+                        count.clamp(max=10_000.0).log() - 4.0,
+                        (count * -0.1).exp(),
+                    )
+                ),
+                logs[:3],
+                (signals + 1e-4).log(),  # how much is signal, by coordinate
+                logs[3:],
+                products / (norms[:2] * norms[2]),  # whether it still goes where it went
+            )
         )
+        features = features.movedim(0, -1) * means.new_tensor(_FEATURE_UNITS)
         return features, torch.maximum(rms, at.natural), square.sqrt()
 
     # ---- the in-place path: one tensor of any size, or several packed into one
@@ -287,9 +287,10 @@ class SteeredRule(TensorRule):
         grad, param = flat(grads), flat(params)
         packed, unpack_ = pack_rows(states, _MOMENTS)
         new = self._advance_(grad, [packed[key].view(-1) for key in _MOMENTS])
-        pairs = _pairs(grad, param, *new)
-        means = torch.stack(at.means(*(a if b is None else a * b for a, b in pairs)))
-        factors = self._factors_(means, states, at).index_select(1, at.owner)
+        products = grad.new_empty(_MEANS, len(grad))
+        for row, (a, b) in zip(products, _pairs(grad, param, *new), strict=True):
+            row.copy_(a) if b is None else torch.mul(a, b, out=row)
+        factors = at.spread(self._factors_(at.means(products), states, at))
         update = _mixed(grad, *new, factors)
         unpack_()
         return split_like(update, grads), None
@@ -319,19 +320,19 @@ class SteeredRule(TensorRule):
         torch._foreach_add_(own["count"], 1)
         packed = {key: torch.stack(values).to(means.dtype) for key, values in own.items()}
         count = packed.pop("count")
-        betas = (self.config.fast_beta, self.config.slow_beta, self.config.square_beta)
-        fast, slow, square = (-torch.expm1(count * math.log(beta)) for beta in betas)
-        root, one = square.sqrt(), torch.ones_like(square)
-        fast2, slow2 = fast.square(), slow.square()
-        means = means / torch.stack(
-            (one, square, root, fast2, slow2, one, fast, slow, fast2 / square, slow2 / square)
-        )
+        unbias = self._unbias(count)  # (3, m)
+        fast, slow, square = unbias
+        squared, one = unbias.square(), torch.ones_like(square)
+        root = square.sqrt()
+        of_moments = torch.stack((squared[0], squared[1], one, square, root, one))
+        means = means / torch.cat((of_moments, squared[:2] / square, unbias[:2]))
         features, scale, norm = self._features(means, count, at)
         gains = self._gains(self.lstm.step_(features, packed), features).t() * scale  # (6, m)
         for key, values in packed.items():
             torch._foreach_copy_(own[key], list(values.unbind()))
-        of_moments = (fast / root, slow / root, 1 / root, fast * norm, slow * norm)
-        return gains / torch.stack((*of_moments, fast * slow / square))
+        both = unbias[:2]
+        of_directions = (both / root, one.unsqueeze(0) / root, both * norm)
+        return gains / torch.cat((*of_directions, (fast * slow / square).unsqueeze(0)))
 
 
 def _pairs(
@@ -341,8 +342,8 @@ def _pairs(
     r = (square + TINY**2).rsqrt_()
     s_fast, s_slow = fast * r, slow * r
     return (
-        (param, param), (square, None), (square, r), (fast, fast), (slow, slow), (grad, grad),
-        (grad, fast), (grad, slow), (s_fast, s_fast), (s_slow, s_slow),
+        (fast, fast), (slow, slow), (grad, grad), (square, None), (square, r), (param, param),
+        (s_fast, s_fast), (s_slow, s_slow), (grad, fast), (grad, slow),
     )  # fmt: skip
 
 
