@@ -13,7 +13,7 @@ from learned_optim.rules import UpdateRule
 
 #: Names that move on to better weights, and where they stand; ``default`` is what
 #: ``LearnedOptimizer(params)`` uses.
-ALIASES = {"default": "general", "default-fast": "general-fast"}
+ALIASES = {"default": "general-2", "default-fast": "general-2-fast"}
 
 
 def _folder() -> Path:
