@@ -764,6 +764,9 @@ def test_refresh_refuses_another_protocol_and_other_losses(
     with pytest.raises(ValueError, match="the summary has seeds=2 and this evaluation 3"):
         more.refresh(old)
     cell = old["tasks"]["quadratic"]["horizons"]["20"]
-    cell["optimizers"][cell["best_baseline"]]["sum"]["mean"] *= 1.01
+    best = cell["optimizers"][cell["best_baseline"]]["sum"]
+    best["mean"] += 0.2 * best["half"]  # as far as another processor's rounding may lead
+    assert Evaluation(config).refresh(old)
+    best["mean"] += 0.2 * best["half"]
     with pytest.raises(ValueError, match="in the summary: evaluate anew"):
         Evaluation(config).refresh(old)

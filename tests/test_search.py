@@ -9,6 +9,7 @@ from test_trainer import SMALL
 
 from learned_optim.cli import main
 from learned_optim.meta import MetaTrainer
+from learned_optim.meta.recipes import recipes
 from learned_optim.meta.search import SearchConfig, Trial, search
 
 
@@ -58,7 +59,5 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 3
     assert lines[-1].startswith("best: --meta-lr ")
     assert main(["search", "--help"]) == 0
-    assert (
-        "RECIPE is a shipped recipe (general, general-fast, mnist, quadratic)"
-        in capsys.readouterr().out
-    )
+    shipped = ", ".join(recipes())
+    assert f"RECIPE is a shipped recipe ({shipped})" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learned_optim.rules._base import State
+from learned_optim.rules._base import State, zeros_by_feature
 
 
 class LSTMStack(nn.Module):
@@ -36,9 +36,8 @@ class LSTMStack(nn.Module):
 
     def zero_state(self, param: Tensor, dtype: torch.dtype) -> State:
         """``hidden`` and ``cell``, each ``(*param.shape, num_layers * hidden_size)``."""
-        like = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
         width = self.num_layers * self.hidden_size
-        zeros = like.unsqueeze(-1).repeat(*(1,) * param.dim(), width)
+        zeros = zeros_by_feature(param, width, dtype)
         return {"hidden": zeros, "cell": zeros.clone()}
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -106,8 +105,10 @@ class LSTMStack(nn.Module):
         if self._fast is None or self._fast.key != key:
             self._fast = _FastWeights(self, key)
         hidden, size = state["hidden"], self.hidden_size
-        gates = x.new_empty(x.shape[0], 4 * size)
-        self._fast.run(x, hidden, state["cell"], gates, shared, owner)
+        gates = x.new_empty(4 * size, x.shape[0])
+        # Transposed, a gate is contiguous, and so is a row of states as zero_state lays them out.
+        said = None if shared is None else shared.t()
+        self._fast.run(x.t(), hidden.t(), state["cell"].t(), gates, said, owner)
         return hidden[:, -size:]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,12 +135,12 @@ class _FastWeights:
             i, f, g, o = w.detach().chunk(4)
             return torch.cat((i, f, o, 2 * g))
 
-        self.products: list[Tensor] = []  # per layer: (inputs + size, 4 * size)
-        self.biases: list[Tensor] = []  # per layer: (4 * size,)
+        self.products: list[Tensor] = []  # per layer: (4 * size, inputs + size)
+        self.biases: list[Tensor] = []  # per layer: (4 * size, 1)
         for layer in range(stack.num_layers):
             w_ih, w_hh, b_ih, b_hh = stack.layer(layer)
-            self.products.append(torch.cat((arrange(w_ih), arrange(w_hh)), 1).t().contiguous())
-            self.biases.append(arrange(b_ih + b_hh))
+            self.products.append(torch.cat((arrange(w_ih), arrange(w_hh)), 1))
+            self.biases.append(arrange(b_ih + b_hh).unsqueeze(1))
 
     def run(
         self,
@@ -150,34 +151,34 @@ class _FastWeights:
         shared: Tensor | None,
         owner: Tensor | None,
     ) -> None:
-        """One step of all layers on a block of ``n`` rows, in place in ``h`` and ``c``.
+        """One step of all layers on a block of ``n`` coordinates, in place in ``h`` and ``c``.
 
         Args:
-            x: features, ``(n, k)``.
-            h: hidden state, ``(n, layers * size)``; ``c`` likewise.
-            gates: buffer of ``(n, 4 * size)``.
-            shared: see :meth:`LSTMStack.step_`; ``owner`` likewise.
+            x: features, ``(k, n)``.
+            h: hidden state, ``(layers * size, n)``; ``c`` likewise.
+            gates: buffer of ``(4 * size, n)``.
+            shared: see :meth:`LSTMStack.step_`, transposed; ``owner`` likewise.
         """
-        size, seen = self.size, x.shape[1]
-        i, f, o, g = gates.chunk(4, dim=1)
+        size, seen = self.size, x.shape[0]
+        i, f, o, g = gates.chunk(4)
         for layer, (weight, bias) in enumerate(zip(self.products, self.biases, strict=True)):
             own = slice(layer * size, (layer + 1) * size)
             if layer == 0:
                 if shared is not None:
-                    bias = torch.addmm(bias, shared, weight[seen:-size])  # (m, 4 * size)
+                    bias = torch.addmm(bias, weight[:, seen:-size], shared)  # (4 * size, m)
                 if owner is None:
-                    torch.addmm(bias, x, weight[:seen], out=gates)
+                    torch.addmm(bias, weight[:, :seen], x, out=gates)
                 else:
-                    torch.index_select(bias, 0, owner, out=gates).addmm_(x, weight[:seen])
-                gates.addmm_(h[:, own], weight[-size:])
+                    torch.index_select(bias, 1, owner, out=gates).addmm_(weight[:, :seen], x)
+                gates.addmm_(weight[:, -size:], h[own])
             else:
                 # The new state of the layer below and this layer's own lie side by side.
-                torch.addmm(bias, h[:, own.start - size : own.stop], weight, out=gates)
+                torch.addmm(bias, weight, h[own.start - size : own.stop], out=gates)
             gates.sigmoid_()
-            cell = c[:, own]
+            cell = c[own]
             cell.mul_(f).addcmul_(i, g, value=2.0).sub_(i)  # f c + i (2 sigmoid(2g) - 1)
-            tanh_cell = (2.0 * cell).sigmoid_().mul_(2.0).sub_(1.0)
-            torch.mul(o, tanh_cell, out=h[:, own])
+            tanh_cell = torch.mul(cell, 2.0, out=g).sigmoid_().mul_(2.0).sub_(1.0)
+            torch.mul(o, tanh_cell, out=h[own])
 
 
 def widened(name: str, own: Tensor, narrow: Tensor) -> Tensor | None:

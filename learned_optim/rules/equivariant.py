@@ -32,6 +32,7 @@ from learned_optim.rules._base import (
     flat,
     pack_rows,
     split_like,
+    zeros_by_feature,
 )
 from learned_optim.rules._shards import mean_from_sums, whole_shape
 from learned_optim.rules._stack import LSTMStack, widened
@@ -40,7 +41,7 @@ from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio
 _EVEN, _ODD = 15, 3  # features the network reads; directions it mixes
 _SAID = 8  # features of those, the last ones, that are said of whole tensors
 # Coordinates per block of the in-place path: cheaper ones than in the LSTM rule, so more of them.
-_BLOCK = 1 << 15
+_BLOCK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,8 @@ class EquivariantRule(RecurrentRule):
         return widened(name, own, narrow)
 
     def init_state(self, param: Tensor) -> State:
-        like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
         return {
-            "moments": like.unsqueeze(-1).repeat(*(1,) * param.dim(), 3),
+            "moments": zeros_by_feature(param, 3, self.dtype),
             "count": torch.zeros((), dtype=self.dtype, device=param.device),
             **self.lstm.zero_state(param, self.dtype),
         }

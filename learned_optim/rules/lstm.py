@@ -116,7 +116,9 @@ class LSTMRule(RecurrentRule):
         return self._read_out(out), new_state
 
     def respond_(self, signals: Tensor, state: State) -> Tensor:
-        return self._read_out(self.lstm.step_(signals, state))
+        out = self.lstm.step_(signals, state)
+        bias, weight = self.readout.bias, self.readout.weight[0]
+        return torch.addmv(bias, out, weight).mul_(self.config.output_scale)
 
     def _read_out(self, out: Tensor) -> Tensor:
         """Updates ``(*S,)`` from hidden states ``(*S, hidden_size)``."""
