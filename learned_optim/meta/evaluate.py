@@ -364,7 +364,7 @@ class Evaluation:
             again = self._row(best)["sum"]["mean"]
             # Another processor rounds otherwise, and the runs drift apart, within their spread.
             spread = row["sum"]["half"]
-            if not math.isclose(again, row["sum"]["mean"], rel_tol=1e-4, abs_tol=0.25 * spread):
+            if not math.isclose(again, row["sum"]["mean"], rel_tol=1e-4, abs_tol=spread):
                 raise ValueError(
                     f"{best.contestant.label} on {task} has a summed loss of {again} now, and "
                     f"{row['sum']['mean']} in the summary: evaluate anew"
