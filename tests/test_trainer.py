@@ -157,6 +157,26 @@ def test_training_starts_from_a_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(bits(again), bits(second), strict=True))
 
 
+def test_finished_weights_share_in_the_first(tmp_path: Path) -> None:
+    first = MetaTrainer(SMALL, tmp_path / "first")
+    first.train()
+    start = first.finish(tmp_path / "first.safetensors")
+    recipe = replace(SMALL, start=str(start), epochs=2, seed=1, meta_lr=0.05)
+    whole = MetaTrainer(recipe, tmp_path / "second")
+    whole.train()
+    best = load_rule(whole.finish(tmp_path / "whole.safetensors")).state_dict()
+    shared = MetaTrainer(replace(recipe, start_share=0.25), tmp_path / "second")  # of the same run
+    path = shared.finish(tmp_path / "shared.safetensors")
+    begun = load_rule(start).state_dict()
+    for name, weight in load_rule(path).state_dict().items():
+        assert not best[name].equal(begun[name])
+        torch.testing.assert_close(weight, 0.75 * best[name] + 0.25 * begun[name])
+    record = load_record(path)
+    assert record["recipe"]["start_share"] == 0.25
+    assert record["validation"] == shared.validate(load_rule(path)) != whole.best.validation
+    assert all(torch.equal(a, b) for a, b in zip(bits(shared), bits(whole), strict=True))
+
+
 def test_start_must_be_of_the_same_rule(tmp_path: Path) -> None:
     checkpoint = MetaTrainer(replace(SMALL, epochs=1), tmp_path / "first")
     checkpoint.train()

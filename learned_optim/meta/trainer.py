@@ -146,6 +146,7 @@ class MetaTrainer:
         if recipe.start is not None:
             self._start_from(recipe.start)
         self.kept.load_state_dict(self.rule.state_dict())
+        self._first = {name: weight.clone() for name, weight in self.rule.state_dict().items()}
         self.meta_optimizer = torch.optim.Adam(self.rule.parameters(), lr=recipe.meta_lr)
         self.epoch = 0
         self.meta_steps = 0
@@ -177,7 +178,7 @@ class MetaTrainer:
         if recipe_file.exists():
             found = recipe_from_json(json.loads(recipe_file.read_text()))
             # Stopping earlier or later continues the same run, unless the schedule depends on it.
-            free = {"patience", "test_runs"}
+            free = {"patience", "test_runs", "start_share"}
             if self.recipe.meta_lr_final is None:
                 free.add("epochs")
             names = [f.name for f in fields(Recipe) if f.name not in free]
@@ -251,6 +252,11 @@ class MetaTrainer:
             figures; test tasks come from the evaluation split and choose nothing.
         """
         rule, record = read_checkpoint(self.folder / "best.safetensors")
+        record["recipe"] = self.recipe.to_json()
+        if self.recipe.start_share:
+            for name, weight in rule.state_dict().items():
+                weight.lerp_(self._first[name], self.recipe.start_share)
+            record["validation"] = self.validate(rule)
         family = build_tasks(self.recipe.task, TaskOptions("evaluation", self.data))
         seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
         sums = self._summed(rule, family, list(seeds))
@@ -402,12 +408,15 @@ class MetaTrainer:
         return recipe.meta_lr_final + (recipe.meta_lr - recipe.meta_lr_final) * swing
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean summed loss of the kept weights over the validation runs; inf if not finite."""
+    def validate(self, rule: UpdateRule | None = None) -> float:
+        """Mean summed loss over the validation runs, of the kept weights unless a rule is given.
+
+        Infinite if it is not finite.
+        """
         seeds: list[tuple[object, ...]] = [
             (self.recipe.seed, "validation", i) for i in range(self.recipe.validation_runs)
         ]
-        sums = self._summed(self.kept, self.family, seeds[self.rank :: self.world])
+        sums = self._summed(rule or self.kept, self.family, seeds[self.rank :: self.world])
         geometric = self.recipe.validation_mean == "geometric"
         total = (sums.double().log() if geometric else sums.double()).sum()
         if self.world > 1:

@@ -43,6 +43,9 @@ class Recipe:
     start: str | None = None
     """Checkpoint whose weights training begins with, which may have fewer units; weights that it
     lacks, and all if not given, begin untrained."""
+    start_share: float = 0.0
+    """Share of these weights in the finished ones, which then forget less of what `start` can do
+    and training did not show (Wortsman et al. 2022)."""
     runs_per_epoch: int = 100
     """Optimizee runs per epoch (thesis section 4.1), one after another."""
     tasks_per_meta_step: int = 1
@@ -104,6 +107,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.start_share < 1:
+            raise ValueError(f"start_share must lie in [0, 1), got {self.start_share}")
+        if self.start_share and self.start is None:
+            raise ValueError(f"start_share={self.start_share} needs a start to share in")
         if not 0 <= self.average < 1:
             raise ValueError(f"average must lie in [0, 1), got {self.average}")
 
