@@ -2,8 +2,9 @@
 
 Unrolls of 50 and 100 steps instead of 20 and 50, because what escapes a plateau pays only later;
 a mixture with more of the thesis's tasks; coordinates sampled tensor by tensor, because an output
-layer carries much of the meta-gradient; and the tensor's scale reaches the gains directly. The finished weights are halfway between the first and
-the best: on networks deeper and wider than the mixture's, where the best forget.
+layer carries much of the meta-gradient; and the tensor's scale reaches the gains directly. The
+finished weights are halfway between the first and the best, which forget something of networks
+deeper and wider than those of the mixture.
 """
 
 from dataclasses import replace
