@@ -76,19 +76,18 @@ def products(n: int) -> Callable[[], None]:
     The same shapes in the same blocks as on the fast path.
     """
     rows = min(n, BLOCK_ROWS)
-    x, gates, out = torch.randn(rows, 2), torch.empty(rows, 80), torch.empty(rows, 1)
-    hidden = torch.randn(n, 40)
-    inputs, recurrent, second, readout = (
-        torch.randn(k, m) for k, m in ((2, 80), (20, 80), (40, 80), (20, 1))
-    )
-    bias, one = torch.randn(80), torch.randn(1)
+    x, gates, out = torch.randn(2, rows), torch.empty(80, rows), torch.empty(rows)
+    hidden = torch.randn(40, n)
+    inputs, recurrent, second = (torch.randn(80, k) for k in (2, 20, 40))
+    readout, bias, one = torch.randn(20), torch.randn(80, 1), torch.randn(1)
 
     def run() -> None:
-        for h in hidden.split(rows):
-            g, o = gates[: len(h)], out[: len(h)]
-            torch.addmm(bias, x[: len(h)], inputs, out=g).addmm_(h[:, :20], recurrent)
-            torch.addmm(bias, h, second, out=g)
-            torch.addmm(one, h[:, 20:], readout, out=o)
+        for h in hidden.split(rows, 1):
+            n = h.shape[1]
+            g = gates if n == rows else gates.new_empty(80, n)
+            torch.addmm(bias, inputs, x[:, :n], out=g).addmm_(recurrent, h[:20])
+            torch.addmm(bias, second, h, out=g)
+            torch.addmv(one, h[20:].t(), readout, out=out[:n])
 
     return run
 

@@ -91,6 +91,12 @@ class SteeredRule(TensorRule):
         # The untrained rule is a small step along the fast momentum, in the right direction.
         nn.init.normal_(self.readout.weight, std=0.02)
         nn.init.zeros_(self.readout.bias)
+        cfg = self.config
+        logs = [math.log(beta) for beta in (cfg.fast_beta, cfg.slow_beta, cfg.square_beta)]
+        self.log_betas: Tensor
+        self.register_buffer("log_betas", torch.tensor(logs), persistent=False)
+        self.units: Tensor
+        self.register_buffer("units", torch.tensor(_FEATURE_UNITS), persistent=False)
         self.direct: nn.Linear | None = None
         if self.config.direct:
             self.direct = nn.Linear(_FEATURES, 1 + _DIRECTIONS, bias=False)
@@ -200,9 +206,8 @@ class SteeredRule(TensorRule):
 
     def _unbias(self, count: Tensor) -> Tensor:
         """By what the three moments are too small after ``count`` steps, ``(3, *)``."""
-        cfg = self.config
-        logs = [math.log(beta) for beta in (cfg.fast_beta, cfg.slow_beta, cfg.square_beta)]
-        return torch.stack([-torch.expm1(count * log) for log in logs])
+        logs = self.log_betas.view(3, *(1,) * count.dim())
+        return torch.expm1(count * logs).neg_()
 
     def _features(
         self, means: Tensor, count: Tensor, at: Alone | Packed
@@ -233,7 +238,7 @@ class SteeredRule(TensorRule):
                 products / (norms[:2] * norms[2]),  # whether it still goes where it went
             )
         )
-        features = features.movedim(0, -1) * means.new_tensor(_FEATURE_UNITS)
+        features = features.movedim(0, -1) * self.units
         return features, torch.maximum(rms, at.natural), square.sqrt()
 
     # ---- the in-place path: one tensor of any size, or several packed into one
