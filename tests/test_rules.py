@@ -256,6 +256,20 @@ def test_zero_readout_gives_zero_updates() -> None:
     assert torch.count_nonzero(updates) == 0
 
 
+@pytest.mark.parametrize("cheap", [True, False])
+@pytest.mark.parametrize("name", ["equivariant", "lstm", "steered"])
+def test_in_place_path_with_tanh_and_without(
+    name: str, cheap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learned_optim.rules._stack.tanh_is_cheap", lambda: cheap)
+    rule = random_rule(name, torch.float64)
+    grads, param = gradients(5, 6, 4), torch.randn(6, 4, dtype=torch.float64)
+    expected, state = trajectory(rule, grads, param), rule.init_state(param)
+    for grad, update in zip(grads, expected, strict=True):
+        torch.testing.assert_close(rule.update_(grad, state, param), update, rtol=1e-9, atol=1e-12)
+        param = param + update
+
+
 def test_fast_weights_follow_the_weights() -> None:
     rule, param, grad = random_rule("lstm"), torch.zeros(3), torch.ones(3)
     before = rule.update_(grad, rule.init_state(param), param)

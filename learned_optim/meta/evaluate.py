@@ -330,7 +330,7 @@ class Evaluation:
         return summary
 
     def refresh(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Replace the learned optimizers in a summary of the same tasks, horizons and seeds.
+        """Replace learned optimizers that changed in a summary of the same tasks and seeds.
 
         Hand-written optimizers keep their figures; only the best of each table run again, with the
         learning rates found before, because ratios are taken seed by seed.
@@ -346,11 +346,13 @@ class Evaluation:
                     f"{value}: evaluate anew"
                 )
         learned = [c for c in self.contestants if c.kind == "learned"]
+        known = summary["protocol"]["checkpoints"]
+        changed = [c for c in learned if known.get(c.label) != c.identity]
         cells, entries = {}, []
         for task in config.tasks:
             for horizon in config.horizons:
                 old = summary["tasks"][task]["horizons"][str(horizon)]
-                mine = [self._at(task, c, 1.0, horizon) for c in learned]
+                mine = [self._at(task, c, 1.0, horizon) for c in changed]
                 best = self._known_best(task, old, horizon, "sum")
                 final = self._known_best(task, old, horizon, "final")
                 cells[task, horizon] = mine, best, final
@@ -373,13 +375,14 @@ class Evaluation:
             # What is timed beside each other is compared: not with another machine's time.
             for entry in (best, final):
                 time = self._row(entry)["milliseconds_per_step"]
-                known = kept[entry.contestant.label]
-                kept[entry.contestant.label] = {**known, "milliseconds_per_step": time}
+                name = entry.contestant.label
+                kept[name] = {**kept[name], "milliseconds_per_step": time}
             new = {
                 e.contestant.label: self._row(e) | self._against(e, best) | self._reaching(e, final)
                 for e in mine
             }
-            tasks[task]["horizons"][str(horizon)] = {**old, "optimizers": {**new, **kept}}
+            every = {c.label: new.get(c.label) or old["optimizers"][c.label] for c in learned}
+            tasks[task]["horizons"][str(horizon)] = {**old, "optimizers": {**every, **kept}}
         return {**summary, "protocol": rules, "tasks": tasks}
 
     def _at(
