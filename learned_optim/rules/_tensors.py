@@ -35,7 +35,6 @@ class Alone:
 
     def __init__(self, param: Tensor) -> None:
         whole = whole_shape(param)
-        self.shape = param.shape
         self.natural = param.new_tensor(_natural_scale(whole))
         self.log_fan_in = param.new_tensor(math.log(_fan_in(whole)))
         self.log_size = param.new_tensor(math.log(max(1, whole.numel())))
@@ -47,9 +46,6 @@ class Alone:
 
     def spread(self, value: Tensor) -> Tensor:
         return value
-
-    def rows(self, features: Tensor) -> Tensor:
-        return features.expand(*self.shape, -1)
 
 
 class Packed:
@@ -99,10 +95,12 @@ class Packed:
         each = zip(value.split(1, -1), self.sizes, strict=True)
         return torch.cat([part.expand(*lead, size) for part, size in each], -1)
 
-    def rows(self, features: Tensor) -> Tensor:
-        return features.index_select(0, self.owner)
-
 
 def log_ratio(x: Tensor, reference: Tensor) -> Tensor:
     """log(x / reference), not below -16, so that zero has a value."""
     return (x / reference).clamp(min=math.exp(-16.0), max=math.exp(16.0)).log()
+
+
+def unbias(count: Tensor, *betas: float) -> Tensor:
+    """By what moments of these decays are too small after ``count`` steps, ``(betas, *)``."""
+    return torch.stack([-torch.expm1(count * math.log(beta)) for beta in betas])

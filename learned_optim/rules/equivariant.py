@@ -36,7 +36,7 @@ from learned_optim.rules._base import (
 )
 from learned_optim.rules._shards import mean_from_sums, whole_shape
 from learned_optim.rules._stack import LSTMStack, widened
-from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio
+from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio, unbias
 
 _EVEN, _ODD = 15, 3  # features the network reads; directions it mixes
 _SAID = 8  # features of those, the last ones, that are said of whole tensors
@@ -146,8 +146,8 @@ class EquivariantRule(RecurrentRule):
 
     def _unbias(self, count: Tensor) -> Tensor:
         """By what the three moments are too small after ``count`` steps, ``(3, *)``."""
-        betas = (self.config.fast_beta, self.config.slow_beta, self.config.square_beta)
-        return torch.stack([-torch.expm1(count * math.log(beta)) for beta in betas])
+        cfg = self.config
+        return unbias(count, cfg.fast_beta, cfg.slow_beta, cfg.square_beta)
 
     def _about(
         self, means: Tensor, count: Tensor, at: Alone | Packed

@@ -33,7 +33,7 @@ from learned_optim.rules._base import (
 )
 from learned_optim.rules._shards import mean_from_sums, whole_shape
 from learned_optim.rules._stack import LSTMStack, widened
-from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio
+from learned_optim.rules._tensors import TINY, Alone, Packed, log_ratio, unbias
 
 _FEATURES, _DIRECTIONS = 14, 6
 _MOMENTS, _MEANS = ("fast", "slow", "square"), 10
@@ -91,10 +91,6 @@ class SteeredRule(TensorRule):
         # The untrained rule is a small step along the fast momentum, in the right direction.
         nn.init.normal_(self.readout.weight, std=0.02)
         nn.init.zeros_(self.readout.bias)
-        cfg = self.config
-        logs = [math.log(beta) for beta in (cfg.fast_beta, cfg.slow_beta, cfg.square_beta)]
-        self.log_betas: Tensor
-        self.register_buffer("log_betas", torch.tensor(logs), persistent=False)
         self.units: Tensor
         self.register_buffer("units", torch.tensor(_FEATURE_UNITS), persistent=False)
         self.direct: nn.Linear | None = None
@@ -206,8 +202,8 @@ class SteeredRule(TensorRule):
 
     def _unbias(self, count: Tensor) -> Tensor:
         """By what the three moments are too small after ``count`` steps, ``(3, *)``."""
-        logs = self.log_betas.view(3, *(1,) * count.dim())
-        return torch.expm1(count * logs).neg_()
+        cfg = self.config
+        return unbias(count, cfg.fast_beta, cfg.slow_beta, cfg.square_beta)
 
     def _features(
         self, means: Tensor, count: Tensor, at: Alone | Packed
