@@ -1,28 +1,56 @@
 """An update rule as one safetensors file: weights, and a header that rebuilds the rule.
 
 The header's metadata holds ``format``, ``format_version``, ``rule`` (registered name), ``config``
-(JSON) and ``record`` (JSON: recipe, seed, commit, figures). Nothing is ever unpickled. A rule keeps
-the dtype of its tensors.
+(JSON), ``record`` (JSON: recipe, seed, commit, figures) and ``sha256``, a digest of everything
+else in the file. Files of format version 1 have no digest, and are read as well. The same rule and
+record always give the same bytes. Nothing is ever unpickled. A rule keeps the dtype of its tensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
+from learned_optim._bytes import tensor_bytes
 from learned_optim._fields import check_fields
 from learned_optim.rules import UpdateRule, build_rule
 
 FORMAT = "learned_optim"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Version 1 lacks the digest.
+READABLE_VERSIONS = (1, 2)
+
+#: What safetensors calls the dtypes that a rule's tensors may have.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+#: Those in which an update can be computed.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class CheckpointError(ValueError):
@@ -33,22 +61,54 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     """Let ``write`` fill a temporary file beside ``path``, then move it into place.
 
     A reader sees the old file or the new one, never half of one, whenever the process dies.
+
+    Raises:
+        OSError: the file cannot be written, a full disk say; the message names it, and the old file
+            is as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; a checkpoint is not
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; a checkpoint is not
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno)}") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of writers that were killed; nobody may be writing there now."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Make sure, before hours of work, that ``path`` can be written at their end.
+
+    Raises:
+        OSError: its folder cannot be made or written to, or it is a folder itself.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder, and a file is to be written")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise type(error)(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -90,12 +150,20 @@ def save_rule(
 
     Raises:
         TypeError: the rule is not registered under a name, or the record is not JSON.
+        ValueError: weights that no update can be computed with: not finite, or of no floating dtype
+            of 16 bits or more.
+        OSError: the file cannot be written; an older one is as it was.
     """
     if not rule.name:
         raise TypeError(
             f"{type(rule).__name__} has no name, so a file of it could not be loaded again: give "
             f"the class a `name` and define it in a module of learned_optim.rules"
         )
+    tensors = {name: tensor.detach().cpu() for name, tensor in rule.state_dict().items()}
+    try:
+        check_weights(rule, tensors)
+    except ValueError as error:
+        raise ValueError(f"the rule cannot be saved: {error}") from error
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -103,8 +171,68 @@ def save_rule(
         "config": json.dumps(rule.config_dict(), sort_keys=True),
         "record": as_json(record or {}),
     }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in rule.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    metadata["sha256"] = _digest(metadata, tensors)
+    content = _safetensors(metadata, tensors)
+    write_atomically(path, lambda temporary: _write(temporary, content))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _safetensors(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file; safetensors' own writers draw the order of its header at random.
+
+    The header's length as 8 bytes, the header as JSON padded to a multiple of 8 bytes, and the
+    tensors behind each other, the widest elements first, so that all are aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    parts, offset = [], 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        part = tensor_bytes(tensors[name])
+        header[name] = {
+            "dtype": DTYPES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [offset, offset + len(part)],
+        }
+        parts.append(part)
+        offset += len(part)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over everything that a checkpoint says, the digest itself excepted."""
+    said = {key: value for key, value in metadata.items() if key != "sha256"}
+    form = {name: [DTYPES[t.dtype], list(t.shape)] for name, t in tensors.items()}
+    digest = hashlib.sha256(json.dumps([said, form], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def check_weights(rule: UpdateRule, tensors: Mapping[str, Tensor]) -> None:
+    """Whether updates can be computed with these tensors in the place of the rule's own.
+
+    Raises:
+        ValueError: a tensor of another kind than the rule's, weights of several dtypes, or weights
+            that are not finite; the message names the tensor.
+    """
+    weights = {name for name, _ in rule.named_parameters()}
+    for name, own in rule.state_dict().items():
+        if name not in tensors:
+            continue  # loading says which are missing
+        dtype = tensors[name].dtype
+        fits = dtype in WEIGHT_DTYPES if own.is_floating_point() else dtype == own.dtype
+        if not fits or dtype not in DTYPES:
+            wanted = "floating, of 16 bits or more" if own.is_floating_point() else str(own.dtype)
+            raise ValueError(f"{name} has dtype {dtype} and should be {wanted}")
+        if name in weights and not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} holds values that are not finite")
+    found = {str(tensors[name].dtype) for name in weights & tensors.keys()}
+    if len(found) > 1:
+        raise ValueError(f"its weights have several dtypes: {', '.join(sorted(found))}")
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str, Any]]:
@@ -124,7 +252,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file: it is damaged, incomplete or of another "
             f"kind ({error}). Copy or download it again"
@@ -135,23 +263,80 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
             f"format={metadata.get('format')!r}"
         )
     version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
+    if version not in map(str, READABLE_VERSIONS):
         raise CheckpointError(
             f"{path} has checkpoint format version {version!r} and this release reads "
-            f"{FORMAT_VERSION}: pip install --upgrade learned-optim"
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: pip install --upgrade learned-optim"
         )
     try:
-        rule = build_rule(metadata["rule"], _json_object(metadata, "config"))
+        _check_intact(version, metadata, tensors)
+        with _no_larger_than(tensors):
+            rule = build_rule(metadata["rule"], _json_object(metadata, "config"))
         check_fields(rule.config)
+        check_weights(rule, tensors)
         # Weights load into the dtype they have: casting them would make another rule.
         for key, entry in rule.state_dict(keep_vars=True).items():
-            if key in tensors and tensors[key].is_floating_point() and entry.is_floating_point():
+            if key in tensors and entry.is_floating_point():
                 entry.data = entry.data.to(tensors[key].dtype)
         rule.load_state_dict(tensors, strict=True)
         record = _json_object({"record": "{}", **metadata}, "record")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path} does not describe a known update rule: {error}") from error
     return rule.eval(), record
+
+
+def _check_intact(version: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Hold a file against its own digest; files of version 1 have none.
+
+    Raises:
+        CheckpointError: it differs, or the file has a tensor that no rule has.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{name} has dtype {tensor.dtype}, in which no rule computes")
+    if version == "1":
+        return
+    if metadata.get("sha256") != _digest(metadata, tensors):
+        raise CheckpointError(
+            "the file is damaged: its content does not have the digest that its header states. "
+            "Copy or download it again"
+        )
+
+
+@contextmanager
+def _no_larger_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop building a rule as soon as it is clear that the file does not hold its weights.
+
+    A configuration can name any size: a million layers would be built for hours, and a million
+    units fill the memory, before they turned out to be other weights than those of the file.
+    """
+    # Rules may build parts more than once, and throw some away.
+    most_tensors = 100 + 4 * len(tensors)
+    most_elements = 10_000 + 4 * sum(tensor.numel() for tensor in tensors.values())
+    count, elements, here = 0, 0, threading.get_ident()
+
+    def observe(module: nn.Module, name: str, entry: Tensor | None) -> None:
+        nonlocal count, elements
+        if entry is None or threading.get_ident() != here:
+            return
+        count, elements = count + 1, elements + entry.numel()
+        if count > most_tensors or elements > most_elements:
+            raise CheckpointError(
+                f"the configuration in its header is that of a larger rule: the file holds "
+                f"{len(tensors)} tensors of {sum(t.numel() for t in tensors.values()):,} numbers"
+            )
+
+    hooks = [
+        register_module_parameter_registration_hook(observe),
+        register_module_buffer_registration_hook(observe),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _json_object(metadata: dict[str, str], entry: str) -> dict[str, Any]:

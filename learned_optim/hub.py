@@ -19,6 +19,7 @@ import torch
 from learned_optim.checkpoint import (
     FORMAT,
     FORMAT_VERSION,
+    READABLE_VERSIONS,
     CheckpointError,
     as_json,
     save_rule,
@@ -145,10 +146,11 @@ def _check_config(hub_id: str, path: Path) -> None:
             f"the Hub repository {hub_id!r} is no learned_optim rule: its {CONFIG_FILE} says "
             f"format={found[0]!r}"
         )
-    if found[1] != FORMAT_VERSION:
+    if found[1] not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
         raise CheckpointError(
             f"the Hub repository {hub_id!r} has checkpoint format version {found[1]} and this "
-            f"release reads {FORMAT_VERSION}: pip install --upgrade learned-optim"
+            f"release reads {readable}: pip install --upgrade learned-optim"
         )
 
 

@@ -7,17 +7,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_rule
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import learned_optim
 from learned_optim import CheckpointError, list_pretrained, load_record, load_rule, save_rule
-from learned_optim.checkpoint import write_atomically
+from learned_optim.checkpoint import check_writable, write_atomically
 from learned_optim.rules import UpdateRule, rule_names
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
@@ -47,7 +48,7 @@ def good(tmp_path: Path) -> Path:
 
 
 def rewritten(good: Path, **changes: str) -> Path:
-    """The checkpoint with entries of its header's metadata replaced."""
+    """The checkpoint as a file of format version 1, with entries of its metadata replaced."""
     rule = load_rule(good)
     metadata = {
         "format": "learned_optim", "format_version": "1", "rule": "lstm",
@@ -79,8 +80,145 @@ def test_foreign_safetensors(tmp_path: Path) -> None:
 
 
 def test_newer_format(good: Path) -> None:
-    with pytest.raises(CheckpointError, match="format version '2' and this release reads 1: pip"):
+    with pytest.raises(CheckpointError, match="version '3' and this release reads 1 and 2: pip"):
+        load_rule(rewritten(good, format_version="3"))
+
+
+def test_version_1_has_no_digest_and_loads(good: Path) -> None:
+    rule = load_rule(good)
+    assert load_rule(rewritten(good)).fingerprint() == rule.fingerprint()
+    with pytest.raises(CheckpointError, match=r"good\.safetensors: the file is damaged"):
         load_rule(rewritten(good, format_version="2"))
+
+
+def test_same_rule_and_record_give_the_same_bytes(good: Path, tmp_path: Path) -> None:
+    record = {"z": 1, "a": {"ü": [1.5, None], "b": "x"}}
+    files = []
+    for index in range(4):
+        save_rule(load_rule(good), tmp_path / f"{index}.safetensors", record)
+        files.append((tmp_path / f"{index}.safetensors").read_bytes())
+    assert len(set(files)) == 1
+    # What safetensors itself reads is what was written, aligned.
+    size = int.from_bytes(files[0][:8], "little")
+    assert size % 8 == 0
+    stored = load_file(tmp_path / "0.safetensors")
+    for name, weight in load_rule(good).state_dict().items():
+        assert torch.equal(stored[name], weight)
+
+
+SHIPPED = sorted((Path(learned_optim.__file__).parent.parent / "pretrained").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_flipped_bit_of_a_shipped_file_is_noticed(path: Path, tmp_path: Path) -> None:
+    """Somewhere in the header or in the weights: refused, or without consequence."""
+    with safe_open(path, framework="pt") as file:
+        assert "sha256" in file.metadata(), (
+            f"{path.name} is of format version 1: save_rule(load_rule(path), path, "
+            f"load_record(path)) gives it a digest"
+        )
+    expected, content = load_rule(path).fingerprint(), path.read_bytes()
+    copy = tmp_path / path.name
+    draws = torch.Generator().manual_seed(0)
+    bits = torch.randint(8 * len(content), (60,), generator=draws).tolist()
+    refused = 0
+    for bit in [*bits, 0, 8 * len(content) - 1]:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        copy.write_bytes(damaged)
+        try:
+            assert load_rule(copy).fingerprint() == expected
+            assert load_record(copy) == load_record(path)
+        except CheckpointError as error:
+            assert str(copy) in str(error)  # noqa: PT017
+            refused += 1
+    assert refused >= 60  # but for padding, every bit matters
+
+
+def with_tensors(good: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """The checkpoint, in format version 1, with every tensor changed."""
+    config = json.dumps(load_rule(good).config_dict())
+    metadata = {"format": "learned_optim", "format_version": "1", "rule": "lstm", "config": config}
+    save_file({name: change(t) for name, t in load_file(good).items()}, good, metadata)
+    return good
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: torch.full_like(t, torch.nan), "holds values that are not finite"),
+        (lambda t: t.masked_fill(t == t.max(), torch.inf), "holds values that are not finite"),
+        (lambda t: t.to(torch.int32), r"has dtype torch\.int32 and should be floating"),
+        (lambda t: t.to(torch.bool), r"has dtype torch\.bool and should be floating"),
+        (lambda t: t.to(torch.uint8), r"has dtype torch\.uint8 and should be floating"),
+        (lambda t: t.to(torch.float8_e4m3fn), "dtype torch.float8_e4m3fn, in which no rule"),
+        (lambda t: t.to(torch.float8_e5m2), "dtype torch.float8_e5m2, in which no rule"),
+        (
+            lambda t: t.double() if t.dim() > 1 else t,
+            "several dtypes: torch.float32, torch.float64",
+        ),
+    ],
+)
+def test_weights_that_cannot_compute(
+    good: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"good\.safetensors.* .*{message}"):
+        load_rule(with_tensors(good, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.fill_(torch.nan), "the rule cannot be saved: .* not finite"),
+        (lambda t: t.to(torch.float8_e4m3fn), "the rule cannot be saved: .* dtype torch.float8_e4"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(
+    good: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    rule, before = random_rule("lstm"), good.read_bytes()
+    for weight in rule.parameters():
+        weight.data = change(weight.data)
+    with pytest.raises(ValueError, match=message):
+        save_rule(rule, good)
+    assert good.read_bytes() == before
+
+
+CRAFTED = """
+import json, resource, sys, time
+from safetensors.torch import load_file, save_file
+from learned_optim import CheckpointError, load_rule
+rule = load_rule(sys.argv[1])
+metadata = {"format": "learned_optim", "format_version": "1", "rule": rule.name}
+metadata["config"] = json.dumps({**rule.config_dict(), **json.loads(sys.argv[3])})
+save_file(rule.state_dict(), sys.argv[2], metadata)
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+try:
+    load_rule(sys.argv[2])
+except CheckpointError as error:
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps([str(error), time.perf_counter() - started, grown / 1024]))
+"""
+
+
+@pytest.mark.parametrize("name", ["mnist", "general", "general-fast"])
+@pytest.mark.parametrize(
+    "sizes", [{"num_layers": 10**7}, {"hidden_size": 15_000}, {"hidden_size": 10**12}], ids=str
+)
+def test_sizes_are_compared_before_anything_is_built(
+    name: str, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    crafted = tmp_path / "crafted.safetensors"
+    source = str(Path(learned_optim.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", CRAFTED, name, str(crafted), json.dumps(sizes)],
+        env={**os.environ, "PYTHONPATH": source}, capture_output=True, text=True, timeout=60,
+        check=True,
+    )  # fmt: skip
+    message, seconds, megabytes = json.loads(done.stdout)
+    assert str(crafted) in message
+    assert seconds < 2.0
+    assert megabytes < 200
 
 
 def test_unknown_rule_in_file(good: Path) -> None:
@@ -177,12 +315,46 @@ def test_failed_write_leaves_the_old_file(good: Path) -> None:
     assert [p.name for p in good.parent.iterdir()] == ["good.safetensors"]
 
 
+def test_full_disk_names_the_file_and_loses_nothing(good: Path) -> None:
+    """A limit on the size of files stands in for a disk without space."""
+    before = good.read_bytes()
+    code = textwrap.dedent(
+        """
+        import resource, signal, sys
+        from learned_optim import load_rule, save_rule
+        rule = load_rule(sys.argv[1])
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            save_rule(rule, sys.argv[1], {"a longer": "record"})
+        except OSError as error:
+            print(error)
+        """
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    command = [sys.executable, "-c", code, str(good)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert f"cannot write {good}: " in done.stdout
+    assert good.read_bytes() == before
+    assert [path.name for path in good.parent.iterdir()] == ["good.safetensors"]
+
+
+def test_writability_is_known_beforehand(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "file.safetensors")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(IsADirectoryError, match=r"cannot write .*: it is a folder"):
+        check_writable(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write .*below: (File exists|Not a directory)"):
+        check_writable(tmp_path / "file" / "below")
+
+
 def test_killed_write_leaves_the_old_file(good: Path) -> None:
     before = good.read_bytes()
     code = textwrap.dedent(
         f"""
         import os, signal
-        from learned_optim.checkpoint import write_atomically
+        from learned_optim.checkpoint import check_writable, write_atomically
         def die(path):
             path.write_bytes(b"half")
             os.kill(os.getpid(), signal.{signal.SIGKILL.name})

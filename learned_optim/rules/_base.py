@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from learned_optim._bytes import tensor_bytes
 from learned_optim._discovery import import_submodules, unknown_name
 
 State = dict[str, Tensor]
@@ -234,7 +235,7 @@ class UpdateRule(nn.Module):
         digest.update(json.dumps(self.config_dict(), sort_keys=True).encode())
         for key, weight in sorted(self.state_dict().items()):
             digest.update(key.encode())
-            digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor_bytes(weight))
         return digest.hexdigest()[:16]
 
 

@@ -113,7 +113,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         rule = descending_lstm()
         tensors = dict(list(rule.state_dict().items())[:-1])
         metadata = {
-            "format": "learned_optim", "format_version": str(FORMAT_VERSION), "rule": "lstm",
+            "format": "learned_optim", "format_version": "1", "rule": "lstm",
             "config": json.dumps(rule.config_dict()), "record": "{}",
         }  # fmt: skip
         save_file(tensors, lacking, metadata)
