@@ -1,6 +1,8 @@
 """Shared fixtures: one thread, fixed seeds, and the data folder where there is one."""
 
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,56 @@ from learned_optim.rules.steered import SteeredConfig
 # One thread here and in the processes that tests start: two of them spin where both cores are busy.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Nothing is downloaded: tests check that of this process, and the processes that they start find
+# nobody at the address of the proxy.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(LOOPBACK)
+for _name in ("http_proxy", "https_proxy", "all_proxy"):
+    os.environ[_name] = os.environ[_name.upper()] = "http://127.0.0.1:9"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--only-data",
+        action="store_true",
+        help="run only the tests that need image sets, which are skipped where there are none",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--only-data"):
+        chosen = [item for item in items if "image_data" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.fixture(autouse=True)
+def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Whoever asks for another machine fails, also where the code takes it for a dead network."""
+    asked: list[object] = []
+    connect, lookup = socket.socket.connect, socket.getaddrinfo
+
+    def local(host: object) -> bool:
+        return host is None or host in (*LOOPBACK, socket.gethostname(), "")
+
+    def guarded_connect(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            assert isinstance(address, tuple)
+            if not local(address[0]):
+                asked.append(address)
+                raise OSError(f"tests have no network, and {address} was asked for")
+        connect(self, address)  # type: ignore[arg-type]
+
+    def guarded_lookup(host: object, *args: object, **kwargs: object) -> object:
+        if not local(host):
+            asked.append(host)
+            raise OSError(f"tests have no network, and {host!r} was looked up")
+        return lookup(host, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_lookup)
+    yield asked
+    assert not asked, f"the test asked for {asked}: nothing may be downloaded"
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """The distribution: what is in the files that get installed, and that they work on their own."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from learned_optim import list_pretrained, load_rule
 from learned_optim.meta.recipes import recipes
 
 ROOT = Path(__file__).parent.parent
@@ -121,3 +123,113 @@ def test_shipped_checkpoint_optimizes(name: str, installed: Path, tmp_path: Path
     first, last = map(float, python(installed, tmp_path, "-c", TRAIN, name).split())
     assert first == pytest.approx(1.3125 if name == "quadratic" else 0.693, abs=0.01)
     assert last < 0.2 * first
+
+
+# Runs a program in which only the wheel and the distributions it requires can be imported: what
+# `pip install` of the wheel alone leaves in an empty environment.
+CORE = """
+import importlib.metadata as metadata, re, sys
+
+def name_of(requirement):
+    return re.match(r"[\\w.-]+", requirement).group().lower().replace("_", "-").replace(".", "-")
+
+def closure(roots):
+    found, waiting = set(), list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        try:
+            requires = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+        waiting += [name_of(r) for r in requires if "extra ==" not in r]
+    return found
+
+allowed = closure(["learned-optim"])
+owners = metadata.packages_distributions()
+owners["learned_optim"] = ["learned-optim"]
+
+class OnlyCore:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in owners and not {name_of(owner) for owner in owners[top]} & allowed:
+            return None
+        return self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(OnlyCore, sys.meta_path)
+for missing in ("numpy", "scipy", "tyro", "torchvision", "matplotlib"):
+    try:
+        __import__(missing)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(f"{missing} is among the core dependencies")
+"""
+
+
+def core(installed: Path, folder: Path, program: str, *arguments: str) -> str:
+    """What a program prints where only the wheel and its core dependencies are installed."""
+    return python(installed, folder, "-c", CORE + program, *arguments)
+
+
+def test_core_dependencies_run_the_readme(installed: Path, tmp_path: Path) -> None:
+    snippet = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert snippet is not None
+    program = snippet[1] + "\nprint(loss.item())\n"
+    assert 0 < float(core(installed, tmp_path, program)) < 2.5
+
+
+SAVE_AND_LOAD = """
+import sys, torch
+from learned_optim import LearnedOptimizer, list_pretrained, load_record, load_rule, save_rule
+for name in list_pretrained():
+    save_rule(load_rule(name), "copy.safetensors", load_record(name))
+    assert load_rule("copy.safetensors").fingerprint() == load_rule(name).fingerprint()
+    param = torch.nn.Parameter(torch.ones(5))
+    optimizer = LearnedOptimizer([param], "copy.safetensors")
+    param.grad = torch.ones(5)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), "state.pt")
+    optimizer.load_state_dict(torch.load("state.pt", weights_only=True))
+    optimizer.step()
+    print(name, load_rule(name).fingerprint())
+"""
+
+
+def test_core_dependencies_save_and_load(installed: Path, tmp_path: Path) -> None:
+    lines = core(installed, tmp_path, SAVE_AND_LOAD).splitlines()
+    assert dict(line.split() for line in lines) == {
+        name: load_rule(name).fingerprint() for name in list_pretrained()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["list"], "general-2"),
+        (["show", "default"], '"fingerprint"'),
+        (["train", "--help"], "--folder"),
+        (["search", "--help"], "--trials"),
+        (["evaluate", "--help"], "--checkpoints"),
+    ],
+)
+def test_core_dependencies_run_the_command(
+    arguments: list[str], expected: str, installed: Path, tmp_path: Path
+) -> None:
+    program = "from learned_optim.cli import main; sys.exit(main(sys.argv[1:]))"
+    assert expected in core(installed, tmp_path, program, *arguments)
+
+
+def test_core_dependencies_name_the_extra(installed: Path, tmp_path: Path) -> None:
+    program = """
+from learned_optim.cli import main
+sys.stderr = sys.stdout
+print(main(["train", "quadratic"]))
+"""
+    lines = core(installed, tmp_path, program).splitlines()
+    assert lines[-1] == "1"
+    assert lines[-2].endswith("pip install 'learned-optim[meta]'")

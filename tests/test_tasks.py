@@ -1,6 +1,9 @@
 """Tasks: what the thesis defines, and the split that keeps meta-training honest."""
 
 import math
+import socket
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -145,12 +148,34 @@ def test_meta_training_and_evaluation_images_are_disjoint(
     assert all(image.numpy().tobytes() in rows for image in x)
 
 
-@pytest.mark.parametrize("name", ["fashion", "emnist-letters", "cifar10", "svhn", "fashion-torch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fashion", "emnist-letters", "cifar10", "svhn", "fashion-torch", "fashion-deep",
+        "cifar10-cnn", "cifar10-cnn-bn",
+    ],
+)  # fmt: skip
 def test_evaluation_sets_refuse_to_meta_train(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = Images(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4).long(), 10)
-    monkeypatch.setattr("learned_optim.meta.tasks.images.load_images", lambda *_: images)
+    """Before anything is loaded, let alone downloaded."""
+    for module in ("images", "convnets"):
+        monkeypatch.setattr(
+            f"learned_optim.meta.tasks.{module}.load_images", lambda *_: pytest.fail("loaded")
+        )
     with pytest.raises(ValueError, match="for evaluation only: meta-training on it would leak"):
         build_tasks(name, TaskOptions("meta"))
+
+
+def test_downloads_are_noticed(network: list[object]) -> None:
+    """By the suite's own guard; a process that a test starts cannot make one."""
+    with pytest.raises(OSError, match="tests have no network"):
+        socket.create_connection(("example.org", 80))
+    with socket.socket() as alone, pytest.raises(OSError, match="tests have no network"):
+        alone.connect(("192.0.2.1", 80))
+    assert network == ["example.org", ("192.0.2.1", 80)]
+    network.clear()
+    code = "import urllib.request; urllib.request.urlopen('http://example.org', timeout=20)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Connection refused" in done.stderr
 
 
 def test_missing_data_names_folder_variable_and_option(

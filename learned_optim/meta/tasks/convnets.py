@@ -12,7 +12,7 @@ from torch import nn
 
 from learned_optim.meta.data import load_images
 from learned_optim.meta.tasks._base import FixedTask, ModuleTask, TaskFamily, TaskOptions
-from learned_optim.meta.tasks.images import image_batches, image_test_set
+from learned_optim.meta.tasks.images import check_split, image_batches, image_test_set
 
 
 def convnet(
@@ -41,6 +41,7 @@ def image_convnet(
     image_set: str, widths: tuple[int, int], batch_norm: bool, options: TaskOptions
 ) -> TaskFamily:
     """The family of one convolutional network on one image set."""
+    check_split(image_set, options)
     images = load_images(image_set, True, options.data)
     task = ModuleTask(
         build=partial(convnet, images.shape, widths, images.classes, batch_norm),

@@ -35,6 +35,19 @@ def mlp(
     return nn.Sequential(*layers, nn.Linear(inputs, classes))
 
 
+def check_split(image_set: str, options: TaskOptions) -> None:
+    """Refuse the meta-training split of a set that only evaluates, before anything is loaded.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if options.split == "meta" and image_set not in META_SETS:
+        raise ValueError(
+            f"{image_set!r} is for evaluation only: meta-training on it would leak the evaluation. "
+            f"Sets that may meta-train: {', '.join(META_SETS)}"
+        )
+
+
 def image_batches(
     image_set: str, options: TaskOptions, batch_size: int = BATCH_SIZE
 ) -> Callable[[Generator], Batch]:
@@ -43,11 +56,7 @@ def image_batches(
     Raises:
         ValueError: the meta-training split of a set that only evaluates.
     """
-    if options.split == "meta" and image_set not in META_SETS:
-        raise ValueError(
-            f"{image_set!r} is for evaluation only: meta-training on it would leak the evaluation. "
-            f"Sets that may meta-train: {', '.join(META_SETS)}"
-        )
+    check_split(image_set, options)
     images = load_images(image_set, True, options.data)
     if image_set in META_SETS:
         meta, evaluation = halves(images)
@@ -68,6 +77,7 @@ def image_mlp(
     batch_size: int = BATCH_SIZE,
 ) -> TaskFamily:
     """The family of one network on one image set."""
+    check_split(image_set, options)
     first = load_images(image_set, True, options.data)
     task = ModuleTask(
         build=partial(mlp, math.prod(first.shape), hidden, first.classes, activation),
