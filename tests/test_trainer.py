@@ -1,5 +1,7 @@
 """Meta-training runs: resuming, schedules, divergence, several ranks."""
 
+import errno
+import io
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ import pytest
 import torch
 
 import learned_optim
-from learned_optim import load_record, load_rule
+from learned_optim import CheckpointError, load_record, load_rule
 from learned_optim.meta import MetaTrainer, Recipe, load_recipe, recipes
 from learned_optim.meta.recipes import recipe_from_json
+from learned_optim.meta.trainer import TrainingError
 from learned_optim.rules import RuleConfig
 from learned_optim.rules._base import _RULES
 from learned_optim.rules.handmade import SGDRule
@@ -215,7 +219,7 @@ def test_cosine_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_early_stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([5.0, 4.0, 6.0, 7.0, 3.0])
-    monkeypatch.setattr(MetaTrainer, "validate", lambda self: next(figures))
+    monkeypatch.setattr(MetaTrainer, "validate", lambda self, report: next(figures))
     trainer = MetaTrainer(replace(SMALL, epochs=5, patience=2), tmp_path)
     trainer.train()
     assert [m.validation for m in trainer.history] == [5.0, 4.0, 6.0, 7.0]
@@ -236,6 +240,188 @@ def test_longer_training_continues_without_a_schedule(tmp_path: Path) -> None:
         MetaTrainer(SMALL, tmp_path / "scheduled") and MetaTrainer(
             replace(SMALL, epochs=9), tmp_path / "scheduled"
         )
+
+
+# ---- the run folder
+
+
+def trained(folder: Path, **changes: Any) -> MetaTrainer:
+    trainer = MetaTrainer(replace(SMALL, **{"epochs": 2, **changes}), folder)
+    trainer.train()
+    return trainer
+
+
+def test_a_flipped_bit_of_the_resume_state_is_noticed(tmp_path: Path) -> None:
+    expected = trained(tmp_path)
+    file = tmp_path / "resume.pt"
+    content = file.read_bytes()
+    draws = torch.Generator().manual_seed(0)
+    refused = 0
+    for bit in torch.randint(8 * len(content), (60,), generator=draws).tolist():
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        file.write_bytes(damaged)
+        try:
+            resumed = MetaTrainer(expected.recipe, tmp_path)
+        except ValueError as error:
+            assert str(error).startswith(f"{file} is damaged (")  # noqa: PT017
+            refused += 1
+            continue
+        assert resumed.history == expected.history
+        assert all(torch.equal(a, b) for a, b in zip(bits(resumed), bits(expected), strict=True))
+    assert refused > 20
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda whole: whole[:-200],
+        lambda whole: b"",
+        lambda whole: b"\x80\x04K\x01.",
+        lambda whole: saved({"rule": {}}),
+        lambda whole: saved([1, 2]),
+        lambda whole: saved({**torch.load(io.BytesIO(whole)), "history": [{"epoch": 1}]}),
+        lambda whole: saved({**torch.load(io.BytesIO(whole)), "kept": {"w": torch.ones(2)}}),
+    ],
+)
+def test_damaged_resume_state_says_what_to_delete(
+    content: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    trainer = trained(tmp_path)
+    file = tmp_path / "resume.pt"
+    file.write_bytes(content(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"resume\.pt is damaged \(.*delete it.*begins again"):
+        MetaTrainer(trainer.recipe, tmp_path)
+    file.unlink()
+    assert MetaTrainer(trainer.recipe, tmp_path).epoch == 0
+
+
+def saved(state: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "protocol.json"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null"])
+def test_damaged_descriptions_say_what_to_delete(name: str, content: str, tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged \(.*delete it"):
+        MetaTrainer(trainer.recipe, tmp_path)
+    (tmp_path / name).unlink()
+    assert MetaTrainer(trainer.recipe, tmp_path).epoch == 2
+
+
+def test_damaged_best_checkpoint_is_named(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    (tmp_path / "best.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"best\.safetensors .*delete the run folder"):
+        trainer.finish()
+
+
+def test_differing_recipes_show_both_values(tmp_path: Path) -> None:
+    trained(tmp_path)
+    with pytest.raises(ValueError, match=r"horizon: 10 there, 20 here"):
+        trained(tmp_path, horizon=20)
+
+
+def test_one_training_in_a_folder(tmp_path: Path) -> None:
+    """A second process is told so; afterwards it goes on from where the first stopped."""
+    waiting = MetaTrainer(SMALL, tmp_path)
+    command = [
+        sys.executable, "-m", "learned_optim.cli", "train", str(tmp_path / "recipe.json"),
+        "--folder", str(tmp_path),
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+
+    def meanwhile(epoch: int, run: int, meta_loss: float) -> None:
+        if (epoch, run) == (2, 0):
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 1
+            assert f"another process is training in {tmp_path}" in done.stderr
+
+    MetaTrainer(SMALL, tmp_path).train(meanwhile)
+    with pytest.raises(ValueError, match="another process went on with the run in"):
+        waiting.train()
+    assert MetaTrainer(SMALL, tmp_path).epoch == SMALL.epochs
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    leftover = tmp_path / ".resume.pt.abc123.tmp"
+    leftover.write_bytes(b"half")
+    MetaTrainer(SMALL, tmp_path)
+    assert leftover.exists()  # somebody may be writing it
+    trained(tmp_path, epochs=4)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_full_disk_keeps_the_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(tmp_path, epochs=1, meta_lr_final=None)
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        fsync(handle)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = replace(expected.recipe, epochs=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"cannot write .*recipe\.json: No space left"):
+            MetaTrainer(recipe, tmp_path)
+    trainer = MetaTrainer(recipe, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"cannot write .*: No space left on device"):
+            trainer.train()
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert MetaTrainer(recipe, tmp_path).epoch == 1
+
+
+TASKS_OF_MINE = """
+from learned_optim.meta.tasks.quadratic import Quadratics
+FAMILIES = {"small": lambda options: Quadratics(size=3)}
+"""
+
+
+def test_resuming_after_the_tasks_source_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "changing_tasks.py"
+    module.write_text(TASKS_OF_MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    trained(tmp_path / "run", task="changing_tasks:small")
+    module.write_text(TASKS_OF_MINE.replace("size=3", "size=4"))
+    with pytest.raises(
+        ValueError, match=r"source of changing_tasks: \w+ then, \w+ now\): choose another folder"
+    ):
+        trained(tmp_path / "run", task="changing_tasks:small")
+    module.write_text(TASKS_OF_MINE)
+    trained(tmp_path / "run", task="changing_tasks:small")
+
+
+def test_resuming_under_another_torch_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path)
+    monkeypatch.setattr(torch, "__version__", "9.9.9+cpu")
+    with pytest.raises(ValueError, match=r"torch: .* then, 9\.9\.9 now"):
+        trained(tmp_path)
+
+
+# ---- training that teaches nothing
+
+
+def test_nothing_but_dropped_unrolls_is_an_error(tmp_path: Path) -> None:
+    """A task that explodes after its first steps, whatever the rule does."""
+    trainer = MetaTrainer(SMALL, tmp_path)
+    for weight in (*trainer.rule.parameters(), *trainer.kept.parameters()):
+        weight.data.fill_(1e30)
+    with pytest.raises(TrainingError, match=r"epoch 1 taught nothing: all of its 3 unrolls .*--me"):
+        trainer.train()
+    with pytest.raises(TrainingError, match=r"none of the 0 epochs .* finite validation"):
+        trainer.finish()
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 # Whoever keeps the group keeps its threads, and those can abort the process at its end.

@@ -23,39 +23,61 @@ from learned_optim.meta.tasks.language import read_text
 FILE = "protocol.json"
 
 
-def conditions(tasks: Sequence[str], data: DataOptions) -> dict[str, str]:
-    """What the figures of ``tasks`` depend on, by what a reader would call it."""
+def conditions(
+    tasks: Sequence[str], data: DataOptions, modules: Sequence[str] = ()
+) -> dict[str, str]:
+    """What the figures of ``tasks`` depend on, by what a reader would call it.
+
+    Args:
+        tasks: names of tasks; the modules of one's own are among the conditions.
+        data: where their data is.
+        modules: further modules whose source matters.
+    """
     from learned_optim import __version__
 
     found = {"torch": torch.__version__.split("+")[0], "learned_optim": __version__}
     if any(task in TEXT_TASKS for task in tasks):
         tokens, _ = read_text(data.text)
         found["text"] = _digest(tokens.numpy().tobytes())
-    for task in tasks:
-        module = task.rpartition(":")[0]
+    for module in dict.fromkeys([*(task.rpartition(":")[0] for task in tasks), *modules]):
         source = importlib.import_module(module).__file__ if module else None
         if source is not None:
             found[f"source of {module}"] = _digest(Path(source).read_bytes())
     return found
 
 
-def check(folder: Path, current: dict[str, str]) -> dict[str, str]:
+def check(
+    folder: Path, current: dict[str, str], remedy: str = "give another --output"
+) -> dict[str, str]:
     """Hold the present conditions against those of the runs in ``folder``.
+
+    Args:
+        folder: where the runs are.
+        current: what :func:`conditions` gives now.
+        remedy: what the error advises.
 
     Returns:
         The conditions of old and new runs together, for :func:`remember`.
 
     Raises:
-        ValueError: they differ; the message says in what.
+        ValueError: they differ, and the message says in what; or the file is damaged.
     """
     path = folder / FILE
-    before: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    before: dict[str, str] = {}
+    if path.exists():
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): delete it if nothing changed since the runs in it "
+                f"were made"
+            ) from error
     different = [name for name, value in current.items() if before.get(name, value) != value]
     if different:
         listing = "; ".join(f"{n}: {before[n]} then, {current[n]} now" for n in different)
         raise ValueError(
-            f"the runs in {folder} were made under other conditions ({listing}): give another "
-            f"--output, or restore what changed"
+            f"the runs in {folder} were made under other conditions ({listing}): {remedy}, or "
+            f"restore what changed"
         )
     return {**before, **current}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from learned_optim.checkpoint import read_checkpoint, save_rule, write_atomically, write_text
+from learned_optim.checkpoint import CheckpointError, read_checkpoint, save_rule
+from learned_optim.meta import protocol
+from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
-from learned_optim.meta.recipes import Recipe, recipe_from_json
+from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
-from learned_optim.meta.seeding import seeded
+from learned_optim.meta.run_folder import RunFolder, source_modules
+from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
+
+#: Told ``(what, done, total)`` while runs are validated or tested.
+Report = Callable[[str, int, int], None]
+
+#: What has helped where training diverged.
+ADVICE = "Lower --meta-lr (learned-optim search tries several), or clip with --clip-norm"
 
 # Mean loss below which `relative_loss` divides no further: such a task is solved.
 SMALLEST_LOSS = 1e-3
@@ -45,6 +54,10 @@ class TrainConfig:
     """Also write TensorBoard events into the run folder."""
     data: DataOptions = field(default_factory=DataOptions)
     """Where image sets are looked for."""
+
+
+class TrainingError(ValueError):
+    """A meta-training that has come to nothing; the message says why and what may help."""
 
 
 @dataclass(frozen=True)
@@ -76,28 +89,34 @@ def summed_losses(
     horizon: int,
     seeds: list[tuple[object, ...]],
     together: int = 8,
+    on_runs: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Loss summed over ``horizon`` steps of frozen-rule runs, one per seed; shape ``(seeds,)``.
 
     Args:
         seeds: what :func:`seeded` makes each run's generator from.
         together: runs side by side.
+        on_runs: told how many are done.
     """
     sums = []
     for low in range(0, len(seeds), together):
         generators = [seeded(*parts) for parts in seeds[low : low + together]]
         tasks = [family.sample(generator) for generator in generators]
         optimizees = Optimizees(rule, tasks, generators)
-        sums.append(torch.stack([optimizees.advance(rule) for _ in range(horizon)]).sum(0))
+        with global_generator_seeded(*seeds[low], "forward"):
+            sums.append(torch.stack([optimizees.advance(rule) for _ in range(horizon)]).sum(0))
+        if on_runs is not None:
+            on_runs(min(low + together, len(seeds)))
     return torch.cat(sums)
 
 
 class MetaTrainer:
     """Runs a recipe in a folder; a second trainer on the same folder goes on where it stopped.
 
-    The folder holds ``recipe.json``, ``metrics.jsonl`` (one line per epoch), ``best.safetensors``
-    (best by validation) and ``resume.pt``. A kill loses at most the current epoch, and a resumed
-    run gives the same bits as an uninterrupted one.
+    The folder holds ``recipe.json``, ``protocol.json`` (versions, and the source of a task or rule
+    of one's own), ``metrics.jsonl`` (one line per epoch), ``best.safetensors`` (best by validation)
+    and ``resume.pt``. A kill loses at most the current epoch, and a resumed run gives the same bits
+    as an uninterrupted one.
 
     Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients.
 
@@ -108,8 +127,9 @@ class MetaTrainer:
         tensorboard: also write the metrics as TensorBoard events into the folder.
 
     Raises:
-        ValueError: the folder belongs to a run of another recipe, or the checkpoint to start from
-            to another rule or to one of other sizes.
+        ValueError: the task cannot be meta-trained on (:func:`check_family`); the folder belongs to
+            a run of another recipe, torch, release or source of tasks, or is damaged; or the
+            checkpoint to start from belongs to another rule or to one of other sizes.
     """
 
     def __init__(
@@ -121,6 +141,7 @@ class MetaTrainer:
     ) -> None:
         self.recipe, self.folder, self.tensorboard = recipe, Path(folder), tensorboard
         self.data = data or DataOptions()
+        self.files = RunFolder(self.folder)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if recipe.tasks_per_meta_step % self.world:
@@ -133,10 +154,11 @@ class MetaTrainer:
         self.family = build_tasks(recipe.task, TaskOptions("meta", self.data))
         if self.rank == 0:
             self._meet()
+        check_family(self.family, recipe.task)
         if recipe.tasks_per_meta_step > self.world and not self.family.stackable:
             raise ValueError(
-                f"tasks of {recipe.task!r} differ in structure and cannot share a meta-step on one "
-                f"rank: set tasks_per_meta_step={self.world}"
+                f"tasks of {recipe.task!r} cannot share a meta-step on one rank: "
+                f"{self.family.alone_because}. Set tasks_per_meta_step={self.world}"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -174,48 +196,40 @@ class MetaTrainer:
     # ---- the run folder
 
     def _open_folder(self) -> None:
-        recipe_file = self.folder / "recipe.json"
-        if recipe_file.exists():
-            found = recipe_from_json(json.loads(recipe_file.read_text()))
-            # Stopping earlier or later continues the same run, unless the schedule depends on it.
-            free = {"patience", "test_runs", "start_share"}
-            if self.recipe.meta_lr_final is None:
-                free.add("epochs")
-            names = [f.name for f in fields(Recipe) if f.name not in free]
-            differing = [n for n in names if getattr(found, n) != getattr(self.recipe, n)]
-            if differing:
-                raise ValueError(
-                    f"{self.folder} holds a run of another recipe (different: "
-                    f"{', '.join(sorted(differing))}): choose another folder, or delete it"
-                )
+        recipe = self.recipe
+        modules = source_modules(type(self.rule), type(recipe.rule))
+        conditions = self.files.check(
+            recipe, protocol.conditions([recipe.task], self.data, modules)
+        )
+        saved = self.files.read_state()
+        if saved is not None:
+            self._load(saved)
         if self.rank == 0:
-            text = json.dumps(self.recipe.to_json(), indent=2, sort_keys=True)
-            write_text(recipe_file, text + "\n")
-        resume = self.folder / "resume.pt"
-        if resume.exists():
-            self._load(torch.load(resume, weights_only=True))
+            self.files.begin(recipe, conditions)
 
     def _load(self, saved: dict[str, Any]) -> None:
-        ranks = saved.get("ranks", self.world)
+        try:
+            ranks = saved.get("ranks", self.world)
+            self.rule.load_state_dict(saved["rule"])
+            self.kept.load_state_dict(saved["kept"])
+            self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
+            self.epoch, self.meta_steps = saved["epoch"], saved["meta_steps"]
+            self.history = [EpochMetrics(**line) for line in saved["history"]]
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise self.files.damaged(error) from error
         if ranks != self.world and self.recipe.coordinates is not None:
             raise ValueError(
                 f"{self.folder} holds a run of {ranks} ranks, and each draws its own sample of "
                 f"coordinates: resume it with as many, not {self.world}"
             )
-        self.rule.load_state_dict(saved["rule"])
-        self.kept.load_state_dict(saved["kept"])
-        self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
-        self.epoch, self.meta_steps = saved["epoch"], saved["meta_steps"]
-        self.history = [EpochMetrics(**line) for line in saved["history"]]
 
     def _save(self) -> None:
         """Best checkpoint first, resume state last: a kill in between repeats the epoch."""
         if self.rank != 0:
             return
         if self.best is self.history[-1]:
-            save_rule(self.kept, self.folder / "best.safetensors", self.record())
-        lines = (json.dumps(asdict(m)) + "\n" for m in self.history)
-        write_text(self.folder / "metrics.jsonl", "".join(lines))
+            save_rule(self.kept, self.files.best, self.record())
+        history = [asdict(metrics) for metrics in self.history]
         state = {
             "rule": self.rule.state_dict(),
             "kept": self.kept.state_dict(),
@@ -223,9 +237,9 @@ class MetaTrainer:
             "epoch": self.epoch,
             "meta_steps": self.meta_steps,
             "ranks": self.world,
-            "history": [asdict(m) for m in self.history],
+            "history": history,
         }
-        write_atomically(self.folder / "resume.pt", lambda path: torch.save(state, path))
+        self.files.write_state(state, history)
         if self.tensorboard:
             self._write_events(self.history[-1])
 
@@ -241,25 +255,35 @@ class MetaTrainer:
                 if name != "epoch":
                     writer.add_scalar(name, value, metrics.epoch)
 
-    def finish(self, output: Path | None = None) -> Path:
+    def finish(self, output: Path | None = None, report: Report | None = None) -> Path:
         """Test the best weights on fresh tasks and write the finished checkpoint.
 
         Args:
-            output: where to; ``<task>.safetensors`` in the run folder if not given.
+            output: where to; into the run folder, and named after it, if not given.
+            report: told ``("test", runs done, runs in all)``.
 
         Returns:
             The file written. Its record holds the recipe, the commit, and the validation and test
             figures; test tasks come from the evaluation split and choose nothing.
+
+        Raises:
+            TrainingError: no epoch has a finite validation, so that no weights are worth keeping.
+            CheckpointError: the best checkpoint of the folder is damaged.
         """
-        rule, record = read_checkpoint(self.folder / "best.safetensors")
+        if self.best is None or not math.isfinite(self.best.validation):
+            raise TrainingError(
+                f"none of the {self.epoch} epochs in {self.folder} has a finite validation loss: "
+                f"there are no weights worth keeping. {ADVICE}"
+            )
+        rule, record = self._best_rule()
         record["recipe"] = self.recipe.to_json()
         if self.recipe.start_share:
             for name, weight in rule.state_dict().items():
                 weight.lerp_(self._first[name], self.recipe.start_share)
-            record["validation"] = self.validate(rule)
+            record["validation"] = self.validate(rule, report)
         family = build_tasks(self.recipe.task, TaskOptions("evaluation", self.data))
         seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
-        sums = self._summed(rule, family, list(seeds))
+        sums = self._summed(rule, family, list(seeds), "test", report)
         logs = sums.log()
         record["test"] = {
             "mean": sums.mean().item(),
@@ -273,10 +297,17 @@ class MetaTrainer:
             "data": f"task family {self.recipe.task!r}, meta-training split alone",
             "torch": torch.__version__.split("+")[0],
         }
-        name = self.recipe.task.rpartition(":")[2]
-        path = output or self.folder / f"{name}.safetensors"
+        path = output or self.files.finished
         save_rule(rule, path, record)
         return path
+
+    def _best_rule(self) -> tuple[UpdateRule, dict[str, Any]]:
+        try:
+            return read_checkpoint(self.files.best)
+        except (CheckpointError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"{error}. To train again from epoch 1, delete the run folder {self.folder}"
+            ) from error
 
     def record(self) -> dict[str, Any]:
         """How the kept weights were made, for the checkpoint's header."""
@@ -292,37 +323,70 @@ class MetaTrainer:
 
     # ---- training
 
-    def train(self, on_run: Callable[[int, int, float], None] | None = None) -> None:
+    def train(
+        self,
+        on_run: Callable[[int, int, float], None] | None = None,
+        report: Report | None = None,
+    ) -> None:
         """Run the remaining epochs.
 
         Args:
             on_run: told ``(epoch, run, meta_loss)`` after every optimizee run.
+            report: told ``("validation", runs done, runs in all)``.
+
+        Raises:
+            TrainingError: every unroll of an epoch was dropped and its validation is not finite.
+            ValueError: another process trains in the folder.
+            OSError: a file cannot be written; the folder holds the last epoch before.
         """
-        while self.epoch < self.recipe.epochs and not self._patience_is_over():
-            started = time.perf_counter()
-            epoch = self.epoch + 1
-            sums, dropped = [], 0
-            for run in range(self.recipe.runs_per_epoch):
-                meta_loss, lost = self._train_run(epoch, run)
-                sums.append(meta_loss)
-                dropped += lost
-                if on_run is not None:
-                    on_run(epoch, run, meta_loss)
-            finite = [s for s in sums if math.isfinite(s)]
-            validation = self.validate()
-            self.epoch = epoch
-            previous = self.best.validation if self.best else math.inf
-            metrics = EpochMetrics(
-                epoch=epoch,
-                meta_loss=sum(finite) / len(finite) if finite else math.inf,
-                validation=validation,
-                best=min(previous, validation),
-                dropped=dropped,
-                meta_lr=self.meta_optimizer.param_groups[0]["lr"],
-                seconds=time.perf_counter() - started,
+        with self._alone():
+            while self.epoch < self.recipe.epochs and not self._patience_is_over():
+                self._train_epoch(self.epoch + 1, on_run, report)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other trainings out of the folder; of several ranks, the first does."""
+        if self.rank > 0:
+            yield
+        else:
+            with self.files.locked():
+                yield
+
+    def _train_epoch(
+        self,
+        epoch: int,
+        on_run: Callable[[int, int, float], None] | None,
+        report: Report | None,
+    ) -> None:
+        started = time.perf_counter()
+        sums, dropped = [], 0
+        for run in range(self.recipe.runs_per_epoch):
+            meta_loss, lost = self._train_run(epoch, run)
+            sums.append(meta_loss)
+            dropped += lost
+            if on_run is not None:
+                on_run(epoch, run, meta_loss)
+        finite = [s for s in sums if math.isfinite(s)]
+        validation = self.validate(report=report)
+        if not finite and not math.isfinite(validation):
+            raise TrainingError(
+                f"epoch {epoch} taught nothing: all of its {dropped} unrolls met a loss or a "
+                f"gradient that is not finite, and so did validation. {ADVICE}. {self.folder} "
+                f"holds the {self.epoch} epochs before"
             )
-            self.history.append(metrics)
-            self._save()
+        previous = self.best.validation if self.best else math.inf
+        metrics = EpochMetrics(
+            epoch=epoch,
+            meta_loss=sum(finite) / len(finite) if finite else math.inf,
+            validation=validation,
+            best=min(previous, validation),
+            dropped=dropped,
+            meta_lr=self.meta_optimizer.param_groups[0]["lr"],
+            seconds=time.perf_counter() - started,
+        )
+        self.epoch = epoch
+        self.history.append(metrics)
+        self._save()
 
     def _patience_is_over(self) -> bool:
         best, patience = self.best, self.recipe.patience
@@ -330,6 +394,10 @@ class MetaTrainer:
 
     def _train_run(self, epoch: int, run: int) -> tuple[float, int]:
         """One optimizee run, a meta-step per unroll: its mean summed loss, and unrolls dropped."""
+        with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self.rank):
+            return self._unrolls(epoch, run)
+
+    def _unrolls(self, epoch: int, run: int) -> tuple[float, int]:
         recipe = self.recipe
         share = range(self.rank, recipe.tasks_per_meta_step, self.world)
         generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
@@ -408,15 +476,25 @@ class MetaTrainer:
         return recipe.meta_lr_final + (recipe.meta_lr - recipe.meta_lr_final) * swing
 
     @torch.no_grad()
-    def validate(self, rule: UpdateRule | None = None) -> float:
+    def validate(self, rule: UpdateRule | None = None, report: Report | None = None) -> float:
         """Mean summed loss over the validation runs, of the kept weights unless a rule is given.
 
         Infinite if it is not finite.
+
+        Args:
+            rule: whose loss, if not that of the kept weights.
+            report: told ``("validation", runs done, runs in all)``.
         """
         seeds: list[tuple[object, ...]] = [
             (self.recipe.seed, "validation", i) for i in range(self.recipe.validation_runs)
         ]
-        sums = self._summed(rule or self.kept, self.family, seeds[self.rank :: self.world])
+        sums = self._summed(
+            rule or self.kept,
+            self.family,
+            seeds[self.rank :: self.world],
+            "validation",
+            report,
+        )
         geometric = self.recipe.validation_mean == "geometric"
         total = (sums.double().log() if geometric else sums.double()).sum()
         if self.world > 1:
@@ -427,13 +505,23 @@ class MetaTrainer:
         return math.exp(mean) if geometric else mean
 
     def _summed(
-        self, rule: UpdateRule, family: TaskFamily, seeds: list[tuple[object, ...]]
+        self,
+        rule: UpdateRule,
+        family: TaskFamily,
+        seeds: list[tuple[object, ...]],
+        what: str,
+        report: Report | None,
     ) -> Tensor:
         if not seeds:
             return torch.zeros(0)
         together = max(8, self.recipe.tasks_per_meta_step) if family.stackable else 1
         horizon = self.recipe.validation_horizon or self.recipe.horizon
-        return summed_losses(rule, family, horizon, seeds, together)
+
+        def on_runs(done: int) -> None:
+            if report is not None:
+                report(what, done, len(seeds))
+
+        return summed_losses(rule, family, horizon, seeds, together, on_runs)
 
 
 def source_version() -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from learned_optim._discovery import import_submodules, unknown_name
 from learned_optim.meta.data import DataOptions
+from learned_optim.meta.seeding import global_generator_seeded, seeded
 
 #: Examples per forward pass when a held-out set is tested.
 TEST_SLICE = 1000
@@ -50,6 +52,8 @@ class TaskFamily(ABC):
     """
 
     stackable: bool = True
+    #: What an error says of a family that is not stackable.
+    alone_because: str = "its tasks differ in structure"
 
     @abstractmethod
     def sample(self, generator: Generator) -> Task:
@@ -86,8 +90,9 @@ class ModuleTask(Task):
             targets are classes, the accuracy.
 
     Buffers (running statistics of batch norm) belong to the module: :meth:`init` resets them and
-    :meth:`loss` updates them, so such a module can be evaluated but not meta-trained on, where
-    several optimizees share it.
+    :meth:`loss` updates them. Optimizees of such a module, and of one with dropout, are trained one
+    after another: see :class:`FixedTask`. Parameters with ``requires_grad=False`` stay as ``build``
+    made them the first time, under a fixed seed.
     """
 
     def __init__(
@@ -104,7 +109,7 @@ class ModuleTask(Task):
         self._criterion = criterion
         self._init_std = init_std
         self._tests = tests
-        with torch.random.fork_rng(devices=[]):
+        with global_generator_seeded("module"):  # frozen parameters: the same in every process
             self.module = build()
         self._buffers = {name: b.clone() for name, b in self.module.named_buffers()}
 
@@ -116,12 +121,12 @@ class ModuleTask(Task):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 fresh = self._build()
-            return {name: p.detach().clone() for name, p in fresh.named_parameters()}
+            return {name: p.detach().clone() for name, p in _trainable(fresh)}
         return {
             name: self._init_std * torch.randn(p.shape, generator=generator)
             if p.dim() > 1
             else torch.zeros_like(p)
-            for name, p in self.module.named_parameters()
+            for name, p in _trainable(self.module)
         }
 
     def batch(self, generator: Generator) -> Batch:
@@ -156,6 +161,10 @@ class ModuleTask(Task):
         return figures
 
 
+def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
 def evaluation_only(name: str, options: TaskOptions) -> None:
     """Refuse to build a family for meta-training that has no examples set apart for it.
 
@@ -174,14 +183,42 @@ class FixedTask(TaskFamily):
 
     Args:
         task: the member.
-        stackable: whether its loss runs under ``vmap``.
+        stackable: whether its loss runs under ``vmap``; found out by trying if not given. It does
+            not with dropout, batch norm that tracks statistics, or batches of changing shapes: its
+            optimizees then train one after another.
     """
 
-    def __init__(self, task: Task, *, stackable: bool = True) -> None:
-        self.task, self.stackable = task, stackable
+    def __init__(self, task: Task, *, stackable: bool | None = None) -> None:
+        self.task = task
+        if stackable is not None:
+            self.stackable = stackable
+            self.alone_because = "it was declared with stackable=False"
+
+    @cached_property
+    def stackable(self) -> bool:  # type: ignore[override]
+        obstacle = _obstacle_to_stacking(self.task)
+        if obstacle is not None:
+            self.alone_because = f"its loss cannot be computed for several at once ({obstacle})"
+        return obstacle is None
 
     def sample(self, generator: Generator) -> Task:
         return self.task
+
+
+def _obstacle_to_stacking(task: Task) -> str | None:
+    """Why two optimizees of ``task`` cannot share a forward pass, in a line, or ``None``."""
+    generators = [seeded("stacking", index) for index in range(2)]
+    try:
+        initial = [task.init(generator) for generator in generators]
+        batches = [task.batch(generator) for generator in generators]
+        params = {name: torch.stack([p[name] for p in initial]) for name in initial[0]}
+        batch = tuple(torch.stack(parts) for parts in zip(*batches, strict=True))
+        with torch.no_grad(), global_generator_seeded("stacking"):
+            together = torch.vmap(task.loss)(params, batch)
+            again = torch.vmap(task.loss)(params, batch)
+    except Exception as error:  # whatever a loss of the user's raises
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None if torch.equal(together, again) else "it keeps state from call to call"
 
 
 Builder = Callable[[TaskOptions], TaskFamily]

@@ -1,0 +1,154 @@
+"""Whether a task can be meta-trained on, found out before hours are spent on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from learned_optim.meta.seeding import global_generator_seeded, seeded
+from learned_optim.meta.tasks import Batch, Params, Task, TaskFamily
+
+#: Batches drawn to see whether their shapes stay the same.
+BATCHES = 3
+
+
+def check_family(family: TaskFamily, name: str, samples: int = 2) -> None:
+    """Draw tasks of a family and try what every step of meta-training does.
+
+    Args:
+        family: the family.
+        name: what the errors call it.
+        samples: tasks to draw.
+
+    Raises:
+        ValueError: a task without parameters, batches that are no tuples of tensors, a loss that is
+            no finite scalar or does not depend on the parameters, or one that keeps state from one
+            optimizee to the next.
+    """
+    for index in range(samples):
+        check_task(family.sample(seeded("check", index)), name, alone=not family.stackable)
+
+
+def check_task(task: Task, name: str, *, alone: bool = False) -> None:
+    """:func:`check_family` for one task.
+
+    Args:
+        alone: no two optimizees share a forward pass.
+    """
+    params = _parameters(task, name)
+    generator = seeded("check", "batches")
+    batches = [_batch(task, name, generator) for _ in range(BATCHES)]
+    loss = _loss(task, params, batches[0])
+    _check_scalar(loss, name)
+    _check_gradients(loss, params, name)
+    if not alone:
+        _check_shapes(batches, name)
+    _check_state(task, batches[0], name, alone)
+
+
+def _parameters(task: Task, name: str) -> Params:
+    params = task.init(seeded("check", "parameters"))
+    if not params:
+        raise ValueError(
+            f"task {name!r} has no parameters to optimize: init() returned {params!r}. Parameters "
+            f"with requires_grad=False do not count"
+        )
+    for key, value in params.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"task {name!r}: parameter {key!r} is a {kind}, and parameters are floating tensors"
+            )
+    return {key: value.detach().requires_grad_() for key, value in params.items()}
+
+
+def _batch(task: Task, name: str, generator: torch.Generator) -> Batch:
+    batch = task.batch(generator)
+    if not isinstance(batch, (tuple, list)) or not all(isinstance(x, Tensor) for x in batch):
+        if isinstance(batch, dict):
+            found = f"a dict with {', '.join(map(repr, batch))}: return tuple(batch.values())"
+        elif isinstance(batch, (tuple, list)):
+            found = f"({', '.join(type(x).__name__ for x in batch)})"
+        else:
+            found = f"a {type(batch).__name__}: return (x,) for a single tensor"
+        raise ValueError(f"task {name!r}: a batch must be a tuple of tensors, and is {found}")
+    return tuple(batch)
+
+
+def _loss(task: Task, params: Params, batch: Batch) -> Tensor:
+    with torch.enable_grad(), global_generator_seeded("check", "forward"):
+        return task.loss(params, batch)
+
+
+def _check_scalar(loss: Tensor, name: str) -> None:
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"task {name!r}: the loss must be a tensor of shape (), and is a "
+            f"{type(loss).__name__}, through which no gradient flows"
+        )
+    if loss.dim():
+        raise ValueError(
+            f"task {name!r}: the loss must be a single number, of shape (), and has shape "
+            f"{tuple(loss.shape)}: average over the batch, as reduction='mean' does"
+        )
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"task {name!r}: the loss is {loss.item()} at the initial parameters, where no update "
+            f"rule can begin: look for a logarithm or a division of zero, or smaller initial values"
+        )
+
+
+def _check_gradients(loss: Tensor, params: Params, name: str) -> None:
+    grads = [None] * len(params)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)  # type: ignore
+    unused = [key for key, grad in zip(params, grads, strict=True) if grad is None]
+    if len(unused) == len(params):
+        raise ValueError(
+            f"task {name!r}: the loss does not depend on the parameters: it must be computed from "
+            f"those that loss() is given, without detach(), item() or torch.no_grad()"
+        )
+    if unused:
+        raise ValueError(
+            f"task {name!r}: the loss does not use the parameters {', '.join(unused)}: leave them "
+            f"out of init(), or freeze them with requires_grad_(False)"
+        )
+    for key, grad in zip(params, grads, strict=True):
+        if grad is not None and not torch.isfinite(grad).all():
+            raise ValueError(
+                f"task {name!r}: the gradient of {key!r} is not finite at the initial parameters, "
+                f"where no update rule can begin"
+            )
+
+
+def _check_shapes(batches: list[Batch], name: str) -> None:
+    shapes = [[tuple(part.shape) for part in batch] for batch in batches]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(
+                f"task {name!r}: the shapes of batches change, from {shapes[0]} to {other}, and "
+                f"optimizees side by side need the same: drop the last, smaller batch of an epoch, "
+                f"or set stackable=False"
+            )
+
+
+def _check_state(task: Task, batch: Batch, name: str, alone: bool) -> None:
+    """Compute the loss twice from the same initialization, and all that once more."""
+
+    def twice() -> list[float]:
+        params = task.init(seeded("check", "parameters"))
+        return [_loss(task, params, batch).item() for _ in range(2)]
+
+    first, second = twice(), twice()
+    if first != second:
+        raise ValueError(
+            f"task {name!r}: the loss keeps state that init() does not reset (twice the same "
+            f"computation: {first} and {second}), so figures would depend on what ran before: "
+            f"keep such state in buffers of a ModuleTask, or reset it in init()"
+        )
+    if first[0] != first[1] and not alone:
+        raise ValueError(
+            f"task {name!r}: the loss changes from call to call ({first[0]} and {first[1]} for the "
+            f"same parameters and batch), so optimizees side by side would share state: set "
+            f"stackable=False"
+        )

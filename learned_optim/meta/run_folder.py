@@ -1,0 +1,180 @@
+"""The files of one meta-training: whole after any kill, and never written by two at once."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from learned_optim.checkpoint import remove_leftovers, write_atomically, write_text
+from learned_optim.meta import protocol
+from learned_optim.meta.recipes import Recipe, recipe_from_json
+
+RECIPE = "recipe.json"
+METRICS = "metrics.jsonl"
+BEST = "best.safetensors"
+RESUME = "resume.pt"
+LOCK = ".lock"
+
+
+class RunFolder:
+    """A run folder: its recipe, its metrics, its best checkpoint, and the state to resume from.
+
+    Args:
+        path: the folder; it appears with the first file written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._lock = FileLock(self.path / LOCK, timeout=0)
+        self._seen = self._stamp()
+
+    @property
+    def best(self) -> Path:
+        """The best checkpoint so far."""
+        return self.path / BEST
+
+    @property
+    def finished(self) -> Path:
+        """The finished checkpoint, named after the run."""
+        return self.path / f"{self.path.resolve().name}.safetensors"
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether a training has ever begun in ``path``."""
+        return any((path / name).exists() for name in (RESUME, METRICS, BEST, LOCK))
+
+    def check(self, recipe: Recipe, conditions: dict[str, str]) -> dict[str, str]:
+        """Hold a recipe, and what else the run depends on, against those of the folder.
+
+        Returns:
+            The conditions to write beside the run.
+
+        Raises:
+            ValueError: the folder belongs to a run of another recipe or under other conditions, or
+                its ``recipe.json`` is damaged; the message says what to do.
+        """
+        file = self.path / RECIPE
+        if file.exists():
+            try:
+                found = recipe_from_json(json.loads(file.read_text()))
+            except ValueError as error:
+                raise ValueError(
+                    f"{file} is damaged ({error}): delete it, and it is written anew from the "
+                    f"recipe given here. Nothing else of the run is lost"
+                ) from error
+            # Stopping earlier or later continues the same run, unless the schedule depends on it.
+            free = {"patience", "test_runs", "start_share"}
+            if recipe.meta_lr_final is None:
+                free.add("epochs")
+            names = sorted(f.name for f in fields(Recipe) if f.name not in free)
+            differing = [n for n in names if getattr(found, n) != getattr(recipe, n)]
+            if differing:
+                listing = "; ".join(
+                    f"{n}: {getattr(found, n)} there, {getattr(recipe, n)} here" for n in differing
+                )
+                raise ValueError(
+                    f"{self.path} holds a run of another recipe (different: "
+                    f"{', '.join(differing)}): choose another folder, or delete it ({listing})"
+                )
+        return protocol.check(self.path, conditions, "choose another folder")
+
+    def begin(self, recipe: Recipe, conditions: dict[str, str]) -> None:
+        """Write what identifies the run."""
+        write_text(
+            self.path / RECIPE, json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n"
+        )
+        protocol.remember(self.path, conditions)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from training in the folder.
+
+        Raises:
+            ValueError: another process does, or has gone on with the run since it was read.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"another process is training in {self.path}: wait for its end, or choose another "
+                f"folder"
+            ) from error
+        try:
+            if self._stamp() != self._seen:
+                raise ValueError(
+                    f"another process went on with the run in {self.path} meanwhile: start again, "
+                    f"to go on from where that stopped"
+                )
+            remove_leftovers(self.path)
+            yield
+        finally:
+            self._lock.release()
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            status = (self.path / RESUME).stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
+    def read_state(self) -> dict[str, Any] | None:
+        """What :meth:`write_state` wrote; ``None`` if it has not written yet.
+
+        Raises:
+            ValueError: the file is damaged; the message says what to do.
+            OSError: it cannot be read.
+        """
+        self._seen = self._stamp()
+        try:
+            content = (self.path / RESUME).read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            # torch.save stores checksums and torch.load does not look at them.
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of its part {damaged} is wrong")
+            state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+        except Exception as error:  # a damaged archive raises nearly anything
+            raise self.damaged(error) from error
+        return state
+
+    def damaged(self, error: Exception) -> ValueError:
+        """The error for a state that cannot be resumed from."""
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return ValueError(
+            f"{self.path / RESUME} is damaged ({cause}): put back a copy of it, or delete it, and "
+            f"the run begins again with epoch 1. {BEST} holds the best weights so far: copy it "
+            f"elsewhere first if you want to keep them"
+        )
+
+    def write_state(self, state: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
+        """Write metrics and resume state: a kill in between repeats the epoch."""
+        lines = (json.dumps(line) + "\n" for line in metrics)
+        write_text(self.path / METRICS, "".join(lines))
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+
+        def write(path: Path) -> None:  # by Python, whose errors tell a full disk
+            path.write_bytes(buffer.getbuffer())
+
+        write_atomically(self.path / RESUME, write)
+        self._seen = self._stamp()
+
+
+def source_modules(*classes: type) -> list[str]:
+    """Modules outside of this package that define ``classes``, as far as they can be imported."""
+    names = {cls.__module__ for cls in classes}
+    ours = __name__.partition(".")[0]
+    return sorted(n for n in names if n != "__main__" and n.partition(".")[0] != ours)

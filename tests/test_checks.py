@@ -1,0 +1,248 @@
+"""Tasks that meta-training can do nothing with are refused before it begins; the others train."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import SMALL
+from torch import Generator, Tensor, nn
+
+from learned_optim.meta import FixedTask, MetaTrainer, ModuleTask, Task
+from learned_optim.meta.checks import check_family
+from learned_optim.meta.rollout import Optimizees
+from learned_optim.meta.seeding import seeded
+from learned_optim.rules.handmade import SGDRule
+
+
+class Part(Task):
+    """A small regression of which single parts are replaced."""
+
+    def __init__(self, **parts: Callable[..., Any]) -> None:
+        self.parts = parts
+
+    def init(self, generator: Generator) -> dict[str, Tensor]:
+        if "init" in self.parts:
+            return self.parts["init"](generator)
+        return {"w": torch.randn(3, generator=generator)}
+
+    def batch(self, generator: Generator) -> tuple[Tensor, ...]:
+        if "batch" in self.parts:
+            return self.parts["batch"](generator)
+        return torch.randn(8, 3, generator=generator), torch.randn(8, generator=generator)
+
+    def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        if "loss" in self.parts:
+            return self.parts["loss"](params, batch)
+        x, y = batch
+        return (x @ params["w"] - y).square().mean()
+
+
+class Counting:
+    """A loss that remembers how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        self.calls += 1
+        return self.calls * params["w"].square().sum()
+
+
+USELESS = [
+    ({"init": lambda g: {}}, r"has no parameters to optimize: init\(\) returned \{\}"),
+    ({"init": lambda g: {"w": torch.ones(3).int()}}, r"'w' is a torch\.int32, and parameters are"),
+    ({"init": lambda g: {"w": [1.0]}}, "'w' is a list, and parameters are floating tensors"),
+    ({"batch": lambda g: {"x": torch.ones(2), "y": 1}}, r"dict with 'x', 'y': return tuple\(batch"),
+    ({"batch": lambda g: torch.ones(2)}, r"and is a Tensor: return \(x,\) for a single tensor"),
+    ({"batch": lambda g: (torch.ones(2), 3)}, r"and is \(Tensor, int\)"),
+    ({"loss": lambda p, b: p["w"].square()}, r"of shape \(\), and has shape \(3,\): average over"),
+    ({"loss": lambda p, b: p["w"].sum() * torch.nan}, "the loss is nan at the initial parameters"),
+    ({"loss": lambda p, b: p["w"].sum() + torch.inf}, "the loss is inf at the initial parameters"),
+    ({"loss": lambda p, b: 1.0}, "is a float, through which no gradient flows"),
+    ({"loss": lambda p, b: b[0].sum()}, "does not depend on the parameters"),
+    ({"loss": lambda p, b: p["w"].detach().sum()}, "does not depend on the parameters"),
+    ({"init": lambda g: {"w": torch.ones(3), "idle": torch.ones(2)}}, "does not use .* idle"),
+    ({"loss": lambda p, b: (p["w"] * 0).sqrt().sum()}, "the gradient of 'w' is not finite"),
+    ({"loss": Counting()}, r"keeps state that init\(\) does not reset"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parts", "message"), USELESS, ids=[message for _, message in USELESS])
+def test_useless_tasks_are_refused(
+    parts: dict[str, Callable[..., Any]],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = FixedTask(Part(**parts))
+    monkeypatch.setattr("learned_optim.meta.trainer.build_tasks", lambda *_: family)
+    with pytest.raises(ValueError, match=rf"task 'quadratic'.*{message}"):
+        MetaTrainer(SMALL, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_part_itself_is_fine() -> None:
+    check_family(FixedTask(Part()), "part")
+
+
+def changing_batches(generator: Generator) -> tuple[Tensor, Tensor]:
+    size = int(torch.randint(4, 9, (), generator=generator))
+    return torch.randn(size, 3, generator=generator), torch.randn(size, generator=generator)
+
+
+def test_changing_shapes_train_alone() -> None:
+    family = FixedTask(Part(batch=changing_batches))
+    check_family(family, "changing")
+    assert not family.stackable
+    assert "equal size" in family.alone_because
+    with pytest.raises(ValueError, match=r"shapes of batches change, from .*set stackable=False"):
+        check_family(FixedTask(Part(batch=changing_batches), stackable=True), "changing")
+
+
+# ---- networks that keep state or draw at random
+
+
+def images(generator: Generator) -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 1, 8, 8, generator=generator)
+    return x, torch.randint(3, (8,), generator=generator)
+
+
+def network(*extra: nn.Module) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        convolution = nn.Conv2d(1, 4, 3, stride=2)
+        return nn.Sequential(convolution, *extra, nn.Flatten(), nn.Linear(36, 3))
+
+    return build
+
+
+ALONE = {
+    "batch norm": network(nn.BatchNorm2d(4)),
+    "dropout": network(nn.Dropout(0.3)),
+    "both": network(nn.BatchNorm2d(4), nn.Dropout2d(0.3)),
+}
+TOGETHER = {
+    "plain": network(nn.ReLU()),
+    "group norm": network(nn.GroupNorm(2, 4)),
+    "statistics of the batch": network(nn.BatchNorm2d(4, track_running_stats=False)),
+}
+
+
+def train(family: FixedTask, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Three validation figures of a short training, under a global generator of no importance."""
+    monkeypatch.setattr("learned_optim.meta.trainer.build_tasks", lambda *_: family)
+    torch.seed()
+    recipe = replace(SMALL, tasks_per_meta_step=1, epochs=2, runs_per_epoch=1, coordinates=None)
+    trainer = MetaTrainer(recipe, folder)
+    trainer.train()
+    return [trainer.validate(), *(m.validation for m in trainer.history)]
+
+
+@pytest.mark.parametrize("name", [*ALONE, *TOGETHER])
+def test_networks_train_and_give_the_same_figures_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builders = {**ALONE, **TOGETHER}
+    family = FixedTask(ModuleTask(builders[name], images))
+    figures = train(family, tmp_path / "one", monkeypatch)
+    assert family.stackable == (name in TOGETHER)
+    assert figures[0] == figures[2]
+    again = FixedTask(ModuleTask(builders[name], images))
+    assert train(again, tmp_path / "two", monkeypatch) == figures
+    assert all(torch.isfinite(torch.tensor(figures)))
+
+
+def test_dropout_draws_anew_at_every_step_and_for_every_run() -> None:
+    """The seed of a run is the seed of its masks: neither always the same nor never."""
+    ones = ModuleTask(
+        lambda: nn.Sequential(nn.Linear(1, 64, bias=False), nn.Dropout(0.5)),
+        lambda g: (torch.ones(1, 1), torch.zeros(1, 64)),
+        lambda outputs, targets: outputs.abs().sum(),
+    )
+    seen: list[int] = []
+    loss = ones.loss
+    ones.loss = lambda p, b: (seen.append(torch.initial_seed()), loss(p, b))[1]  # type: ignore
+    from learned_optim.meta.trainer import summed_losses
+
+    first = summed_losses(SGDRule(), FixedTask(ones), 3, [("run", 0), ("run", 1)], together=1)
+    assert len(set(seen)) == 2
+    again = summed_losses(SGDRule(), FixedTask(ones), 3, [("run", 0), ("run", 1)], together=1)
+    assert torch.equal(first, again)
+    draws = seeded("w")
+    masked = {loss({"0.weight": torch.ones(64, 1)}, ones.batch(draws)).item() for _ in range(6)}
+    assert len(masked) > 1
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_several_in_a_meta_step_gives_the_true_reason(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FixedTask(ModuleTask(ALONE[name], images))
+    monkeypatch.setattr("learned_optim.meta.trainer.build_tasks", lambda *_: family)
+    with pytest.raises(ValueError, match=r"its loss cannot be computed .*tasks_per_meta_step=1"):
+        MetaTrainer(SMALL, tmp_path)
+
+
+def test_torchvision_networks_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("torchvision.models")
+
+    def colours(generator: Generator) -> tuple[Tensor, Tensor]:
+        x = torch.randn(2, 3, 32, 32, generator=generator)
+        return x, torch.randint(3, (2,), generator=generator)
+
+    build = lambda: models.shufflenet_v2_x0_5(num_classes=3)  # noqa: E731
+    family = FixedTask(ModuleTask(build, colours))
+    monkeypatch.setattr("learned_optim.meta.trainer.build_tasks", lambda *_: family)
+    small = replace(
+        SMALL, tasks_per_meta_step=1, epochs=1, runs_per_epoch=1, horizon=2, truncation=2,
+        validation_runs=2,
+    )  # fmt: skip
+    trainer = MetaTrainer(small, tmp_path)
+    trainer.train()
+    assert not family.stackable
+    assert trainer.history[0].dropped == 0
+
+
+# ---- frozen parameters
+
+
+class Adapted(nn.Module):
+    """A frozen layer and a trainable one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(4, 5)
+        self.backbone.requires_grad_(False)
+        self.head = nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+@pytest.mark.parametrize("init_std", [None, 0.1])
+def test_frozen_parameters_stay_frozen(init_std: float | None) -> None:
+    def batches(generator: Generator) -> tuple[Tensor, Tensor]:
+        return torch.randn(8, 4, generator=generator), torch.randn(8, 1, generator=generator)
+
+    torch.seed()
+    task = ModuleTask(Adapted, batches, nn.functional.mse_loss, init_std=init_std)
+    frozen = task.module.backbone.weight.clone()
+    params = task.init(seeded(0))
+    assert set(params) == {"head.weight", "head.bias"}
+    check_family(FixedTask(task), "adapted")
+    optimizees = Optimizees(SGDRule(), [task, task], [seeded(1), seeded(2)])
+    for _ in range(3):
+        optimizees.advance(SGDRule())
+    assert torch.equal(task.module.backbone.weight, frozen)
+    # The same in every process, whatever the global generator has drawn before.
+    torch.seed()
+    again = ModuleTask(Adapted, batches, nn.functional.mse_loss, init_std=init_std)
+    assert torch.equal(again.module.backbone.weight, frozen)
+
+
+def test_a_network_frozen_throughout_has_nothing_to_train() -> None:
+    task = ModuleTask(lambda: nn.Linear(1, 3).requires_grad_(False), images)
+    with pytest.raises(ValueError, match=r"no parameters .*requires_grad=False do not count"):
+        check_family(FixedTask(task), "frozen")
