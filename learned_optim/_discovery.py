@@ -1,8 +1,9 @@
 """Registries filled by being there: importing a package's modules registers what they define."""
 
+import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 
@@ -14,7 +15,13 @@ def import_submodules(package: ModuleType | str) -> Iterator[ModuleType]:
             yield importlib.import_module(f"{module.__name__}.{info.name}")
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question after the nearest of the names that exist, or nothing if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
+
+
 def unknown_name(kind: str, name: str, known: list[str]) -> ValueError:
     """The error for a name that no registry entry has: it lists the names that exist."""
     listing = ", ".join(sorted(known)) or "none"
-    return ValueError(f"unknown {kind} {name!r}; known: {listing}")
+    return ValueError(f"unknown {kind} {name!r}; known: {listing}{did_you_mean(name, known)}")

@@ -36,6 +36,9 @@ FORMAT_VERSION = 2
 #: Version 1 lacks the digest.
 READABLE_VERSIONS = (1, 2)
 
+#: The best checkpoint so far of a run folder.
+BEST_FILE = "best.safetensors"
+
 #: What safetensors calls the dtypes that a rule's tensors may have.
 DTYPES = {
     torch.float64: "F64",

@@ -37,7 +37,8 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 def is_hub_id(text: str) -> bool:
     """Whether ``text`` has the form ``user/repo`` or ``user/repo@revision``."""
-    return _HUB_ID.match(text) is not None
+    user, _, repo = text.partition("/")
+    return _HUB_ID.match(text) is not None and not {user, repo} & {".", ".."}
 
 
 # ---- download

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from learned_optim import hub
-from learned_optim._discovery import unknown_name
-from learned_optim.checkpoint import CheckpointError, read_checkpoint
+from learned_optim._discovery import did_you_mean, unknown_name
+from learned_optim.checkpoint import BEST_FILE, CheckpointError, read_checkpoint
 from learned_optim.rules import UpdateRule
 
 #: Names that move on to better weights, and where they stand; ``default`` is what
@@ -49,23 +49,59 @@ def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = 
         return _folder() / f"{ALIASES.get(text, text)}.safetensors"
     path = Path(text).expanduser()
     if path.is_dir():
-        return path / hub.CHECKPOINT_FILE
+        return _in_folder(path)
     if path.exists() or path.suffix == ".safetensors" or not isinstance(source, str):
         if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint file at {path}")
+            raise FileNotFoundError(f"no checkpoint file at {path}{_beside(path)}")
         return path
     if hub.is_hub_id(text):
+        if "@" not in text and path.parent.is_dir():  # a mistyped path rather than a user's name
+            raise FileNotFoundError(
+                f"no checkpoint file or folder at {path}{_beside(path)}. A Hub repository of that "
+                f"name, where a folder {path.parent} exists, is {text}@main"
+            )
         return hub.download(text, local_files_only=local_files_only)
+    if path.name != text:
+        raise FileNotFoundError(f"no checkpoint file or folder at {path}{_beside(path)}")
     raise unknown_name("checkpoint", text, list_pretrained())
+
+
+def _in_folder(folder: Path) -> Path:
+    """The checkpoint of a folder: a repository's, a finished run's, or the best of a run so far.
+
+    Raises:
+        FileNotFoundError: it holds none, or several of which none is any of these.
+    """
+    found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
+    for name in (hub.CHECKPOINT_FILE, f"{folder.resolve().name}.safetensors"):
+        if name in found:
+            return found[name]
+    others = [name for name in found if name != BEST_FILE]
+    if len(others) > 1:
+        raise FileNotFoundError(
+            f"{folder} holds several checkpoints ({', '.join(others)}): name the file"
+        )
+    if not found:
+        raise FileNotFoundError(
+            f"no checkpoint in the folder {folder}: it holds no {hub.CHECKPOINT_FILE} or other "
+            f".safetensors file"
+        )
+    return found[others[0] if others else BEST_FILE]
+
+
+def _beside(path: Path) -> str:
+    """What is near a path that does not exist, for an error's end."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return did_you_mean(str(path), [str(path.parent / name) for name in names])
 
 
 def load_rule(source: str | os.PathLike[str], *, local_files_only: bool = False) -> UpdateRule:
     """Load an update rule.
 
     Args:
-        source: a shipped name (:func:`list_pretrained`), a ``.safetensors`` file, a folder that
-            holds ``model.safetensors``, or a Hub id ``"user/repo"``, optionally ``"@revision"``
-            (a branch, a tag or a commit).
+        source: a shipped name (:func:`list_pretrained`), a ``.safetensors`` file, a folder with a
+            checkpoint (``model.safetensors``, or a run folder), or a Hub id ``"user/repo"``,
+            optionally ``"@revision"`` (a branch, a tag or a commit).
         local_files_only: take a Hub id from the local cache or fail, without any network access.
             Setting ``HF_HUB_OFFLINE=1`` does the same for a whole process.
 

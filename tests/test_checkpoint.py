@@ -289,6 +289,66 @@ def test_missing_file_and_unknown_name(tmp_path: Path) -> None:
         load_rule("minst")
 
 
+def test_run_folders_are_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    rules = {name: random_rule(name) for name in ("lstm", "equivariant", "steered", "adam")}
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in the folder .*mine"):
+        load_rule(folder)
+    save_rule(rules["adam"], folder / "best.safetensors")
+    assert load_rule(folder).name == "adam"  # a run that goes on
+    save_rule(rules["lstm"], folder / "earlier.safetensors")
+    assert load_rule(folder).name == "lstm"
+    save_rule(rules["equivariant"], folder / "mine.safetensors")
+    assert load_rule(str(folder)).name == "equivariant"
+    save_rule(rules["steered"], folder / "model.safetensors")
+    assert load_rule(folder).name == "steered"
+    for name in ("mine", "model"):
+        (folder / f"{name}.safetensors").rename(folder / f"{name}-copy.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"several checkpoints \(earlier.*name the file"):
+        load_rule(folder)
+
+
+def test_mistyped_paths_do_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("learned_optim.hub.download", lambda *_, **__: pytest.fail("asked"))
+    (tmp_path / "runs" / "quadratic").mkdir(parents=True)
+    save_rule(random_rule("lstm"), tmp_path / "runs" / "first.safetensors")
+    for given, near in (
+        ("runs/quadratik", "Did you mean 'runs/quadratic'?"),
+        ("./runs/quadratic", ""),
+        ("./ruins", "Did you mean 'runs'?"),
+        ("../quadratic", ""),
+        ("runs/quadratik/", "Did you mean"),
+        ("runs/furst.safetensors", "Did you mean 'runs/first.safetensors'?"),
+        (str(tmp_path / "runs" / "quadratik"), "Did you mean"),
+        ("runs/quadratik/again", ""),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint (file|in)") as error:
+            load_rule(given)
+        assert near in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"a folder runs exists, is runs/quadratik@main"):
+        load_rule("runs/quadratik")
+    with pytest.raises(ValueError, match=r"known: .*Did you mean 'quadratic'\?"):
+        load_rule("quadratik")
+
+
+def test_hub_ids_are_still_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user").mkdir()
+    save_rule(random_rule("lstm"), tmp_path / "fetched.safetensors")
+    asked = []
+
+    def download(hub_id: str, **options: bool) -> Path:
+        asked.append(hub_id)
+        return tmp_path / "fetched.safetensors"
+
+    monkeypatch.setattr("learned_optim.hub.download", download)
+    for hub_id in ("somebody/repo", "somebody/repo@v2", "user/repo@main"):
+        assert load_rule(hub_id).name == "lstm"
+    assert asked == ["somebody/repo", "somebody/repo@v2", "user/repo@main"]
+
+
 def test_unnamed_rule_cannot_be_saved(tmp_path: Path) -> None:
     class Nameless(UpdateRule):
         def init_state(self, param):

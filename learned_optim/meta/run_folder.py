@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from learned_optim.checkpoint import remove_leftovers, write_atomically, write_text
+from learned_optim.checkpoint import BEST_FILE, remove_leftovers, write_atomically, write_text
 from learned_optim.meta import protocol
 from learned_optim.meta.recipes import Recipe, recipe_from_json
 
 RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
-BEST = "best.safetensors"
 RESUME = "resume.pt"
 LOCK = ".lock"
 
@@ -40,7 +39,7 @@ class RunFolder:
     @property
     def best(self) -> Path:
         """The best checkpoint so far."""
-        return self.path / BEST
+        return self.path / BEST_FILE
 
     @property
     def finished(self) -> Path:
@@ -50,7 +49,7 @@ class RunFolder:
     @staticmethod
     def is_one(path: Path) -> bool:
         """Whether a training has ever begun in ``path``."""
-        return any((path / name).exists() for name in (RESUME, METRICS, BEST, LOCK))
+        return any((path / name).exists() for name in (RESUME, METRICS, BEST_FILE, LOCK))
 
     def check(self, recipe: Recipe, conditions: dict[str, str]) -> dict[str, str]:
         """Hold a recipe, and what else the run depends on, against those of the folder.
@@ -155,7 +154,7 @@ class RunFolder:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         return ValueError(
             f"{self.path / RESUME} is damaged ({cause}): put back a copy of it, or delete it, and "
-            f"the run begins again with epoch 1. {BEST} holds the best weights so far: copy it "
+            f"the run begins again with epoch 1. {BEST_FILE} holds the best weights so far: copy it "
             f"elsewhere first if you want to keep them"
         )
 
