@@ -28,8 +28,9 @@ from torch.nn.modules.module import (
 )
 
 from learned_optim._bytes import tensor_bytes
+from learned_optim._discovery import unknown_name
 from learned_optim._fields import check_fields
-from learned_optim.rules import UpdateRule, build_rule
+from learned_optim.rules import UpdateRule, build_rule, rule_names
 
 FORMAT = "learned_optim"
 FORMAT_VERSION = 2
@@ -273,6 +274,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
         )
     try:
         _check_intact(version, metadata, tensors)
+        if metadata["rule"] not in rule_names():
+            raise ValueError(
+                f"{unknown_name('update rule', metadata['rule'], rule_names())}. A rule of your "
+                f"own: import the module that defines it first (--rules MODULE in the command)"
+            )
         with _no_larger_than(tensors):
             rule = build_rule(metadata["rule"], _json_object(metadata, "config"))
         check_fields(rule.config)

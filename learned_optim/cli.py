@@ -10,15 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-from learned_optim import __version__
-from learned_optim.checkpoint import as_json
-from learned_optim.pretrained import ALIASES, list_pretrained, load_record, load_rule
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from learned_optim.meta.trainer import TrainConfig
+    from learned_optim.meta.recipes import Recipe
+    from learned_optim.meta.trainer import MetaTrainer, TrainConfig
 
 T = TypeVar("T")
 
@@ -27,58 +25,71 @@ USAGE = """usage: learned-optim COMMAND ...
 commands:
   list                 shipped checkpoints, update rules, tasks, recipes and baselines
   show CHECKPOINT      what a checkpoint is and how it was made
-  search RECIPE        random search of a recipe's meta-learning rate (... search --help)
-  train RECIPE         meta-train an update rule (learned-optim train --help)
-  evaluate             compare learned with tuned hand-written optimizers (... evaluate --help)
+  search RECIPE        random search of a recipe's meta-learning rate
+  train RECIPE         meta-train an update rule
+  evaluate             compare learned with tuned hand-written optimizers
 
+  COMMAND --help       its most common options; --help-all: every option, by group
+  --rules MODULE       with any command: import a module of your own that defines update rules
   --version            the version of learned_optim
-  COMMAND --help       more about one of them
+
+examples:
+  learned-optim train quick                     meta-train in two minutes
+  learned-optim show runs/quick                 look at what came of it
+  learned-optim evaluate --checkpoints runs/quick --tasks digits
 """
 
 SHOW_USAGE = """usage: learned-optim show CHECKPOINT
 
 Prints what a checkpoint is as JSON: update rule, configuration, number of weights, fingerprint, and
-the record of how it was made. CHECKPOINT is a shipped name, a file, a folder or a Hub id.
+the record of how it was made. CHECKPOINT is a shipped name, a file, a run folder or a Hub id.
 """
 
 LIST_USAGE = """usage: learned-optim list
 
-Prints the names of shipped checkpoints, update rules, tasks, recipes and baselines.
+Prints the names of shipped checkpoints, update rules, tasks, recipes and baselines, and what they
+are.
+"""
+
+TRAIN_USAGE = """usage: learned-optim train RECIPE [options]
+
+Meta-trains an update rule in a run folder; given again, the same command goes on with an
+interrupted run. RECIPE is the name of one that ships, a TOML or JSON file, or a run folder.
+"""
+
+SEARCH_USAGE = """usage: learned-optim search RECIPE [options]
+
+Tries random meta-learning rates on short runs of a recipe and prints the best. RECIPE is the name
+of one that ships, a TOML or JSON file, or a run folder.
+"""
+
+EVALUATE_USAGE = """usage: learned-optim evaluate [options]
+
+Runs learned optimizers, untuned, against hand-written ones tuned for each task, and writes tables
+and learning curves. Given again, the same command does only the runs that are missing.
 """
 
 #: Modules of the ``meta`` extra, which the package is installed without unless asked.
 META_EXTRA = (
-    "matplotlib", "numpy", "scipy", "sklearn", "tensorboard", "torchvision", "tqdm", "tyro",
+    "filelock", "matplotlib", "numpy", "scipy", "sklearn", "tensorboard", "tomli", "torchvision",
+    "tqdm", "tyro",
 )  # fmt: skip
+
+HELP = ("-h", "--help", "--help-all")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {
-        "list": _list,
-        "show": _show,
-        "search": _search,
-        "train": _train,
-        "evaluate": _evaluate,
-    }
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0 if args else 2
-    if args[0] == "--version":
-        print(f"learned-optim {__version__}")
-        return 0
-    if args[0] not in commands:
-        print(f"learned-optim: unknown command {args[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
-        return 2
     # As under `python -m`: tasks of one's own, "my_tasks:name", may lie in the current folder.
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
-        return commands[args[0]](args[1:])
-    except (ValueError, OSError, ImportError) as error:
-        print(f"learned-optim: {_message(error, args[0])}", file=sys.stderr)
-        return 1
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # now, where a closed pipe can still be caught
+        return status
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("\nlearned-optim: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -86,107 +97,239 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.remove(here)
 
 
+def _run(args: list[str]) -> int:
+    commands = {
+        "list": _list,
+        "show": _show,
+        "search": _search,
+        "train": _train,
+        "evaluate": _evaluate,
+    }
+    if args == ["--version"]:
+        from learned_optim import __version__
+
+        print(f"learned-optim {__version__}")
+        return 0
+    command = ""
+    try:
+        args = _imported_rules(args)
+        if not args or args[0] in HELP:
+            print(USAGE, end="")
+            return 0 if args else 2
+        command, *args = args
+        if command not in commands:
+            print(f"learned-optim: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
+            return 2
+        return commands[command](args)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        print(f"learned-optim: {_message(error, command)}", file=sys.stderr)
+        return 1
+
+
 def _message(error: Exception, command: str) -> str:
     """What went wrong; for a missing package of ours, how to get it."""
     missing = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ImportError) and missing in META_EXTRA:
         return f"{command} needs {missing}: pip install 'learned-optim[meta]'"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        return str(error.strerror)  # without "[Errno 28]"
     return str(error)
 
 
-def _list(args: list[str]) -> int:
-    from learned_optim.meta.baselines import BASELINES
-    from learned_optim.meta.recipes import recipes
-    from learned_optim.meta.tasks import task_names
-    from learned_optim.rules import rule_names
+def _imported_rules(args: list[str]) -> list[str]:
+    """The arguments without every ``--rules MODULE``, after importing the modules."""
+    rest = []
+    while args:
+        flag, *args = args
+        if flag != "--rules":
+            rest.append(flag)
+            continue
+        from learned_optim.meta.recipes import import_rules
 
-    if args in (["-h"], ["--help"]):
+        if not args:
+            raise ValueError("--rules takes a module that defines update rules")
+        module, *args = args
+        import_rules(module)
+    return rest
+
+
+def _list(args: list[str]) -> int:
+    if args and args[0] in HELP:
         print(LIST_USAGE, end="")
         return 0
     if args:
         raise ValueError(f"list takes no arguments, got {' '.join(args)}")
-    aliases = [f"{a} (= {n})" for a, n in ALIASES.items() if n in list_pretrained()]
-    shipped = [name for name in list_pretrained() if name not in ALIASES]
-    for title, names in (
-        ("checkpoints", shipped + aliases),
-        ("update rules", rule_names()),
-        ("tasks", task_names()),
-        ("recipes", sorted(recipes())),
-        ("baselines", list(BASELINES)),
-    ):
-        print(f"{title}: {', '.join(names) or 'none'}")
+    from learned_optim._options import entry, listing, sections
+    from learned_optim.meta.baselines import BASELINES
+    from learned_optim.meta.recipes import recipe_descriptions
+    from learned_optim.meta.tasks import described_families
+    from learned_optim.rules import rule_class, rule_names
+
+    def lines(described: dict[str, str]) -> list[str]:
+        return [line for name, text in described.items() for line in entry(name, text)]
+
+    rules = {name: (rule_class(name).__doc__ or "").partition("\n")[0] for name in rule_names()}
+    tasks: list[str] = []
+    for about, names in described_families().items():
+        tasks += [f"  {about}", *listing(names, 6)]
+    groups = {
+        "checkpoints": lines(_shipped()),
+        "update rules": lines(rules),
+        "tasks": tasks,
+        "recipes": lines(recipe_descriptions()),
+        "baselines": listing(BASELINES),
+    }
+    print(sections(groups).lstrip("\n"), end="")
     return 0
 
 
+def _shipped() -> dict[str, str]:
+    """What the shipped checkpoints are, by name; aliases first."""
+    from learned_optim.pretrained import ALIASES, list_pretrained, load_record, load_rule
+
+    found = {alias: f"stands for {name}" for alias, name in ALIASES.items()}
+    for name in list_pretrained():
+        if name not in ALIASES:
+            task = load_record(name).get("recipe", {}).get("task", "an unknown task")
+            found[name] = f"update rule {load_rule(name).name!r}, meta-trained on {task!r}"
+    return {name: text for name, text in found.items() if name in list_pretrained()}
+
+
 def _show(args: list[str]) -> int:
-    if args in (["-h"], ["--help"]):
+    if args and args[0] in HELP:
         print(SHOW_USAGE, end="")
         return 0
     if len(args) != 1 or args[0].startswith("-"):
-        raise ValueError("show takes one checkpoint: a shipped name, a file or a Hub id")
-    rule = load_rule(args[0])
+        raise ValueError(
+            "show takes one checkpoint: a shipped name, a file, a run folder or a Hub id"
+        )
+    from learned_optim.checkpoint import as_json
+    from learned_optim.pretrained import checkpoint_path, load_record, load_rule
+
+    path = checkpoint_path(args[0])
+    rule = load_rule(path)
     described = {
         "rule": rule.name,
         "config": rule.config_dict(),
         "weights": sum(p.numel() for p in rule.parameters()),
         "fingerprint": rule.fingerprint(),
-        "record": load_record(args[0]),
+        "record": load_record(path),
     }
+    if path != Path(args[0]):
+        described["file"] = str(path)
     print(as_json(described, indent=2))
     return 0
 
 
-def _with_recipe(command: str, kind: type[T], args: list[str]) -> T | None:
-    """Options of ``train`` and ``search``, which start with a recipe; None if help was wanted."""
-    import tyro
+# ---- train and search, which start with a recipe
 
-    from learned_optim.meta.recipes import load_recipe, recipes
 
-    if not args or args[0] in ("-h", "--help"):
-        names = ", ".join(sorted(recipes()))
-        print(
-            f"usage: learned-optim {command} RECIPE [options]\n\nRECIPE is a shipped recipe "
-            f"({names}) or a JSON file as\nwritten into every run folder. Options: "
-            f"learned-optim {command} RECIPE --help"
-        )
+def _with_recipe(command: str, usage: str, kind: type[T], args: list[str]) -> T | None:
+    """Options of ``train`` and ``search``; None if help was wanted, which is then printed."""
+    from learned_optim.meta.recipes import load_recipe, rule_config
+
+    source, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
+    if not args or any(flag in HELP for flag in rest):
+        recipe = load_recipe(source) if source else None
+        _print_recipe_help(usage, kind, recipe, command, source, "--help-all" in rest)
         return None
-    if args[0].startswith("-"):
+    if not source:
         raise ValueError(
             f"{command} takes the recipe first, then the options: learned-optim {command} RECIPE "
             f"{args[0]} ..."
         )
-    folder = Path("runs") / Path(args[0]).stem
-    if command == "search":
-        folder = folder.with_name(f"{folder.name}-search")
+    recipe = load_recipe(source)
+    if "--rule" in rest:
+        at = rest.index("--rule")
+        if at + 1 == len(rest):
+            raise ValueError("--rule takes the name of an update rule, or module:name")
+        recipe = replace(recipe, rule=rule_config(rest[at + 1]))
+        del rest[at : at + 2]
+    import tyro
+
     return tyro.cli(
         kind,
-        args=args[1:],
-        default=kind(recipe=load_recipe(args[0]), folder=folder),  # type: ignore[call-arg]
-        prog=f"learned-optim {command} {args[0]}",
+        args=rest,
+        default=kind(recipe=recipe, folder=_run_folder(command, source)),  # type: ignore[call-arg]
+        prog=f"learned-optim {command} {source}",
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
 
-def _search(args: list[str]) -> int:
-    import torch
+def _run_folder(command: str, source: str) -> Path:
+    """Where a command puts its files unless told: a run folder's recipe goes on in that folder."""
+    from learned_optim.meta.run_folder import RECIPE, RunFolder
 
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent if path.name == RECIPE else None
+    if folder is not None and command == "train" and RunFolder.is_one(folder):
+        return folder
+    name = folder.resolve().name if folder is not None else path.stem
+    return Path("runs") / (f"{name}-search" if command == "search" else name)
+
+
+def _print_recipe_help(
+    usage: str, kind: type, recipe: Recipe | None, command: str, source: str, everything: bool
+) -> None:
+    from learned_optim._options import entry, options, sections
+    from learned_optim.meta.recipes import COMMON, GROUPS, recipe_descriptions, recipes
+
+    print(usage.replace("RECIPE [options]", f"{source or 'RECIPE'} [options]"), end="")
+    known = recipe is not None
+    recipe = recipe or next(iter(recipes().values()))
+    folder = _run_folder(command, source or "NAME")
+    config = kind(recipe=recipe, folder=folder)
+    groups: dict[str, list[str]] = {}
+    if not known:
+        described = recipe_descriptions().items()
+        groups["recipes"] = [line for name, text in described for line in entry(name, text)]
+    groups["options"] = options(config)
+    rule = entry("--rule NAME", "Update rule, or module:name for one of your own.")
+    if everything:
+        for title, names in GROUPS.items():
+            groups[title] = options(recipe, names, known)
+        groups["what is trained"] += rule
+        if known:
+            groups["the update rule"] = options(recipe.rule)
+        groups["data"] = options(config.data)
+        print(sections(groups), end="")
+        return
+    groups["the recipe"] = options(recipe, COMMON, known) + rule
+    print(sections(groups), end="")
+    more = f"learned-optim {command} {source or 'RECIPE'} --help-all"
+    print(f"\nEvery field of a recipe is an option: {more}")
+
+
+def _search(args: list[str]) -> int:
     from learned_optim.meta.search import SearchConfig, Trial, search
 
-    config = _with_recipe("search", SearchConfig, args)
+    config = _with_recipe("search", SEARCH_USAGE, SearchConfig, args)
     if config is None:
         return 0 if args else 2
+    import torch
+
     torch.set_num_threads(config.threads)
     found: list[Trial] = []
+    runs = config.trial_epochs * config.recipe.runs_per_epoch
     with ProgressBar("search") as show:
-        show(0, config.trials, "")
+
+        def on_run(done: int) -> None:
+            tried = [t for t in found if t.validation < float("inf")]
+            best = min(tried, key=lambda t: t.validation, default=None)
+            said = f" best {best.validation:.2f} at {best.meta_lr:g}" if best else ""
+            trial = min(len(found) + 1, config.trials)
+            show(len(found) * runs + done, config.trials * runs, f"trial {trial}{said}")
 
         def on_trial(trial: Trial) -> None:
             found.append(trial)
-            print(f"{trial.meta_lr:<10g}{trial.validation:.2f}", flush=True)
-            best = min(found, key=lambda t: t.validation)
-            show(len(found), config.trials, f"best {best.validation:.2f} at {best.meta_lr:g}")
+            figure = f"{trial.validation:.2f}" if trial.validation < float("inf") else "diverged"
+            print(f"{trial.meta_lr:<10g}{figure}", flush=True)
+            on_run(0)
 
-        trials = search(config, on_trial)
+        on_run(0)
+        trials = search(config, on_trial, on_run)
     print(f"best: --meta-lr {trials[0].meta_lr:g} (validation {trials[0].validation:.2f})")
     return 0
 
@@ -194,7 +337,7 @@ def _search(args: list[str]) -> int:
 def _train(args: list[str]) -> int:
     from learned_optim.meta.trainer import TrainConfig
 
-    config = _with_recipe("train", TrainConfig, args)
+    config = _with_recipe("train", TRAIN_USAGE, TrainConfig, args)
     if config is None:
         return 0 if args else 2
     return _run_training(config)
@@ -204,9 +347,12 @@ def _run_training(config: TrainConfig) -> int:
     import torch
     import torch.distributed as dist
 
+    from learned_optim.checkpoint import check_writable
     from learned_optim.meta.trainer import MetaTrainer
 
     torch.set_num_threads(config.threads)
+    if config.output is not None:
+        check_writable(config.output)
     under_torchrun = dist.is_torchelastic_launched()
     if under_torchrun:
         # Optimizers import this; were the group there already, default arguments in it would keep
@@ -217,21 +363,18 @@ def _run_training(config: TrainConfig) -> int:
         # Meta-gradients live on the CPU, whatever else there is.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        trainer = MetaTrainer(config.recipe, config.folder, config.data, config.tensorboard)
-        first = trainer.rank == 0
-        bar = ProgressBar("meta-training") if first else nullcontext()
-        with bar as show:
-
-            def on_run(epoch: int, run: int, meta_loss: float) -> None:
-                if show is not None:
-                    done = (epoch - 1) * config.recipe.runs_per_epoch + run + 1
-                    best = trainer.best.validation if trainer.best else float("nan")
-                    total = config.recipe.epochs * config.recipe.runs_per_epoch
-                    show(done, total, f"epoch {epoch} loss {meta_loss:.1f} best {best:.2f}")
-
-            trainer.train(on_run)
-        if first:
-            path = trainer.finish(config.output)
+        first = not under_torchrun or dist.get_rank() == 0
+        with ProgressBar("meta-training") if first else nullcontext() as show:
+            trainer = MetaTrainer(config.recipe, config.folder, config.data, config.tensorboard)
+            path = None
+            if show is None:
+                trainer.train()
+            else:
+                shown = TrainingProgress(trainer, show)
+                trainer.train(shown.on_run, shown.report)
+                path = trainer.finish(config.output, shown.report)
+        if path is not None:
+            print(_figures(trainer, path))
             print(f"wrote {path}")
     finally:
         if under_torchrun:
@@ -239,10 +382,64 @@ def _run_training(config: TrainConfig) -> int:
     return 0
 
 
+def _figures(trainer: MetaTrainer, path: Path) -> str:
+    """What came of a training, in a line."""
+    from learned_optim.pretrained import load_record
+
+    record, recipe = load_record(path), trainer.recipe
+    test = record["test"]
+    steps = recipe.validation_horizon or recipe.horizon
+    if recipe.validation_mean == "geometric":
+        tested = f"{_number(test['geometric_mean'])} (geometric means)"
+    else:
+        tested = f"{_number(test['mean'])} ± {_number(test['std'])}"
+    return (
+        f"loss summed over {steps} steps: validation {_number(record['validation'])} (best epoch "
+        f"{record['epoch']} of {record['epochs_run']}), test on {test['runs']} fresh runs {tested}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+class TrainingProgress:
+    """Shows a training's runs, validation and test in one bar.
+
+    Args:
+        trainer: whose progress.
+        show: takes ``(done, total, what)``.
+    """
+
+    def __init__(self, trainer: MetaTrainer, show: Callable[[int, int, str], None]) -> None:
+        self.trainer, self.show = trainer, show
+        self.per_epoch = trainer.recipe.runs_per_epoch
+        self.total = trainer.recipe.epochs * self.per_epoch
+        self.done, self.loss = trainer.epoch * self.per_epoch, ""
+        self._tell("starting")
+
+    def on_run(self, epoch: int, run: int, meta_loss: float) -> None:
+        self.done = (epoch - 1) * self.per_epoch + run + 1
+        self.loss = f"loss {meta_loss:.1f}"
+        self._tell(f"epoch {epoch} {self.loss}")
+
+    def report(self, what: str, done: int, total: int) -> None:
+        epoch = f"epoch {self.trainer.epoch + 1} " if what == "validation" else ""
+        self._tell(f"{epoch}{what} {done}/{total}")
+
+    def _tell(self, what: str) -> None:
+        best = self.trainer.best
+        self.show(self.done, self.total, f"{what} best {best.validation:.2f}" if best else what)
+
+
 def _evaluate(args: list[str]) -> int:
+    from learned_optim.meta.evaluate import EvaluateConfig, Evaluation
+
+    if any(flag in HELP for flag in args):
+        _print_evaluate_help(EvaluateConfig(), "--help-all" in args)
+        return 0
     import tyro
 
-    from learned_optim.meta.evaluate import EvaluateConfig, Evaluation
     from learned_optim.meta.report import markdown, write_report
 
     config = tyro.cli(
@@ -255,13 +452,27 @@ def _evaluate(args: list[str]) -> int:
     import matplotlib
     import scipy
 
+    from learned_optim.checkpoint import check_writable
+
     del matplotlib, scipy
+    check_writable(config.output / "table.md")
     with ProgressBar("evaluation") as show:
         summary = Evaluation(config, show).execute()
     print(markdown(summary))
     for path in write_report(summary, config.output):
         print(f"wrote {path}")
     return 0
+
+
+def _print_evaluate_help(config: Any, everything: bool) -> None:
+    from learned_optim._options import options, sections
+
+    groups = {"options": options(config)}
+    if everything:
+        groups["data"] = options(config.data)
+    print(EVALUATE_USAGE + sections(groups), end="")
+    if not everything:
+        print("\nWhere data is looked for: learned-optim evaluate --help-all")
 
 
 class ProgressBar:
@@ -273,10 +484,19 @@ class ProgressBar:
     def __enter__(self) -> Callable[[int, int, str], None]:
         from tqdm import tqdm
 
-        self.tqdm = tqdm(desc=self.title, dynamic_ncols=True, mininterval=0.5)
+        # smoothing=0: time left by the average so far, validation included.
+        self.tqdm = tqdm(
+            desc=self.title, dynamic_ncols=True, mininterval=0.5, miniters=0, smoothing=0
+        )
+        self._begun = False
         return self._show
 
     def _show(self, done: int, total: int, what: str) -> None:
+        if not self._begun or done < self.tqdm.n:
+            # What earlier processes did says nothing of how long the rest takes.
+            self.tqdm.reset(total)
+            self.tqdm.initial = self.tqdm.n = self.tqdm.last_print_n = done
+            self._begun = True
         self.tqdm.total = total
         self.tqdm.set_postfix_str(what, refresh=False)
         self.tqdm.update(done - self.tqdm.n)

@@ -2,19 +2,26 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import random_rule
+from test_trainer import SMALL
 
 import learned_optim
-from learned_optim import load_record, load_rule, save_rule
-from learned_optim.cli import main
+from learned_optim import list_pretrained, load_record, load_rule, save_rule
+from learned_optim.cli import ProgressBar, TrainingProgress, main
+from learned_optim.meta import EvaluateConfig, MetaTrainer, Recipe
 from learned_optim.meta.baselines import BASELINES
-from learned_optim.meta.recipes import recipes
+from learned_optim.meta.recipes import COMMON, GROUPS, recipe_from_json, recipes
+from learned_optim.meta.search import SearchConfig
 from learned_optim.meta.tasks import task_names
+from learned_optim.meta.trainer import TrainConfig
 from learned_optim.rules import rule_names
 from learned_optim.rules.handmade import AdamRule
 
@@ -72,35 +79,95 @@ def test_missing_extra_is_named_before_any_work(
 
 
 def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    """Short, with the recipes that there are, or with the values of one."""
     assert main(["train", "--help"]) == 0
-    assert f"({', '.join(sorted(recipes()))})" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in recipes())
+    assert "--folder PATH" in shown
+    assert len(shown.splitlines()) < 60
     assert main(["train"]) == 2
-    with pytest.raises(SystemExit) as done:
-        main(["train", "quadratic", "--help"])
-    assert done.value.code == 0
-    options = capsys.readouterr().out
+    assert capsys.readouterr().out == shown
+    assert main(["train", "quadratic", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 40
     # The recipe's own values are the defaults that the help shows.
-    assert "--meta-lr FLOAT" in options
-    assert "default: runs/quadratic" in options.replace("\n", " ")
+    assert "--meta-lr FLOAT             Learning rate of the meta-optimizer, Adam. (0.005)" in shown
+    assert "(runs/quadratic)" in shown
+    assert "--long-fraction" not in shown
+    assert main(["train", "quadratic", "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    groups = ("what is trained", "optimizee runs", "meta-gradients", "the update rule", "data")
+    assert all(f"\n{group}:\n" in shown for group in groups)
+    assert "--estimator {replay,autograd,full}" in shown
+    assert "--hidden-size INT" in shown
+
+
+def flags(text: str) -> set[str]:
+    """Options by their positive names."""
+    found = re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)
+    return {flag.replace("--no-", "--") for flag in found} - {"--help", "--help-all", "--rules"}
+
+
+@pytest.mark.parametrize("command", ["train", "search", "evaluate"])
+def test_help_shows_the_options_that_there_are(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Help is written here, and options are parsed by tyro: they agree."""
+    recipe = recipes()["general-2"]
+    kind, arguments = {
+        "train": (TrainConfig, ["general-2"]),
+        "search": (SearchConfig, ["general-2"]),
+        "evaluate": (EvaluateConfig, []),
+    }[command]
+    config = EvaluateConfig() if command == "evaluate" else kind(recipe=recipe)
+    with pytest.raises(SystemExit):
+        tyro.cli(kind, args=["--help"], default=config, config=(tyro.conf.OmitArgPrefixes,))
+    parsed = flags(capsys.readouterr().out)
+    assert main([command, *arguments, "--help-all"]) == 0
+    shown = flags(capsys.readouterr().out) - {"--rule"}
+    assert shown == parsed
+
+
+def test_every_field_of_a_recipe_is_in_a_group() -> None:
+    names = [name for names in GROUPS.values() for name in names]
+    assert sorted(names) == sorted(f.name for f in fields(Recipe) if f.name != "rule")
+    assert set(COMMON) <= set(names)
 
 
 def test_help_of_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as done:
-        main(["evaluate", "--help"])
-    assert done.value.code == 0
+    assert main(["evaluate", "--help"]) == 0
     options = capsys.readouterr().out
-    for option in ("--checkpoints", "--tasks", "--horizons", "--workers", "--data-dir"):
+    for option in ("--checkpoints", "--tasks", "--horizons", "--workers"):
         assert option in options
+    assert "--data-dir" not in options
+    assert main(["evaluate", "--help-all"]) == 0
+    assert "--data-dir" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "search", "evaluate"])
+def test_help_needs_no_extra(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("tyro", "tqdm", "scipy", "matplotlib"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: learned-optim {command}")
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
-    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
-    assert lines["update rules"] == ", ".join(rule_names())
-    assert lines["tasks"] == ", ".join(task_names())
-    assert lines["recipes"] == ", ".join(sorted(recipes()))
-    assert lines["baselines"] == ", ".join(BASELINES)
-    assert "checkpoints" in lines
+    shown = capsys.readouterr().out
+    groups = dict(re.findall(r"^([a-z ]+):\n((?:  .*\n)+)", shown, re.M))
+    assert list(groups) == ["checkpoints", "update rules", "tasks", "recipes", "baselines"]
+    for group, names in (
+        ("checkpoints", list_pretrained()),
+        ("update rules", rule_names()),
+        ("recipes", recipes()),
+    ):
+        described = dict(re.findall(r"^  (\S+) +(\S.*)", groups[group], re.M))
+        assert set(described) == set(names)
+    for group, names in (("tasks", task_names()), ("baselines", list(BASELINES))):
+        assert set(names) <= set(re.split(r"[,\s]+", groups[group]))
 
 
 def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +184,10 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "fingerprint": rule.fingerprint(),
         "record": {"seed": 3},
     }
+    path.rename(tmp_path / "best.safetensors")
+    assert main(["show", str(tmp_path)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["file"] == str(tmp_path / "best.safetensors")
 
 
 TINY = [
@@ -131,22 +202,173 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", "quadratic", *TINY, "--folder", str(folder), "--output", str(output)]
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert captured.out == f"wrote {output}\n"
-    assert "4/4" in captured.err  # the progress bar: optimizee runs
     record = load_record(output)
+    figures, wrote = captured.out.splitlines()
+    assert wrote == f"wrote {output}"
+    assert figures == (
+        f"loss summed over 6 steps: validation {record['validation']:.4g} (best epoch "
+        f"{record['epoch']} of 2), test on 2 fresh runs {record['test']['mean']:.4g} ± "
+        f"{record['test']['std']:.4g}"
+    )
+    assert "4/4" in captured.err  # the progress bar: optimizee runs
+    assert "nan" not in captured.err
     assert record["epochs_run"] == 2
     assert record["recipe"]["horizon"] == 6
     assert record["recipe"]["rule"]["config"]["hidden_size"] == 4
     assert record["recipe"]["meta_lr"] == recipes()["quadratic"].meta_lr
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best.safetensors", "metrics.jsonl", "recipe.json", "resume.pt",
+        ".lock", "best.safetensors", "metrics.jsonl", "protocol.json", "recipe.json", "resume.pt",
     ]  # fmt: skip
     # The folder's recipe file is a recipe, and gives the same weights again.
     again = tmp_path / "again"
     assert main(["train", str(folder / "recipe.json"), "--folder", str(again)]) == 0
-    assert (
-        load_rule(again / "quadratic.safetensors").fingerprint() == load_rule(output).fingerprint()
-    )
+    expected = load_rule(output).fingerprint()
+    assert load_rule(again / "again.safetensors").fingerprint() == expected
+    assert load_rule(again).fingerprint() == expected
+
+
+def test_a_run_folders_recipe_goes_on_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "quadratic", *TINY, "--folder", "runs/mine"]) == 0
+    capsys.readouterr()
+    for source in ("runs/mine/recipe.json", "runs/mine", "runs/mine/"):
+        assert main(["train", source]) == 0
+        assert capsys.readouterr().out.endswith("wrote runs/mine/mine.safetensors\n")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
+    assert main(["show", "runs/mine"]) == 0
+    assert json.loads(capsys.readouterr().out)["record"]["epochs_run"] == 2
+    # A recipe in a folder that is no run folder names a run after that folder.
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "runs" / "mine" / "recipe.json").rename(tmp_path / "recipes" / "recipe.json")
+    assert main(["train", "recipes/recipe.json", "--help"]) == 0
+    assert "(runs/recipes)" in capsys.readouterr().out
+
+
+def test_output_that_cannot_be_written_is_noticed_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path, tmp_path / "file" / "below.safetensors"):
+        command = ["train", "quadratic", *TINY, "--folder", str(tmp_path / "run")]
+        assert main([*command, "--output", str(output)]) == 1
+        assert f"learned-optim: cannot write {output}: " in said(capsys)
+    assert not (tmp_path / "run").exists()
+    command = ["evaluate", "--checkpoints", "--tasks", "quadratic", "--output"]
+    assert main([*command, str(tmp_path / "file")]) == 1
+    assert f"learned-optim: cannot write {tmp_path / 'file' / 'table.md'}: " in said(capsys)
+
+
+def test_progress_goes_on_where_an_earlier_process_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[int, int, str]] = []
+    recipe = recipe_from_json({**SMALL.to_json(), "meta_lr_final": None})
+    MetaTrainer(replace(recipe, epochs=1), tmp_path).train()
+    trainer = MetaTrainer(replace(recipe, epochs=2), tmp_path)
+    progress = TrainingProgress(trainer, lambda *told: seen.append(told))
+    trainer.train(progress.on_run, progress.report)
+    trainer.finish(report=progress.report)
+    assert seen[0] == (3, 6, f"starting best {trainer.history[0].validation:.2f}")
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert any(text.startswith("epoch 2 validation 8/8 best ") for _, _, text in seen)
+    assert any(text.startswith("test 8/8 best ") for _, _, text in seen)
+    bar = ProgressBar("again")
+    with bar as show:
+        for told in seen:
+            show(*told)
+        assert bar.tqdm.initial == 3  # time left is that of three runs, by those done here
+    assert "6/6" in said(capsys)
+
+
+def test_first_epoch_has_no_best_yet(tmp_path: Path) -> None:
+    seen: list[str] = []
+    trainer = MetaTrainer(replace(SMALL, epochs=1, meta_lr_final=None), tmp_path)
+    progress = TrainingProgress(trainer, lambda done, total, text: seen.append(text))
+    trainer.train(progress.on_run, progress.report)
+    assert seen[0] == "starting"
+    assert seen[1].startswith("epoch 1 loss ")
+    assert not [text for text in seen if "best" in text or "nan" in text]
+
+
+RULE_OF_MINE = """
+import torch
+from dataclasses import dataclass
+from learned_optim.rules import RuleConfig, UpdateRule
+
+@dataclass(frozen=True)
+class MineConfig(RuleConfig):
+    scale: float = 0.01
+    \"\"\"How large the first step is.\"\"\"
+
+class Mine(UpdateRule):
+    name = "mine-of-{name}"
+    Config = MineConfig
+
+    def __init__(self, config=None):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.tensor(self.config.scale))
+
+    def init_state(self, param):
+        return {{}}
+
+    def forward(self, grad, state, param, loss=None):
+        return -self.scale * grad, {{}}
+"""
+
+
+def test_rules_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ``module:name`` in options and recipes; as a module where a checkpoint is loaded."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules_of_mine.py").write_text(RULE_OF_MINE.format(name="cli"))
+    reference = "rules_of_mine:mine-of-cli"
+    tiny = TINY[: TINY.index("--hidden-size")]
+    command = ["train", "quadratic", *tiny, "--folder", "run", "--rule", reference]
+    assert main(command) == 1
+    assert "estimator 'replay' needs a rule that splits" in said(capsys)
+    command += ["--estimator", "autograd", "--scale", "0.02"]
+    assert main(command) == 0
+    stored = json.loads((tmp_path / "run" / "recipe.json").read_text())["rule"]
+    assert stored == {"name": reference, "config": {"scale": 0.02}}
+    assert main(["train", "quadratic", "--rule", reference, "--help-all"]) == 0
+    capsys.readouterr()
+
+    def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+        return subprocess.run(
+            [sys.executable, "-m", "learned_optim", *arguments],
+            env=env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert process("train", "run").stdout.endswith("wrote run/run.safetensors\n")
+    refused = process("show", "run")
+    assert "unknown update rule 'mine-of-cli'; known: " in refused.stderr
+    assert "--rules MODULE" in refused.stderr
+    shown = process("--rules", "rules_of_mine", "show", "run")
+    assert json.loads(shown.stdout)["rule"] == "mine-of-cli"
+    assert "mine-of-cli" in process("list", "--rules", "rules_of_mine").stdout
+    assert main(["list", "--rules"]) == 1
+    assert "--rules takes a module" in said(capsys)
+    assert main(["list", "--rules", "rules_of_nobody"]) == 1
+    assert "no update rules from module 'rules_of_nobody'" in said(capsys)
+
+
+def test_reader_that_has_seen_enough() -> None:
+    """``learned-optim list | head -1``: no broken pipe on the screen."""
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "learned_optim", "list"],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()  # before anything is written
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
 
 
 def test_train_tensorboard(tmp_path: Path) -> None:
@@ -257,16 +479,16 @@ def test_interrupt_says_how_to_go_on(
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("learned_optim.cli.load_rule", interrupt)
-    assert main(["show", "anything"]) == 130
+    monkeypatch.setattr("learned_optim.pretrained.load_rule", interrupt)
+    assert main(["show", "mnist"]) == 130
     assert "the same command goes on from here" in said(capsys)
 
 
 def test_as_a_process() -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
-    command = [sys.executable, "-m", "learned_optim.cli"]
+    command = [sys.executable, "-m", "learned_optim"]
     done = subprocess.run([*command, "list"], env=env, capture_output=True, text=True, check=True)
-    assert "tasks: " in done.stdout
+    assert "\ntasks:\n" in done.stdout
     failed = subprocess.run(
         [*command, "show", "nonesuch"], env=env, capture_output=True, text=True, check=False
     )

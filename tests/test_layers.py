@@ -11,13 +11,14 @@ PACKAGE = Path(learned_optim.__file__).parent
 
 #: From the lowest layer up (docs/design.md); a module may import its own layer and those before it.
 LAYERS = (
-    ("_bytes", "_discovery", "_fields", "guard", "preprocessing"),
+    ("_bytes", "_discovery", "_fields", "_options", "guard", "preprocessing"),
     ("rules",),
     ("checkpoint", "summary"),
     ("hub", "pretrained"),
     ("optimizer",),
     ("meta",),
     ("cli",),
+    ("__main__",),
 )
 LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 

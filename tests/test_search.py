@@ -1,5 +1,6 @@
 """Random search of the meta-learning rate."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from learned_optim.cli import main
 from learned_optim.meta import MetaTrainer
 from learned_optim.meta.recipes import recipes
 from learned_optim.meta.search import SearchConfig, Trial, search
+from learned_optim.meta.trainer import EpochMetrics, TrainingError
 
 
 def test_search_ranks_what_training_gives(tmp_path: Path) -> None:
@@ -33,7 +35,8 @@ def test_search_ranks_what_training_gives(tmp_path: Path) -> None:
 
 
 def test_rates_are_log_uniform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MetaTrainer, "train", lambda self: None)
+    figures = EpochMetrics(1, 1.0, 1.0, 1.0, 0, 0.1, 0.0)
+    monkeypatch.setattr(MetaTrainer, "train", lambda self, on_run: self.history.append(figures))
     trials = search(SearchConfig(SMALL, tmp_path, trials=200))
     logs = torch.tensor([t.meta_lr for t in trials]).log10()
     assert logs.mean().item() == pytest.approx(-2.5, abs=0.35)
@@ -59,5 +62,35 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 3
     assert lines[-1].startswith("best: --meta-lr ")
     assert main(["search", "--help"]) == 0
-    shipped = ", ".join(recipes())
-    assert f"RECIPE is a shipped recipe ({shipped})" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in recipes())
+    assert "--trials INT" in shown
+
+
+def test_progress_within_a_trial(tmp_path: Path) -> None:
+    done: list[int] = []
+    search(SearchConfig(SMALL, tmp_path, trials=2, trial_epochs=2), on_run=done.append)
+    assert done == [1, 2, 3, 4, 5, 6] * 2
+
+
+def test_diverging_rates_are_results_unless_all_diverge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = MetaTrainer.train
+
+    def diverging(limit: float) -> Callable[..., None]:
+        def run(self: MetaTrainer, *args: object) -> None:
+            if self.recipe.meta_lr > limit:
+                raise TrainingError("epoch 1 taught nothing")
+            train(self, *args)  # type: ignore[arg-type]
+
+        return run
+
+    config = SearchConfig(SMALL, tmp_path, trials=4, trial_epochs=1)
+    monkeypatch.setattr(MetaTrainer, "train", diverging(0.01))
+    trials = search(config)
+    assert {t.meta_lr > 0.01 for t in trials} == {True, False}
+    assert all((t.validation == float("inf")) == (t.meta_lr > 0.01) for t in trials)
+    monkeypatch.setattr(MetaTrainer, "train", diverging(0.0))
+    with pytest.raises(TrainingError, match=r"every trial diverged .*--low and --high"):
+        search(replace(config, folder=tmp_path / "another"))

@@ -522,7 +522,10 @@ def test_lists_in_a_recipe_file_are_tuples_of_the_rule() -> None:
     try:
         recipe = replace(SMALL, rule=TupleConfig((0.1, 0.2, 0.3)))
         data = json.loads(json.dumps(recipe.to_json()))
-        assert data["rule"] == {"name": "with-a-tuple", "config": {"betas": [0.1, 0.2, 0.3]}}
+        assert data["rule"] == {
+            "name": "test_trainer:with-a-tuple",
+            "config": {"betas": [0.1, 0.2, 0.3]},
+        }
         assert recipe_from_json(data) == recipe
         with pytest.raises(ValueError, match="does not fit update rule 'with-a-tuple'"):
             recipe_from_json({**data, "rule": {**data["rule"], "config": {"gammas": [1]}}})

@@ -154,8 +154,8 @@ class RunFolder:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         return ValueError(
             f"{self.path / RESUME} is damaged ({cause}): put back a copy of it, or delete it, and "
-            f"the run begins again with epoch 1. {BEST_FILE} holds the best weights so far: copy it "
-            f"elsewhere first if you want to keep them"
+            f"the run begins again with epoch 1. {BEST_FILE} holds the best weights so far: copy "
+            f"it elsewhere first if you want to keep them"
         )
 
     def write_state(self, state: dict[str, Any], metrics: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.seeding import seeded
-from learned_optim.meta.trainer import MetaTrainer
+from learned_optim.meta.trainer import MetaTrainer, TrainingError
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ class Trial:
     validation: float
 
 
-def search(config: SearchConfig, on_trial: Callable[[Trial], None] | None = None) -> list[Trial]:
+def search(
+    config: SearchConfig,
+    on_trial: Callable[[Trial], None] | None = None,
+    on_run: Callable[[int], None] | None = None,
+) -> list[Trial]:
     """Train each trial and return them, best first.
 
     The schedule keeps its shape: its final rate is scaled along with its first.
@@ -61,7 +66,16 @@ def search(config: SearchConfig, on_trial: Callable[[Trial], None] | None = None
     Args:
         config: what to search.
         on_trial: told every finished trial.
+        on_run: told how many optimizee runs of the present trial are done.
+
+    Raises:
+        TrainingError: every trial diverged.
     """
+
+    def count(epoch: int, run: int, meta_loss: float) -> None:
+        if on_run is not None:
+            on_run((epoch - 1) * config.recipe.runs_per_epoch + run + 1)
+
     recipe = config.recipe
     draws = torch.rand(config.trials, generator=seeded(recipe.seed, "search"))
     trials = []
@@ -76,9 +90,16 @@ def search(config: SearchConfig, on_trial: Callable[[Trial], None] | None = None
             epochs=config.trial_epochs,
         )
         trainer = MetaTrainer(short, config.folder / f"trial-{index}-{meta_lr:g}", config.data)
-        trainer.train()
+        with suppress(TrainingError):  # that a rate is too high is a result
+            trainer.train(count)
         trial = Trial(meta_lr, trainer.best.validation if trainer.best else math.inf)
         trials.append(trial)
         if on_trial is not None:
             on_trial(trial)
+    if all(math.isinf(trial.validation) for trial in trials):
+        rates = ", ".join(f"{trial.meta_lr:g}" for trial in trials)
+        raise TrainingError(
+            f"every trial diverged (meta-learning rates {rates}): lower --low and --high, or try "
+            f"more --trials"
+        )
     return sorted(trials, key=lambda trial: trial.validation)

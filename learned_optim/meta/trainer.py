@@ -27,7 +27,7 @@ from learned_optim.meta.run_folder import RunFolder, source_modules
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
 from learned_optim.pretrained import load_rule
-from learned_optim.rules import UpdateRule, rule_for
+from learned_optim.rules import RecurrentRule, TensorRule, UpdateRule, rule_for
 
 #: Told ``(what, done, total)`` while runs are validated or tested.
 Report = Callable[[str, int, int], None]
@@ -164,6 +164,11 @@ class MetaTrainer:
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
             self.kept = rule_for(recipe.rule)  # the moving average: what is validated and saved
+        if recipe.estimator == "replay" and not isinstance(self.rule, (RecurrentRule, TensorRule)):
+            raise ValueError(
+                f"estimator 'replay' needs a rule that splits into observe and respond, and "
+                f"{self.rule.name!r} does not: use estimator='autograd' (--estimator autograd)"
+            )
         self._start: str | None = None  # fingerprint of the weights before training, if learned
         if recipe.start is not None:
             self._start_from(recipe.start)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
-from learned_optim._discovery import import_submodules, unknown_name
+from learned_optim._discovery import did_you_mean, import_submodules, unknown_name
 from learned_optim._fields import check_fields
-from learned_optim.rules import RuleConfig, build_rule, rule_for
+from learned_optim.rules import RuleConfig, build_rule, rule_class, rule_for
 
 _AT_LEAST = {
     "epochs": 1,
@@ -117,48 +120,161 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON-ready data; :func:`recipe_from_json` reads it back."""
         data = dataclasses.asdict(self)
-        data["rule"] = {"name": rule_for(self.rule).name, "config": data["rule"]}
+        data["rule"] = {"name": _rule_reference(self.rule), "config": data["rule"]}
         return data
 
 
-def recipe_from_json(data: dict[str, Any]) -> Recipe:
-    """The inverse of :meth:`Recipe.to_json`.
+#: Fields of a recipe by what they are about, for help.
+GROUPS = {
+    "what is trained": ("task", "start", "start_share"),
+    "how long": ("epochs", "runs_per_epoch", "patience"),
+    "optimizee runs": (
+        "tasks_per_meta_step", "horizon", "truncation", "long_horizon", "long_fraction",
+        "long_truncation", "unrolls_per_run",
+    ),
+    "meta-gradients": ("estimator", "coordinates", "sampling", "clip_norm", "relative_loss"),
+    "meta-optimizer": ("meta_lr", "meta_lr_final", "average"),
+    "validation and test": (
+        "validation_runs", "validation_horizon", "validation_mean", "test_runs",
+    ),
+    "randomness": ("seed",),
+}  # fmt: skip
+
+#: Those that most people change.
+COMMON = ("epochs", "meta_lr", "horizon", "tasks_per_meta_step", "seed")
+
+
+def _rule_reference(config: RuleConfig) -> str:
+    """The name of a rule; with its module, where that is no part of this package."""
+    cls = type(rule_for(config))
+    ours = __name__.partition(".")[0]
+    foreign = cls.__module__.partition(".")[0] not in (ours, "__main__")
+    return f"{cls.__module__}:{cls.name}" if foreign else cls.name
+
+
+def rule_config(name: str, values: dict[str, Any] | None = None) -> RuleConfig:
+    """The configuration of an update rule from its name and plain data.
+
+    Args:
+        name: a registered name, or ``"module:name"`` for a rule that an importable module defines.
+        values: fields that differ from their defaults.
 
     Raises:
-        ValueError: unknown or missing fields, or values that do not fit them.
+        ValueError: no such module or rule, or unknown or unfit fields; the message names the
+            nearest that exists.
+    """
+    module, _, own = name.rpartition(":")
+    if module:
+        import_rules(module)
+    values = values or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"the config of a rule must be a table, got {values!r}")
+    known = [field.name for field in dataclasses.fields(rule_class(own).Config)]
+    for key in values:
+        if key not in known:
+            raise ValueError(
+                f"{key!r} does not fit update rule {own!r}, whose fields are "
+                f"{', '.join(known) or 'none'}{did_you_mean(key, known)}"
+            )
+    config: RuleConfig = build_rule(own, values).config
+    return config
+
+
+def import_rules(module: str) -> None:
+    """Import a module of the user's that defines update rules.
+
+    Raises:
+        ValueError: there is no such module.
     """
     try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"no update rules from module {module!r} ({error}): it must be importable (PYTHONPATH)"
+        ) from error
+
+
+def recipe_from_json(data: dict[str, Any]) -> Recipe:
+    """The inverse of :meth:`Recipe.to_json`; ``rule`` may be a name alone, or lack its ``config``.
+
+    Raises:
+        ValueError: unknown or missing fields, or values that do not fit them; of an unknown field,
+            the message names the nearest that exists.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"not a recipe: a table of fields is one, got {str(data)[:40]}")
+    known = dataclasses.fields(Recipe)
+    names = [field.name for field in known]
+    for key in data:
+        if key not in names:
+            near = did_you_mean(key, names) or f". Fields: {', '.join(names)}"
+            raise ValueError(f"not a recipe: unknown field {key!r}{near}")
+    missing = [f.name for f in known if f.name not in data and f.default is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"not a recipe: it lacks {', '.join(missing)}")
+    try:
         rule = data["rule"]
-        config = build_rule(rule["name"], rule["config"]).config
-        return Recipe(**{**data, "rule": config})
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"not a recipe: {error}") from error
+        if isinstance(rule, str):
+            rule = {"name": rule}
+        for key in rule:
+            if key not in ("name", "config"):
+                raise ValueError(
+                    f"unknown field {key!r} of rule, which has name and config"
+                    f"{did_you_mean(key, ('name', 'config'))}"
+                )
+        config = rule_config(rule["name"], rule.get("config"))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"not a recipe: rule: {error}") from error
+    return Recipe(**{**data, "rule": config})
 
 
 def recipes() -> dict[str, Recipe]:
     """The recipes that ship with the package, by name: each module's ``RECIPE``."""
-    modules = import_submodules("learned_optim.meta.recipes")
+    return {name: module.RECIPE for name, module in _modules().items()}
+
+
+def recipe_descriptions() -> dict[str, str]:
+    """What the recipes that ship are for, in a sentence, by name."""
     return {
-        module.__name__.rsplit(".", 1)[1].replace("_", "-"): module.RECIPE for module in modules
+        name: (module.__doc__ or "").partition("\n\n")[0].strip().replace("\n", " ")
+        for name, module in _modules().items()
     }
 
 
+def _modules() -> dict[str, ModuleType]:
+    modules = import_submodules("learned_optim.meta.recipes")
+    return {module.__name__.rsplit(".", 1)[1].replace("_", "-"): module for module in modules}
+
+
 def load_recipe(source: str) -> Recipe:
-    """A recipe by shipped name or from a JSON file.
+    """A recipe by shipped name, from a TOML or JSON file, or from a run folder.
 
     Raises:
-        ValueError: neither a shipped name nor a readable recipe file.
-        FileNotFoundError: a path to a JSON file that does not exist.
+        ValueError: neither a shipped name nor a readable recipe file; the message names the file.
+        FileNotFoundError: a path to a file that does not exist.
+        ImportError: a TOML file under Python 3.10 without the ``meta`` extra.
     """
     known = recipes()
     if source in known:
         return known[source]
     path = Path(source)
-    if path.suffix == ".json" and not path.is_file():
+    if path.is_dir():
+        path = path / "recipe.json"
+    if path.suffix in (".json", ".toml") and not path.is_file():
         raise FileNotFoundError(f"no recipe file at {path}")
-    if path.suffix != ".json":
+    if path.suffix not in (".json", ".toml"):
         raise unknown_name("recipe", source, list(known))
     try:
-        return recipe_from_json(json.loads(path.read_text()))
+        return recipe_from_json(_parsed(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _parsed(path: Path) -> Any:
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from learned_optim.meta.tasks._base import (
     TaskFamily,
     TaskOptions,
     build_tasks,
+    described_families,
     task_names,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "TaskFamily",
     "TaskOptions",
     "build_tasks",
+    "described_families",
     "task_names",
 ]

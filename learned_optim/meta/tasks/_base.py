@@ -232,6 +232,15 @@ def _families() -> dict[str, Builder]:
     return found
 
 
+def described_families() -> dict[str, list[str]]:
+    """Names of the task families by what their module says of them in its first line."""
+    found: dict[str, list[str]] = {}
+    for module in import_submodules("learned_optim.meta.tasks"):
+        about = (module.__doc__ or "").strip().partition("\n")[0]
+        found[about.rstrip(".")] = sorted(module.FAMILIES)
+    return found
+
+
 def task_names() -> list[str]:
     """Names of all registered task families."""
     return sorted(_families())
