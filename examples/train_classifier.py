@@ -10,6 +10,7 @@ weights, and PyTorch's own.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def compare(
     args: argparse.Namespace, data: Dataset, tests: Dataset, how: str
 ) -> dict[str, list[list[float]]]:
     """Tune, train and print a table; returns the loss curves by optimizer."""
+    print(f"{how} initialization: tuning Adam's and SGD's learning rates ...", file=sys.stderr)
     adam_lr = tuned(lambda params, lr: torch.optim.Adam(params, lr=lr), args, data, how)
     sgd_lr = tuned(lambda params, lr: torch.optim.SGD(params, lr=lr), args, data, how)
     optimizers: dict[str, MakeOptimizer] = {

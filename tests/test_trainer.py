@@ -26,6 +26,7 @@ from learned_optim.rules import RuleConfig
 from learned_optim.rules._base import _RULES
 from learned_optim.rules.handmade import SGDRule
 from learned_optim.rules.lstm import LSTMConfig
+from learned_optim.rules.steered import SteeredConfig
 
 SMALL = Recipe(
     task="quadratic",
@@ -463,6 +464,58 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     validations = [[m.validation for m in t.history] for t in (one, two)]
     assert validations[0] == pytest.approx(validations[1], rel=1e-4)
+
+
+TOML = """
+task = "digits-torch"
+epochs = 3
+meta_lr = 1e-2
+horizon = 50
+clip_norm = 1.0
+
+[rule]
+name = "steered"
+config = { hidden_size = 16, direct = true }
+"""
+
+
+def test_recipes_in_toml_and_json(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(TOML)
+    recipe = load_recipe(str(tmp_path / "mine.toml"))
+    assert recipe == Recipe(
+        task="digits-torch", rule=SteeredConfig(hidden_size=16, direct=True), epochs=3,
+        meta_lr=0.01, horizon=50, clip_norm=1.0,
+    )  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(recipe.to_json()))
+    assert load_recipe(str(tmp_path / "mine.json")) == recipe
+    (tmp_path / "short.toml").write_text(TOML.partition("[rule]")[0] + "rule = 'lstm'\n")
+    assert load_recipe(str(tmp_path / "short.toml")).rule == LSTMConfig()
+    MetaTrainer(SMALL, tmp_path / "run")
+    assert load_recipe(str(tmp_path / "run")) == SMALL
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs", "epoch", r"unknown field 'epoch'\. Did you mean 'epochs'\?"),
+        ("meta_lr", "learning_rate", r"unknown field 'learning_rate'\. Fields: task, rule, epo"),
+        ("hidden_size", "hidden_sizes", r"fields are .*Did you mean 'hidden_size'\?"),
+        ("config", "configs", r"unknown field 'configs' of rule, .* Did you mean 'config'\?"),
+        ('"steered"', '"steerd"', r"unknown update rule 'steerd'; .* Did you mean 'steered'\?"),
+        ('"steered"', '"nowhere:steered"', "no update rules from module 'nowhere'"),
+        ("epochs = 3", "", "it lacks epochs"),
+        ("epochs = 3", "epochs = '3'", "epochs must be int, got '3'"),
+        ("epochs = 3", "epochs = ", "Invalid value"),
+        ("{ hidden_size = 16, direct = true }", "3", "the config of a rule must be a table, got 3"),
+    ],
+)
+def test_faults_of_a_recipe_file_are_named(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TOML.replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"mine\.toml: .*{message}"):
+        load_recipe(str(path))
 
 
 @pytest.mark.parametrize("name", recipes())

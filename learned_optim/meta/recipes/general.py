@@ -1,4 +1,5 @@
 """The general-purpose rule: sign-equivariant, on a mixture of small tasks of every kind.
+One to two hours.
 
 One optimizee per meta-step, because in a given time many noisy meta-steps beat few good ones.
 A quarter of the runs is longer than 100 steps, up to 2,000, and learns from unrolls of 50: short

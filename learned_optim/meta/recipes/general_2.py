@@ -1,4 +1,5 @@
 """The general-purpose rule, trained further: from ``general``, with twice the units.
+One to two hours.
 
 Unrolls of 50 and 100 steps instead of 20 and 50, because what escapes a plateau pays only later;
 a mixture with more of the thesis's tasks; coordinates sampled tensor by tensor, because an output

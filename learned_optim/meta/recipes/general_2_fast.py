@@ -1,4 +1,6 @@
-"""The cheap general-purpose rule, trained further: the recipe of ``general-2``."""
+"""The cheap general-purpose rule, trained further: the recipe of ``general-2``.
+One to two hours.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,6 @@
-"""The cheap general-purpose rule: the recipe of ``general``, one network per tensor."""
+"""The cheap general-purpose rule: the recipe of ``general``, one network per tensor.
+One to two hours.
+"""
 
 from dataclasses import replace
 

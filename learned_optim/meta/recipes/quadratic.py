@@ -1,4 +1,5 @@
 """The thesis's section 4.2: random 10-dimensional quadratics, raw gradients, no rescaling.
+Two hours.
 
 Rarely a function's steepest direction makes a whole run explode, and its meta-gradient with it:
 32 functions per meta-step and clipping keep such runs from undoing the others.
