@@ -1,11 +1,15 @@
 """Learned optimizers: update rules trained by gradient descent, used like ``torch.optim``."""
 
-from learned_optim.checkpoint import CheckpointError, save_rule
-from learned_optim.guard import Guard
-from learned_optim.hub import model_card, push_to_hub
-from learned_optim.optimizer import LearnedOptimizer
-from learned_optim.pretrained import list_pretrained, load_record, load_rule
-from learned_optim.rules import UpdateRule
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from learned_optim.checkpoint import CheckpointError, save_rule
+    from learned_optim.guard import Guard
+    from learned_optim.hub import model_card, push_to_hub
+    from learned_optim.optimizer import LearnedOptimizer
+    from learned_optim.pretrained import list_pretrained, load_record, load_rule
+    from learned_optim.rules import UpdateRule
 
 __version__ = "0.1.0"
 
@@ -22,3 +26,30 @@ __all__ = [
     "push_to_hub",
     "save_rule",
 ]
+
+#: Where the public names are defined. They are imported when first used, so that the command can
+#: answer ``--help`` at once and be interrupted while torch is imported.
+_HOMES = {
+    "CheckpointError": "checkpoint",
+    "Guard": "guard",
+    "LearnedOptimizer": "optimizer",
+    "UpdateRule": "rules",
+    "list_pretrained": "pretrained",
+    "load_record": "pretrained",
+    "load_rule": "pretrained",
+    "model_card": "hub",
+    "push_to_hub": "hub",
+    "save_rule": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -484,6 +484,43 @@ def test_interrupt_says_how_to_go_on(
     assert "the same command goes on from here" in said(capsys)
 
 
+INTERRUPTED = """
+import builtins, sys
+real = builtins.__import__
+def interrupt(name, *args, **kwargs):
+    if name == "torch":
+        raise KeyboardInterrupt
+    return real(name, *args, **kwargs)
+builtins.__import__ = interrupt
+from learned_optim.cli import main
+sys.exit(main(["train", "quadratic"]))
+"""
+
+
+def test_interrupt_while_torch_is_imported() -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == ("\nlearned-optim: interrupted; the same command goes on from here\n")
+
+
+def test_public_names_are_those_of_their_modules() -> None:
+    """They are imported when first used, and are there for completion before."""
+    code = (
+        "import sys, learned_optim; assert 'torch' not in sys.modules; "
+        "assert set(learned_optim.__all__) <= set(dir(learned_optim)); "
+        "from learned_optim import *; "
+        "from learned_optim.optimizer import LearnedOptimizer as same; "
+        "assert LearnedOptimizer is same is learned_optim.LearnedOptimizer"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    assert set(learned_optim.__all__) == {*learned_optim._HOMES, "__version__"}
+    with pytest.raises(AttributeError, match="module 'learned_optim' has no attribute 'Adam'"):
+        learned_optim.Adam  # noqa: B018
+
+
 def test_as_a_process() -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
     command = [sys.executable, "-m", "learned_optim"]
