@@ -455,9 +455,10 @@ def _evaluate(args: list[str]) -> int:
     from learned_optim.checkpoint import check_writable
 
     del matplotlib, scipy
-    check_writable(config.output / "table.md")
     with ProgressBar("evaluation") as show:
-        summary = Evaluation(config, show).execute()
+        evaluation = Evaluation(config, show)
+        check_writable(config.output / "table.md")
+        summary = evaluation.execute()
     print(markdown(summary))
     for path in write_report(summary, config.output):
         print(f"wrote {path}")
