@@ -19,9 +19,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Nothing is downloaded: tests check that of this process, and the processes that they start find
 # nobody at the address of the proxy.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PROXY = ("127.0.0.1", 9)
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(LOOPBACK)
 for _name in ("http_proxy", "https_proxy", "all_proxy"):
-    os.environ[_name] = os.environ[_name.upper()] = "http://127.0.0.1:9"
+    os.environ[_name] = os.environ[_name.upper()] = f"http://{PROXY[0]}:{PROXY[1]}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,7 +52,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     def guarded_connect(self: socket.socket, address: object) -> None:
         if self.family in (socket.AF_INET, socket.AF_INET6):
             assert isinstance(address, tuple)
-            if not local(address[0]):
+            if not local(address[0]) or address[:2] == PROXY:
                 asked.append(address)
                 raise OSError(f"tests have no network, and {address} was asked for")
         connect(self, address)  # type: ignore[arg-type]

@@ -4,11 +4,13 @@ import math
 import socket
 import subprocess
 import sys
+import urllib.request
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PROXY
 from torch import nn
 
 from learned_optim.meta import ModuleTask, TaskOptions, build_tasks, task_names
@@ -171,7 +173,9 @@ def test_downloads_are_noticed(network: list[object]) -> None:
         socket.create_connection(("example.org", 80))
     with socket.socket() as alone, pytest.raises(OSError, match="tests have no network"):
         alone.connect(("192.0.2.1", 80))
-    assert network == ["example.org", ("192.0.2.1", 80)]
+    with pytest.raises(OSError, match="tests have no network"):
+        urllib.request.urlopen("http://example.org", timeout=20)
+    assert network == ["example.org", ("192.0.2.1", 80), PROXY]
     network.clear()
     code = "import urllib.request; urllib.request.urlopen('http://example.org', timeout=20)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
