@@ -282,6 +282,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
         with _no_larger_than(tensors):
             rule = build_rule(metadata["rule"], _json_object(metadata, "config"))
         check_fields(rule.config)
+        _check_finite(rule.config_dict())
         check_weights(rule, tensors)
         # Weights load into the dtype they have: casting them would make another rule.
         for key, entry in rule.state_dict(keep_vars=True).items():
@@ -294,6 +295,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path} does not describe a known update rule: {error}") from error
     return rule.eval(), record
+
+
+def _check_finite(config: Mapping[str, Any]) -> None:
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _check_intact(version: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

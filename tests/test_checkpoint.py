@@ -239,6 +239,8 @@ def test_weights_that_do_not_fit(good: Path) -> None:
         ("config", "null", "its config is no JSON object: null"),
         ("config", "{", "does not describe a known update rule"),
         ("config", '{"output_scale": "big"}', "output_scale must be float, got 'big'"),
+        ("config", '{"p": 1e999}', "p must be finite, got inf"),
+        ("config", '{"output_scale": NaN}', "output_scale must be finite, got nan"),
         ("config", '{"p": "ten"}', "does not describe a known update rule"),
         ("config", '{"loss_input": 1}', "loss_input must be bool, got 1"),
         ("config", '{"hidden_size": "many"}', "does not describe a known update rule"),
