@@ -103,6 +103,55 @@ def test_killed_process_resumes(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(bits(resumed), bits(whole), strict=True))
 
 
+# One process imports everything and forks those that are killed.
+KILLED = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from learned_optim import load_rule
+from learned_optim.meta import MetaTrainer
+from learned_optim.meta.recipes import recipe_from_json
+recipe = recipe_from_json(json.loads(Path(sys.argv[1]).read_text()))
+folder = Path(sys.argv[2])
+
+def train():
+    child = os.fork()
+    if not child:
+        MetaTrainer(recipe, folder).train()
+        os._exit(0)
+    return child
+
+random.seed(0)
+kills = 0
+for _ in range(20):
+    child = train()
+    time.sleep(random.uniform(0, 0.3))
+    os.kill(child, signal.SIGKILL)
+    kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+    for checkpoint in folder.glob("*.safetensors"):
+        load_rule(checkpoint)
+assert os.waitpid(train(), 0)[1] == 0
+print(kills)
+"""
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    recipe = replace(SMALL, epochs=8, runs_per_epoch=6, horizon=20)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "recipe.json"), str(tmp_path / "run")],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3  # the others came after the end
+    whole = MetaTrainer(recipe, tmp_path / "whole")
+    whole.train()
+    resumed = MetaTrainer(recipe, tmp_path / "run")
+    assert resumed.epoch == recipe.epochs
+    assert all(torch.equal(a, b) for a, b in zip(bits(resumed), bits(whole), strict=True))
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
 def test_training_lowers_the_meta_loss(tmp_path: Path) -> None:
     recipe = replace(SMALL, epochs=6, runs_per_epoch=20, coordinates=None)
     trainer = MetaTrainer(recipe, tmp_path)
