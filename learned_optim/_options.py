@@ -58,12 +58,13 @@ def options(config: Any, names: Sequence[str] | None = None, values: bool = True
     for name in names:
         value, hint = getattr(config, name), hints[name]
         flag = f"--{name.replace('_', '-')}"
-        left = flag if hint is bool and not value else f"{flag} {_metavar(hint)}".rstrip()
-        if hint is bool and value:
-            left = f"--no-{flag[2:]}"
         text = docs.get(name, "")
-        if values and hint is not bool and value is not None:
-            text = f"{text} ({_shown(value)})".strip()
+        if hint is bool:
+            left, shown = (f"--[no-]{flag[2:]}", "on") if value else (flag, None)
+        else:
+            left, shown = f"{flag} {_metavar(hint)}", None if value is None else _shown(value)
+        if values and shown is not None:
+            text = f"{text} ({shown})".strip()
         lines += entry(left, text)
     return lines
 
@@ -111,7 +112,7 @@ def _metavar(hint: Any) -> str:
         return _metavar(next(arg for arg in args if arg is not type(None)))
     if origin is tuple:
         return f"[{_metavar(args[0])} ...]"
-    known = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT", bool: ""}
+    known = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
     return known.get(hint, "VALUE")
 
 

@@ -100,11 +100,12 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"\n{group}:\n" in shown for group in groups)
     assert "--estimator {replay,autograd,full}" in shown
     assert "--hidden-size INT" in shown
+    assert "--[no-]download             Let torchvision download a set" in shown
 
 
 def flags(text: str) -> set[str]:
     """Options by their positive names."""
-    found = re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)
+    found = re.findall(r"(?<![\w-])--[a-z][a-z-]*", text.replace("--[no-]", "--"))
     return {flag.replace("--no-", "--") for flag in found} - {"--help", "--help-all", "--rules"}
 
 
