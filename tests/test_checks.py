@@ -185,6 +185,13 @@ def test_several_in_a_meta_step_gives_the_true_reason(
         MetaTrainer(SMALL, tmp_path)
 
 
+@pytest.mark.parametrize("name", ALONE)
+def test_what_is_wrongly_said_to_be_stackable_is_refused(name: str) -> None:
+    family = FixedTask(ModuleTask(ALONE[name], images), stackable=True)
+    with pytest.raises(ValueError, match=r"cannot be computed side by side .*stackable=False"):
+        check_family(family, "wrong")
+
+
 def test_torchvision_networks_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = pytest.importorskip("torchvision.models")
 

@@ -459,6 +459,14 @@ def test_resuming_under_another_torch_is_refused(
         trained(tmp_path)
 
 
+def test_resuming_after_the_weights_of_start_changed_is_refused(tmp_path: Path) -> None:
+    start = trained(tmp_path / "first").finish(tmp_path / "start.safetensors")
+    trained(tmp_path / "second", start=str(start), seed=1)
+    trained(tmp_path / "third", seed=2).finish(start)
+    with pytest.raises(ValueError, match=r"weights of start: \w+ then, \w+ now"):
+        trained(tmp_path / "second", start=str(start), seed=1)
+
+
 # ---- training that teaches nothing
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from learned_optim.meta.seeding import global_generator_seeded, seeded
-from learned_optim.meta.tasks import Batch, Params, Task, TaskFamily
+from learned_optim.meta.tasks import (
+    Batch,
+    Params,
+    Task,
+    TaskFamily,
+    obstacle_to_stacking,
+)
 
 #: Batches drawn to see whether their shapes stay the same.
 BATCHES = 3
@@ -22,11 +30,18 @@ def check_family(family: TaskFamily, name: str, samples: int = 2) -> None:
 
     Raises:
         ValueError: a task without parameters, batches that are no tuples of tensors, a loss that is
-            no finite scalar or does not depend on the parameters, or one that keeps state from one
-            optimizee to the next.
+            no finite scalar or does not depend on the parameters, one that keeps state from one
+            optimizee to the next, or a stackable family whose loss does not run under ``vmap``.
     """
     for index in range(samples):
-        check_task(family.sample(seeded("check", index)), name, alone=not family.stackable)
+        task = family.sample(seeded("check", index))
+        check_task(task, name, alone=not family.stackable)
+        obstacle = obstacle_to_stacking(task) if family.stackable else None
+        if obstacle is not None:
+            raise ValueError(
+                f"task {name!r}: optimizees cannot be computed side by side ({obstacle}), as with "
+                f"batch norm that tracks statistics or dropout: set stackable=False"
+            )
 
 
 def check_task(task: Task, name: str, *, alone: bool = False) -> None:
@@ -99,9 +114,9 @@ def _check_scalar(loss: Tensor, name: str) -> None:
 
 
 def _check_gradients(loss: Tensor, params: Params, name: str) -> None:
-    grads = [None] * len(params)
+    grads: Sequence[Tensor | None] = [None] * len(params)
     if loss.requires_grad:
-        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)  # type: ignore
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
     unused = [key for key, grad in zip(params, grads, strict=True) if grad is None]
     if len(unused) == len(params):
         raise ValueError(

@@ -203,9 +203,10 @@ class MetaTrainer:
     def _open_folder(self) -> None:
         recipe = self.recipe
         modules = source_modules(type(self.rule), type(recipe.rule))
-        conditions = self.files.check(
-            recipe, protocol.conditions([recipe.task], self.data, modules)
-        )
+        conditions = protocol.conditions([recipe.task], self.data, modules)
+        if self._start is not None:
+            conditions["weights of start"] = self._start
+        conditions = self.files.check(recipe, conditions)
         saved = self.files.read_state()
         if saved is not None:
             self._load(saved)

@@ -10,6 +10,7 @@ from learned_optim.meta.tasks._base import (
     TaskOptions,
     build_tasks,
     described_families,
+    obstacle_to_stacking,
     task_names,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "TaskOptions",
     "build_tasks",
     "described_families",
+    "obstacle_to_stacking",
     "task_names",
 ]

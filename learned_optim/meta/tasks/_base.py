@@ -196,7 +196,7 @@ class FixedTask(TaskFamily):
 
     @cached_property
     def stackable(self) -> bool:  # type: ignore[override]
-        obstacle = _obstacle_to_stacking(self.task)
+        obstacle = obstacle_to_stacking(self.task)
         if obstacle is not None:
             self.alone_because = f"its loss cannot be computed for several at once ({obstacle})"
         return obstacle is None
@@ -205,7 +205,7 @@ class FixedTask(TaskFamily):
         return self.task
 
 
-def _obstacle_to_stacking(task: Task) -> str | None:
+def obstacle_to_stacking(task: Task) -> str | None:
     """Why two optimizees of ``task`` cannot share a forward pass, in a line, or ``None``."""
     generators = [seeded("stacking", index) for index in range(2)]
     try:
