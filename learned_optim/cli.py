@@ -485,9 +485,15 @@ class ProgressBar:
     def __enter__(self) -> Callable[[int, int, str], None]:
         from tqdm import tqdm
 
-        # smoothing=0: time left by the average so far, validation included.
+        # smoothing=0: time left by the average so far, validation included. A delay keeps the bar
+        # from the screen until there is progress, and so off that of an error.
         self.tqdm = tqdm(
-            desc=self.title, dynamic_ncols=True, mininterval=0.5, miniters=0, smoothing=0
+            desc=self.title,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            miniters=0,
+            smoothing=0,
+            delay=1e-3,
         )
         self._begun = False
         return self._show
@@ -495,6 +501,7 @@ class ProgressBar:
     def _show(self, done: int, total: int, what: str) -> None:
         if not self._begun or done < self.tqdm.n:
             # What earlier processes did says nothing of how long the rest takes.
+            self.tqdm.delay = 0
             self.tqdm.reset(total)
             self.tqdm.initial = self.tqdm.n = self.tqdm.last_print_n = done
             self._begun = True

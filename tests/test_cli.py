@@ -415,6 +415,8 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["list", "rules"], "list takes no arguments, got rules"),
         (["train", "nonesuch"], f"known: {', '.join(sorted(recipes()))}"),
         (["train", "gone.json"], "no recipe file at gone.json"),
+        (["train", "gone.toml"], "no recipe file at gone.toml"),
+        (["train", "runs/gone"], "no recipe file or run folder at runs/gone"),
         (["train", "--epochs", "2", "quadratic"], "learned-optim train RECIPE --epochs ..."),
         (["search", "--trials", "2"], "search takes the recipe first, then the options"),
         (["train", "quadratic", "--task", "fashion"], "'fashion' is for evaluation only"),
@@ -435,6 +437,7 @@ def test_errors(
     assert main(command) == 1
     lines = said(capsys).splitlines()
     errors = [line for line in lines if line.startswith("learned-optim: ")]
+    assert lines == errors
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in "".join(lines)

@@ -263,6 +263,8 @@ def load_recipe(source: str) -> Recipe:
     if path.suffix in (".json", ".toml") and not path.is_file():
         raise FileNotFoundError(f"no recipe file at {path}")
     if path.suffix not in (".json", ".toml"):
+        if path.name != source:
+            raise FileNotFoundError(f"no recipe file or run folder at {path}")
         raise unknown_name("recipe", source, list(known))
     try:
         return recipe_from_json(_parsed(path))
