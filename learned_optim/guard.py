@@ -77,17 +77,17 @@ class Guard:
                 )
 
 
-class Verdict(Enum):
+class GuardAction(Enum):
     """What the optimizer is to do with the step at hand."""
 
     LEARNED = "take the learned update"
-    KEEP = "copy the parameters, then take the learned update"
+    SNAPSHOT = "copy the parameters, then take the learned update"
     ADAM = "take Adam's update"
-    GO_BACK = "reset all state and go back to the copy, without an update"
+    RESTORE = "reset all state and go back to the copy, without an update"
 
 
 @dataclass
-class Watch:
+class GuardState:
     """What a guard has seen, in plain numbers that go into a state dict."""
 
     steps: int = 0
@@ -111,7 +111,7 @@ class Watch:
     averages: float = 0.0
     before: float = math.nan
 
-    def see(self, loss: float, guard: Guard) -> Verdict:
+    def observe(self, loss: float, guard: Guard) -> GuardAction:
         """Take note of the loss at the present parameters, and decide over their update.
 
         Args:
@@ -125,13 +125,13 @@ class Watch:
             return self._under_adam(loss, guard)
         if math.isnan(self.best):
             if not math.isfinite(loss):
-                return Verdict.LEARNED
+                return GuardAction.LEARNED
             self.first = self.best = self.before = loss
             self._add(loss)
-            return Verdict.KEEP
+            return GuardAction.SNAPSHOT
         return self._under_rule(loss, guard)
 
-    def _under_rule(self, loss: float, guard: Guard) -> Verdict:
+    def _under_rule(self, loss: float, guard: Guard) -> GuardAction:
         margin = self._margin(guard)
         highest = self.best + MOST_PER_LOSS * margin
         loss = min(loss, highest) if math.isfinite(loss) else highest
@@ -140,7 +140,7 @@ class Watch:
         if self.total > guard.window * margin:
             return self._intervene(guard)
         if self.count < guard.window:
-            return Verdict.LEARNED
+            return GuardAction.LEARNED
         average, spread = self._close_window()
         self.windows += 1
         self.averages += average
@@ -156,29 +156,29 @@ class Watch:
             if self.before >= before:
                 return self._intervene(guard)
             self.longer = 1
-        return Verdict.KEEP if improved else Verdict.LEARNED
+        return GuardAction.SNAPSHOT if improved else GuardAction.LEARNED
 
-    def _under_adam(self, loss: float, guard: Guard) -> Verdict:
+    def _under_adam(self, loss: float, guard: Guard) -> GuardAction:
         self.remaining -= 1
         if self.remaining < guard.window and math.isfinite(loss):
             self._add(loss)
         if self.remaining:
             self.adam_steps += 1
-            return Verdict.ADAM
+            return GuardAction.ADAM
         if self.count > 1:
             # Not the best of all times, which the data may have moved out of reach.
             self.best, self.spread = self._close_window()
             self.before = self.best
         self._reset()
-        return Verdict.KEEP
+        return GuardAction.SNAPSHOT
 
-    def _intervene(self, guard: Guard) -> Verdict:
+    def _intervene(self, guard: Guard) -> GuardAction:
         self.interventions += 1
         # The step at hand is lost: its gradient is that of other parameters.
         self.remaining = self.longer * guard.length + 1
         self.longer *= 2
         self._reset()
-        return Verdict.GO_BACK
+        return GuardAction.RESTORE
 
     def _margin(self, guard: Guard) -> float:
         """By how much a window's average may exceed the best before it counts as a rise."""

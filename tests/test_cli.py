@@ -16,7 +16,7 @@ from learned_optim.meta.baselines import BASELINES
 from learned_optim.meta.recipes import recipes
 from learned_optim.meta.tasks import task_names
 from learned_optim.rules import rule_names
-from learned_optim.rules.handmade import AdamRule
+from learned_optim.rules.classical import AdamRule
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:

@@ -156,7 +156,7 @@ class MetaTrainer:
     def _start_from(self, source: str) -> None:
         start = load_rule(source)
         try:
-            self.rule.adopt(start)
+            self.rule.init_from(start)
         except ValueError as error:
             raise ValueError(f"start={source!r} does not fit the recipe: {error}") from error
         self._start = start.fingerprint()

@@ -407,7 +407,8 @@ def test_older_state_dicts_lack_newer_flags(rule: UpdateRule) -> None:
     old = copy.deepcopy(opt.state_dict())
     del old["rule"]
     for group in old["param_groups"]:
-        del group["maximize"], group["weight_decay"]
+        for newer in ("maximize", "weight_decay", "total_steps", "warmup"):
+            del group[newer]
     fresh = LearnedOptimizer(params, rule)
     fresh.load_state_dict(old)
     assert fresh.param_groups[0]["maximize"] is False
@@ -495,8 +496,8 @@ def test_state_is_never_empty_after_a_step_and_fits_its_parameter(rule: UpdateRu
     for p in params:
         assert opt.state[p]["step"].item() == 1.0
         for value in opt.state[p].values():
-            per_coordinate = value.dim() == p.dim() + 1 and value.shape[:-1] == p.shape
-            assert per_coordinate or value.dim() <= 1
+            # Everything but the count has the parameter's rows, for tools that cut them.
+            assert value.dim() == 0 or value.shape[0] == p.shape[0]
             assert value.device == p.device
 
 
