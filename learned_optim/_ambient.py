@@ -35,3 +35,10 @@ def _matmul_precision(before: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def outliving_inference_mode() -> Iterator[None]:
+    """No graph, and tensors that may be changed outside of a surrounding inference mode, too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

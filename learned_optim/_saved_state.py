@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from learned_optim import _guarded
-from learned_optim._views import first_row, real_shape, repeat_rows
+from learned_optim._views import dense, first_row, real_shape, repeat_rows
+from learned_optim.rules._segments import is_sharded
 
 if TYPE_CHECKING:
     from learned_optim.optimizer import LearnedOptimizer
@@ -109,6 +110,8 @@ def restore(optimizer: LearnedOptimizer, saved: dict[str, Any]) -> None:
             value = value.detach().to(param.device, dtype, copy=True)
             if key in rule.tensor_state:
                 value = repeat_rows(first_row(value, shape), shape)
+            elif not per_tensor and not is_sharded(value):
+                value = dense(value)
             state[key] = value
         for key in entries.keys() - own:  # a wrapper's, which torch may have cast or moved
             if isinstance(entries[key], Tensor):

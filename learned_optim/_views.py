@@ -60,6 +60,13 @@ def real_shape(param: Tensor) -> torch.Size:
     return torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
 
 
+def dense(value: Tensor) -> Tensor:
+    """Per-coordinate state ``(*S, k)`` in a layout that can be viewed as ``(n, k)``."""
+    if value.is_contiguous() or value.movedim(-1, 0).is_contiguous():
+        return value
+    return value.contiguous()
+
+
 def repeat_rows(value: Tensor, shape: torch.Size) -> Tensor:
     """Per-tensor state ``(k,)`` as a view with the parameter's rows, ``(shape[0], k)``.
 

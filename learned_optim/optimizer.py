@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim import _groups, _guarded, _saved_state
-from learned_optim._ambient import plain_arithmetic
+from learned_optim._ambient import outliving_inference_mode, plain_arithmetic
 from learned_optim._frozen import FrozenRule, freeze
 from learned_optim._views import (
+    dense,
     first_row,
     local,
     local_grad,
@@ -118,6 +119,7 @@ class LearnedOptimizer(Optimizer):
         self._frozen = frozen
         self.rule = frozen.rule
         self._guarded: dict[UpdateRule, _guarded.GuardedRule] = {}
+        self._by_adam = False
         # Per-tensor entries as (k,), by group and parameter, beside the views of them in the state.
         self._per_tensor: list[list[State]] = []
         self._monitor = _groups.HorizonMonitor()
@@ -167,13 +169,11 @@ class LearnedOptimizer(Optimizer):
                 f"the update rule {self.rule.name!r} of this optimizer reads the loss: call "
                 f"step(closure) with a closure that returns it"
             )
-        action = GuardAction.LEARNED
         if self.guard is not None:
             action = _guarded.consult(self, self.guard, loss)
             if action is GuardAction.RESTORE:
                 return loss
-            for guarded in self._guarded.values():
-                guarded.by_adam = action is GuardAction.ADAM
+            self._by_adam = action is GuardAction.ADAM
         for index, group in enumerate(self.param_groups):
             self._init_group(group)
             if not _groups.is_zero_without_sync(group["lr"]):
@@ -211,8 +211,10 @@ class LearnedOptimizer(Optimizer):
         for key in self._rule_for(param).tensor_state:
             value = state[key]
             if entries.get(f"{key} view") is not value:
-                entries[key] = first_row(value, real_shape(param)).clone()
-                state[key] = entries[f"{key} view"] = repeat_rows(entries[key], real_shape(param))
+                with outliving_inference_mode():
+                    entries[key] = first_row(value, real_shape(param)).clone()
+                    rows = repeat_rows(entries[key], real_shape(param))
+                state[key] = entries[f"{key} view"] = rows
 
     def _step_group(
         self, index: int, group: dict[str, Any], loss: float | Tensor | None
@@ -257,17 +259,17 @@ class LearnedOptimizer(Optimizer):
             return rule
         if rule not in self._guarded:
             self._guarded[rule] = _guarded.GuardedRule(rule, self.guard)
+        self._guarded[rule].by_adam = self._by_adam
         return self._guarded[rule]
 
-    @torch.no_grad()
     def _init_state(self, param: Tensor) -> State:
         """State before the first gradient: the number of steps, and what the rule keeps."""
-        with torch.inference_mode(False):  # state must outlive an inference mode around the step
+        with outliving_inference_mode():
             rule, own = self._rule_for(param), real(local(param))
             state = rule.init_state(own)
             for key, value in state.items():
                 if key not in rule.tensor_state:
-                    value = value.to(self._state_dtype_of(key) or value.dtype)
+                    value = dense(value.to(self._state_dtype_of(key) or value.dtype))
                     state[key] = shard_like(param, value) if is_sharded(param) else value
             step = torch.zeros((), dtype=torch.float32, device=param.device)
             return {"step": step, **state}

@@ -563,7 +563,7 @@ def test_load_state_dict_hooks_see_and_change_the_final_state(rule: UpdateRule) 
         return state_dict
 
     def look(loaded):
-        seen.append({k: v.clone() for k, v in loaded.state[params[0]].items()})
+        seen.append({k: v.clone() for k, v in loaded.state_dict()["state"][0].items()})
 
     fresh.register_load_state_dict_pre_hook(edit)
     fresh.register_load_state_dict_post_hook(look, prepend=True)
