@@ -23,6 +23,7 @@ class FrozenRule:
 
     def __init__(self, rule: UpdateRule) -> None:
         self.rule = rule.requires_grad_(False).eval()
+        assert self.rule.state_keys is not None  # remembered before anything is compiled
         self.identity = {"name": rule.name, "fingerprint": rule.fingerprint()}
         self._copies: dict[torch.device, UpdateRule] = {torch.device("cpu"): self.rule}
         self._fake: tuple[object, UpdateRule] | None = None
@@ -47,7 +48,7 @@ class FrozenRule:
             with mode:  # type: ignore[attr-defined]
                 for module in rule.modules():
                     for name, weight in list(module.named_parameters(recurse=False)):
-                        fake = torch.empty_like(weight, device=param.device)
+                        fake = torch.empty(weight.shape, dtype=weight.dtype, device=param.device)
                         module.register_parameter(name, nn.Parameter(fake, requires_grad=False))
             self._fake = mode, rule
         return self._fake[1]

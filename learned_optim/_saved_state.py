@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor
 
 from learned_optim import _guarded
-from learned_optim._views import dense, first_row, real_shape, repeat_rows
-from learned_optim.rules._segments import is_sharded
+from learned_optim._views import first_row, real_shape, repeat_rows
 
 if TYPE_CHECKING:
     from learned_optim.optimizer import LearnedOptimizer
@@ -110,12 +110,13 @@ def restore(optimizer: LearnedOptimizer, saved: dict[str, Any]) -> None:
             value = value.detach().to(param.device, dtype, copy=True)
             if key in rule.tensor_state:
                 value = repeat_rows(first_row(value, shape), shape)
-            elif not per_tensor and not is_sharded(value):
-                value = dense(value)
             state[key] = value
-        for key in entries.keys() - own:  # a wrapper's, which torch may have cast or moved
-            if isinstance(entries[key], Tensor):
-                state[key] = entries[key].detach().clone()
+        for key in entries.keys() - own:  # a wrapper's, which torch has cast, and strings spoilt
+            value = entries[key]
+            if isinstance(value, Tensor):
+                state[key] = value.detach().to(param.device, copy=True)
+            else:
+                state[key] = copy.deepcopy(value)
         sync_guard_state(optimizer, param, entries)
 
 

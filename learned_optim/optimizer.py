@@ -120,8 +120,8 @@ class LearnedOptimizer(Optimizer):
         self.rule = frozen.rule
         self._guarded: dict[UpdateRule, _guarded.GuardedRule] = {}
         self._by_adam = False
-        # Per-tensor entries as (k,), by group and parameter, beside the views of them in the state.
-        self._per_tensor: list[list[State]] = []
+        # Entries of the state in our layout, by group and parameter, and bases of those with rows.
+        self._accepted: list[list[State]] = []
         self._monitor = _groups.HorizonMonitor()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -185,9 +185,9 @@ class LearnedOptimizer(Optimizer):
     def _init_group(self, group: dict[str, Any]) -> None:
         """Create missing state. torch.compile runs a method of this name instead of tracing it."""
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
-        while len(self._per_tensor) <= index:
-            self._per_tensor.append([])
-        entries = self._per_tensor[index]
+        while len(self._accepted) <= index:
+            self._accepted.append([])
+        entries = self._accepted[index]
         for position, param in enumerate(group["params"]):
             if len(entries) <= position:
                 entries.append({})
@@ -203,18 +203,21 @@ class LearnedOptimizer(Optimizer):
             rule = self._rule_for(param)
             if "step" not in state:
                 state.update({**self._init_state(param), **state})
-            if rule.tensor_state:
-                self._share_rows(param, state, entries[position])
+            for key in rule.state_keys:
+                if state[key] is not entries[position].get(key):
+                    self._accept(param, key, entries[position])
 
-    def _share_rows(self, param: Tensor, state: dict[str, Any], entries: State) -> None:
-        """Let ``entries`` hold ``(k,)`` of which the per-tensor entries of the state are views."""
-        for key in self._rule_for(param).tensor_state:
-            value = state[key]
-            if entries.get(f"{key} view") is not value:
-                with outliving_inference_mode():
-                    entries[key] = first_row(value, real_shape(param)).clone()
-                    rows = repeat_rows(entries[key], real_shape(param))
-                state[key] = entries[f"{key} view"] = rows
+    def _accept(self, param: Tensor, key: str, entries: State) -> None:
+        """Bring a new state entry, a fresh or loaded one or what a tool left, into our layout."""
+        state, shape = self.state[param], real_shape(param)
+        with outliving_inference_mode():
+            if key in self._rule_for(param).tensor_state:
+                # The step writes to (k,), of which the state has a view with the parameter's rows.
+                entries[f"{key} base"] = first_row(state[key], shape).clone()
+                state[key] = repeat_rows(entries[f"{key} base"], shape)
+            elif not is_sharded(param):
+                state[key] = dense(state[key])
+        entries[key] = state[key]
 
     def _step_group(
         self, index: int, group: dict[str, Any], loss: float | Tensor | None
@@ -230,9 +233,9 @@ class LearnedOptimizer(Optimizer):
             rule = self._rule_for(params[0])
             states: list[Any] = [self.state[param] for param in params]
             if rule.tensor_state:
-                entries = [self._per_tensor[index][position] for position in positions]
+                entries = [self._accepted[index][position] for position in positions]
                 states = [
-                    {**state, **{key: own[key] for key in rule.tensor_state}}
+                    {**state, **{key: own[f"{key} base"] for key in rule.tensor_state}}
                     for state, own in zip(states, entries, strict=True)
                 ]
             if any(is_sharded(param) for param in params):

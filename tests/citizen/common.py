@@ -74,7 +74,7 @@ class NormalizedRule(UpdateRule):
     def init_state(self, param: Tensor) -> State:
         return {
             "momentum": torch.zeros_like(param, dtype=torch.float32).unsqueeze(-1),
-            "mean_square": torch.zeros(2, device=param.device),
+            "mean_square": torch.zeros(2, dtype=torch.float32, device=param.device),
         }
 
     def forward(
