@@ -224,11 +224,14 @@ class LearnedOptimizer(Optimizer):
     ) -> None:
         """One call of the rule for all parameters of one device and one way of sharding."""
         together: dict[Any, list[int]] = {}
+        compiling = torch.compiler.is_compiling()
         for position, param in enumerate(group["params"]):
             if param.grad is not None:
-                where = param.device, shard_groups(param)
+                # A compiled graph knows sizes of shards as symbols, which cannot be packed.
+                alone = position if compiling and is_sharded(param) else None
+                where = param.device, shard_groups(param), alone
                 together.setdefault(where, []).append(position)
-        for (device, groups), positions in together.items():
+        for (device, groups, _), positions in together.items():
             params = [group["params"][position] for position in positions]
             rule = self._rule_for(params[0])
             states: list[Any] = [self.state[param] for param in params]

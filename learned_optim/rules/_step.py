@@ -33,36 +33,40 @@ class Piece:
     Attributes:
         first: index of the first tensor.
         last: index after the last tensor.
-        rows: the coordinates of the tensor, if there is but one.
+        rows: the coordinates of the tensor, if they are but a part of one.
         segments: describes the piece.
     """
 
     first: int
     last: int
-    rows: slice
+    rows: slice | None
     segments: Segments
 
     @property
     def tensors(self) -> slice:
         return slice(self.first, self.last)
 
+    def _part(self, rows: Tensor) -> Tensor:
+        # Not sliced without need: compiled graphs do not know the sizes of shards.
+        return rows if self.rows is None else rows[self.rows]
+
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The piece's coordinates of all tensors of the call, ``(n,)``; a view where possible."""
         if self.last - self.first == 1:
-            return tensors[self.first].reshape(-1)[self.rows]
+            return self._part(tensors[self.first].reshape(-1))
         return torch.cat([t.reshape(-1) for t in tensors[self.tensors]])
 
     def pack_rows(self, states: Sequence[State], key: str, dtype: torch.dtype) -> Tensor:
         """A per-coordinate entry, ``(n, k)``, each column contiguous; a view where possible."""
         if self.last - self.first == 1:
-            return as_rows(states[self.first][key])[self.rows].to(dtype)
+            return self._part(as_rows(states[self.first][key])).to(dtype)
         parts = [as_rows(state[key]).t() for state in states[self.tensors]]
         return torch.cat(parts, 1).t().to(dtype)
 
     def unpack_rows_(self, states: Sequence[State], key: str, value: Tensor) -> None:
         """Write a packed entry ``(n, k)`` back; views that were written to stay as they are."""
         if self.last - self.first == 1:
-            target = as_rows(states[self.first][key])[self.rows]
+            target = self._part(as_rows(states[self.first][key]))
             if not same_memory(target, value):
                 target.copy_(value)
             return
@@ -78,8 +82,7 @@ class Piece:
             scale = lr
         if self.last - self.first == 1:
             param = params[self.first]
-            whole = self.rows == slice(0, param.numel())
-            target = param if whole else param.view(-1)[self.rows]
+            target = param if self.rows is None else param.view(-1)[self.rows]
             target.add_(update.view(target.shape), alpha=scale)
             return
         targets = list(params[self.tensors])
@@ -273,15 +276,15 @@ def _pieces(block: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece
 
     def close(last: int) -> None:
         if first < last:
-            rows = slice(0, segments.sizes[first])
-            pieces.append(Piece(first, last, rows, segments.piece(first, last)))
+            pieces.append(Piece(first, last, None, segments.piece(first, last)))
 
     for index, size in enumerate(segments.sizes):
         if size > block:
             close(index)
-            length = block if cut[index] else size
-            for start in range(0, size, length):
-                rows = slice(start, min(start + length, size))
+            if not cut[index]:
+                pieces.append(Piece(index, index + 1, None, segments.piece(index, index + 1)))
+            for start in range(0, size if cut[index] else 0, block):
+                rows = slice(start, min(start + block, size))
                 part = segments.piece(index, index + 1, rows.stop - rows.start)
                 pieces.append(Piece(index, index + 1, rows, part))
             first, room = index + 1, block

@@ -108,7 +108,9 @@ def test_two_processes_equal_one(results: Path, way: str, rule: str) -> None:
     assert moved.abs().max() > 1e-3
     for a, b in zip(found["params"], params, strict=True):
         assert_close(a, b, **CLOSE)
-    for a, b in zip(found["state"], opt.state.values(), strict=True):
+    # ZeRO shows what it would save; the others show the live state.
+    own = opt.state_dict()["state"] if way == "zero" else opt.state
+    for a, b in zip(found["state"], own.values(), strict=True):
         assert a.keys() == b.keys()
         for key in a:
             assert_close(a[key], b[key], **CLOSE)
