@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim import _groups, _guarded, _saved_state
@@ -224,39 +225,51 @@ class LearnedOptimizer(Optimizer):
     ) -> None:
         """One call of the rule for all parameters of one device and one way of sharding."""
         together: dict[Any, list[int]] = {}
-        compiling = torch.compiler.is_compiling()
         for position, param in enumerate(group["params"]):
             if param.grad is not None:
-                # A compiled graph knows sizes of shards as symbols, which cannot be packed.
-                alone = position if compiling and is_sharded(param) else None
-                where = param.device, shard_groups(param), alone
+                where = param.device, shard_groups(param), is_sharded(param)
                 together.setdefault(where, []).append(position)
-        for (device, groups, _), positions in together.items():
-            params = [group["params"][position] for position in positions]
-            rule = self._rule_for(params[0])
-            states: list[Any] = [self.state[param] for param in params]
-            if rule.tensor_state:
-                entries = [self._accepted[index][position] for position in positions]
-                states = [
-                    {**state, **{key: own[f"{key} base"] for key in rule.tensor_state}}
-                    for state, own in zip(states, entries, strict=True)
-                ]
-            if any(is_sharded(param) for param in params):
-                states = [{k: local(v) for k, v in state.items()} for state in states]
-            with plain_arithmetic({device.type}):
-                rule.step_(
-                    [real(local(param)) for param in params],
-                    [real(local_grad(param.grad, param)) for param in params],
-                    states,
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    maximize=group["maximize"],
-                    warmup=group["warmup"],
-                    loss=_groups.seen_loss(rule, loss, device) if self.rule.needs_loss else None,
-                    total_steps=group["total_steps"],
-                    shapes=[real_shape(param) for param in params],
-                    shard_groups=groups,
-                )
+        for (device, groups, sharded), positions in together.items():
+            # Graphs know the sizes of shards as symbols, which cannot be packed: not compiled.
+            run = self._step_uncompiled if sharded else self._step_tensors
+            run(index, group, positions, device, groups, loss)
+
+    def _step_tensors(
+        self,
+        index: int,
+        group: dict[str, Any],
+        positions: list[int],
+        device: torch.device,
+        groups: tuple[Any, ...],
+        loss: float | Tensor | None,
+    ) -> None:
+        params = [group["params"][position] for position in positions]
+        rule = self._rule_for(params[0])
+        states: list[Any] = [self.state[param] for param in params]
+        if rule.tensor_state:
+            entries = [self._accepted[index][position] for position in positions]
+            states = [
+                {**state, **{key: own[f"{key} base"] for key in rule.tensor_state}}
+                for state, own in zip(states, entries, strict=True)
+            ]
+        if is_sharded(params[0]):
+            states = [{k: local(v) for k, v in state.items()} for state in states]
+        with plain_arithmetic({device.type}):
+            rule.step_(
+                [real(local(param)) for param in params],
+                [real(local_grad(param.grad, param)) for param in params],
+                states,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                warmup=group["warmup"],
+                loss=_groups.seen_loss(rule, loss, device) if self.rule.needs_loss else None,
+                total_steps=group["total_steps"],
+                shapes=[real_shape(param) for param in params],
+                shard_groups=groups,
+            )
+
+    _step_uncompiled = _disable_dynamo(torch.no_grad()(_step_tensors))
 
     def _rule_for(self, param: Tensor) -> UpdateRule:
         """The rule with its weights on ``param``'s device, and the guard's around it."""
