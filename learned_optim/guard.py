@@ -15,6 +15,9 @@ from enum import Enum
 # and one bad batch, or one loss that is NaN, is no fault of the update rule.
 MOST_PER_LOSS = 4.0
 
+# An explosion: this many losses in a row, each beyond the best average by so many margins.
+EXPLOSION_LOSSES, EXPLOSION_MARGINS = 2, 10.0
+
 # A window's average must exceed the best one's by this many standard errors of their difference:
 # the best one is the lowest of many, and losses of neighbouring steps are not independent.
 STANDARD_ERRORS = 5.0
@@ -34,6 +37,8 @@ class Guard:
 
     - the loss *rises*: its average over ``window`` steps exceeds that of the best window by five
       standard errors plus ``tolerance`` times the progress since the first loss; or
+    - the loss *explodes*: two in a row are not finite, or exceed that bound ten times over (before
+      the first window ends: eleven times the first loss); or
     - the loss *stalls*: its average over ``patience`` steps is not below that of the ``patience``
       before (at first: not below the first loss).
 
@@ -110,6 +115,8 @@ class GuardState:
     windows: int = 0
     averages: float = 0.0
     before: float = math.nan
+    #: Losses in a row that were as of an explosion.
+    explosive: int = 0
 
     def observe(self, loss: float, guard: Guard) -> GuardAction:
         """Take note of the loss at the present parameters, and decide over their update.
@@ -133,6 +140,10 @@ class GuardState:
 
     def _under_rule(self, loss: float, guard: Guard) -> GuardAction:
         margin = self._margin(guard)
+        explosive = not loss <= self.best + EXPLOSION_MARGINS * margin
+        self.explosive = self.explosive + 1 if explosive else 0
+        if self.explosive >= EXPLOSION_LOSSES:
+            return self._intervene(guard)
         highest = self.best + MOST_PER_LOSS * margin
         loss = min(loss, highest) if math.isfinite(loss) else highest
         self._add(loss)
@@ -207,3 +218,4 @@ class GuardState:
         """Nothing of the window and the span at hand carries over to other updates."""
         self.count, self.total, self.squares = 0, 0.0, 0.0
         self.windows, self.averages = 0, 0.0
+        self.explosive = 0

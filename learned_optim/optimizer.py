@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -220,9 +219,7 @@ class LearnedOptimizer(Optimizer):
                 state[key] = dense(state[key])
         entries[key] = state[key]
 
-    def _step_group(
-        self, index: int, group: dict[str, Any], loss: float | Tensor | None
-    ) -> None:
+    def _step_group(self, index: int, group: dict[str, Any], loss: float | Tensor | None) -> None:
         """One call of the rule for all parameters of one device and one way of sharding."""
         together: dict[Any, list[int]] = {}
         for position, param in enumerate(group["params"]):
@@ -373,5 +370,3 @@ class LearnedOptimizer(Optimizer):
         lines = super().__repr__().replace(" (\n", f" (\nUpdate rule: {rule}\n", 1).split("\n")
         hidden = f"    {_guarded.STATE_KEY}: "
         return "\n".join(line for line in lines if not line.startswith(hidden))
-
-

@@ -114,4 +114,6 @@ if __name__ == "__main__":
         for run in RUNS
     }
     FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in pins.items()) + "\n}\n")
+    FILE.write_text(
+        "{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in pins.items()) + "\n}\n"
+    )

@@ -87,9 +87,7 @@ def test_forward_is_pure(name: str, config: int) -> None:
 
 @every_rule
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 0), (20000,), (130, 300)])
-def test_in_place_step_equals_the_pure_form(
-    name: str, config: int, shape: tuple[int, ...]
-) -> None:
+def test_in_place_step_equals_the_pure_form(name: str, config: int, shape: tuple[int, ...]) -> None:
     """Over one block and several, in one piece and in float64, whose last bits are compared."""
     rule = random_rule(name, torch.float64, config)
     grads, param = gradients(4, *shape), torch.ones(shape, dtype=torch.float64)

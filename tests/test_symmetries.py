@@ -95,7 +95,10 @@ def test_steered_by_hand() -> None:
     expected = -scale * step * sum(x * y for x, y in zip(b, signals, strict=True))
     param = torch.full((1, 1), 3.0, dtype=torch.float64)
     # The formula leaves the parameter where it is between the steps.
-    segments, state = Segments([param.shape], dtype=param.dtype), pack(rule, [rule.init_state(param)])
+    segments, state = (
+        Segments([param.shape], dtype=param.dtype),
+        pack(rule, [rule.init_state(param)]),
+    )
     for step, grad in enumerate((g1, g2)):
         given = torch.full((1,), grad, dtype=torch.float64)
         update, new = rule(given, state, param.view(-1), segments, context(rule, step))

@@ -86,9 +86,7 @@ class Segments:
     ) -> Segments:
         """The segments of these tensors; remembered, because every step asks for the same."""
         if torch.compiler.is_compiling() or not is_plain_eager():
-            return cls(
-                shapes, dtype=dtype, device=device, sizes=sizes, shard_groups=shard_groups
-            )
+            return cls(shapes, dtype=dtype, device=device, sizes=sizes, shard_groups=shard_groups)
         return _remembered(shapes, dtype, device, sizes, shard_groups)
 
     def __len__(self) -> int:

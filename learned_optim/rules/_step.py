@@ -240,9 +240,7 @@ def _updates_by_forward(
                 state[key] = torch.stack([s[key] for s in states[piece.tensors]]).to(dtype)
             else:
                 state[key] = piece.pack_rows(states, key, dtype)
-        own = _base.StepContext(
-            context.step[piece.tensors], context.loss, context.total_steps
-        )
+        own = _base.StepContext(context.step[piece.tensors], context.loss, context.total_steps)
         grad = sanitize_grad(piece.pack(grads), dtype, maximize)
         update, new = rule(grad, state, piece.pack(params).to(dtype), piece.segments, own)
         for key, value in new.items():

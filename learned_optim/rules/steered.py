@@ -72,6 +72,7 @@ class SteeredRule(UpdateRule):
     rows = "tensors"
     coordinatewise = False
     zero_preserving = True
+    warmup_steps = 50  # the first updates of shipped weights are as large as trained weights
     network_state = tensor_state = LSTMStack.STATE
     config: SteeredConfig
 
@@ -120,9 +121,7 @@ class SteeredRule(UpdateRule):
     ) -> tuple[Tensor, Tensor]:
         """14 features of each tensor; factors that turn products of moments into directions."""
         cfg, count = self.config, context.step + 1
-        fast, slow, square = bias_correction(
-            count, cfg.fast_beta, cfg.slow_beta, cfg.square_beta
-        )
+        fast, slow, square = bias_correction(count, cfg.fast_beta, cfg.slow_beta, cfg.square_beta)
         root, one = square.sqrt(), torch.ones_like(square)
         corrections = (
             fast.square(), slow.square(), one, square, root, one,

@@ -110,19 +110,23 @@ def test_the_unit_of_the_loss_does_not_matter(scale: float) -> None:
 def test_a_rise_is_noticed_within_a_window() -> None:
     watch, verdicts = show(noisy(2.0, 10) + noisy(1.0, 10) + noisy(1.6, 10))
     assert verdicts[:20] == [
-        *[GuardAction.SNAPSHOT, *[GuardAction.LEARNED] * 8, GuardAction.SNAPSHOT],  # the first loss; a better window
+        *[
+            GuardAction.SNAPSHOT,
+            *[GuardAction.LEARNED] * 8,
+            GuardAction.SNAPSHOT,
+        ],  # the first loss; a better window
         *[*[GuardAction.LEARNED] * 9, GuardAction.SNAPSHOT],
     ]
     assert GuardAction.RESTORE in verdicts[20:]
     assert watch.interventions == 1
 
 
-def test_an_explosion_is_noticed_in_a_quarter_of_a_window() -> None:
+def test_an_explosion_is_noticed_at_the_second_loss() -> None:
     for explosion in (1e6, math.inf, math.nan, -math.inf, 1e300):
         _, verdicts = show([*noisy(2.0, 10), *noisy(1.0, 10), *[explosion] * 4])
-        assert verdicts.index(GuardAction.RESTORE) == 22, explosion
+        assert verdicts.index(GuardAction.RESTORE) == 21, explosion
         _, verdicts = show([2.3, *[explosion] * 4])
-        assert verdicts.index(GuardAction.RESTORE) == 3, explosion
+        assert verdicts.index(GuardAction.RESTORE) == 2, explosion
 
 
 @pytest.mark.parametrize("bad", [1e6, math.inf, math.nan])
@@ -182,10 +186,10 @@ def test_interventions_double_until_the_rule_succeeds() -> None:
 
 def test_after_adam_the_rule_is_measured_against_adam() -> None:
     """Data that became harder for good do not keep the rule out for good."""
-    losses = noisy(2.0, 10) + noisy(1.0, 20) + [5.0] * 3 + noisy(5.0, 41)
+    losses = noisy(2.0, 10) + noisy(1.0, 20) + [5.0] * 2 + noisy(5.0, 41)
     watch, verdicts = show(losses)
-    assert verdicts.index(GuardAction.RESTORE) == 32
-    assert verdicts[33:-1] == [GuardAction.ADAM] * QUICK.length
+    assert verdicts.index(GuardAction.RESTORE) == 31
+    assert verdicts[32:-1] == [GuardAction.ADAM] * QUICK.length
     assert verdicts[-1] is GuardAction.SNAPSHOT
     assert watch.best == pytest.approx(5.0, abs=0.1)
     later = [watch.observe(loss, QUICK) for loss in noisy(4.8, 50, seed=1)]
@@ -308,7 +312,7 @@ def test_going_back_is_exact_in_every_dtype(dtype: torch.dtype, shape: tuple[int
     params = [Parameter(start.clone()), Parameter(start.clone().t())]
     rule = descending_lstm(step=5.0)
     opt = LearnedOptimizer(params, rule, state_dtype=torch.bfloat16, guard=QUICK)
-    for step in range(4):
+    for step in range(3):
         assert step == 0 or not start.numel() or not torch.equal(params[0], start)
         for p in params:
             p.grad = torch.ones_like(p)
@@ -320,7 +324,7 @@ def test_going_back_is_exact_in_every_dtype(dtype: torch.dtype, shape: tuple[int
         assert state["guard_snapshot"].dtype == torch.zeros((), dtype=dtype).real.dtype
         assert state["guard_first_moment"].dtype is torch.float32
         assert p.dim() == 0 or state["hidden"].dtype is torch.bfloat16
-        assert state["step"].item() == 3.0
+        assert state["step"].item() == 2.0
         fresh = opt._init_state(p)
         assert all(torch.equal(state[key], fresh[key]) for key in fresh if key != "step")
 
