@@ -60,6 +60,7 @@ class GuardedRule(UpdateRule):
     ) -> None:
         """See :meth:`UpdateRule.step_`."""
         ages = [state[AGE].view(()) for state in states]
+        active: UpdateRule
         if self.by_adam:
             own = [{key: state[k] for k, key in ADAM_KEYS.items()} for state in states]
             options["warmup"], active = 0, self.fallback

@@ -444,7 +444,8 @@ def test_a_new_rule_is_one_file_and_no_other_edit(tmp_path: Path) -> None:
     files = ["test_rules.py", "test_estimators.py", "test_optimizer.py", "citizen/test_contract.py"]
     files += ["citizen/test_ambient.py", "citizen/test_surgery.py"]
     code = (
-        f"import sys, pytest, learned_optim.rules as rules; rules.__path__.append({str(tmp_path)!r});"
+        f"import sys, pytest, learned_optim.rules as rules;"
+        f"rules.__path__.append({str(tmp_path)!r});"
         f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-n', '0', '-k', 'drifting', "
         f"*{[str(tests / file) for file in files]!r}]))"
     )

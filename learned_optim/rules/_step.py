@@ -141,9 +141,10 @@ def reference_step_(
             update = update * piece.segments.expand(factor[piece.tensors])
         piece.add_(params, update, lr)
     torch._foreach_add_(steps, 1)
-    for state, old in zip(states, old_states, strict=False):
-        for key, value in old.items():
-            state[key].copy_(torch.where(lr != 0, state[key], value))
+    if old_states and isinstance(lr, Tensor):
+        for state, old in zip(states, old_states, strict=True):
+            for key, value in old.items():
+                state[key].copy_(torch.where(lr != 0, state[key], value))
 
 
 def _updates_by_parts(

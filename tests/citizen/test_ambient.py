@@ -1,4 +1,4 @@
-"""What surrounds a step must not change its arithmetic: every rule, under every mode, bit for bit."""
+"""What surrounds a step must not change its bits: every rule, under every mode."""
 
 from __future__ import annotations
 
