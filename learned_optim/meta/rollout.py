@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from learned_optim.meta.tasks import Batch, Params, Task
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
-from learned_optim.rules._step import NETWORK_BLOCK
+from learned_optim.rules._pieces import NETWORK_BLOCK
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Update rules, one file each, registered by being there."""
 
-from learned_optim.rules._base import RuleConfig, State, StepContext, UpdateRule
+from learned_optim.rules._base import State, StepContext, UpdateRule
+from learned_optim.rules._config import RuleConfig
 from learned_optim.rules._registry import build_rule, rule_class, rule_for, rule_names
 from learned_optim.rules._segments import Segments
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim.rules._base import State
-from learned_optim.rules._step import zeros_by_column
+from learned_optim.rules._pieces import zeros_by_column
 
 
 class LSTMStack(nn.Module):

@@ -12,7 +12,8 @@ import torch
 from learned_optim._discovery import import_submodules, unknown_name
 
 if TYPE_CHECKING:
-    from learned_optim.rules._base import RuleConfig, UpdateRule
+    from learned_optim.rules._base import UpdateRule
+    from learned_optim.rules._config import RuleConfig
 
 _RULES: dict[str, type[UpdateRule]] = {}
 

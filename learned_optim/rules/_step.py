@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from learned_optim.rules import _base
+from learned_optim.rules._pieces import BLOCK, NETWORK_BLOCK, Piece, pieces_of
 from learned_optim.rules._segments import Segments, is_plain_eager
 
 if TYPE_CHECKING:
@@ -21,74 +20,6 @@ DECAY_UNIT = 1e-3
 # Finite gradients are cut off here: their squares, which rules average, fit into float32 even when
 # summed over a tensor of two thousand million coordinates.
 LARGEST_GRAD = 2.0**48
-# Coordinates per block: temporaries of a block stay in the cache, and calls cost little beside it.
-# Networks of coordinates have some hundred temporaries per coordinate, others a dozen.
-NETWORK_BLOCK, BLOCK = 1 << 13, 1 << 15
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Several small tensors, or consecutive coordinates of one; the unit of work.
-
-    Attributes:
-        first: index of the first tensor.
-        last: index after the last tensor.
-        rows: the coordinates of the tensor, if they are but a part of one.
-        segments: describes the piece.
-    """
-
-    first: int
-    last: int
-    rows: slice | None
-    segments: Segments
-
-    @property
-    def tensors(self) -> slice:
-        return slice(self.first, self.last)
-
-    def _part(self, rows: Tensor) -> Tensor:
-        # Not sliced without need: compiled graphs do not know the sizes of shards.
-        return rows if self.rows is None else rows[self.rows]
-
-    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The piece's coordinates of all tensors of the call, ``(n,)``; a view where possible."""
-        if self.last - self.first == 1:
-            return self._part(tensors[self.first].reshape(-1))
-        return torch.cat([t.reshape(-1) for t in tensors[self.tensors]])
-
-    def pack_rows(self, states: Sequence[State], key: str, dtype: torch.dtype) -> Tensor:
-        """A per-coordinate entry, ``(n, k)``, each column contiguous; a view where possible."""
-        if self.last - self.first == 1:
-            return self._part(as_rows(states[self.first][key])).to(dtype)
-        parts = [as_rows(state[key]).t() for state in states[self.tensors]]
-        return torch.cat(parts, 1).t().to(dtype)
-
-    def unpack_rows_(self, states: Sequence[State], key: str, value: Tensor) -> None:
-        """Write a packed entry ``(n, k)`` back; views that were written to stay as they are."""
-        if self.last - self.first == 1:
-            target = self._part(as_rows(states[self.first][key]))
-            if not same_memory(target, value):
-                target.copy_(value)
-            return
-        targets = [as_rows(state[key]) for state in states[self.tensors]]
-        torch._foreach_copy_(targets, list(value.split(self.segments.sizes)))
-
-    def add_(self, params: Sequence[Tensor], update: Tensor, lr: float | Tensor) -> None:
-        """``params += lr * update``"""
-        scale: float = 1.0
-        if isinstance(lr, Tensor) or torch.compiler.is_compiling():
-            update = update * lr
-        else:
-            scale = lr
-        if self.last - self.first == 1:
-            param = params[self.first]
-            target = param if self.rows is None else param.view(-1)[self.rows]
-            target.add_(update.view(target.shape), alpha=scale)
-            return
-        targets = list(params[self.tensors])
-        parts = update.split(self.segments.sizes)
-        updates = [u.view(t.shape) for u, t in zip(parts, targets, strict=True)]
-        torch._foreach_add_(targets, updates, alpha=scale)
 
 
 def reference_step_(
@@ -129,8 +60,10 @@ def reference_step_(
     step = torch.stack(steps).to(dtype)
     context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps)
     factor = warmup_factor(step, warmup)
-    pieces = pieces_of(rule, params, segments)
-    if type(rule).forward is _base.UpdateRule.forward:
+    by_parts = type(rule).forward is _base.UpdateRule.forward
+    block = NETWORK_BLOCK if rule.rows == "coordinates" else BLOCK
+    pieces = pieces_of(params, segments, block, whole=not by_parts and not rule.coordinatewise)
+    if by_parts:
         updates = _updates_by_parts(
             rule, pieces, params, grads, states, maximize, segments, context
         )
@@ -253,49 +186,6 @@ def _updates_by_forward(
         yield piece, update
 
 
-def pieces_of(rule: UpdateRule, params: Sequence[Tensor], segments: Segments) -> list[Piece]:
-    """Work in pieces of bounded size: small tensors packed, large ones in blocks."""
-    block = NETWORK_BLOCK if rule.rows == "coordinates" else BLOCK
-    whole = type(rule).forward is not _base.UpdateRule.forward and not rule.coordinatewise
-    compiling = torch.compiler.is_compiling()
-    cut = tuple(p.is_contiguous() and not whole and not compiling for p in params)
-    if compiling or not is_plain_eager():
-        return _pieces(block, cut, segments)
-    return _remembered_pieces(block, cut, segments)
-
-
-@lru_cache(maxsize=64)
-def _remembered_pieces(block: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
-    return _pieces(block, cut, segments)
-
-
-def _pieces(block: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
-    pieces: list[Piece] = []
-    first = room = 0
-
-    def close(last: int) -> None:
-        if first < last:
-            pieces.append(Piece(first, last, None, segments.piece(first, last)))
-
-    for index, size in enumerate(segments.sizes):
-        if size > block:
-            close(index)
-            if not cut[index]:
-                pieces.append(Piece(index, index + 1, None, segments.piece(index, index + 1)))
-            for start in range(0, size if cut[index] else 0, block):
-                rows = slice(start, min(start + block, size))
-                part = segments.piece(index, index + 1, rows.stop - rows.start)
-                pieces.append(Piece(index, index + 1, rows, part))
-            first, room = index + 1, block
-        elif size > room:
-            close(index)
-            first, room = index, block - size
-        else:
-            room -= size
-    close(len(segments))
-    return pieces
-
-
 def sanitize_grad(grad: Tensor, dtype: torch.dtype, maximize: bool = False) -> Tensor:
     """A new tensor of ``dtype``: NaN and infinity as zero, finite entries cut off at 2^48."""
     grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0).to(dtype)
@@ -318,24 +208,3 @@ def needs_sync(lr: float | Tensor) -> bool:
     if not isinstance(lr, Tensor):
         return False
     return lr.device.type != "cpu" or torch.compiler.is_compiling()
-
-
-def as_rows(value: Tensor) -> Tensor:
-    """State ``(*S, k)`` as ``(n, k)``, also where ``n`` is 0: a view, to be written through."""
-    n = 1
-    for size in value.shape[:-1]:
-        n *= size
-    return value.view(n, value.shape[-1])
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """True if both are the same view, so that nothing is to be copied."""
-    if torch.compiler.is_compiling() or not is_plain_eager():
-        return False
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def zeros_by_column(param: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """Zeros ``(*param.shape, k)``, of which each of the ``k`` columns is contiguous in memory."""
-    like = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
-    return like.unsqueeze(0).repeat(k, *(1,) * param.dim()).movedim(0, -1)

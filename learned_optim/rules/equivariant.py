@@ -22,11 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from learned_optim.rules._base import RuleConfig, State, StepContext, UpdateRule
+from learned_optim.rules._base import State, StepContext, UpdateRule
+from learned_optim.rules._config import RuleConfig
 from learned_optim.rules._features import TINY, bias_correction, log_ratio
 from learned_optim.rules._lstm import LSTMStack, widen
+from learned_optim.rules._pieces import zeros_by_column
 from learned_optim.rules._segments import Product, Segments
-from learned_optim.rules._step import zeros_by_column
 
 _COORDINATE_FEATURES, _TENSOR_FEATURES, _DIRECTIONS = 7, 8, 3
 _FEATURES = _COORDINATE_FEATURES + _TENSOR_FEATURES

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import preprocessing
-from learned_optim.rules._base import RuleConfig, State, StepContext, UpdateRule
+from learned_optim.rules._base import State, StepContext, UpdateRule
+from learned_optim.rules._config import RuleConfig
 from learned_optim.rules._lstm import LSTMStack
 from learned_optim.rules._segments import Segments
 

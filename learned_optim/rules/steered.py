@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from learned_optim.rules._base import RuleConfig, State, StepContext, UpdateRule
+from learned_optim.rules._base import State, StepContext, UpdateRule
+from learned_optim.rules._config import RuleConfig
 from learned_optim.rules._features import TINY, bias_correction, log_ratio
 from learned_optim.rules._lstm import LSTMStack, widen
 from learned_optim.rules._segments import Product, Segments
