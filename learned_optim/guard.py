@@ -15,6 +15,9 @@ from enum import Enum
 # and one bad batch, or one loss that is NaN, is no fault of the update rule.
 MOST_PER_LOSS = 4.0
 
+# An explosion: this many losses in a row, each beyond the best average by so many margins.
+EXPLOSION_LOSSES, EXPLOSION_MARGINS = 2, 10.0
+
 # A window's average must exceed the best one's by this many standard errors of their difference:
 # the best one is the lowest of many, and losses of neighbouring steps are not independent.
 STANDARD_ERRORS = 5.0
@@ -34,6 +37,8 @@ class Guard:
 
     - the loss *rises*: its average over ``window`` steps exceeds that of the best window by five
       standard errors plus ``tolerance`` times the progress since the first loss; or
+    - the loss *explodes*: two in a row are not finite, or exceed that bound ten times over (before
+      the first window ends: eleven times the first loss); or
     - the loss *stalls*: its average over ``patience`` steps is not below that of the ``patience``
       before (at first: not below the first loss).
 
@@ -77,17 +82,17 @@ class Guard:
                 )
 
 
-class Verdict(Enum):
+class GuardAction(Enum):
     """What the optimizer is to do with the step at hand."""
 
     LEARNED = "take the learned update"
-    KEEP = "copy the parameters, then take the learned update"
+    SNAPSHOT = "copy the parameters, then take the learned update"
     ADAM = "take Adam's update"
-    GO_BACK = "reset all state and go back to the copy, without an update"
+    RESTORE = "reset all state and go back to the copy, without an update"
 
 
 @dataclass
-class Watch:
+class GuardState:
     """What a guard has seen, in plain numbers that go into a state dict."""
 
     steps: int = 0
@@ -110,8 +115,10 @@ class Watch:
     windows: int = 0
     averages: float = 0.0
     before: float = math.nan
+    #: Losses in a row that were as of an explosion.
+    explosive: int = 0
 
-    def see(self, loss: float, guard: Guard) -> Verdict:
+    def observe(self, loss: float, guard: Guard) -> GuardAction:
         """Take note of the loss at the present parameters, and decide over their update.
 
         Args:
@@ -125,14 +132,18 @@ class Watch:
             return self._under_adam(loss, guard)
         if math.isnan(self.best):
             if not math.isfinite(loss):
-                return Verdict.LEARNED
+                return GuardAction.LEARNED
             self.first = self.best = self.before = loss
             self._add(loss)
-            return Verdict.KEEP
+            return GuardAction.SNAPSHOT
         return self._under_rule(loss, guard)
 
-    def _under_rule(self, loss: float, guard: Guard) -> Verdict:
+    def _under_rule(self, loss: float, guard: Guard) -> GuardAction:
         margin = self._margin(guard)
+        explosive = not loss <= self.best + EXPLOSION_MARGINS * margin
+        self.explosive = self.explosive + 1 if explosive else 0
+        if self.explosive >= EXPLOSION_LOSSES:
+            return self._intervene(guard)
         highest = self.best + MOST_PER_LOSS * margin
         loss = min(loss, highest) if math.isfinite(loss) else highest
         self._add(loss)
@@ -140,7 +151,7 @@ class Watch:
         if self.total > guard.window * margin:
             return self._intervene(guard)
         if self.count < guard.window:
-            return Verdict.LEARNED
+            return GuardAction.LEARNED
         average, spread = self._close_window()
         self.windows += 1
         self.averages += average
@@ -156,29 +167,29 @@ class Watch:
             if self.before >= before:
                 return self._intervene(guard)
             self.longer = 1
-        return Verdict.KEEP if improved else Verdict.LEARNED
+        return GuardAction.SNAPSHOT if improved else GuardAction.LEARNED
 
-    def _under_adam(self, loss: float, guard: Guard) -> Verdict:
+    def _under_adam(self, loss: float, guard: Guard) -> GuardAction:
         self.remaining -= 1
         if self.remaining < guard.window and math.isfinite(loss):
             self._add(loss)
         if self.remaining:
             self.adam_steps += 1
-            return Verdict.ADAM
+            return GuardAction.ADAM
         if self.count > 1:
             # Not the best of all times, which the data may have moved out of reach.
             self.best, self.spread = self._close_window()
             self.before = self.best
         self._reset()
-        return Verdict.KEEP
+        return GuardAction.SNAPSHOT
 
-    def _intervene(self, guard: Guard) -> Verdict:
+    def _intervene(self, guard: Guard) -> GuardAction:
         self.interventions += 1
         # The step at hand is lost: its gradient is that of other parameters.
         self.remaining = self.longer * guard.length + 1
         self.longer *= 2
         self._reset()
-        return Verdict.GO_BACK
+        return GuardAction.RESTORE
 
     def _margin(self, guard: Guard) -> float:
         """By how much a window's average may exceed the best before it counts as a rise."""
@@ -207,3 +218,4 @@ class Watch:
         """Nothing of the window and the span at hand carries over to other updates."""
         self.count, self.total, self.squares = 0, 0.0, 0.0
         self.windows, self.averages = 0, 0.0
+        self.explosive = 0

@@ -14,7 +14,7 @@ from learned_optim.meta import FixedTask, MetaTrainer, ModuleTask, Task
 from learned_optim.meta.checks import check_family
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import seeded
-from learned_optim.rules.handmade import SGDRule
+from learned_optim.rules.classical import SGDRule
 
 
 class Part(Task):

@@ -23,7 +23,7 @@ from learned_optim.meta.search import SearchConfig
 from learned_optim.meta.tasks import task_names
 from learned_optim.meta.trainer import TrainConfig
 from learned_optim.rules import rule_names
-from learned_optim.rules.handmade import AdamRule
+from learned_optim.rules.classical import AdamRule
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from learned_optim.rules import _base
+from learned_optim.rules import _registry
 
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = {ROOT / "docs" / "using-with.md"}  # needs other packages: tests/citizen/test_docs.py
@@ -42,8 +42,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     # Rules that a page defines are not to be found by the tests that come after it.
-    _base.rule_names()
-    monkeypatch.setattr(_base, "_RULES", dict(_base._RULES))
+    _registry.rule_names()
+    monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
     text = page.read_text()
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):

@@ -9,10 +9,10 @@ from conftest import random_rule
 from learned_optim.meta import ESTIMATORS, EstimatorOptions, MetaGradient, Optimizees, build_tasks
 from learned_optim.meta.estimators import _sample_coordinates
 from learned_optim.meta.seeding import seeded
-from learned_optim.rules import RecurrentRule, TensorRule, UpdateRule, rule_class, rule_names
+from learned_optim.rules import UpdateRule, rule_class, rule_names
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
-REPLAYED = [n for n in rule_names() if issubclass(rule_class(n), (RecurrentRule, TensorRule))]
+REPLAYED = [name for name in rule_names() if rule_class(name).rows != "none"]
 
 
 def estimate(
@@ -50,9 +50,8 @@ def test_replay_equals_autograd(name: str, task: str) -> None:
         scale = b.abs().max()
         # Sums over coordinates and steps cancel, so the last digits of a small total are lost.
         assert (a - b).abs().max() <= 1e-9 * scale, weight
-    for name_ in there.params:
-        torch.testing.assert_close(here.params[name_], there.params[name_], rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(here.state[name_], there.state[name_], rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(here.packed, there.packed, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(here.state, there.state, rtol=1e-11, atol=1e-14)
     assert here.step == there.step == 12
 
 
@@ -139,7 +138,7 @@ def test_optimizees_do_not_see_each_other() -> None:
 
 
 def test_replay_needs_a_learned_rule() -> None:
-    with pytest.raises(TypeError, match="needs a RecurrentRule or a TensorRule, and AdamRule is n"):
+    with pytest.raises(TypeError, match="splits into observation and response, and AdamRule has"):
         estimate(random_rule("adam"), "quadratic", "replay", 2)
 
 
@@ -151,19 +150,17 @@ def test_stratified_sample_meets_every_tensor(name: str) -> None:
     """
     rule = random_rule(name, torch.float64)
     _, optimizees = estimate(rule, "digits", "replay", 1, optimizees=2)
-    strata = optimizees.tensor_sizes()
-    assert sum(map(sum, strata.values())) == 2 * 1510
-    index = _sample_coordinates(strata, EstimatorOptions(500, torch.Generator(), "stratified"))
-    weights = torch.cat([weight for _, weight in index.values()])
+    sizes = optimizees.segments.sizes
+    assert sorted(sizes) == sorted(2 * [1280, 20, 200, 10])
+    options = EstimatorOptions(500, torch.Generator(), "stratified")
+    chosen, weights = _sample_coordinates(sizes, options)
     assert sorted(weights.tolist()) == sorted([1.0] * 60 + [200 / 110] * 220 + [1280 / 110] * 220)
-    for name, (chosen, weight) in index.items():
-        assert len(chosen.unique()) == len(chosen) == len(weight)
-        assert int(chosen.max()) < sum(strata[name])
+    assert len(chosen.unique()) == len(chosen) == len(weights)
+    assert int(chosen.max()) < sum(sizes)
 
 
 def test_stratified_sample_of_fewer_coordinates_than_tensors() -> None:
-    strata = {"a": [3, 4], "b": [0, 5]}
-    index = _sample_coordinates(strata, EstimatorOptions(2, torch.Generator(), "stratified"))
-    assert {name: len(chosen) for name, (chosen, _) in index.items()} == {"a": 2, "b": 1}
-    weights = torch.cat([weight for _, weight in index.values()])
+    options = EstimatorOptions(2, torch.Generator(), "stratified")
+    chosen, weights = _sample_coordinates([3, 4, 0, 5], options)
+    assert torch.bucketize(chosen, torch.tensor([3, 7, 12]), right=True).tolist() == [0, 1, 2]
     assert weights.tolist() == [3.0, 4.0, 5.0]

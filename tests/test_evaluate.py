@@ -28,7 +28,7 @@ from learned_optim.meta.evaluate import (
     ratio_interval,
 )
 from learned_optim.meta.report import markdown, table, write_report
-from learned_optim.rules.handmade import AdamConfig, AdamRule
+from learned_optim.rules.classical import AdamConfig, AdamRule
 
 NOTHING_LEARNED = EvaluateConfig(
     checkpoints=(), tasks=("quadratic",), baselines=("sgd", "adam"), horizons=(20,),

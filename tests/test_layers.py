@@ -15,7 +15,7 @@ LAYERS = (
     ("rules",),
     ("checkpoint", "summary"),
     ("hub", "pretrained"),
-    ("optimizer",),
+    ("_ambient", "_frozen", "_groups", "_guarded", "_saved_state", "_views", "optimizer"),
     ("meta",),
     ("cli",),
     ("__main__",),

@@ -1,31 +1,31 @@
-"""The contract every registered update rule keeps; a new rule is picked up by being registered."""
+"""The contract every registered update rule keeps, over the configurations that it declares."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_rule
+from conftest import context, fresh_states, pack, random_rule, test_configs, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learned_optim.rules import (
-    RecurrentRule,
-    TensorRule,
-    UpdateRule,
-    build_rule,
-    rule_class,
-    rule_names,
-)
+from learned_optim.rules import Segments, UpdateRule, build_rule, rule_class, rule_names
 from learned_optim.rules.equivariant import EquivariantConfig, EquivariantRule
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
 RULES = rule_names()
+EVERY = [(name, config) for name in RULES for config in range(len(test_configs(name)))]
 COORDINATEWISE = [name for name in RULES if rule_class(name).coordinatewise]
-RECURRENT = [name for name in RULES if issubclass(rule_class(name), RecurrentRule)]
-LEARNED = [n for n in RULES if issubclass(rule_class(n), (RecurrentRule, TensorRule))]
+LEARNED = [name for name in RULES if rule_class(name).rows != "none"]
+RECURRENT = [each for each in EVERY if each[0] in LEARNED]
+
+every_rule = pytest.mark.parametrize(("name", "config"), EVERY)
 
 
 def gradients(steps: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -35,76 +35,128 @@ def gradients(steps: int, *shape: int, dtype: torch.dtype = torch.float64) -> Te
     return size * 10.0 ** (-6 * torch.rand(steps, *shape, generator=generator, dtype=dtype))
 
 
-def trajectory(rule: UpdateRule, grads: Tensor, param: Tensor) -> Tensor:
-    """Updates of the plain path over ``grads`` of shape ``(T, *shape)``."""
-    state, updates = rule.init_state(param), []
-    with torch.no_grad():
-        for grad in grads:
-            update, new_state = rule(grad, state, param)
-            state = {**state, **new_state}
-            updates.append(update)
-            param = param + update
-    return torch.stack(updates)
+def close(rule: UpdateRule) -> dict[str, float]:
+    """Tolerances of two ways to compute the same; rules without weights compute in float32."""
+    double = rule.dtype is torch.float64
+    return {"rtol": 1e-9, "atol": 1e-11} if double else {"rtol": 1e-5, "atol": 1e-6}
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_state_layout(name: str) -> None:
+def in_place(rule: UpdateRule, grads: Tensor, param: Tensor) -> Tensor:
+    """The parameter after every step of the in-place path, ``(T, *shape)``."""
+    horizon = 100 if rule.reads_horizon else None
+    param, found = param.clone(), []
+    states = fresh_states(rule, [param])
+    for grad in grads:
+        rule.step_([param], [grad], states, total_steps=horizon)
+        found.append(param.clone())
+    return torch.stack(found)
+
+
+@every_rule
+def test_state_layout(name: str, config: int) -> None:
     param = torch.randn(2, 3)
-    rule = random_rule(name)
-    for key, value in rule.init_state(param).items():
-        per_coordinate = value.shape[:2] == (2, 3) and value.dim() == 3
-        assert per_coordinate or value.dim() <= 1, key
+    rule = random_rule(name, config=config)
+    state = rule.init_state(param)
+    assert set(rule.tensor_state) <= set(state) == set(rule.state_keys)
+    assert set(rule.network_state) <= set(state)
+    assert "step" not in state
+    for key, value in state.items():
+        assert value.shape[:-1] == (() if key in rule.tensor_state else (2, 3)), key
         assert value.dtype == torch.float32
         # Dense either way: a coordinate's entries side by side, or each entry's coordinates.
         assert value.is_contiguous() or value.movedim(-1, 0).is_contiguous()
-    scalar = rule.init_state(torch.tensor(1.0))
-    assert all(value.dim() <= 1 for value in scalar.values())
+    assert all(value.dim() == 1 for value in rule.init_state(torch.tensor(1.0)).values())
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_forward_is_pure(name: str) -> None:
-    rule, param, grad = random_rule(name), torch.randn(4, 2), torch.randn(4, 2)
-    state = rule.init_state(param)
+@every_rule
+def test_forward_is_pure(name: str, config: int) -> None:
+    rule = random_rule(name, config=config)
+    segments = Segments([torch.Size((4, 2)), torch.Size((3,))])
+    param, grad = torch.randn(11), torch.randn(11)
+    state = pack(rule, [rule.init_state(torch.zeros(4, 2)), rule.init_state(torch.zeros(3))])
     before = copy.deepcopy((param, grad, state, rule.state_dict()))
-    first, _ = rule(grad, state, param)
-    second, _ = rule(grad, state, param)
+    first, new = rule(grad, state, param, segments, context(rule, 0, 2))
+    second, _ = rule(grad, state, param, segments, context(rule, 0, 2))
     assert torch.equal(first, second)
+    assert {key: value.shape for key, value in new.items()} == {
+        key: value.shape for key, value in state.items()
+    }
     after = (param, grad, state, rule.state_dict())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 0), (5000,)])
-def test_in_place_path_equals_plain_path(name: str, shape: tuple[int, ...]) -> None:
-    rule = random_rule(name)
-    grads = gradients(5, *shape, dtype=torch.float32)
-    param = torch.ones(shape)
-    fast_state, expected = rule.init_state(param), trajectory(rule, grads, param)
-    for grad, update in zip(grads, expected, strict=True):
-        fast = rule.update_(grad, fast_state, param)
-        assert fast.shape == grad.shape
-        torch.testing.assert_close(fast, update, rtol=1e-4, atol=2e-6)
-        param = param + update
+@every_rule
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 0), (20000,), (130, 300)])
+def test_in_place_step_equals_the_pure_form(name: str, config: int, shape: tuple[int, ...]) -> None:
+    """Over one block and several, in one piece and in float64, whose last bits are compared."""
+    rule = random_rule(name, torch.float64, config)
+    grads, param = gradients(4, *shape), torch.ones(shape, dtype=torch.float64)
+    expected = param + trajectory(rule, grads, param).cumsum(0)
+    torch.testing.assert_close(in_place(rule, grads, param), expected, **close(rule))
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_in_place_path_keeps_state_tensors(name: str) -> None:
+@every_rule
+def test_several_tensors_at_once_equal_one_by_one(name: str, config: int) -> None:
+    """Whatever their dtypes, sizes and strides, packed or cut into blocks."""
+    rule = random_rule(name, torch.float64, config)
+    shapes = [(3, 5), (7,), (), (2, 0), (4, 2, 3), (40000,), (9, 1000), (11,)]
+    start = [gradients(1, *shape)[0] for shape in shapes]
+    start[0], start[-2] = start[0].t().contiguous().t(), start[-2].t().contiguous().t()
+    start[4] = start[4].float()
+    runs = []
+    for together in (True, False):
+        params = [value.clone(memory_format=torch.preserve_format) for value in start]
+        states = fresh_states(rule, params)
+        for step in range(4):
+            grads = [gradients(4, *shape)[step].to(p.dtype) for shape, p in zip(shapes, params)]  # noqa: B905
+            options = {"lr": 0.7, "weight_decay": 0.3, "maximize": True, "warmup": 3}
+            if together:
+                rule.step_(params, grads, states, **options)
+            else:
+                for each in zip(params, grads, states, strict=True):
+                    rule.step_(*([part] for part in each), **options)
+        runs.append((params, states))
+    loose = {"rtol": 1e-5, "atol": 1e-6}  # one of them is float32
+    torch.testing.assert_close(*runs, **loose)
+
+
+@every_rule
+def test_step_options(name: str, config: int) -> None:
+    """Decay, direction, multiplier and warm-up, by hand from the pure form."""
+    rule, grad = random_rule(name, torch.float64, config), gradients(1, 6)[0]
+    param = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
+    decayed = param * (1 - 1e-3 * 0.5 * 2.0)
+    expected = decayed + 0.5 * 0.25 * trajectory(rule, -grad.unsqueeze(0), decayed)[0]
+    state = fresh_states(rule, [param])
+    horizon = 100 if rule.reads_horizon else None
+    options = {"lr": 0.5, "weight_decay": 2.0, "maximize": True, "warmup": 4}
+    rule.step_([param], [grad], state, total_steps=horizon, **options)
+    torch.testing.assert_close(param, expected, **close(rule))
+    assert state[0]["step"].item() == 1.0
+
+
+@every_rule
+def test_in_place_step_keeps_state_tensors(name: str, config: int) -> None:
     """A captured or sharded state must keep its storage."""
-    rule, param = random_rule(name), torch.randn(6)
-    state = rule.init_state(param)
-    addresses = {key: value.data_ptr() for key, value in state.items()}
-    rule.update_(torch.randn(6), state, param)
-    assert {key: value.data_ptr() for key, value in state.items()} == addresses
+    rule, param = random_rule(name, config=config), torch.randn(6)
+    states = fresh_states(rule, [param])
+    addresses = {key: value.data_ptr() for key, value in states[0].items()}
+    rule.step_([param], [torch.randn(6)], states)
+    assert {key: value.data_ptr() for key, value in states[0].items()} == addresses
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_in_place_path_with_half_precision_state(name: str) -> None:
-    rule, param = random_rule(name), torch.ones(5000)
-    full = rule.init_state(param)
-    half = {key: value.bfloat16() for key, value in full.items()}
+@every_rule
+def test_half_precision_state_stays_close(name: str, config: int) -> None:
+    rule = random_rule(name, config=config)
+    params = [torch.ones(5000), torch.ones(5000)]
+    states = fresh_states(rule, params)
+    for key in set(rule.state_keys) - set(rule.tensor_state):
+        states[1][key] = states[1][key].bfloat16()
     for grad in gradients(4, 5000, dtype=torch.float32):
-        exact, rounded = rule.update_(grad, full, param), rule.update_(grad, half, param)
-    assert all(value.dtype == torch.bfloat16 for value in half.values())
+        before = [param.clone() for param in params]
+        for param, state in zip(params, states, strict=True):
+            rule.step_([param], [grad], [state])
+    exact, rounded = (p - b for p, b in zip(params, before, strict=True))
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.05 * exact.abs().max().item())
 
 
@@ -119,52 +171,45 @@ def test_coordinatewise_rules_ignore_order_and_tensor_boundaries(
     cut = data.draw(st.integers(1, n - 1))
     grads, param = gradients(4, n), torch.ones(n, dtype=torch.float64)
     whole = trajectory(rule, grads, param)
-    shuffled = trajectory(rule, grads[:, order], param)
+    shuffled = trajectory(rule, grads[:, order], param[order])
     torch.testing.assert_close(shuffled, whole[:, order], rtol=1e-12, atol=1e-14)
     parts = [trajectory(rule, g, torch.ones_like(g[0])) for g in (grads[:, :cut], grads[:, cut:])]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if rule_class(n).zero_preserving])
-def test_zero_history_gives_zero_update(name: str) -> None:
-    rule, param = random_rule(name), torch.randn(9)
+@every_rule
+def test_zero_history_gives_zero_update_where_promised(name: str, config: int) -> None:
+    rule, param = random_rule(name, config=config), torch.randn(9)
     updates = trajectory(rule, torch.zeros(20, 9), param)
-    assert torch.count_nonzero(updates) == 0
+    assert not rule.zero_preserving or torch.count_nonzero(updates) == 0
 
 
-@pytest.mark.parametrize("name", RECURRENT)
-def test_response_to_a_sequence_equals_the_steps(name: str) -> None:
-    """What replay differentiates is what the rollout did."""
-    rule = random_rule(name, torch.float64)
-    assert isinstance(rule, RecurrentRule)
-    grads, param = gradients(6, 11), torch.ones(11, dtype=torch.float64)
-    expected = trajectory(rule, grads, param)
-    state = rule.init_state(param)
-    network = {key: state[key] for key in rule.network_state}
-    signals = []
-    moving = param
-    for grad, update in zip(grads, expected, strict=True):
-        seen, observed = rule.observe(grad, state, moving)
-        state = {**state, **observed}
-        signals.append(seen)
-        moving = moving + update
-    updates, _ = rule.respond(torch.stack(signals), network)
-    torch.testing.assert_close(updates, expected, rtol=1e-10, atol=1e-13)
+@pytest.mark.parametrize(("name", "config"), RECURRENT)
+def test_response_to_a_sequence_equals_the_steps(name: str, config: int) -> None:
+    """What replay differentiates is what the rollout did; and the in-place form of one step."""
+    rule = random_rule(name, torch.float64, config)
+    shapes = [torch.Size((3, 2)), torch.Size((5,))]
+    segments, param = Segments(shapes, dtype=torch.float64), gradients(1, 11)[0]
+    state = pack(rule, [rule.init_state(torch.zeros(s, dtype=torch.float64)) for s in shapes])
+    start = {key: state[key].clone() for key in rule.network_state}
+    moving = {key: state[key].clone() for key in rule.network_state}
+    features, gains = [], []
+    for step, grad in enumerate(gradients(6, 11)):
+        seen, directions, new = rule.observe(grad, state, param, segments, context(rule, step, 2))
+        update, after = rule(grad, state, param, segments, context(rule, step, 2))
+        features.append(seen)
+        gains.append(rule.respond_(seen, moving))
+        torch.testing.assert_close(rule.mix(directions, gains[-1], segments), update)
+        assert {**new, **moving}.keys() == state.keys()
+        param, state = param + update, {**state, **after}
+    found, last = rule.respond(torch.stack(features), start)
+    torch.testing.assert_close(found, torch.stack(gains), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(last, moving, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LEARNED)
-def test_vmap_over_optimizees(name: str) -> None:
-    rule = random_rule(name, torch.float64)
-    grads, params = gradients(3, 4, 2), gradients(3, 4, 2).flip(0)
-    states = torch.vmap(rule.init_state)(params)
-    together, _ = torch.vmap(rule)(grads, states, params)
-    alone = [rule(g, rule.init_state(p), p)[0] for g, p in zip(grads, params, strict=True)]
-    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_rebuilt_from_configuration(name: str) -> None:
-    rule = random_rule(name)
+@every_rule
+def test_rebuilt_from_configuration(name: str, config: int) -> None:
+    rule = random_rule(name, config=config)
     twin = build_rule(name, rule.config_dict())
     twin.load_state_dict(rule.state_dict())
     assert twin.fingerprint() == rule.fingerprint()
@@ -236,7 +281,7 @@ def reference_lstm(rule: LSTMRule, features: Tensor) -> Tensor:
 def test_lstm_equals_lstm_cells(config: LSTMConfig) -> None:
     rule = LSTMRule(config).double()
     grads = gradients(8, 13)
-    features = torch.stack([rule.observe(g, {}, g)[0] for g in grads])
+    features = torch.stack([rule.coordinate_features(g, {}, g, None)[0] for g in grads])
     expected = reference_lstm(rule, features)
     actual = trajectory(rule, grads, torch.zeros(13, dtype=torch.float64))
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-14)
@@ -256,40 +301,25 @@ def test_zero_readout_gives_zero_updates() -> None:
     assert torch.count_nonzero(updates) == 0
 
 
-@pytest.mark.parametrize("cheap", [True, False])
-@pytest.mark.parametrize("name", ["equivariant", "lstm", "steered"])
-def test_in_place_path_with_tanh_and_without(
-    name: str, cheap: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("learned_optim.rules._stack.tanh_is_cheap", lambda: cheap)
-    rule = random_rule(name, torch.float64)
-    grads, param = gradients(5, 6, 4), torch.randn(6, 4, dtype=torch.float64)
-    expected, state = trajectory(rule, grads, param), rule.init_state(param)
-    for grad, update in zip(grads, expected, strict=True):
-        torch.testing.assert_close(rule.update_(grad, state, param), update, rtol=1e-9, atol=1e-12)
-        param = param + update
-
-
-def test_fast_weights_follow_the_weights() -> None:
-    rule, param, grad = random_rule("lstm"), torch.zeros(3), torch.ones(3)
-    before = rule.update_(grad, rule.init_state(param), param)
-    with torch.no_grad():
-        rule.readout.weight.mul_(2.0)
-        rule.readout.bias.mul_(2.0)
-    torch.testing.assert_close(rule.update_(grad, rule.init_state(param), param), 2 * before)
-
-
 def test_loss_input() -> None:
-    rule = LSTMRule(LSTMConfig(loss_input=True))
-    param, grad = torch.zeros(3), torch.ones(3)
+    """In every row, by tensor, and in both forms; without the loss, an error with a remedy."""
+    rule = LSTMRule(LSTMConfig(loss_input=True)).double()
     assert rule.needs_loss
-    low, _ = rule(grad, rule.init_state(param), param, torch.tensor(0.1))
-    high, _ = rule(grad, rule.init_state(param), param, torch.tensor(10.0))
+    grads, param = gradients(1, 3), torch.zeros(3, dtype=torch.float64)
+    low, high = (trajectory(rule, grads, param, torch.tensor(x)) for x in (0.1, 10.0))
     assert not torch.allclose(low, high)
-    in_place = rule.update_(grad, rule.init_state(param), param, torch.tensor(10.0))
-    torch.testing.assert_close(in_place, high)
+    moved = param.clone()
+    rule.step_([moved], list(grads), fresh_states(rule, [param]), loss=torch.tensor(10.0))
+    torch.testing.assert_close(moved, high[0])
+    segments = Segments([torch.Size((3,)), torch.Size((3,))], dtype=torch.float64)
+    states = pack(rule, [rule.init_state(param)] * 2)
+    losses = torch.tensor([0.1, 10.0])
+    both, _ = rule(
+        grads[0].repeat(2), states, param.repeat(2), segments, context(rule, 0, 2, losses)
+    )
+    torch.testing.assert_close(both, torch.cat((low[0], high[0])))
     with pytest.raises(ValueError, match="call step\\(closure\\)"):
-        rule(grad, rule.init_state(param), param)
+        trajectory(rule, grads, param)
 
 
 @pytest.mark.parametrize(
@@ -305,37 +335,6 @@ def test_bad_configurations(values: dict[str, object], message: str) -> None:
         LSTMConfig(**values)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_several_tensors_at_once_equal_one_by_one(name: str) -> None:
-    rule = random_rule(name, torch.float64)
-    shapes = [(3, 5), (7,), (), (2, 0), (4, 2, 3), (9000,)]
-    params = [gradients(1, *shape)[0] for shape in shapes]
-    together = [rule.init_state(p) for p in params]
-    alone = [rule.init_state(p) for p in params]
-    for step in range(4):
-        grads = [gradients(4, *shape)[step] for shape in shapes]
-        updates, _ = rule.update_many_(grads, together, params)
-        for grad, state, param, update in zip(grads, alone, params, updates, strict=True):
-            expected = rule.update_(grad, state, param)
-            torch.testing.assert_close(update, expected, rtol=1e-10, atol=1e-14)
-    for a, b in zip(together, alone, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recorded_signals_are_what_the_plain_path_observes(name: str) -> None:
-    rule = random_rule(name, torch.float64)
-    assert isinstance(rule, RecurrentRule)
-    params = [gradients(1, *shape)[0] for shape in [(3, 5), (7,), (9000,)]]
-    states = [rule.init_state(p) for p in params]
-    for step in range(3):
-        grads = [gradients(4, *p.shape)[step] for p in params]
-        each = zip(grads, states, params, strict=True)
-        seen = [rule.observe(*one)[0].flatten(0, -2) for one in each]
-        _, signals = rule.update_many_(grads, states, params, record=True)
-        torch.testing.assert_close(signals, torch.cat(seen), rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("name", ["equivariant", "steered"])
 def test_direct_path_of_zero_weights_is_none(name: str) -> None:
     """With it a rule is born as without it, so that training can start from one without."""
@@ -346,18 +345,10 @@ def test_direct_path_of_zero_weights_is_none(name: str) -> None:
     without.load_state_dict(with_it.state_dict(), strict=False)
     assert without.direct is None
     assert rule_class(name)().direct is None
-    shapes = [(6, 5), (7,), (40, 30)]
-    params = [torch.randn(shape) for shape in shapes]
-    for rule in (with_it, without):
-        torch.manual_seed(1)
-        states = [rule.init_state(param) for param in params]
-        for _ in range(3):
-            updates, _ = rule.update_many_([torch.randn(s) for s in shapes], states, params)
-        if rule is with_it:
-            reference = updates
-    for ours, theirs in zip(updates, reference, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert all(update.abs().max() > 1e-4 for update in reference)
+    grads, param = gradients(3, 6, 5, dtype=torch.float32), torch.randn(6, 5)
+    expected = trajectory(with_it, grads, param)
+    torch.testing.assert_close(trajectory(without, grads, param), expected)
+    assert expected.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["equivariant", "steered"])
@@ -366,7 +357,7 @@ def test_wider_rule_begins_as_the_narrower_one(name: str) -> None:
     units = narrow.config.hidden_size
     wide = rule_class(name)(replace(narrow.config, hidden_size=units + 3)).double()
     before = {key: value.clone() for key, value in wide.state_dict().items()}
-    wide.adopt(narrow)
+    wide.init_from(narrow)
     after = wide.state_dict()
     assert all(not after[key].equal(before[key]) for key in before)
     for key in ("lstm.weight_ih_l0", "lstm.weight_hh_l0"):  # what new units read is drawn at random
@@ -381,6 +372,87 @@ def test_wider_rule_begins_as_the_narrower_one(name: str) -> None:
 def test_no_rule_begins_as_a_wider_one() -> None:
     small = EquivariantRule(EquivariantConfig(hidden_size=3))
     with pytest.raises(ValueError, match=r"hidden_size=3.*no place for lstm\.weight_ih_l0"):
-        small.adopt(EquivariantRule())
+        small.init_from(EquivariantRule())
     with pytest.raises(ValueError, match=r"'steered'.*weights of a rule 'equivariant'"):
-        rule_class("steered")().adopt(small)
+        rule_class("steered")().init_from(small)
+
+
+# ---- a rule of one's own
+
+
+NEW_RULE = '''
+"""A rule that drifts at zero gradient, with statistics of the tensor and a network per tensor."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from learned_optim.rules import RuleConfig, UpdateRule
+
+
+@dataclass(frozen=True)
+class DriftingConfig(RuleConfig):
+    units: int = 3
+
+
+class DriftingRule(UpdateRule):
+    name = "drifting"
+    Config = DriftingConfig
+    test_configs = (DriftingConfig(), DriftingConfig(units=1))
+    rows = "tensors"
+    coordinatewise = False
+    network_state = tensor_state = ("memory",)
+
+    def __init__(self, config=None):
+        super().__init__(config)
+        self.inner = nn.Linear(2, self.config.units)
+        self.outer = nn.Linear(self.config.units, 2)
+
+    def init_state(self, param):
+        like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
+        memory = torch.zeros(self.config.units, dtype=self.dtype, device=param.device)
+        return {"momentum": like.unsqueeze(-1), "memory": memory}
+
+    def moments(self, grad, state):
+        return {"momentum": torch.lerp(grad.unsqueeze(-1), state["momentum"], 0.8)}
+
+    def products(self, grad, state, param):
+        return [(grad, grad)]
+
+    def tensor_features(self, means, segments, context):
+        size = (means[0] + 1e-12).sqrt()
+        return torch.stack((size.log() / 8, segments.log_size), -1), size.unsqueeze(0)
+
+    def coordinate_features(self, grad, state, param, stats):
+        momentum = state["momentum"].squeeze(-1)
+        return None, torch.stack((momentum / (1e-6 + stats[0]), torch.ones_like(grad))).t()
+
+    def respond(self, features, state):
+        memory, gains = state["memory"], []
+        for x in features:
+            memory = torch.tanh(self.inner(x) + 0.5 * memory)
+            gains.append(-0.01 * self.outer(memory))
+        return torch.stack(gains), {"memory": memory}
+'''
+
+
+def test_a_new_rule_is_one_file_and_no_other_edit(tmp_path: Path) -> None:
+    """Found by being there: the contract, the estimators and the optimizer's tests run over it."""
+    (tmp_path / "drifting.py").write_text(NEW_RULE)
+    tests = Path(__file__).parent
+    files = ["test_rules.py", "test_estimators.py", "test_optimizer.py", "citizen/test_contract.py"]
+    files += ["citizen/test_ambient.py", "citizen/test_surgery.py"]
+    code = (
+        f"import sys, pytest, learned_optim.rules as rules;"
+        f"rules.__path__.append({str(tmp_path)!r});"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-n', '0', '-k', 'drifting', "
+        f"*{[str(tests / file) for file in files]!r}]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), *sys.path])}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tests
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    passed = int(run.stdout.split(" passed")[0].split()[-1])
+    assert passed > 60

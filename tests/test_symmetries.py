@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import random_rule
+from conftest import context, pack, random_rule, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rules import gradients, trajectory
 
-from learned_optim.rules import UpdateRule, build_rule
+from learned_optim.rules import Segments, UpdateRule, build_rule
 from learned_optim.rules.steered import SteeredConfig, SteeredRule
 
 SYMMETRIC = ["equivariant", "steered"]
@@ -79,20 +78,6 @@ def test_the_first_untrained_step_goes_downhill(name: str) -> None:
     torch.testing.assert_close(first.abs().mean().item(), 0.02 * 5**-0.5, rtol=0.2, atol=0)
 
 
-@pytest.mark.parametrize("size", [(16384,), (16385,), (300, 200)])
-def test_steered_blocks_join(size: tuple[int, ...]) -> None:
-    """The in-place path over several blocks and over many steps, where moments have settled."""
-    rule = random_rule("steered")
-    param = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    grads = gradients(30, *size, dtype=torch.float32)
-    state, expected = rule.init_state(param), trajectory(rule, grads, param)
-    moving = param
-    for grad, update in zip(grads, expected, strict=True):
-        fast = rule.update_(grad, state, moving)
-        torch.testing.assert_close(fast, update, rtol=1e-3, atol=1e-5)
-        moving = moving + update
-
-
 def test_steered_by_hand() -> None:
     """Two steps of one coordinate with a readout of constants: the formula in its docstring."""
     rule = SteeredRule(SteeredConfig(initial_step=0.5)).double()
@@ -109,8 +94,13 @@ def test_steered_by_hand() -> None:
     signals = [f / r, s / r, g2 / r, f / r, s / r, f / r * abs(s / r)]
     expected = -scale * step * sum(x * y for x, y in zip(b, signals, strict=True))
     param = torch.full((1, 1), 3.0, dtype=torch.float64)
-    state = rule.init_state(param)
-    for grad in (g1, g2):
-        update, new = rule(torch.full((1, 1), grad, dtype=torch.float64), state, param)
+    # The formula leaves the parameter where it is between the steps.
+    segments, state = (
+        Segments([param.shape], dtype=param.dtype),
+        pack(rule, [rule.init_state(param)]),
+    )
+    for step, grad in enumerate((g1, g2)):
+        given = torch.full((1,), grad, dtype=torch.float64)
+        update, new = rule(given, state, param.view(-1), segments, context(rule, step))
         state = {**state, **new}
     assert update.item() == pytest.approx(expected, rel=1e-6)

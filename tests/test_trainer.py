@@ -23,8 +23,8 @@ from learned_optim.meta import MetaTrainer, Recipe, load_recipe, recipes
 from learned_optim.meta.recipes import recipe_from_json
 from learned_optim.meta.trainer import TrainingError
 from learned_optim.rules import RuleConfig
-from learned_optim.rules._base import _RULES
-from learned_optim.rules.handmade import SGDRule
+from learned_optim.rules._registry import _RULES
+from learned_optim.rules.classical import SGDRule
 from learned_optim.rules.lstm import LSTMConfig
 from learned_optim.rules.steered import SteeredConfig
 

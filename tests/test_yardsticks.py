@@ -15,7 +15,7 @@ def test_plain_optimizer_takes_the_same_steps() -> None:
     rule = random_rule("lstm")
     assert isinstance(rule, LSTMRule)
     ours, plain = (nn.Parameter(torch.zeros(7, 50)) for _ in range(2))
-    optimizers = (LearnedOptimizer([ours], rule), PlainOptimizer([plain], rule))
+    optimizers = (LearnedOptimizer([ours], rule, warmup=0), PlainOptimizer([plain], rule))
     for _ in range(4):
         ours.grad = plain.grad = torch.randn(7, 50) * 10.0 ** -(6 * torch.rand(7, 50))
         for optimizer in optimizers:

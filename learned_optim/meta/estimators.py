@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.rollout import Optimizees
-from learned_optim.rules import RecurrentRule, State, TensorRule, UpdateRule, tensor_of_each
+from learned_optim.rules import State, UpdateRule
 
 Sampling = Literal["uniform", "stratified"]
 
@@ -68,29 +68,25 @@ def _backpropagate(
     losses = []
     with torch.enable_grad():
         for _ in range(steps):
-            batch = optimizees.next_batch()
+            batch, packed = optimizees.next_batch(), optimizees.packed
             if first_order:
-                _, grads = optimizees.losses_and_grads(optimizees.params, batch)
-                loss = optimizees.losses(optimizees.params, batch)
+                _, grad = optimizees.losses_and_grad(packed, batch)
+                loss, seen = optimizees.losses(packed, batch), packed.detach()
             else:
-                for param in optimizees.params.values():
-                    if not param.requires_grad:
-                        param.requires_grad_()
-                loss, grads = optimizees.losses_and_grads(optimizees.params, batch, True)
+                if not packed.requires_grad:
+                    packed.requires_grad_()
+                loss, grad = optimizees.losses_and_grad(packed, batch, create_graph=True)
+                seen = packed
             losses.append(loss)
-            for name, grad in grads.items():
-                param = optimizees.params[name]
-                seen = param.detach() if first_order else param
-                update, state = optimizees.forward(rule, name, grad, seen, loss)
-                optimizees.params[name] = param + update
-                optimizees.state[name] = {**optimizees.state[name], **state}
+            update, state = optimizees.forward(rule, grad, seen, loss)
+            optimizees.packed = packed + update
+            optimizees.state = {**optimizees.state, **state}
             optimizees.step += 1
         stacked = torch.stack(losses)  # (steps, B)
         weights = list(rule.parameters())
         meta = torch.autograd.grad(stacked.sum(0).mean(), weights, allow_unused=True)
-    for name in optimizees.params:
-        optimizees.params[name] = optimizees.params[name].detach()
-        optimizees.state[name] = {k: v.detach() for k, v in optimizees.state[name].items()}
+    optimizees.packed = optimizees.packed.detach()
+    optimizees.state = {key: value.detach() for key, value in optimizees.state.items()}
     return MetaGradient(stacked.detach(), _zeros_for_none(meta, weights))
 
 
@@ -120,124 +116,98 @@ def replay(
 
     With d grad / d phi = 0 the parameters enter the meta-loss only as sums of updates, so that
 
-        dL / dphi = sum_t sum_i A_{t,i} d u_{t,i} / d phi,   A_t = sum_{s > t} grad f(theta_s):
+        dL / dphi = sum_t sum_i A_{t,i} d u_{t,i} / d phi,   A_t = sum_{s > t} grad f(theta_s).
 
-    the meta-gradient separates by coordinate. The optimizees are rolled out without any graph,
-    then the recorded signals of all, or of some randomly sampled, coordinates are fed through the
-    network once more and ``sum(A * u)`` is back-propagated.
+    An update is a sum of directions D, which do not depend on the weights, times gains, so that
 
-    Of a :class:`TensorRule`, whose updates are directions times gains, the sum over a tensor's
-    coordinates is taken first, and the network is replayed once per tensor: without sampling.
+        dL / dgain_{t,r,d} = sum over coordinates i of row r of A_{t,i} D_{t,i,d}.
+
+    The optimizees are rolled out without any graph. Then the recorded features are fed through
+    the network once more and ``sum(gains * dL/dgains)`` is back-propagated: for all rows, or, where
+    rows are coordinates, for some that are drawn at random.
 
     Raises:
         TypeError: the rule does not split into observation and response.
     """
-    if isinstance(rule, TensorRule):
-        return _replay_tensors(rule, optimizees, steps)
-    if not isinstance(rule, RecurrentRule):
+    if rule.rows == "none":
         raise TypeError(
-            f"estimator 'replay' needs a RecurrentRule or a TensorRule, and "
-            f"{type(rule).__name__} is neither: "
-            f"use estimator='autograd'"
+            f"estimator 'replay' needs a rule that splits into observation and response, and "
+            f"{type(rule).__name__} has no rows: use estimator='autograd'"
         )
-    strata = _strata(optimizees, options.sampling)
-    index = _sample_coordinates(strata, options)
+    by_tensor = rule.rows == "tensors"
+    segments = optimizees.segments
+    if by_tensor:
+        rows, scale = torch.arange(len(segments)), torch.ones(len(segments))
+    else:
+        rows, scale = _sample_coordinates(segments.sizes, options)
+    start = {key: optimizees.state[key][rows] for key in rule.network_state}
+    record = [optimizees.advance_recorded(rule) for _ in range(steps)]
 
-    start: dict[str, State] = {}  # the network's state before the unroll, (sampled, k)
-    for name, (chosen, _) in index.items():
-        state = optimizees.state[name]
-        start[name] = {key: state[key].flatten(0, -2)[chosen] for key in rule.network_state}
-    losses: list[Tensor] = []
-    signals: dict[str, list[Tensor]] = {name: [] for name in index}
-    slopes: dict[str, list[Tensor]] = {name: [] for name in index}
-    for _ in range(steps):
-        loss, grads, seen = optimizees.advance_recorded(rule)
-        losses.append(loss)
-        for name, (chosen, _) in index.items():
-            signals[name].append(seen[name][chosen])
-            slopes[name].append(grads[name].reshape(-1)[chosen])
+    future_grads = torch.zeros_like(optimizees.packed if by_tensor else record[0].grad[rows])
+    grad_gains = []  # dL / dgains, (r, d) per step, last first
+    for step in reversed(record):
+        if by_tensor:
+            products = [(direction, future_grads) for direction in step.directions.t()]
+            grad_gains.append(segments.sums(products).t())
+            future_grads = future_grads + step.grad
+        else:
+            grad_gains.append(future_grads.unsqueeze(1) * step.directions[rows])
+            future_grads = future_grads + step.grad[rows]
+    slopes = torch.stack(grad_gains[::-1])  # (T, r, d)
+    slopes = slopes * (scale / len(optimizees)).to(slopes.dtype).unsqueeze(1)
+    features = torch.stack([step.features if by_tensor else step.features[rows] for step in record])
+    meta = _backpropagate_gains(rule, features, slopes, start)
+    return MetaGradient(torch.stack([step.losses for step in record]), meta)
 
+
+def _backpropagate_gains(
+    rule: UpdateRule, features: Tensor, grad_gains: Tensor, start: State
+) -> list[Tensor]:
+    """The gradient of ``sum(gains * grad_gains)``, slice by slice of rows.
+
+    Args:
+        rule: whose network is run over the features, ``(T, r, f)``.
+        grad_gains: shape ``(T, r, d)``.
+        start: the network's state before step 0, entries ``(r, k)``.
+    """
     weights: list[Tensor] = list(rule.parameters())
     meta = [torch.zeros_like(w) for w in weights]
-    for name, (chosen, scale) in index.items():
-        if not len(chosen):
-            continue
-        g = torch.stack(slopes[name])  # (T, n)
-        after = g.flip(0).cumsum(0).flip(0) - g  # suffix sums over s > t
-        after *= (scale / len(optimizees)).to(after.dtype)
-        _accumulate(rule, torch.stack(signals[name]), after, start[name], weights, meta)
-    return MetaGradient(torch.stack(losses), meta)
+    for low in range(0, features.shape[1], REPLAY_ROWS):
+        part = slice(low, low + REPLAY_ROWS)
+        with torch.enable_grad():
+            state = {key: value[part] for key, value in start.items()}
+            gains, _ = rule.respond(features[:, part].contiguous(), state)
+            objective = (gains * grad_gains[:, part]).sum()
+            grads = torch.autograd.grad(objective, weights, allow_unused=True)
+        for total, grad in zip(meta, grads, strict=True):
+            if grad is not None:
+                total += grad
+    return meta
 
 
-def _replay_tensors(rule: TensorRule, optimizees: Optimizees, steps: int) -> MetaGradient:
-    """:func:`replay` by tensor: dL / dgain_{t,j,d} = sum over i in j of A_{t,i} D_{t,i,d}."""
-    state = optimizees.state
-    start = {key: torch.cat([state[name][key] for name in state]) for key in rule.network_state}
-    sizes = [param[0].numel() for param in optimizees.params.values() for _ in param]
-    record = [optimizees.advance_steered(rule) for _ in range(steps)]
-    losses, grads, features, directions = (list(column) for column in zip(*record, strict=True))
-    owner = tensor_of_each(sizes, grads[0].device)
-    after = torch.zeros_like(grads[0])  # sum of the gradients at later steps of the unroll
-    slopes = []  # d meta-loss / d gains, (m, d) per step, last first
-    for grad, direction in zip(reversed(grads), reversed(directions), strict=True):
-        slope = direction.new_zeros(len(sizes), direction.shape[1])
-        slopes.append(slope.index_add_(0, owner, after.unsqueeze(1) * direction))
-        after = after + grad
-    weights = list(rule.parameters())
-    with torch.enable_grad():
-        gains, _ = rule.gains(torch.stack(features), start)
-        objective = (gains * torch.stack(slopes[::-1])).sum() / len(optimizees)
-        meta = torch.autograd.grad(objective, weights, allow_unused=True)
-    return MetaGradient(torch.stack(losses), _zeros_for_none(meta, weights))
+def _sample_coordinates(sizes: Sequence[int], options: EstimatorOptions) -> tuple[Tensor, Tensor]:
+    """Sorted indices of sampled coordinates, and by what to weight them.
 
-
-def _strata(optimizees: Optimizees, sampling: Sampling) -> dict[str, list[int]]:
-    """Sizes of what is sampled from separately, in the order of each parameter's coordinates."""
-    if sampling == "uniform":
-        return {name: [param.numel()] for name, param in optimizees.params.items()}
-    return optimizees.tensor_sizes()
-
-
-def _sample_coordinates(
-    strata: dict[str, list[int]], options: EstimatorOptions
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sorted indices into each parameter's flattened coordinates, and by what to weight them."""
-    if options.coordinates is None or options.coordinates >= sum(map(sum, strata.values())):
-        everything = {name: sum(sizes) for name, sizes in strata.items()}
-        return {
-            name: (torch.arange(n), torch.ones(n, dtype=torch.float64))
-            for name, n in everything.items()
-        }
+    Args:
+        sizes: coordinates of each tensor.
+        options: how many to draw, and how.
+    """
+    total, count = sum(sizes), options.coordinates
+    if count is None or count >= total:
+        return torch.arange(total), torch.ones(total, dtype=torch.float64)
     if options.sampling == "uniform":
-        return _sample_uniformly(strata, options.coordinates, options.generator)
-    index = {}
-    share = _fair_share([size for sizes in strata.values() for size in sizes], options.coordinates)
-    for name, sizes in strata.items():
-        chosen, weights, offset = [], [], 0
-        for size in sizes:
-            some = torch.arange(size)
-            if share < size:
-                order = torch.randperm(size, generator=options.generator)
-                some = order[:share].sort().values
-            chosen.append(some + offset)
-            weights.append(torch.full((len(some),), size / max(1, len(some)), dtype=torch.float64))
-            offset += size
-        index[name] = torch.cat(chosen), torch.cat(weights)
-    return index
-
-
-def _sample_uniformly(
-    strata: dict[str, list[int]], count: int, generator: Generator | None
-) -> dict[str, tuple[Tensor, Tensor]]:
-    sizes = {name: sum(parts) for name, parts in strata.items()}
-    total = sum(sizes.values())
-    chosen = torch.randperm(total, generator=generator)[:count].sort().values
-    index, offset = {}, 0
-    for name, size in sizes.items():
-        inside = chosen[(chosen >= offset) & (chosen < offset + size)] - offset
-        index[name] = inside, torch.full((len(inside),), total / count, dtype=torch.float64)
+        chosen = torch.randperm(total, generator=options.generator)[:count].sort().values
+        return chosen, torch.full((count,), total / count, dtype=torch.float64)
+    share, offset = _fair_share(sizes, count), 0
+    indices, weights = [], []
+    for size in sizes:
+        some = torch.arange(size)
+        if share < size:
+            some = torch.randperm(size, generator=options.generator)[:share].sort().values
+        indices.append(some + offset)
+        weights.append(torch.full((len(some),), size / max(1, len(some)), dtype=torch.float64))
         offset += size
-    return index
+    return torch.cat(indices), torch.cat(weights)
 
 
 def _fair_share(sizes: Sequence[int], count: int) -> int:
@@ -252,27 +222,6 @@ def _fair_share(sizes: Sequence[int], count: int) -> int:
             return max(1, share)
         count -= size
     return ordered[-1]
-
-
-def _accumulate(
-    rule: RecurrentRule,
-    signals: Tensor,
-    after: Tensor,
-    start: State,
-    weights: list[Tensor],
-    meta: list[Tensor],
-) -> None:
-    """Add the gradient of ``sum(after * updates)`` to ``meta``, slice by slice of coordinates."""
-    for low in range(0, signals.shape[1], REPLAY_ROWS):
-        part = slice(low, low + REPLAY_ROWS)
-        with torch.enable_grad():
-            state = {k: v[part] for k, v in start.items()}
-            updates, _ = rule.respond(signals[:, part].contiguous(), state)
-            objective = (updates * after[:, part]).sum()
-            grads = torch.autograd.grad(objective, weights, allow_unused=True)
-        for total, grad in zip(meta, grads, strict=True):
-            if grad is not None:
-                total += grad
 
 
 ESTIMATORS: dict[str, Estimator] = {"autograd": autograd, "replay": replay, "full": full}

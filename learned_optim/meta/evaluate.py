@@ -115,7 +115,8 @@ class Contestant:
                 f"{rule.fingerprint()}, no longer {self.identity}. Start again; finished runs are "
                 f"kept, and those of the new file are done afresh"
             )
-        return LearnedOptimizer(params, rule, lr=lr)
+        # Measured as it was trained: the warm-up that users get is the optimizer's, not the rule's.
+        return LearnedOptimizer(params, rule, lr=lr, warmup=0)
 
 
 def contestants(checkpoints: Sequence[str], baselines: Sequence[str]) -> list[Contestant]:

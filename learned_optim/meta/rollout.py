@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.tasks import Batch, Params, Task
-from learned_optim.rules import RecurrentRule, State, TensorRule, UpdateRule
+from learned_optim.rules import Segments, State, StepContext, UpdateRule
+from learned_optim.rules._pieces import NETWORK_BLOCK
 
-#: Key under which a coordinatewise rule sees all parameters as one tensor.
-PACKED = "packed"
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What replay needs of one inner step, of ``m`` tensors packed in ``n`` coordinates.
+
+    Attributes:
+        losses: before the step, shape ``(B,)``.
+        grad: shape ``(n,)``.
+        features: input of the rule's network, shape ``(r, f)``.
+        directions: shape ``(n, d)``.
+    """
+
+    losses: Tensor
+    grad: Tensor
+    features: Tensor
+    directions: Tensor
 
 
 class Optimizees:
     """Parameters, rule state and batch sources of B optimizees of the same structure.
 
-    A coordinatewise rule sees all parameters as one packed tensor of shape ``(B, n)``; any other
-    rule sees each parameter as ``(B, *shape)`` and is mapped over the first dimension.
+    All tensors of all optimizees are packed into one vector, ordered by name and then by
+    optimizee.
 
     Args:
         rule: the update rule whose state is kept.
@@ -27,6 +42,12 @@ class Optimizees:
         generators: one per task; draws initial parameters and then batches, so a run does not
             depend on which other runs it shares a batch with.
         dtype: the optimizees' dtype; batches are converted to it where floating.
+
+    Attributes:
+        packed: all parameters, shape ``(n,)``.
+        segments: which coordinate belongs to which tensor.
+        state: of the rule, entries ``(n, k)`` or ``(m, k)``.
+        step: number of inner steps taken.
     """
 
     def __init__(
@@ -39,23 +60,28 @@ class Optimizees:
         self._tasks, self._generators, self._dtype = tasks, generators, dtype
         initial = [task.init(g) for task, g in zip(tasks, generators, strict=True)]
         self._shapes = {name: value.shape for name, value in initial[0].items()}
-        stacked = {n: torch.stack([p[n] for p in initial]).to(dtype) for n in self._shapes}
-        if rule.coordinatewise:
-            stacked = {PACKED: torch.cat([v.flatten(1) for v in stacked.values()], dim=1)}
-        self.params: Params = stacked
-        self.state: dict[str, State] = {}
-        for name, value in stacked.items():
-            if rule.coordinatewise:
-                self.state[name] = rule.init_state(value)
-            else:
-                # Cloned, because vmap returns what does not depend on its input as an expanded
-                # view, whose rows share the memory that rules then write to.
-                state = torch.vmap(rule.init_state)(value)
-                self.state[name] = {key: entry.clone() for key, entry in state.items()}
+        tensors = [params[name].to(dtype) for name in self._shapes for params in initial]
+        self.packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self.segments = Segments([tensor.shape for tensor in tensors], dtype=dtype)
+        self.state = _pack_states(rule, [rule.init_state(tensor) for tensor in tensors])
         self.step = 0
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    @property
+    def params(self) -> Params:
+        """Parameters by the task's own names, each ``(B, *shape)``, as views."""
+        return self.unpack(self.packed)
+
+    def unpack(self, packed: Tensor) -> Params:
+        """Packed values, ``(n,)``, by the task's own names, each ``(B, *shape)``, as views."""
+        count = len(self)
+        parts = packed.split([count * shape.numel() for shape in self._shapes.values()])
+        return {
+            name: part.view(count, *shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
     def next_batch(self) -> Batch:
         """The next batch of every optimizee, stacked: tensors of shape ``(B, ...)``."""
@@ -66,120 +92,82 @@ class Optimizees:
             for parts in zip(*drawn, strict=True)
         )
 
-    def tensor_sizes(self) -> dict[str, list[int]]:
-        """Coordinates of each tensor of each optimizee, by the key and in the order of `params`."""
-        sizes = {name: shape.numel() for name, shape in self._shapes.items()}
-        if PACKED in self.params:
-            return {PACKED: list(sizes.values()) * len(self)}
-        return {name: [size] * len(self) for name, size in sizes.items()}
-
-    def unpack(self, params: Params) -> Params:
-        """Parameters by the task's own names, each ``(B, *shape)``, as views."""
-        if PACKED not in params:
-            return params
-        sizes = [shape.numel() for shape in self._shapes.values()]
-        parts = params[PACKED].split(sizes, dim=1)
-        return {
-            name: part.unflatten(1, shape) if shape else part.squeeze(1)
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-        }
-
-    def losses(self, params: Params, batch: Batch) -> Tensor:
+    def losses(self, packed: Tensor, batch: Batch) -> Tensor:
         """Loss of every optimizee, shape ``(B,)``."""
-        loss, named = self._tasks[0].loss, self.unpack(params)
+        loss, named = self._tasks[0].loss, self.unpack(packed)
         if len(self) == 1:  # vmap costs more than the whole step of a small network
             return loss({n: p[0] for n, p in named.items()}, tuple(b[0] for b in batch))[None]
         return torch.vmap(loss)(named, batch)
 
-    def losses_and_grads(
-        self, params: Params, batch: Batch, create_graph: bool = False
-    ) -> tuple[Tensor, Params]:
-        """Losses ``(B,)`` and their gradients, keyed and shaped like ``params``."""
+    def losses_and_grad(
+        self, packed: Tensor, batch: Batch, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Losses ``(B,)`` and their gradient, ``(n,)``."""
         if not create_graph:
-            params = {name: p.detach().requires_grad_() for name, p in params.items()}
+            packed = packed.detach().requires_grad_()
         with torch.enable_grad():
-            losses = self.losses(params, batch)
-            grads = torch.autograd.grad(
-                losses.sum(), list(params.values()), create_graph=create_graph
-            )
-        return losses, dict(zip(params, grads, strict=True))
+            losses = self.losses(packed, batch)
+            (grad,) = torch.autograd.grad(losses.sum(), packed, create_graph=create_graph)
+        return losses, grad
+
+    def context(self, rule: UpdateRule, losses: Tensor) -> StepContext:
+        """The rule's context of the present step."""
+        step = torch.full((len(self.segments),), float(self.step), dtype=self._dtype)
+        loss = losses.repeat(len(self._shapes)) if rule.needs_loss else None
+        return StepContext(step, loss)
+
+    def forward(
+        self, rule: UpdateRule, grad: Tensor, packed: Tensor, losses: Tensor
+    ) -> tuple[Tensor, State]:
+        """The rule's update and new state, differentiable in its weights."""
+        context = self.context(rule, losses)
+        return rule(grad, self.state, packed, self.segments, context)
 
     @torch.no_grad()
     def advance(self, rule: UpdateRule) -> Tensor:
-        """One inner step on the fast path; returns the losses before it, ``(B,)``, detached."""
-        losses, grads = self.losses_and_grads(self.params, self.next_batch())
+        """One inner step without a graph; returns the losses before it, ``(B,)``, detached."""
+        losses, grad = self.losses_and_grad(self.packed, self.next_batch())
         losses = losses.detach()
-        if rule.coordinatewise:
-            param, loss = self.params[PACKED], _packed_loss(rule, losses)
-            update = rule.update_(grads[PACKED], self.state[PACKED], param, loss)
-            self.params[PACKED] = param + update
+        if rule.rows == "none":
+            update, new = self.forward(rule, grad, self.packed, losses)
+            self.state = {**self.state, **new}
+            self.packed = self.packed + update
+            self.step += 1
         else:
-            self._update_tensors(rule, grads)
-        self.step += 1
+            self._respond(rule, losses, grad)
         return losses
 
     @torch.no_grad()
-    def advance_steered(self, rule: TensorRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """:meth:`advance`, and what replay needs of the step; tensors in the order of ``params``.
+    def advance_recorded(self, rule: UpdateRule) -> StepRecord:
+        """:meth:`advance`, and what replay needs of the step."""
+        losses, grad = self.losses_and_grad(self.packed, self.next_batch())
+        return self._respond(rule, losses.detach(), grad)
 
-        Returns:
-            ``(losses, grad, features, directions)``: losses ``(B,)``; gradients of all tensors
-            behind each other, ``(n,)``; features ``(m, k)`` and scaled directions ``(n, d)``.
-        """
-        losses, grads = self.losses_and_grads(self.params, self.next_batch())
-        features, directions = self._update_tensors(rule, grads, record=True)
+    def _respond(self, rule: UpdateRule, losses: Tensor, grad: Tensor) -> StepRecord:
+        """Observe, respond in place and block by block, and update."""
+        context = self.context(rule, losses)
+        features, directions, new = rule.observe(
+            grad, self.state, self.packed, self.segments, context
+        )
+        assert features is not None
+        self.state = {**self.state, **new}
+        gains = []
+        for start in range(0, len(features), NETWORK_BLOCK):
+            rows = slice(start, start + NETWORK_BLOCK)
+            network = {key: self.state[key][rows] for key in rule.network_state}
+            gains.append(rule.respond_(features[rows], network))
+        self.packed = self.packed + rule.mix(directions, torch.cat(gains), self.segments)
         self.step += 1
-        flat = torch.cat([grad.reshape(-1) for grad in grads.values()])
-        return losses.detach(), flat, features, directions
+        return StepRecord(losses, grad, features, directions)
 
-    @torch.no_grad()
-    def advance_recorded(self, rule: RecurrentRule) -> tuple[Tensor, Params, Params]:
-        """:meth:`advance`, and what replay needs of the step.
 
-        Returns:
-            ``(losses, grads, signals)``: losses ``(B,)``; gradients keyed and shaped like
-            ``params``; what the network saw, keyed like them, each ``(B * n, k)``.
-        """
-        losses, grads = self.losses_and_grads(self.params, self.next_batch())
-        losses = losses.detach()
-        if rule.coordinatewise:
-            grad, state, param = grads[PACKED], self.state[PACKED], self.params[PACKED]
-            seen = rule.observe_(grad, state, param, _packed_loss(rule, losses))
-            signals = {PACKED: seen.reshape(grad.numel(), -1)}
-            update = rule.respond_to_all_(signals[PACKED], state)
-            self.params[PACKED] = param + update.view_as(grad)
+def _pack_states(rule: UpdateRule, states: Sequence[State]) -> State:
+    """States of single tensors as one packed state, each column contiguous in memory."""
+    packed = {}
+    for key in states[0]:
+        if key in rule.tensor_state:
+            packed[key] = torch.stack([state[key] for state in states])
         else:
-            seen = self._update_tensors(rule, grads, record=True)
-            parts = seen.split([grad.numel() for grad in grads.values()])
-            signals = dict(zip(grads, parts, strict=True))
-        self.step += 1
-        return losses, grads, signals
-
-    def _update_tensors(self, rule: UpdateRule, grads: Params, record: bool = False) -> Any:
-        """Update every tensor of every optimizee; returns what ``update_many_`` recorded."""
-        params, count = self.params, len(self)
-        each_grad = [g for grad in grads.values() for g in grad]
-        each_param = [p for name in grads for p in params[name]]
-        each_state = [  # views, so that the rule writes through them
-            {key: value[b] for key, value in self.state[name].items()}
-            for name in grads
-            for b in range(count)
-        ]
-        updates, seen = rule.update_many_(each_grad, each_state, each_param, record=record)
-        for index, name in enumerate(grads):
-            update = torch.stack(updates[index * count : (index + 1) * count])
-            params[name] = params[name] + update
-        return seen
-
-    def forward(
-        self, rule: UpdateRule, name: str, grad: Tensor, param: Tensor, losses: Tensor
-    ) -> tuple[Tensor, State]:
-        """The rule's update and new state for one parameter, differentiable in its weights."""
-        if rule.coordinatewise:
-            return rule(grad, self.state[name], param, _packed_loss(rule, losses))
-        return torch.vmap(rule)(grad, self.state[name], param, losses)
-
-
-def _packed_loss(rule: UpdateRule, losses: Tensor) -> Tensor | None:
-    """The losses ``(B,)`` beside packed parameters ``(B, n)``, for a rule that reads them."""
-    return losses.unsqueeze(1) if rule.needs_loss else None
+            columns = [state[key].reshape(-1, state[key].shape[-1]).t() for state in states]
+            packed[key] = torch.cat(columns, 1).t()
+    return packed

@@ -27,7 +27,7 @@ from learned_optim.meta.run_folder import RunFolder, source_modules
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
 from learned_optim.pretrained import load_rule
-from learned_optim.rules import RecurrentRule, TensorRule, UpdateRule, rule_for
+from learned_optim.rules import UpdateRule, rule_for
 
 #: Told ``(what, done, total)`` while runs are validated or tested.
 Report = Callable[[str, int, int], None]
@@ -164,9 +164,9 @@ class MetaTrainer:
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
             self.kept = rule_for(recipe.rule)  # the moving average: what is validated and saved
-        if recipe.estimator == "replay" and not isinstance(self.rule, (RecurrentRule, TensorRule)):
+        if recipe.estimator == "replay" and self.rule.rows == "none":
             raise ValueError(
-                f"estimator 'replay' needs a rule that splits into observe and respond, and "
+                f"estimator 'replay' needs a rule that splits into observation and response, and "
                 f"{self.rule.name!r} does not: use estimator='autograd' (--estimator autograd)"
             )
         self._start: str | None = None  # fingerprint of the weights before training, if learned
@@ -183,7 +183,7 @@ class MetaTrainer:
     def _start_from(self, source: str) -> None:
         start = load_rule(source)
         try:
-            self.rule.adopt(start)
+            self.rule.init_from(start)
         except ValueError as error:
             raise ValueError(f"start={source!r} does not fit the recipe: {error}") from error
         self._start = start.fingerprint()

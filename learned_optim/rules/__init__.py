@@ -1,30 +1,18 @@
 """Update rules, one file each, registered by being there."""
 
-from learned_optim.rules._base import (
-    RecurrentRule,
-    RuleConfig,
-    State,
-    TensorRule,
-    UpdateRule,
-    build_rule,
-    rule_class,
-    rule_for,
-    rule_names,
-    tensor_of_each,
-)
-from learned_optim.rules._shards import whole_mean, whole_shape
+from learned_optim.rules._base import State, StepContext, UpdateRule
+from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._registry import build_rule, rule_class, rule_for, rule_names
+from learned_optim.rules._segments import Segments
 
 __all__ = [
-    "RecurrentRule",
     "RuleConfig",
+    "Segments",
     "State",
-    "TensorRule",
+    "StepContext",
     "UpdateRule",
     "build_rule",
     "rule_class",
     "rule_for",
     "rule_names",
-    "tensor_of_each",
-    "whole_mean",
-    "whole_shape",
 ]

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import preprocessing
-from learned_optim.rules._base import RecurrentRule, RuleConfig, State
-from learned_optim.rules._stack import LSTMStack
+from learned_optim.rules._base import State, StepContext, UpdateRule
+from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._lstm import LSTMStack
+from learned_optim.rules._segments import Segments
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class LSTMConfig(RuleConfig):
             )
 
 
-class LSTMRule(RecurrentRule):
+class LSTMRule(UpdateRule):
     """Coordinatewise LSTM of ``num_layers`` x ``hidden_size`` units.
 
     State per coordinate: ``hidden`` and ``cell``, each ``num_layers * hidden_size`` numbers,
@@ -59,6 +61,8 @@ class LSTMRule(RecurrentRule):
 
     name = "lstm"
     Config = LSTMConfig
+    test_configs = (LSTMConfig(), LSTMConfig(preprocessing="raw", hidden_size=5, num_layers=1))
+    rows = "coordinates"
     network_state = LSTMStack.STATE
     config: LSTMConfig
 
@@ -81,45 +85,38 @@ class LSTMRule(RecurrentRule):
     def init_state(self, param: Tensor) -> State:
         return self.lstm.zero_state(param, self.dtype)
 
-    def _features(self, grad: Tensor, loss: Tensor | None) -> Tensor:
-        """Network inputs of shape ``(*grad.shape, k)``."""
-
-        def pre(x: Tensor) -> Tensor:
-            if self.config.preprocessing == "raw":
-                return preprocessing.raw(x)
-            return preprocessing.log_and_sign(x, self.config.p)
-
-        features = pre(grad)
+    def tensor_features(
+        self, means: Tensor, segments: Segments, context: StepContext
+    ) -> tuple[None, Tensor | None]:
+        """The loss, one per tensor, if it is read."""
         if not self.config.loss_input:
-            return features
-        if loss is None:
+            return None, None
+        if context.loss is None:
             raise ValueError(
                 "this update rule reads the loss (loss_input=True): call step(closure) with a "
                 "closure that returns it"
             )
-        of_loss = pre(loss.detach().to(grad)).expand(*grad.shape, -1)
-        return torch.cat((features, of_loss), dim=-1)
+        loss = context.loss.detach().to(means)
+        return None, loss.expand(len(segments)).unsqueeze(0)
 
-    def observe(
-        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        return self._features(grad, loss), {}
+    def coordinate_features(
+        self, grad: Tensor, state: State, param: Tensor, stats: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Preprocessed gradient and loss; the gain is the update itself."""
+        features = self._preprocess(grad)
+        if stats is not None:
+            features = torch.cat((features, self._preprocess(stats[0])), dim=-1)
+        return features, grad.new_ones(1, 1).expand(len(grad), 1)
 
-    def forward(
-        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        out, new_state = self.lstm.step(self._features(grad, loss), state)
-        return self._read_out(out), new_state
+    def _preprocess(self, x: Tensor) -> Tensor:
+        """Features of shape ``(*x.shape, 1)`` or ``(*x.shape, 2)``."""
+        if self.config.preprocessing == "raw":
+            return preprocessing.raw(x)
+        return preprocessing.log_and_sign(x, self.config.p)
 
-    def respond(self, signals: Tensor, state: State) -> tuple[Tensor, State]:
-        out, new_state = self.lstm.sequence(signals, state)
-        return self._read_out(out), new_state
+    def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
+        out, new_state = self.lstm.sequence(features, state)
+        return self.readout(out) * self.config.output_scale, new_state
 
-    def respond_(self, signals: Tensor, state: State) -> Tensor:
-        out = self.lstm.step_(signals, state)
-        bias, weight = self.readout.bias, self.readout.weight[0]
-        return torch.addmv(bias, out, weight).mul_(self.config.output_scale)
-
-    def _read_out(self, out: Tensor) -> Tensor:
-        """Updates ``(*S,)`` from hidden states ``(*S, hidden_size)``."""
-        return self.readout(out).squeeze(-1) * self.config.output_scale
+    def respond_(self, features: Tensor, state: State) -> Tensor:
+        return self.readout(self.lstm.step_(features, state)).mul_(self.config.output_scale)

@@ -11,16 +11,24 @@ from torch import Tensor, nn
 
 from learned_optim import list_pretrained, load_rule
 from learned_optim.pretrained import ALIASES
-from learned_optim.rules import State, UpdateRule, rule_class, rule_names, whole_mean, whole_shape
+from learned_optim.rules import (
+    Segments,
+    State,
+    StepContext,
+    UpdateRule,
+    rule_class,
+    rule_names,
+)
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
-HANDMADE = ["adam", "rmsprop", "sgd"]
+#: Registered rules without a network, which descend as they are.
+CLASSICAL = [name for name in rule_names() if rule_class(name).rows == "none"]
 SHIPPED = [f"checkpoint:{name}" for name in list_pretrained() if name not in ALIASES]
 #: Every registered rule, an LSTM that is known to descend, a rule with per-tensor statistics, and
 #: every shipped checkpoint.
 ALL_RULES = [*rule_names(), "lstm-descending", "normalized", *SHIPPED]
 #: Those of which it may be asked that a loss goes down.
-DESCENDING_RULES = [*HANDMADE, "lstm-descending", "normalized", *SHIPPED]
+DESCENDING_RULES = [*CLASSICAL, "lstm-descending", "normalized", *SHIPPED]
 
 # Every registered rule with per-tensor statistics must reduce them over shards.
 _WITH_STATISTICS = [name for name in rule_names() if not rule_class(name).coordinatewise]
@@ -61,28 +69,24 @@ class NormalizedRule(UpdateRule):
 
     coordinatewise = False
     zero_preserving = True
+    tensor_state = ("mean_square",)
 
     def init_state(self, param: Tensor) -> State:
         return {
             "momentum": torch.zeros_like(param, dtype=torch.float32).unsqueeze(-1),
-            "mean_square": torch.zeros(2, device=param.device),
-            "steps": torch.zeros((), device=param.device),
+            "mean_square": torch.zeros(2, dtype=torch.float32, device=param.device),
         }
 
     def forward(
-        self, grad: Tensor, state: State, param: Tensor, loss: Tensor | None = None
+        self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
     ) -> tuple[Tensor, State]:
-        squares = whole_mean(grad.square(), param.square())  # (2,)
-        mean_square = 0.8 * state["mean_square"] + 0.2 * squares
+        squares = segments.mean(torch.stack((grad.square(), param.square())))  # (2, m)
+        mean_square = 0.8 * state["mean_square"] + 0.2 * squares.t()
         momentum = 0.5 * state["momentum"].squeeze(-1) + grad
-        fan_in = max(1, whole_shape(param)[1:].numel())
-        scale = squares[1].sqrt().clamp(min=0.1 / fan_in**0.5)
-        update = -0.1 * scale * momentum / (mean_square[0].sqrt() + 1e-8)
-        return update, {
-            "momentum": momentum.unsqueeze(-1),
-            "mean_square": mean_square,
-            "steps": state["steps"] + 1,
-        }
+        scale = squares[1].sqrt().clamp(min=0.1 * segments.log_fan_in.mul(-0.5).exp())
+        step = segments.expand(-0.1 * scale / (mean_square[:, 0].sqrt() + 1e-8))
+        new_state = {"momentum": momentum.unsqueeze(-1), "mean_square": mean_square}
+        return step * momentum, new_state
 
 
 def make_rule(name: str) -> UpdateRule:

@@ -316,10 +316,7 @@ def test_zero_gradients_no_change_where_promised(rule: UpdateRule, settings) -> 
             p.grad = torch.zeros_like(p)
         opt.step()
     moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
-    if rule.zero_preserving:
-        assert not any(moved)
-    else:
-        assert rule.name == "lstm"  # the thesis's rule alone is known to drift
+    assert not (rule.zero_preserving and any(moved))
 
 
 # ---- lr = 0: torch.distributed.checkpoint makes state appear by a step at lr = 0
@@ -407,7 +404,8 @@ def test_older_state_dicts_lack_newer_flags(rule: UpdateRule) -> None:
     old = copy.deepcopy(opt.state_dict())
     del old["rule"]
     for group in old["param_groups"]:
-        del group["maximize"], group["weight_decay"]
+        for newer in ("maximize", "weight_decay", "total_steps", "warmup"):
+            del group[newer]
     fresh = LearnedOptimizer(params, rule)
     fresh.load_state_dict(old)
     assert fresh.param_groups[0]["maximize"] is False
@@ -495,8 +493,8 @@ def test_state_is_never_empty_after_a_step_and_fits_its_parameter(rule: UpdateRu
     for p in params:
         assert opt.state[p]["step"].item() == 1.0
         for value in opt.state[p].values():
-            per_coordinate = value.dim() == p.dim() + 1 and value.shape[:-1] == p.shape
-            assert per_coordinate or value.dim() <= 1
+            # Everything but the count has the parameter's rows, for tools that cut them.
+            assert value.dim() == 0 or value.shape[0] == p.shape[0]
             assert value.device == p.device
 
 
@@ -562,7 +560,7 @@ def test_load_state_dict_hooks_see_and_change_the_final_state(rule: UpdateRule) 
         return state_dict
 
     def look(loaded):
-        seen.append({k: v.clone() for k, v in loaded.state[params[0]].items()})
+        seen.append({k: v.clone() for k, v in loaded.state_dict()["state"][0].items()})
 
     fresh.register_load_state_dict_pre_hook(edit)
     fresh.register_load_state_dict_post_hook(look, prepend=True)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.testing import assert_close
 
 from learned_optim import LearnedOptimizer
-from learned_optim.rules import UpdateRule, whole_mean, whole_shape
+from learned_optim.rules import UpdateRule
 
 from .common import SCENARIO_RULES, flat, make_rule, small_batch, small_net, train
 from .distributed_worker import GUARD
@@ -108,7 +108,9 @@ def test_two_processes_equal_one(results: Path, way: str, rule: str) -> None:
     assert moved.abs().max() > 1e-3
     for a, b in zip(found["params"], params, strict=True):
         assert_close(a, b, **CLOSE)
-    for a, b in zip(found["state"], opt.state.values(), strict=True):
+    # ZeRO shows what it would save; the others show the live state.
+    own = opt.state_dict()["state"] if way == "zero" else opt.state
+    for a, b in zip(found["state"], own.values(), strict=True):
         assert a.keys() == b.keys()
         for key in a:
             assert_close(a[key], b[key], **CLOSE)
@@ -124,7 +126,7 @@ def test_fsdp2_state_is_cut_like_its_parameter(results: Path, rule: str) -> None
     """Per-coordinate state is a DTensor with its parameter's placements, others are plain."""
     rule_state = set()
     for key, shape, local, cut, same, whole, shard in load(results, f"fsdp2-{rule}")["layouts"]:
-        per_coordinate = len(whole) == len(shape) + 1
+        per_coordinate = key != "step" and key not in make_rule(rule).tensor_state
         assert cut == same == per_coordinate
         if per_coordinate:
             rule_state.add(key)
@@ -132,7 +134,7 @@ def test_fsdp2_state_is_cut_like_its_parameter(results: Path, rule: str) -> None
             assert shard[:-1] == local
             assert local[0] == (shape[0] + 1) // 2  # 3 rows lie as 2 and 1
         else:
-            assert len(whole) <= 1
+            assert len(whole) == 0 or whole[0] == shape[0]
     fresh = make_rule(rule).init_state(torch.zeros(8, 5))
     assert rule_state == {key for key, value in fresh.items() if value.dim() == 3}
     assert rule_state
@@ -218,12 +220,3 @@ def test_reading_the_state_dict_of_a_fresh_optimizer_leaves_no_trace(rule: Updat
         train(model, opt, 4)
         results.append(flat(model))
     assert torch.equal(*results)
-
-
-def test_statistics_of_an_ordinary_tensor_are_plain() -> None:
-    values = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
-    assert whole_mean(values, 10 * values).tolist() == [4.0, 40.0]
-    assert whole_mean(torch.tensor(4.0)).tolist() == [4.0]  # a 0-d parameter
-    assert whole_mean(torch.empty(3, 0)).tolist() == [0.0]
-    assert whole_shape(torch.empty(3, 4)) == (3, 4)
-    assert torch.vmap(whole_mean)(values, 10 * values).tolist() == [[2.0, 20.0], [6.0, 60.0]]

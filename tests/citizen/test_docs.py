@@ -49,7 +49,7 @@ def checkpoints(tmp_path: Path) -> Path:
 
 
 def test_the_page_covers_every_trainer_and_sharding() -> None:
-    assert len(HERE) == 10
+    assert len(HERE) == 12
     assert len(TORCHRUN) == 2
     for name in ("Lightning", "Accelerate", "Trainer", "ZeRO", "FSDP2", "Hub", "torch.compile"):
         assert any(name in heading for heading in SNIPPETS), name
@@ -62,6 +62,8 @@ def test_snippet(name: str, checkpoints: Path, tmp_path: Path, monkeypatch) -> N
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "snippet"}
     exec(compile(SHARED + SNIPPETS[name], name, "exec"), names)
+    if "losses" not in SNIPPETS[name]:  # shows construction alone
+        return
     assert len(names["losses"]) >= 30
     assert names["losses"][-1] < names["losses"][0]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.handmade import (
+from learned_optim.rules.classical import (
     AdamConfig,
     AdamRule,
     RMSpropConfig,

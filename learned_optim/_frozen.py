@@ -1,0 +1,75 @@
+"""Frozen update rules, loaded once per process and shared by all optimizers that run them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim.pretrained import checkpoint_path, load_rule
+from learned_optim.rules import UpdateRule
+from learned_optim.rules._registry import plain_defaults
+
+
+class FrozenRule:
+    """An update rule whose weights do not change, with its copies on other devices.
+
+    Args:
+        rule: is frozen in place.
+    """
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self.rule = rule.requires_grad_(False).eval()
+        assert self.rule.state_keys is not None  # remembered before anything is compiled
+        self.identity = {"name": rule.name, "fingerprint": rule.fingerprint()}
+        self._copies: dict[torch.device, UpdateRule] = {torch.device("cpu"): self.rule}
+        self._fake: tuple[object, UpdateRule] | None = None
+
+    def on(self, param: Tensor) -> UpdateRule:
+        """The rule with its weights where ``param`` is, copied there at first use."""
+        mode = getattr(param, "fake_mode", None)
+        if mode is not None:
+            return self._faked(param, mode)
+        device = param.device
+        found = self._copies.get(device)
+        if found is None:
+            with plain_defaults():
+                found = self._copies[device] = copy.deepcopy(self.rule).to(device)
+        return found
+
+    def _faked(self, param: Tensor, mode: object) -> UpdateRule:
+        """A copy with fake weights, for parameters under a fake tensor mode."""
+        if self._fake is None or self._fake[0] is not mode:
+            with plain_defaults():
+                rule = copy.deepcopy(self.rule).to("meta")
+            with mode:  # type: ignore[attr-defined]
+                for module in rule.modules():
+                    for name, weight in list(module.named_parameters(recurse=False)):
+                        fake = torch.empty(weight.shape, dtype=weight.dtype, device=param.device)
+                        module.register_parameter(name, nn.Parameter(fake, requires_grad=False))
+            self._fake = mode, rule
+        return self._fake[1]
+
+
+_SHARED: dict[tuple[Path, int], FrozenRule] = {}
+
+
+def freeze(rule: str | os.PathLike[str] | UpdateRule) -> FrozenRule:
+    """A rule for an optimizer: a copy of a rule in hand, or the shared one of a checkpoint.
+
+    Raises:
+        See :func:`~learned_optim.load_rule`.
+    """
+    with plain_defaults():
+        if isinstance(rule, UpdateRule):
+            return FrozenRule(copy.deepcopy(rule))
+        path = checkpoint_path(rule)
+        if not path.is_file():
+            return FrozenRule(load_rule(rule))  # raises the error that names the source
+        key = path, path.stat().st_mtime_ns
+        if key not in _SHARED:
+            _SHARED[key] = FrozenRule(load_rule(rule))
+        return _SHARED[key]

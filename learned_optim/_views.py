@@ -1,0 +1,83 @@
+"""Views of one parameter: the shard at hand, complex numbers as pairs of reals, rows of state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim.rules._segments import is_sharded
+
+
+def local(tensor: Any) -> Any:
+    """The local shard of a DTensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def local_grad(grad: Any, param: Any) -> Any:
+    """The shard of the gradient that belongs to the local shard of the parameter."""
+    if not is_sharded(param):
+        return grad
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad.to_local()
+
+
+def shard_groups(param: Any) -> tuple[Any, ...]:
+    """Process groups over which ``param`` is sharded; none if this rank holds all of it."""
+    if not is_sharded(param):
+        return ()
+    return tuple(
+        param.device_mesh.get_group(dim)
+        for dim, placement in enumerate(param.placements)
+        if not placement.is_replicate()
+    )
+
+
+def shard_like(param: Any, value: Tensor) -> Tensor:
+    """Per-coordinate state of the local shard as a DTensor sharded the way ``param`` is."""
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((*param.shape, *value.shape[param.dim() :]))
+    return DTensor.from_local(
+        value,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Complex tensors of shape ``S`` as real views of shape ``(*S, 2)``; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def real_shape(param: Tensor) -> torch.Size:
+    """Shape of the whole parameter as the rule sees it."""
+    return torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
+
+
+def dense(value: Tensor) -> Tensor:
+    """Per-coordinate state ``(*S, k)`` in a layout that can be viewed as ``(n, k)``."""
+    if value.is_contiguous() or value.movedim(-1, 0).is_contiguous():
+        return value
+    return value.contiguous()
+
+
+def repeat_rows(value: Tensor, shape: torch.Size) -> Tensor:
+    """Per-tensor state ``(k,)`` as a view with the parameter's rows, ``(shape[0], k)``.
+
+    Tools that prune or append rows of parameters cut every state entry along its first dimension.
+    The view makes them work, and costs no memory.
+    """
+    return value.expand(shape[0], -1) if shape else value
+
+
+def first_row(value: Tensor, shape: torch.Size) -> Tensor:
+    """Per-tensor state ``(k,)`` from what :func:`repeat_rows` made, or such a tool left of it."""
+    if not shape or value.dim() < 2:
+        return value
+    return value[0] if len(value) else value.new_zeros(value.shape[1:])

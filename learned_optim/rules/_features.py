@@ -1,0 +1,30 @@
+"""What rules compute from gradient histories in the same way."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Keeps 0 / 0 at 0. Gradients below it count as zero; float32 networks have none that small.
+TINY = 1e-15
+
+
+def log_ratio(x: Tensor, reference: Tensor) -> Tensor:
+    """log(x / reference), clamped to [-16, 16], so that zero has a value."""
+    return (x / reference).clamp(min=math.exp(-16.0), max=math.exp(16.0)).log()
+
+
+def bias_correction(step: Tensor, *betas: float) -> Tensor:
+    """Bias corrections ``1 - beta^t`` of running means after ``step`` updates.
+
+    Args:
+        step: number of updates, this one included, any shape ``S``.
+        betas: decays.
+
+    Returns:
+        Shape ``(len(betas), *S)``.
+    """
+    # expm1 keeps the digits that 1 - beta^t would lose while beta^t is near 1.
+    return torch.stack([-torch.expm1(step * math.log(beta)) for beta in betas])

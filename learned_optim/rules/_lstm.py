@@ -1,0 +1,130 @@
+"""A stack of LSTM layers: a differentiable sequence and an in-place step, which agree."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim.rules._base import State
+from learned_optim.rules._pieces import zeros_by_column
+
+
+class LSTMStack(nn.Module):
+    """LSTM layers whose state is kept as ``hidden`` and ``cell``, layers side by side.
+
+    The parameters are named and drawn as those of ``nn.LSTM``, which is not a base class because
+    torch.compile traces no module that holds one.
+
+    Args:
+        inputs: features per coordinate.
+        hidden_size: units per layer.
+        num_layers: layers.
+    """
+
+    STATE = ("hidden", "cell")
+
+    def __init__(self, inputs: int, hidden_size: int, num_layers: int) -> None:
+        super().__init__()
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        for name, weight in nn.LSTM(inputs, hidden_size, num_layers).named_parameters():
+            self.register_parameter(name, nn.Parameter(weight.detach()))
+
+    def zero_state(self, param: Tensor, dtype: torch.dtype) -> State:
+        """``hidden`` and ``cell``, each ``(*param.shape, num_layers * hidden_size)``."""
+        width = self.num_layers * self.hidden_size
+        zeros = zeros_by_column(param, width, dtype)
+        return {"hidden": zeros, "cell": zeros.clone()}
+
+    def sequence(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """All steps of a sequence, differentiable in the weights.
+
+        Args:
+            x: features, ``(T, n, inputs)``.
+            state: ``hidden`` and ``cell`` before step 0, each ``(n, num_layers * hidden_size)``.
+
+        Returns:
+            The last layer's hidden states ``(T, n, hidden_size)``, and the state after step T.
+        """
+
+        if not x.shape[1]:
+            return x.new_zeros(*x.shape[:2], self.hidden_size), state
+
+        def unstack(s: Tensor) -> Tensor:  # (n, layers * size) -> (layers, n, size)
+            return s.unflatten(-1, (self.num_layers, self.hidden_size)).transpose(0, 1).contiguous()
+
+        weights = [w for layer in range(self.num_layers) for w in self.layer(layer)]
+        start = (unstack(state["hidden"]), unstack(state["cell"]))
+        # The functional form, because nn.LSTM caches its weights and would miss functional_call's.
+        out, h, c = torch.lstm(x, start, weights, True, self.num_layers, 0.0, False, False, False)
+        return out, {"hidden": h.transpose(0, 1).flatten(1), "cell": c.transpose(0, 1).flatten(1)}
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: State) -> Tensor:
+        """One step of :meth:`sequence` for a block of rows, in place in ``state``.
+
+        One sigmoid serves all gates, the candidate's too, because eager tanh is several times
+        dearer on many processors: tanh(z) = 2 sigmoid(2z) - 1. Everything runs transposed, so that
+        a gate is contiguous in memory, and so is a column of the state as :meth:`zero_state` makes
+        it.
+
+        Args:
+            x: features, ``(n, inputs)``.
+            state: ``hidden`` and ``cell``, each ``(n, num_layers * hidden_size)``.
+
+        Returns:
+            The last layer's hidden state, ``(n, hidden_size)``, a view into ``state``.
+        """
+        size = self.hidden_size
+        if torch.compiler.is_compiling():
+            out, new = self.sequence(x.unsqueeze(0), state)
+            for key, value in new.items():
+                state[key].copy_(value)
+            return out[0]
+        x, hidden, cells = x.t(), state["hidden"].t(), state["cell"].t()
+        gates = x.new_empty(4 * size, x.shape[1])
+        i, f, g, o = gates.chunk(4)
+        doubled = x.new_ones(4 * size, 1)
+        doubled[2 * size : 3 * size] = 2.0
+        for layer in range(self.num_layers):
+            w_ih, w_hh, b_ih, b_hh = self.layer(layer)
+            own = hidden[layer * size : (layer + 1) * size]
+            torch.addmm((b_ih + b_hh).unsqueeze(1) * doubled, w_ih * doubled, x, out=gates)
+            gates.addmm_(w_hh * doubled, own).sigmoid_()
+            cell = cells[layer * size : (layer + 1) * size]
+            cell.mul_(f).addcmul_(i, g, value=2.0).sub_(i)  # f c + i (2 sigmoid(2g) - 1)
+            tanh_cell = torch.mul(cell, 2.0, out=g).sigmoid_().mul_(2.0).sub_(1.0)
+            x = torch.mul(o, tanh_cell, out=own)
+        return hidden[-size:].t()
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``weight_ih, weight_hh, bias_ih, bias_hh`` of one layer."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        w_ih, w_hh, b_ih, b_hh = (getattr(self, f"{name}_l{index}") for name in names)
+        return w_ih, w_hh, b_ih, b_hh
+
+
+def widen(name: str, own: Tensor, narrow: Tensor) -> Tensor | None:
+    """A weight of a wider network that computes what the narrower one does, to begin with.
+
+    The first units are the narrower network's and read nothing of the others, nor does the readout.
+
+    Args:
+        name: ``lstm.*`` as in :class:`LSTMStack`, or ``readout.weight``.
+        own: the wider network's weight: new units keep what they have of it.
+        narrow: the narrower network's.
+
+    Returns:
+        The weight, shaped like ``own``; ``None`` where ``narrow`` is not the narrower one's.
+    """
+    wide = own.clone()
+    gates = 4 if name.startswith("lstm.") else 1
+    part = wide.unflatten(0, (gates, -1))  # a view: (gates, units, *)
+    small = narrow.unflatten(0, (gates, -1))
+    if small.shape[1] > part.shape[1] or small.shape[2:] > part.shape[2:]:
+        return None
+    if narrow.dim() == 1:
+        part[:, : small.shape[1]] = small
+        return wide
+    part[:, : small.shape[1], small.shape[2] :] = 0.0
+    part[:, : small.shape[1], : small.shape[2]] = small
+    return wide

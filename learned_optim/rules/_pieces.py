@@ -1,0 +1,154 @@
+"""Work of the in-place step in pieces: small tensors packed, large ones cut into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from learned_optim.rules._segments import Segments, is_plain_eager
+
+if TYPE_CHECKING:
+    from learned_optim.rules._base import State
+
+# Coordinates per block: temporaries of a block stay in the cache, and calls cost little beside it.
+# Networks of coordinates have some hundred temporaries per coordinate, others a dozen.
+NETWORK_BLOCK, BLOCK = 1 << 13, 1 << 15
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Several small tensors, or consecutive coordinates of one; the unit of work.
+
+    Attributes:
+        first: index of the first tensor.
+        last: index after the last tensor.
+        rows: the coordinates of the tensor, if they are but a part of one.
+        segments: describes the piece.
+    """
+
+    first: int
+    last: int
+    rows: slice | None
+    segments: Segments
+
+    @property
+    def tensors(self) -> slice:
+        return slice(self.first, self.last)
+
+    def _part(self, rows: Tensor) -> Tensor:
+        # Not sliced without need: compiled graphs do not know the sizes of shards.
+        return rows if self.rows is None else rows[self.rows]
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The piece's coordinates of all tensors of the call, ``(n,)``; a view where possible."""
+        if self.last - self.first == 1:
+            return self._part(tensors[self.first].reshape(-1))
+        return torch.cat([t.reshape(-1) for t in tensors[self.tensors]])
+
+    def pack_rows(self, states: Sequence[State], key: str, dtype: torch.dtype) -> Tensor:
+        """A per-coordinate entry, ``(n, k)``, each column contiguous; a view where possible."""
+        if self.last - self.first == 1:
+            return self._part(as_rows(states[self.first][key])).to(dtype)
+        parts = [as_rows(state[key]).t() for state in states[self.tensors]]
+        return torch.cat(parts, 1).t().to(dtype)
+
+    def unpack_rows_(self, states: Sequence[State], key: str, value: Tensor) -> None:
+        """Write a packed entry ``(n, k)`` back; views that were written to stay as they are."""
+        if self.last - self.first == 1:
+            target = self._part(as_rows(states[self.first][key]))
+            if not same_memory(target, value):
+                target.copy_(value)
+            return
+        targets = [as_rows(state[key]) for state in states[self.tensors]]
+        torch._foreach_copy_(targets, list(value.split(self.segments.sizes)))
+
+    def add_(self, params: Sequence[Tensor], update: Tensor, lr: float | Tensor) -> None:
+        """``params += lr * update``"""
+        scale: float = 1.0
+        if isinstance(lr, Tensor) or torch.compiler.is_compiling():
+            update = update * lr
+        else:
+            scale = lr
+        if self.last - self.first == 1:
+            param = params[self.first]
+            target = param if self.rows is None else param.view(-1)[self.rows]
+            target.add_(update.view(target.shape), alpha=scale)
+            return
+        targets = list(params[self.tensors])
+        parts = update.split(self.segments.sizes)
+        updates = [u.view(t.shape) for u, t in zip(parts, targets, strict=True)]
+        torch._foreach_add_(targets, updates, alpha=scale)
+
+
+def pieces_of(params: Sequence[Tensor], segments: Segments, block: int, whole: bool) -> list[Piece]:
+    """Pieces of at most ``block`` coordinates.
+
+    Args:
+        params: of which those that are not contiguous stay in one piece.
+        segments: of all of them.
+        block: bound of the size.
+        whole: leave all tensors in one piece.
+    """
+    compiling = torch.compiler.is_compiling()
+    cut = tuple(p.is_contiguous() and not whole and not compiling for p in params)
+    if compiling or not is_plain_eager():
+        return _pieces(block, cut, segments)
+    return _remembered_pieces(block, cut, segments)
+
+
+@lru_cache(maxsize=64)
+def _remembered_pieces(block: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
+    return _pieces(block, cut, segments)
+
+
+def _pieces(block: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
+    pieces: list[Piece] = []
+    first = room = 0
+
+    def close(last: int) -> None:
+        if first < last:
+            pieces.append(Piece(first, last, None, segments.piece(first, last)))
+
+    for index, size in enumerate(segments.sizes):
+        if size > block:
+            close(index)
+            if not cut[index]:
+                pieces.append(Piece(index, index + 1, None, segments.piece(index, index + 1)))
+            for start in range(0, size if cut[index] else 0, block):
+                rows = slice(start, min(start + block, size))
+                part = segments.piece(index, index + 1, rows.stop - rows.start)
+                pieces.append(Piece(index, index + 1, rows, part))
+            first, room = index + 1, block
+        elif size > room:
+            close(index)
+            first, room = index, block - size
+        else:
+            room -= size
+    close(len(segments))
+    return pieces
+
+
+def as_rows(value: Tensor) -> Tensor:
+    """State ``(*S, k)`` as ``(n, k)``, also where ``n`` is 0: a view, to be written through."""
+    n = 1
+    for size in value.shape[:-1]:
+        n *= size
+    return value.view(n, value.shape[-1])
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """True if both are the same view, so that nothing is to be copied."""
+    if torch.compiler.is_compiling() or not is_plain_eager():
+        return False
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def zeros_by_column(param: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Zeros ``(*param.shape, k)``, of which each of the ``k`` columns is contiguous in memory."""
+    like = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+    return like.unsqueeze(0).repeat(k, *(1,) * param.dim()).movedim(0, -1)

@@ -1,0 +1,105 @@
+"""Update rules by name: a rule is registered by the module that defines it being imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from learned_optim._discovery import import_submodules, unknown_name
+
+if TYPE_CHECKING:
+    from learned_optim.rules._base import UpdateRule
+    from learned_optim.rules._config import RuleConfig
+
+_RULES: dict[str, type[UpdateRule]] = {}
+
+
+def register(cls: type[UpdateRule]) -> None:
+    """Register a rule class under its name.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+    taken = _RULES.get(cls.name)
+    same = taken is not None and (taken.__module__, taken.__qualname__) == (
+        cls.__module__,
+        cls.__qualname__,
+    )
+    if taken is not None and not same:
+        raise ValueError(
+            f"{cls.__qualname__} cannot be named {cls.name!r}: {taken.__qualname__} of "
+            f"{taken.__module__} is, and checkpoints know rules by name"
+        )
+    _RULES[cls.name] = cls
+
+
+def rule_class(name: str) -> type[UpdateRule]:
+    """The update rule registered under ``name``.
+
+    Raises:
+        ValueError: no rule has that name; the message lists those that exist.
+    """
+    known = rule_names()
+    if name not in known:
+        raise unknown_name("update rule", name, known)
+    return _RULES[name]
+
+
+def rule_names() -> list[str]:
+    """Names of all registered update rules."""
+    list(import_submodules("learned_optim.rules"))
+    return sorted(_RULES)
+
+
+def rule_for(config: RuleConfig) -> UpdateRule:
+    """A rule with fresh weights for a configuration: its type tells which rule.
+
+    Raises:
+        TypeError: no rule, or more than one, is configured by this type.
+    """
+    fitting = [name for name in rule_names() if _RULES[name].Config is type(config)]
+    if len(fitting) != 1:
+        which = f"{', '.join(fitting)} are all" if fitting else "no update rule is"
+        raise TypeError(
+            f"{which} configured by {type(config).__name__}: give every rule a Config of its own"
+        )
+    return _RULES[fitting[0]](config)
+
+
+def build_rule(name: str, config: dict[str, Any]) -> UpdateRule:
+    """A rule with fresh float32 weights on the CPU, from its name and its configuration as data.
+
+    Default dtype, default device and active modes do not matter, and the global random generator
+    is not moved.
+
+    Raises:
+        ValueError: unknown name, or a configuration with unknown or missing fields.
+    """
+    cls = rule_class(name)
+    try:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        with plain_defaults(), torch.random.fork_rng(devices=[]):
+            return cls(cls.Config(**values))
+    except TypeError as error:
+        fields = ", ".join(field.name for field in dataclasses.fields(cls.Config))
+        raise ValueError(
+            f"configuration {config} does not fit update rule {name!r} (fields: {fields}): {error}"
+        ) from error
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Real float32 CPU tensors by default, whatever dtype, device or modes surround the caller."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    dtype = torch.get_default_dtype()
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)

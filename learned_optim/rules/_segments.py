@@ -1,0 +1,212 @@
+"""Which coordinates belong to which tensor, and what the shapes of the tensors say."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+# A product of two tensors of coordinates to be averaged; ``None`` stands for ones.
+Product = tuple[Tensor, Tensor | None]
+
+# Initial scale of vectors (biases, norm gains): a fan-in says nothing about them.
+VECTOR_SCALE = 0.1
+# Mean tensor length above which a call per tensor is cheaper than an index per coordinate.
+_LONG = 1 << 10
+
+
+def init_scale(shape: Sequence[int]) -> float:
+    """Scale at which a tensor of this shape is drawn: ``1 / sqrt(fan_in)``, 0.1 for vectors."""
+    return VECTOR_SCALE if len(shape) < 2 else fan_in(shape) ** -0.5
+
+
+def fan_in(shape: Sequence[int]) -> int:
+    """Inputs per output, as torch counts them for linear and convolutional weights."""
+    return max(1, math.prod(shape[1:]))
+
+
+class Segments:
+    """``m`` tensors, flattened and packed one after the other into ``n`` coordinates.
+
+    Args:
+        shapes: shapes of the whole tensors.
+        dtype: dtype of the per-tensor values.
+        device: device of the coordinates.
+        sizes: numbers of coordinates at hand; those of the whole tensors if not given. Smaller
+            for shards, and for pieces of large tensors.
+        shard_groups: process groups over which the tensors are sharded, the same for all of them.
+
+    Attributes:
+        sizes: coordinates of each tensor at hand, ``m`` integers.
+        numel: coordinates of each whole tensor, at least 1, shape ``(m,)``.
+        init_scale: see :func:`init_scale`, shape ``(m,)``.
+        log_fan_in: log of the inputs per output, shape ``(m,)``.
+        log_size: log of ``numel``, shape ``(m,)``.
+        is_vector: 1 for tensors of fewer than two dimensions, else 0, shape ``(m,)``.
+        shard_groups: as given.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[torch.Size],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        sizes: Sequence[int] | None = None,
+        shard_groups: tuple[Any, ...] = (),
+    ) -> None:
+        numel = [math.prod(shape) for shape in shapes]
+        self.shapes = tuple(shapes)
+        self.sizes = list(numel if sizes is None else sizes)
+        self.shard_groups = shard_groups
+        values = [
+            [float(max(1, count)) for count in numel],
+            [init_scale(shape) for shape in shapes],
+            [math.log(fan_in(shape)) for shape in shapes],
+            [math.log(max(1, count)) for count in numel],
+            [float(len(shape) < 2) for shape in shapes],
+        ]
+        self.columns = torch.tensor(values, dtype=dtype, device=device).view(5, len(shapes))
+        self._ids: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        shapes: tuple[torch.Size, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        sizes: tuple[int, ...],
+        shard_groups: tuple[Any, ...] = (),
+    ) -> Segments:
+        """The segments of these tensors; remembered, because every step asks for the same."""
+        if torch.compiler.is_compiling() or not is_plain_eager():
+            return cls(shapes, dtype=dtype, device=device, sizes=sizes, shard_groups=shard_groups)
+        return _remembered(shapes, dtype, device, sizes, shard_groups)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def n(self) -> int:
+        """Number of packed coordinates at hand."""
+        return sum(self.sizes)
+
+    @property
+    def numel(self) -> Tensor:
+        return self.columns[0]
+
+    @property
+    def init_scale(self) -> Tensor:
+        return self.columns[1]
+
+    @property
+    def log_fan_in(self) -> Tensor:
+        return self.columns[2]
+
+    @property
+    def log_size(self) -> Tensor:
+        return self.columns[3]
+
+    @property
+    def is_vector(self) -> Tensor:
+        return self.columns[4]
+
+    @property
+    def ids(self) -> Tensor:
+        """Index of the tensor that each coordinate belongs to, shape ``(n,)``."""
+        if self._ids is None:
+            device = self.columns.device
+            counts = torch.tensor(self.sizes, device=device)
+            tensors = torch.arange(len(self), device=device)
+            self._ids = tensors.repeat_interleave(counts, output_size=self.n)
+        return self._ids
+
+    def piece(self, first: int, last: int, size: int | None = None) -> Segments:
+        """Tensors ``first`` to ``last``, without it; or ``size`` coordinates of one of them."""
+        part = copy.copy(self)
+        part.shapes = self.shapes[first:last]
+        part.sizes = self.sizes[first:last] if size is None else [size]
+        part.columns = self.columns[:, first:last]
+        part._ids = None
+        return part
+
+    def expand(self, values: Tensor) -> Tensor:
+        """From one value per tensor, ``(*, m)``, to one per coordinate, ``(*, n)``."""
+        lead = values.shape[:-1]
+        if len(self) == 1:
+            return values.expand(*lead, self.sizes[0])
+        if not self._by_tensor():
+            return values.index_select(-1, self.ids)
+        parts = zip(values.split(1, -1), self.sizes, strict=True)
+        return torch.cat([part.expand(*lead, size) for part, size in parts], -1)
+
+    def sums(self, products: Sequence[Product]) -> Tensor:
+        """Sums of products over the coordinates at hand of each tensor.
+
+        Args:
+            products: ``k`` pairs of tensors of shape ``(n,)``; ``(a, None)`` stands for ``a``.
+
+        Returns:
+            Shape ``(k, m)``.
+        """
+        if len(self) == 1:
+            each = [a.sum() if b is None else a.dot(b) for a, b in products]
+            return torch.stack(each).unsqueeze(1)
+        values = torch.stack([a if b is None else a * b for a, b in products])
+        if self._by_tensor():
+            return torch.stack([part.sum(1) for part in values.split(self.sizes, 1)], 1)
+        lengths = torch.tensor(self.sizes, device=values.device).expand(len(values), -1)
+        return torch.segment_reduce(
+            values, "sum", lengths=lengths.contiguous(), axis=1, unsafe=True
+        )
+
+    def mean_from_sums(self, sums: Tensor) -> Tensor:
+        """Means over the whole tensors, from :meth:`sums` over the coordinates at hand.
+
+        On shards this is one all-reduce, which every rank must take part in.
+
+        Args:
+            sums: shape ``(k, m)``; may be overwritten.
+        """
+        for group in self.shard_groups:
+            torch.distributed.all_reduce(sums, group=group)
+        return sums / self.numel
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Means over each whole tensor of ``(k, n)`` values, ``(k, m)``; 0 for empty tensors."""
+        return self.mean_from_sums(self.sums([(row, None) for row in values]))
+
+    def _by_tensor(self) -> bool:
+        """True if a call per tensor is cheaper than, or has to replace, indices."""
+        kind = self.columns.device.type
+        if torch.compiler.is_compiling() or kind not in ("cpu", "cuda") or not is_plain_eager():
+            return True
+        return kind == "cpu" and self.n >= _LONG * len(self)
+
+
+@lru_cache(maxsize=64)
+def _remembered(
+    shapes: tuple[torch.Size, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: tuple[int, ...],
+    shard_groups: tuple[Any, ...],
+) -> Segments:
+    with torch.inference_mode(False):  # inference tensors could not be used anywhere else
+        return Segments(shapes, dtype=dtype, device=device, sizes=sizes, shard_groups=shard_groups)
+
+
+def is_plain_eager() -> bool:
+    """False under fake tensors and other modes that replace every tensor that is made."""
+    return _get_current_dispatch_mode() is None
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor, asked without importing torch.distributed."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

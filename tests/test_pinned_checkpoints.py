@@ -1,0 +1,119 @@
+"""Shipped checkpoints keep their updates: 200 steps on three networks, pinned before release.
+
+``python tests/test_pinned_checkpoints.py`` writes the pins anew. They hold, after steps 1, 10, 50
+and 200 in float64 and after 1 and 10 in float32, the norm of every parameter and its product with a
+fixed vector. A trained rule amplifies rounding, so the float32 pins end early.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learned_optim import LearnedOptimizer, list_pretrained, load_rule
+from learned_optim.pretrained import ALIASES
+
+FILE = Path(__file__).parent / "pins" / "checkpoints.json"
+CHECKPOINTS = [name for name in list_pretrained() if name not in ALIASES]
+#: dtype, steps at which parameters are compared, relative tolerance.
+RUNS = {
+    "float64": (torch.float64, (1, 10, 50, 200), 1e-9),
+    "float32": (torch.float32, (1, 10), 2e-4),
+}
+
+
+class Tokens(nn.Module):
+    """Embedding, recurrence, normalization and a scalar: tensors of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, 6)
+        self.cell = nn.GRU(6, 5, batch_first=True)
+        self.norm = nn.LayerNorm(5)
+        self.head = nn.Linear(5, 4)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x * 4).long().remainder(12)
+        return self.head(self.norm(self.cell(self.table(tokens))[0][:, -1])) * self.temperature
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "perceptron": lambda: nn.Sequential(nn.Linear(16, 12), nn.Sigmoid(), nn.Linear(12, 4)),
+    "convolutional": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4, 4)),
+        nn.Conv2d(1, 3, 3, bias=False),  # before a normalization its gradient would be rounding
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    ),
+    "tokens": Tokens,
+}
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(11)
+    model = NETWORKS[name]()
+    if name == "perceptron":  # the published notebook's small initialization
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.01)
+    return model
+
+
+def trajectory(checkpoint: str, name: str, run: str) -> list[list[float]]:
+    """Norms and products of all parameters after each of the steps that are compared."""
+    dtype, stops, _ = RUNS[run]
+    model = network(name).to(dtype)
+    rule = load_rule(checkpoint).to(dtype)
+    optimizer = LearnedOptimizer(model.parameters(), rule, warmup=0)
+    generator = torch.Generator().manual_seed(5)
+    numbers = []
+    for step in range(1, stops[-1] + 1):
+        x = torch.rand(32, 16, generator=generator, dtype=torch.float64).to(dtype)
+        y = x[:, :4].argmax(1)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if step in stops:
+            numbers.append([v for p in model.parameters() for v in projections(p.detach())])
+    return numbers
+
+
+def projections(param: Tensor) -> tuple[float, float]:
+    flat = param.double().flatten()
+    wave = torch.linspace(0.0, 7.0, len(flat), dtype=torch.float64).cos()
+    return float(flat.norm()), float(flat @ wave)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_updates_are_those_of_the_release(checkpoint: str, name: str, run: str) -> None:
+    expected = json.loads(FILE.read_text()).get(f"{checkpoint}/{name}/{run}")
+    if expected is None:
+        pytest.skip(f"{checkpoint} has no pins yet")
+    tolerance = RUNS[run][2]
+    actual = torch.tensor(trajectory(checkpoint, name, run), dtype=torch.float64)
+    pinned = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(actual, pinned, rtol=tolerance, atol=tolerance)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    pins = {
+        f"{checkpoint}/{name}/{run}": trajectory(checkpoint, name, run)
+        for checkpoint in CHECKPOINTS
+        for name in NETWORKS
+        for run in RUNS
+    }
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text(
+        "{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in pins.items()) + "\n}\n"
+    )
