@@ -3,23 +3,27 @@
 from learned_optim.meta.tasks._base import (
     Batch,
     FixedTask,
+    Horizon,
     ModuleTask,
     Params,
     Task,
     TaskFamily,
     TaskOptions,
     build_tasks,
+    field_tasks,
     task_names,
 )
 
 __all__ = [
     "Batch",
     "FixedTask",
+    "Horizon",
     "ModuleTask",
     "Params",
     "Task",
     "TaskFamily",
     "TaskOptions",
     "build_tasks",
+    "field_tasks",
     "task_names",
 ]

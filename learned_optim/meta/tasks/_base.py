@@ -169,6 +169,25 @@ def evaluation_only(name: str, options: TaskOptions) -> None:
         )
 
 
+def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """``value`` with the gradient of ``surrogate``, both of shape ``()``.
+
+    For training that does not descend the figure it is about, as policy gradients and adversarial
+    pairs do.
+    """
+    return surrogate - surrogate.detach() + value.detach()
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """For how many steps a task of the field is trained."""
+
+    steps: int
+    """In the whole field: what its users would take."""
+    quick: int
+    """In the quick tier: a few seconds of one core."""
+
+
 class FixedTask(TaskFamily):
     """The family with one member: only initial parameters and batches differ between runs.
 
@@ -185,6 +204,29 @@ class FixedTask(TaskFamily):
 
 
 Builder = Callable[[TaskOptions], TaskFamily]
+
+
+def evaluation_family(name: str, make: Callable[[DataOptions], Task]) -> Builder:
+    """An entry of ``FAMILIES`` for one task that never meta-trains.
+
+    Args:
+        name: its registered name.
+        make: builds the task; called once per :func:`build_tasks`.
+    """
+
+    def build(options: TaskOptions) -> TaskFamily:
+        evaluation_only(name, options)
+        return FixedTask(make(options.data), stackable=False)
+
+    return build
+
+
+def field_tasks() -> dict[str, Horizon]:
+    """The field: tasks that people recognise, by name, from the ``FIELD`` table of every module."""
+    found: dict[str, Horizon] = {}
+    for module in import_submodules("learned_optim.meta.tasks"):
+        found.update(getattr(module, "FIELD", {}))
+    return found
 
 
 def _families() -> dict[str, Builder]:
