@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from learned_optim import __version__
 from learned_optim.checkpoint import as_json
@@ -45,6 +45,14 @@ LIST_USAGE = """usage: learned-optim list
 
 Prints the names of shipped checkpoints, update rules, tasks, recipes and baselines.
 """
+
+#: What ``evaluate`` runs: tasks and horizons as asked for, or the field of real training runs.
+SUITES = ("tasks", "field")
+
+EVALUATE_DESCRIPTION = """What to evaluate, on what, and how thoroughly.
+
+With --suite field: on the field of tasks that people recognise, against tuned schedules and rivals
+that need no tuning. Its options: learned-optim evaluate --suite field --help."""
 
 #: Modules of the ``meta`` extra, which the package is installed without unless asked.
 META_EXTRA = (
@@ -240,28 +248,67 @@ def _run_training(config: TrainConfig) -> int:
 
 
 def _evaluate(args: list[str]) -> int:
+    from learned_optim.meta import field, field_report, report
+    from learned_optim.meta.evaluate import EvaluateConfig, Evaluation
+
+    suite, args = _take_suite(args)
+    summary: dict[str, Any]
+    if suite == "field":
+        config = _options(field.FieldConfig, args, "evaluate --suite field")
+        _import_plotting()
+        with ProgressBar("field") as show:
+            summary = field.FieldEvaluation(config, show).execute()
+        print(field_report.markdown(summary))
+        written = field_report.write_report(summary, config.output)
+    else:
+        chosen = _options(EvaluateConfig, args, "evaluate", EVALUATE_DESCRIPTION)
+        _import_plotting()
+        with ProgressBar("evaluation") as show:
+            summary = Evaluation(chosen, show).execute()
+        print(report.markdown(summary))
+        written = report.write_report(summary, chosen.output)
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+def _options(kind: type[T], args: list[str], command: str, description: str | None = None) -> T:
+    """A configuration from command line options, which its fields define."""
     import tyro
 
-    from learned_optim.meta.evaluate import EvaluateConfig, Evaluation
-    from learned_optim.meta.report import markdown, write_report
-
-    config = tyro.cli(
-        EvaluateConfig,
+    return tyro.cli(
+        kind,
         args=args,
-        prog="learned-optim evaluate",
+        prog=f"learned-optim {command}",
+        description=description,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    # Tables and plots come last: what they need is missed now, not after hours of runs.
+
+
+def _take_suite(args: list[str]) -> tuple[str, list[str]]:
+    """The value of ``--suite`` and the arguments without it.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    for index, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == "--suite":
+            rest = args[index + 1 :]
+            if not equals:
+                value, rest = (rest[0], rest[1:]) if rest else ("", [])
+            if value not in SUITES:
+                raise ValueError(f"unknown suite {value!r}; known: {', '.join(SUITES)}")
+            return value, args[:index] + rest
+    return SUITES[0], args
+
+
+def _import_plotting() -> None:
+    """Tables and plots come last: what they need is missed now, not after hours of runs."""
     import matplotlib
     import scipy
 
     del matplotlib, scipy
-    with ProgressBar("evaluation") as show:
-        summary = Evaluation(config, show).execute()
-    print(markdown(summary))
-    for path in write_report(summary, config.output):
-        print(f"wrote {path}")
-    return 0
 
 
 class ProgressBar:

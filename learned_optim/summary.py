@@ -1,7 +1,8 @@
 """An evaluation's summary as Markdown tables and learning-curve plots.
 
-A summary is plain data, as ``learned-optim evaluate`` writes it into ``summary.json``; nothing here
-knows of tasks or optimizers. The evaluation's report and the Hub's model card are drawn with it.
+A summary is plain data, as ``learned-optim evaluate`` writes it into ``summary.json``; nothing
+here knows of tasks or optimizers. The evaluation's report and the Hub's model card are drawn with
+it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-# Colours of Okabe and Ito (2008), told apart by readers with any colour vision.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+#: Colours of Okabe and Ito (2008), told apart by readers with any colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 
 #: Beside a learning rate in tables and legends.
 MARKS = {
@@ -174,7 +175,7 @@ def plot(summary: dict[str, Any], task: str, horizon: int, path: Path) -> None:
     axes = figure.add_subplot()
     learned, baselines = _names(summary)
     for index, name in enumerate([*learned, *baselines]):
-        _draw(axes, name, optimizers[name], _COLOURS[index % len(_COLOURS)])
+        _draw(axes, name, optimizers[name], COLOURS[index % len(COLOURS)])
     axes.set_xlim(0, horizon)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")

@@ -6,6 +6,8 @@ Results that go into JSON have ``None`` where a number would be infinite or miss
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,14 +39,68 @@ def interval(values: Tensor) -> dict[str, float | None]:
     return {"mean": finite(mean), "half": finite(float(half))}
 
 
-def ratio_interval(mine: Tensor, theirs: Tensor, resamples: int = 10_000) -> dict[str, Any]:
+def ratio_interval(mine: Tensor, theirs: Tensor) -> dict[str, float | None]:
     """Ratio of the means of paired values with its 95 % bootstrap interval over the pairs."""
-    n = len(mine)
-    index = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
-    ratios = mine[index].mean(1) / theirs[index].mean(1)
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
-    mean = (mine.mean() / theirs.mean()).item()
-    return {"mean": finite(mean), "low": finite(low), "high": finite(high)}
+
+    def ratio(a: Any, b: Any, axis: int) -> Any:
+        return a.mean(axis) / b.mean(axis)
+
+    return _bootstrapped((mine, theirs), ratio)
+
+
+def geometric_mean(ratios: Sequence[float]) -> dict[str, float | None]:
+    """Geometric mean of positive numbers with its 95 % bootstrap interval over them."""
+    logs = torch.tensor(ratios, dtype=torch.float64).log()
+    found = _bootstrapped((logs,), lambda x, axis: x.mean(axis))
+    return {name: None if x is None else math.exp(x) for name, x in found.items()}
+
+
+def _bootstrapped(values: tuple[Tensor, ...], statistic: Any) -> dict[str, float | None]:
+    """A statistic of paired values, each ``(n,)``, between its 2.5 and 97.5 % percentiles.
+
+    The interval is the statistic itself where there is one pair, and ``None`` throughout where a
+    value is not finite.
+    """
+    import numpy
+    from scipy import stats
+
+    data = tuple(v.double().numpy() for v in values)
+    if not all(numpy.isfinite(d).all() for d in data):
+        return {"mean": None, "low": None, "high": None}
+    mean = float(statistic(*data, axis=-1))
+    if len(data[0]) < 2:
+        return {"mean": mean, "low": mean, "high": mean}
+    found = stats.bootstrap(
+        data, statistic, paired=True, vectorized=True, method="percentile",
+        n_resamples=10_000, batch=1000, random_state=numpy.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return {"mean": mean, "low": float(found.low), "high": float(found.high)}
+
+
+def performance_profile(
+    values: Mapping[str, Sequence[float]], factors: Sequence[float]
+) -> dict[str, list[float]]:
+    """Share of problems on which a solver is within a factor of the best (Dolan and More 2002).
+
+    Args:
+        values: per solver, one positive cost per problem; infinite where it failed.
+        factors: 1 and above.
+
+    Returns:
+        Per solver, one share for each factor.
+    """
+    table = torch.tensor(list(values.values()), dtype=torch.float64)  # (solvers, problems)
+    best = table.amin(0)
+    within = [table <= factor * best for factor in factors]
+    shares = torch.stack([(w & table.isfinite()).double().mean(1) for w in within], 1)
+    return dict(zip(values, shares.tolist(), strict=True))
+
+
+def pooled(losses: Sequence[float], stretches: int) -> list[float]:
+    """Means over ``stretches`` equal stretches of ``losses``, or ``losses`` if there are fewer."""
+    count = min(stretches, len(losses))
+    edges = [round(i * len(losses) / count) for i in range(count + 1)]
+    return [math.fsum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
 def smooth(losses: Tensor, width: int = LAST_STEPS) -> Tensor:

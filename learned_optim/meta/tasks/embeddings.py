@@ -24,6 +24,7 @@ from learned_optim.meta.tasks.language import text_of
 USERS, ITEMS, FACTORS = 300, 400, 4
 RATING_NOISE = 0.3  # its square, 0.09, is the smallest loss there is
 VOCABULARY, NEGATIVES, WINDOW = 1000, 5, 3
+TEXT_TASKS = ("skip-gram",)
 
 
 class Factorization(nn.Module):

@@ -9,6 +9,7 @@ held-out figures are of the new data.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import inspect
 import math
@@ -36,8 +37,14 @@ from learned_optim.meta.tasks.language import TiedTransformer, encoded, sequence
 RANK, ALPHA = 4, 8.0
 FINETUNE_IMAGES, HELD_OUT = 2000, 2000
 LENGTH, TEXT_BATCH = 32, 16
+TEXT_TASKS = ("finetune-lm", "lora-lm")
 # Printable ASCII and the line break: the alphabet of both texts.
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+
+
+def texts() -> tuple[str, str]:
+    """The text that trains the language model, and the one that it then reads."""
+    return inspect.getsource(argparse), inspect.getsource(inspect)
 
 
 def pretrained(task: ModuleTask, steps: int, lr: float = 1e-3) -> dict[str, Tensor]:
@@ -138,10 +145,8 @@ def _small_transformer() -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _trained_transformer() -> nn.Module:
-    import argparse
-
     network = _small_transformer()
-    task = _text_task(inspect.getsource(argparse), _small_transformer)
+    task = _text_task(texts()[0], _small_transformer)
     network.load_state_dict(pretrained(task, 600, lr=3e-3))
     return network
 
@@ -152,7 +157,7 @@ def _language_model(adapters: bool, data: DataOptions) -> ModuleTask:
     def build() -> nn.Module:
         return with_adapters(network) if adapters else copy.deepcopy(network)
 
-    return _text_task(inspect.getsource(inspect), build)
+    return _text_task(texts()[1], build)
 
 
 FAMILIES = {
