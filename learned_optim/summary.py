@@ -133,7 +133,8 @@ def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
         return ""
     if interval["mean"] is None:
         return "diverged"
-    return f"{interval['mean']:.{digits}f} ± {interval['half'] or 0.0:.{digits}f}"
+    mean = f"{interval['mean']:.{digits}f}"
+    return mean if interval["half"] is None else f"{mean} ± {interval['half']:.{digits}f}"
 
 
 def lr_text(row: dict[str, Any]) -> str:

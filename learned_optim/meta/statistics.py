@@ -30,11 +30,16 @@ def median(values: Tensor) -> float:
 
 
 def interval(values: Tensor) -> dict[str, float | None]:
-    """Mean of ``values`` (shape ``(n,)``) and half the width of its 95 % Student interval."""
+    """Mean of ``values`` (shape ``(n,)``) and half the width of its 95 % Student interval.
+
+    Half the width is ``None`` where there is one value.
+    """
     from scipy import stats
 
     values = values.double()
     mean = values.mean().item()
+    if len(values) < 2:
+        return {"mean": finite(mean), "half": None}
     half = stats.t.ppf(0.975, len(values) - 1) * values.std().item() / math.sqrt(len(values))
     return {"mean": finite(mean), "half": finite(float(half))}
 
