@@ -166,6 +166,7 @@ def test_further_training_keeps_what_is_known() -> None:
     assert min(seen) >= start - 0.03
 
 
+@unsolved
 def test_thawed_layers_keep_what_is_known() -> None:
     """A new head on a frozen trunk, which then thaws in the same optimizer."""
     inputs, targets = digits()
@@ -217,6 +218,7 @@ def test_low_rank_adapters() -> None:
 # ---- layers and tables of unusual scale
 
 
+@unsolved
 def test_output_layer_that_starts_at_zero() -> None:
     """A denoiser of digits: no loss above 1.5 times the first."""
     inputs = 2.0 * digits()[0] - 1.0

@@ -109,8 +109,8 @@ class Figures:
         """
         width = _final_count(self.losses.shape[1])
         reached = smooth(self.losses, width) <= target.unsqueeze(1)
-        share = (reached.int().argmax(1) + 1.0).double() / self.losses.shape[1]
-        return torch.where(reached.any(1), share * self.steps, math.inf)
+        steps = (reached.int().argmax(1) + 1).double() * self.steps / self.losses.shape[1]
+        return torch.where(reached.any(1), steps, math.inf)
 
 
 def summarize(
