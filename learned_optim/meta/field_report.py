@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from learned_optim.checkpoint import write_text
-from learned_optim.summary import COLOURS, ratio_text, table, value_text
+from learned_optim.summary import COLOURS, MARKS, ratio_text, table, value_text
 
 PROFILE_FILE = "profile.png"
 
@@ -36,7 +36,7 @@ def describe(summary: dict[str, Any]) -> str:
         f"rates of tuned rivals chosen from {_listed(protocol['lr_grid'])} by the final loss on "
         f"{protocol['tuning_seeds']} other. The final loss is the mean over the last 5 % of the "
         f"steps. Means over tasks are geometric, of ratios cut off at 1/10 and 10; a run that "
-        f"diverged counts as 10. Times are processor time of one thread."
+        f"diverged counts as 10. Times are processor time of one thread. ‡: {MARKS['‡']}."
     )
     notes = [f"Without {name}: {why}." for name, why in protocol["skipped"].items()]
     return "\n\n".join([text, *notes])
@@ -109,7 +109,7 @@ def ratios_table(summary: dict[str, Any]) -> str:
     rows = []
     for task, entry in summary["tasks"].items():
         best, optimizers = entry["best_tuned"], entry["optimizers"]
-        rival = f"{best} ({optimizers[best]['lr']:g})" if best else "none"
+        rival = f"{best} ({_lr(summary, optimizers[best]['lr'])})" if best else "none"
         cells = [_outcome(optimizers[name]) for name in names]
         rows.append([task, f"{entry['steps']:,}", rival, *cells])
     return table(["task", "steps", "best tuned rival", *names], rows)
@@ -129,7 +129,9 @@ def task_table(summary: dict[str, Any], task: str) -> str:
         rows.append(
             [
                 _name(summary, name),
-                f"{row['lr']:g}",
+                _lr(summary, row["lr"])
+                if name in summary["protocol"]["tuned"]
+                else f"{row['lr']:g}",
                 f"{row['diverged']} diverged" if row["diverged"] else value_text(row["final"], 4),
                 value_text(row["sum"]),
                 *(value_text(row["test"].get(test), 4) for test in tests),
@@ -141,6 +143,31 @@ def task_table(summary: dict[str, Any], task: str) -> str:
             ]
         )
     return f"{entry['steps']:,} steps\n\n" + table(head, rows)
+
+
+def in_words(summary: dict[str, Any]) -> str:
+    """Per learned optimizer, a sentence on each rival's table, and where it fails."""
+    untuned, overall = summary["protocol"]["untuned"], summary["overall"]
+    lines = []
+    for name in summary["protocol"]["checkpoints"]:
+        pairs, row = summary["untuned_pairs"][name], overall[name]
+        ahead = [other for other in untuned if other in pairs and (pairs[other]["mean"] or 9) < 1]
+        behind = [other for other in untuned if other in pairs and other not in ahead]
+        text = f"- `{name}`, untuned, is ahead of {_named(ahead)} in the geometric mean of final "
+        text += f"losses, and behind {_named(behind)}."
+        if "ratio" in row:
+            text += (
+                f" Its final loss is {row['ratio']['mean']:.2f} times the best tuned rival's, and "
+                f"at most that rival's on {row['at_most_tuned']} of {row['tasks']} tasks."
+            )
+        failed = {
+            kind: [t for t, e in summary["tasks"].items() if e["optimizers"][name][kind]]
+            for kind in ("diverged", "stalled")
+        }
+        for kind, tasks in failed.items():
+            text += f" It {kind} on {_named(tasks)}." if tasks else f" It never {kind}."
+        lines.append(text)
+    return "\n".join(lines)
 
 
 def plot_profile(summary: dict[str, Any], path: Path) -> None:
@@ -189,6 +216,12 @@ def _name(summary: dict[str, Any], name: str) -> str:
     return f"**{name}**" if name in summary["protocol"]["checkpoints"] else name
 
 
+def _lr(summary: dict[str, Any], lr: float) -> str:
+    """A tuned learning rate, marked where it is at an edge of the grid."""
+    grid = summary["protocol"]["lr_grid"]
+    return f"{lr:g}" + "‡" * (lr in (grid[0], grid[-1]))
+
+
 def _outcome(row: dict[str, Any]) -> str:
     """The ratio of one optimizer on one task, or on how many seeds it diverged or stalled."""
     if row["diverged"]:
@@ -206,6 +239,10 @@ def _costs(row: dict[str, Any]) -> list[str]:
         "" if spent is None else f"{spent:.2f}",
         f"{row['state_bytes'] / 1e6:.2f}",
     ]
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _share(share: float | None) -> str:
