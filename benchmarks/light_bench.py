@@ -193,8 +193,9 @@ def _outcomes(name: str, steps: int, seconds: float) -> dict[str, dict[str, bool
     return passed
 
 
-def table(path: Path = RESULT) -> str:
-    """Tests passed, by difficulty, from a result file."""
+def table(path: Path | None = None) -> str:
+    """Tests passed, by difficulty, from a result file (docs/results/lightbench.json)."""
+    path = path or RESULT
     if not path.exists():
         return "Not measured yet."
     found = json.loads(path.read_text())

@@ -103,4 +103,4 @@ def test_every_optional_package_is_in_the_extra(monkeypatch: pytest.MonkeyPatch)
             patch.setitem(sys.modules, str(BASELINES[name].package), None)
             assert why_missing(name) == message
             with pytest.raises(ImportError, match="learned-optim"):
-                make_baseline(name, [torch.zeros(1)], 1.0)
+                make_baseline(name, [torch.zeros(1)], 1.0, 10)

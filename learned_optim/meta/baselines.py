@@ -223,9 +223,7 @@ def why_missing(name: str) -> str | None:
     return f"the baseline {name!r} needs its package: pip install 'learned-optim[baselines]'"
 
 
-def make_baseline(
-    name: str, params: Iterable[Tensor], lr: float, total_steps: int = 1000
-) -> Optimizer:
+def make_baseline(name: str, params: Iterable[Tensor], lr: float, total_steps: int) -> Optimizer:
     """A hand-written optimizer by name, its schedule included.
 
     The schedule sets the learning rate of every group before each step; the first of N steps has a

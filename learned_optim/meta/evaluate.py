@@ -17,26 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from learned_optim.checkpoint import write_text
 from learned_optim.meta import provenance, runs
 from learned_optim.meta.baselines import LR_GRID, baseline
 from learned_optim.meta.data import DataOptions
+from learned_optim.meta.results import Result, best_baseline
 from learned_optim.meta.runs import OptimizerSpec, Progress, RunLog, Runner, RunSpec
-from learned_optim.meta.statistics import (
-    LAST_STEPS,
-    curve,
-    finite,
-    interval,
-    median,
-    ratio_interval,
-    smooth,
-)
+from learned_optim.meta.statistics import LAST_STEPS
 from learned_optim.meta.tasks import TaskOptions, build_tasks
-
-#: Long runs also report the worst smoothed loss after this step.
-SETTLED_STEP = 1000
 
 
 @dataclass(frozen=True)
@@ -165,7 +154,7 @@ class Evaluation:
         for (task, horizon), (mine, best, final) in cells.items():
             old = summary["tasks"][task]["horizons"][str(horizon)]
             row = old["optimizers"][best.optimizer.label]
-            again = self._row(best)["sum"]["mean"]
+            again = best.row()["sum"]["mean"]
             # Another processor rounds otherwise, and the runs drift apart, within their spread.
             spread = row["sum"]["half"]
             if not math.isclose(again, row["sum"]["mean"], rel_tol=1e-4, abs_tol=spread):
@@ -176,23 +165,28 @@ class Evaluation:
             kept = {k: r for k, r in old["optimizers"].items() if r["kind"] == "baseline"}
             # What is timed beside each other is compared: not with another machine's time.
             for entry in (best, final):
-                time = self._row(entry)["milliseconds_per_step"]
+                time = entry.row()["milliseconds_per_step"]
                 name = entry.optimizer.label
                 kept[name] = {**kept[name], "milliseconds_per_step": time}
             new = {
-                e.optimizer.label: self._row(e)
-                | self._ratios(e, best)
-                | self._time_to_target(e, final)
-                for e in mine
+                e.optimizer.label: e.row() | e.ratios(best) | e.time_to_target(final) for e in mine
             }
             every = {c.label: new.get(c.label) or old["optimizers"][c.label] for c in learned}
             tasks[task]["horizons"][str(horizon)] = {**old, "optimizers": {**every, **kept}}
         return {**summary, "protocol": rules, "tasks": tasks}
 
     def _at(
-        self, task: str, optimizer: OptimizerSpec, lr: float, horizon: int, by: str = "sum"
+        self,
+        task: str,
+        optimizer: OptimizerSpec,
+        lr: float,
+        horizon: int,
+        by: str = "sum",
+        tuned_lr: float | None = None,
     ) -> Result:
-        return Result(optimizer, lr, lr, horizon, by, self._test_runs(task, optimizer, lr))
+        specs = self._test_runs(task, optimizer, lr)
+        best = lr if tuned_lr is None else tuned_lr
+        return Result(optimizer, lr, best, horizon, by, specs, self._log.runs)
 
     def _known_best(self, task: str, cell: dict[str, Any], horizon: int, by: str) -> Result:
         """The best hand-written optimizer of a summary's table, as it ran for it."""
@@ -254,20 +248,12 @@ class Evaluation:
         """
         learned = optimizer.kind == "learned"
         lrs = [1.0] if learned else self.ranked_lrs(task, optimizer, horizon, by)
-        choices = [
-            Result(optimizer, lr, lrs[0], horizon, by, self._test_runs(task, optimizer, lr))
-            for lr in lrs
-        ]
-        return next((e for e in choices if not self._diverges(e)), choices[0])
+        choices = [self._at(task, optimizer, lr, horizon, by, tuned_lr=lrs[0]) for lr in lrs]
+        return next((e for e in choices if not e.diverges()), choices[0])
 
     def _test_runs(self, task: str, optimizer: OptimizerSpec, lr: float) -> list[RunSpec]:
         seeds, steps = range(self.config.seeds), self.config.length
         return [RunSpec(task, optimizer, lr, "test", seed, steps) for seed in seeds]
-
-    def _diverges(self, entry: Result) -> bool:
-        """Whether a loss within the horizon is known to be infinite on some test seed."""
-        done = [self._log.runs[s.key] for s in entry.specs if s.key in self._log.runs]
-        return any(math.isinf(run.losses[entry.horizon - 1]) for run in done)
 
     def summary(self) -> dict[str, Any]:
         """Every figure, by task, horizon and optimizer, with 95 % intervals."""
@@ -292,16 +278,16 @@ class Evaluation:
         entries = self._entries(task)
         for horizon in self.config.horizons:
             here = [e for e in entries if e.horizon == horizon]
-            best = self._best_baseline(here, "sum")
-            best_final = self._best_baseline(here, "final")
+            best = best_baseline(here, "sum")
+            best_final = best_baseline(here, "final")
             rows = {}
             for entry in here:
                 if entry.by == "sum":
-                    compared = self._ratios(entry, best) if best else {}
-                    reached = self._time_to_target(entry, best_final) if best_final else {}
-                    rows[entry.optimizer.label] = self._row(entry) | compared | reached
+                    compared = entry.ratios(best) if best else {}
+                    reached = entry.time_to_target(best_final) if best_final else {}
+                    rows[entry.optimizer.label] = entry.row() | compared | reached
                 else:
-                    rows[entry.optimizer.label]["tuned_by_final"] = self._row(entry)
+                    rows[entry.optimizer.label]["tuned_by_final"] = entry.row()
             by_horizon[str(horizon)] = {
                 "optimizers": rows,
                 "best_baseline": best.optimizer.label if best else None,
@@ -309,99 +295,8 @@ class Evaluation:
             }
         return {"horizons": by_horizon}
 
-    def _losses(self, entry: Result) -> Tensor:
-        """Losses of an entry's runs up to its horizon, float64, ``(seeds, horizon)``."""
-        rows = [self._log.runs[spec.key].losses[: entry.horizon] for spec in entry.specs]
-        return torch.tensor(rows, dtype=torch.float64)
-
-    def _step_seconds(self, entry: Result) -> Tensor:
-        """Seconds per step of an entry's runs, float64, ``(seeds,)``."""
-        seconds = [self._log.runs[spec.key].seconds for spec in entry.specs]
-        return torch.tensor(seconds, dtype=torch.float64) / self.config.length
-
-    def _row(self, entry: Result) -> dict[str, Any]:
-        """The figures of one optimizer at one horizon."""
-        losses = self._losses(entry)
-        row: dict[str, Any] = {
-            "kind": entry.optimizer.kind,
-            "lr": entry.lr,
-            "tuned_lr": entry.tuned_lr,
-            "lr_at_edge": entry.optimizer.kind == "baseline" and entry.lr in _EDGES,
-            "diverged": int(losses[:, -1].isinf().sum()),
-            "sum": interval(losses.sum(1)),
-            "last": interval(losses[:, -LAST_STEPS:].mean(1)),
-            "milliseconds_per_step": interval(1000 * self._step_seconds(entry)),
-            "curve": curve(losses),
-        }
-        if entry.horizon == self.config.length:  # held-out figures are taken after the last step
-            tests = [self._log.runs[spec.key].test for spec in entry.specs]
-            names = sorted({name for test in tests for name in test})
-            row["test"] = {
-                n: interval(torch.tensor([t.get(n, math.nan) for t in tests])) for n in names
-            }
-        if entry.horizon > SETTLED_STEP:
-            row["worst_after_1000"] = interval(smooth(losses)[:, SETTLED_STEP:].amax(1))
-        return row
-
-    def _best_baseline(self, entries: list[Result], by: str) -> Result | None:
-        """The baseline with the smallest mean loss over test seeds; none if all diverged.
-
-        Args:
-            by: ``"sum"``, tuned by and compared in the summed loss; ``"final"``, both in the
-                mean over the last :data:`LAST_STEPS`.
-        """
-
-        def score(entry: Result) -> float:
-            losses = self._losses(entry)
-            return (losses if by == "sum" else losses[:, -LAST_STEPS:]).sum().item()
-
-        tuned = [e for e in entries if e.optimizer.kind == "baseline" and e.by == by]
-        return min((e for e in tuned if math.isfinite(score(e))), key=score, default=None)
-
-    def _ratios(self, entry: Result, best: Result) -> dict[str, Any]:
-        """An entry against the baseline with the best summed loss, seed by seed."""
-        mine, theirs = self._losses(entry), self._losses(best)
-        return {
-            "ratio": ratio_interval(mine.sum(1), theirs.sum(1)),
-            "ratio_last": ratio_interval(
-                mine[:, -LAST_STEPS:].mean(1), theirs[:, -LAST_STEPS:].mean(1)
-            ),
-        }
-
-    def _time_to_target(self, entry: Result, best: Result) -> dict[str, Any]:
-        """When an entry gets to the last loss of the baseline that is best in it, seed by seed."""
-        target = self._losses(best)[:, -LAST_STEPS:].mean(1, keepdim=True)
-        reached = smooth(self._losses(entry)) <= target  # (seeds, horizon)
-        # Over seeds the median: one that never gets there counts as infinity and spoils nothing.
-        steps = torch.where(reached.any(1), reached.int().argmax(1) + 1.0, math.inf)
-        return {
-            "steps_to_best": finite(median(steps)),
-            "seconds_to_best": finite(median(steps * self._step_seconds(entry))),
-        }
-
 
 def _grid(optimizer: OptimizerSpec) -> tuple[float, ...]:
     """Learning rates that a baseline is tuned over: its only one, if it is a rival's constant."""
     fixed = baseline(optimizer.source).lr
     return LR_GRID if fixed is None else (fixed,)
-
-
-#: A learning rate tuned to one of these might have been better still outside the grid.
-_EDGES = (LR_GRID[0], LR_GRID[-1])
-
-
-@dataclass(frozen=True)
-class Result:
-    """An optimizer on a task at a horizon: its test runs and how its lr was chosen.
-
-    Attributes:
-        lr: the learning rate of the runs.
-        tuned_lr: the best on tuning seeds; another one where that diverged on a test seed.
-    """
-
-    optimizer: OptimizerSpec
-    lr: float
-    tuned_lr: float
-    horizon: int
-    by: str
-    specs: list[RunSpec]

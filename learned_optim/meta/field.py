@@ -9,7 +9,6 @@ its place, in the baseline's favour. Everything else runs as it is.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from learned_optim.meta.runs import (
 )
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.statistics import pooled
-from learned_optim.meta.tasks import Horizon, TaskOptions, build_tasks, field_tasks
+from learned_optim.meta.tasks import TaskOptions, build_tasks, field_horizon, field_tasks
 
 #: Learning rates over which baselines are tuned on the field.
 FIELD_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -45,6 +44,8 @@ FIELD_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 STRETCHES = 100
 #: Rivals that need no tuning, each at its authors' constants.
 UNTUNED = tuple(name for name, found in BASELINES.items() if found.lr is not None)
+#: Rivals that the quick tier leaves out, for they are close relatives of others.
+NOT_QUICK = ("prodigy", "dadapt-adam")
 #: Rivals that are tuned per task: in the whole field, and in the quick tier.
 TUNED = ("adamw-cosine", "adamw-linear", "muon-cosine", "schedulefree")
 TUNED_QUICK = ("adamw-cosine",)
@@ -83,34 +84,13 @@ class FieldConfig:
 
     def filled(self) -> FieldConfig:
         """This configuration with the tier's usual values where nothing is given."""
-        usual = (*(TUNED_QUICK if self.quick else TUNED), *UNTUNED)
+        quick = (*TUNED_QUICK, *(name for name in UNTUNED if name not in NOT_QUICK))
         return replace(
             self,
             tasks=self.tasks or tuple(field_tasks()),
-            baselines=self.baselines or usual,
+            baselines=self.baselines or (quick if self.quick else (*TUNED, *UNTUNED)),
             seeds=self.seeds or (2 if self.quick else 3),
         )
-
-
-def horizon(task: str) -> Horizon:
-    """For how many steps a task of the field is trained.
-
-    Args:
-        task: a registered name, or ``"module:name"`` for an entry of one's own ``FIELD`` table.
-
-    Raises:
-        ValueError: the task has no stated number of steps.
-    """
-    module, _, name = task.rpartition(":")
-    table = getattr(importlib.import_module(module), "FIELD", {}) if module else field_tasks()
-    if name not in table:
-        known = ", ".join(sorted(table)) or "none"
-        raise ValueError(
-            f"the task {task!r} is not of the field: the FIELD table of its module states no "
-            f"number of steps for it. Known: {known}"
-        )
-    found: Horizon = table[name]
-    return found
 
 
 def check_task(task: str, data: DataOptions) -> None:
@@ -165,7 +145,7 @@ class FieldEvaluation:
         if not self.optimizers:
             raise ValueError("the field needs at least one optimizer whose package is installed")
         self.steps = {
-            task: horizon(task).quick if config.quick else horizon(task).steps
+            task: field_horizon(task).quick if config.quick else field_horizon(task).steps
             for task in config.tasks
         }
         for index, task in enumerate(config.tasks):
@@ -175,6 +155,7 @@ class FieldEvaluation:
             config.output, provenance.conditions(config.tasks, config.data)
         )
         self._log = RunLog(config.output / "runs.jsonl")
+        self._planned: list[RunSpec] = []
 
     def execute(self) -> dict[str, Any]:
         """Tune, test, and summarize.
@@ -185,10 +166,12 @@ class FieldEvaluation:
         """
         config = self.config
         provenance.remember(config.output, self._conditions)
+        self._planned = self._specs()
         with Runner(self._log, config.data, config.workers, self._progress, run_pooled) as runner:
-            runner.run_missing(self._specs(), "tuning and testing")
+            runner.run_missing(self._planned, "tuning and testing")
             # Where a tuned learning rate diverges, the next best one is tested too.
             while tests := self._missing_tests():
+                self._planned = tests
                 runner.run_missing(tests, "testing")
         summary = self.summary()
         write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -290,14 +273,27 @@ class FieldEvaluation:
         return next((lr for lr in ranked if not diverges(lr)), ranked[0])
 
     def _progress(self, done: int, total: int, what: str) -> None:
-        self._show(done, total, f"{what}, {self._time_left(total - done)} left")
+        self._show(done, total, f"{what}, {self._time_left()} left")
 
-    def _time_left(self, remaining: int) -> str:
-        """An estimate from the mean processor time of the finished runs."""
-        known = [run.seconds for run in self._log.runs.values() if math.isfinite(run.seconds)]
+    def _time_left(self) -> str:
+        """An estimate for the planned runs, from the processor time of finished ones.
+
+        A run is taken to be as long as the mean one of the same task and kind of optimizer, or,
+        if there is none yet, as the mean of all.
+        """
+        known: dict[tuple[str, str], list[float]] = {}
+        waiting = []
+        for spec in self._planned:
+            finished, like = self._log.runs.get(spec.key), (spec.task, spec.optimizer.kind)
+            if finished is None:
+                waiting.append(like)
+            elif math.isfinite(finished.seconds):
+                known.setdefault(like, []).append(finished.seconds)
         if not known:
             return "unknown time"
-        minutes = remaining * sum(known) / len(known) / self.config.workers / 60.0
+        means = {like: sum(seconds) / len(seconds) for like, seconds in known.items()}
+        usual = sum(means.values()) / len(means)
+        minutes = sum(means.get(like, usual) for like in waiting) / self.config.workers / 60.0
         return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
 
 
@@ -333,7 +329,7 @@ def measure(
     }
     found = {}
     for task in tasks or field_tasks():
-        steps = horizon(task).quick if quick else horizon(task).steps
+        steps = field_horizon(task).quick if quick else field_horizon(task).steps
         for label, make in makers.items():
             for seed in seeds:
                 run = train(task, make, "test", seed, steps, data or DataOptions())

@@ -151,7 +151,7 @@ def in_words(summary: dict[str, Any]) -> str:
     lines = []
     for name in summary["protocol"]["checkpoints"]:
         pairs, row = summary["untuned_pairs"][name], overall[name]
-        ahead = [other for other in untuned if other in pairs and (pairs[other]["mean"] or 9) < 1]
+        ahead = [other for other in untuned if other in pairs and pairs[other]["mean"] < 1]
         behind = [other for other in untuned if other in pairs and other not in ahead]
         text = f"- `{name}`, untuned, is ahead of {_named(ahead)} in the geometric mean of final "
         text += f"losses, and behind {_named(behind)}."

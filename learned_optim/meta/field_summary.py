@@ -123,9 +123,10 @@ def summarize(
         tuned: labels of the rivals that were tuned per task.
         untuned: labels of all others.
     """
-    tasks = {}
+    tasks, best_tuned = {}, []
     for task, entries in figures.items():
         best = _best([entries[label] for label in tuned])
+        best_tuned.append(best)
         rival = _best([entries[label] for label in untuned])
         tasks[task] = {
             "steps": next(iter(entries.values())).steps,
@@ -134,9 +135,7 @@ def summarize(
             "optimizers": {label: _row(entry, best) for label, entry in entries.items()},
         }
     overall = {
-        label: _overall(
-            [(each, _best([each[t] for t in tuned])) for each in figures.values()], label
-        )
+        label: _overall([each[label] for each in figures.values()], best_tuned)
         for label in (*untuned, *tuned)
     }
     pairs = {
@@ -187,7 +186,6 @@ def _row(entry: Figures, best: Figures | None) -> dict[str, Any]:
         "milliseconds_per_step": interval(1000 * entry.step_seconds),
         "optimizer_milliseconds": interval(1000 * entry.optimizer_step_seconds),
         "state_bytes": entry.state_bytes,
-        "curve": [finite(float(f"{x:.4g}")) for x in entry.losses.mean(0).tolist()],
     }
     if best is not None:
         steps = entry.steps_to(best.final)
@@ -197,26 +195,19 @@ def _row(entry: Figures, best: Figures | None) -> dict[str, Any]:
     return row
 
 
-def _overall(
-    pairs: Sequence[tuple[dict[str, Figures], Figures | None]], label: str
-) -> dict[str, Any]:
-    """One optimizer over all tasks, against the best tuned rival of each.
-
-    Args:
-        pairs: per task, everybody's figures and the best tuned rival's.
-        label: the optimizer.
-    """
-    entries = [(each[label], best) for each, best in pairs]
-    compared = [(entry, best) for entry, best in entries if best is not None]
-    runs = sum(len(entry.final) for entry, _ in entries)
+def _overall(entries: Sequence[Figures], best_tuned: Sequence[Figures | None]) -> dict[str, Any]:
+    """One optimizer over all tasks, against the best tuned rival of each."""
+    pairs = list(zip(entries, best_tuned, strict=True))
+    compared = [(entry, best) for entry, best in pairs if best is not None]
+    runs = sum(len(entry.final) for entry in entries)
     row: dict[str, Any] = {
         "tasks": len(entries),
-        "diverged": sum(int(entry.diverged.sum()) for entry, _ in entries) / runs,
-        "stalled": sum(int(entry.stalled(best).sum()) for entry, best in entries) / runs,
+        "diverged": sum(int(entry.diverged.sum()) for entry in entries) / runs,
+        "stalled": sum(int(entry.stalled(best).sum()) for entry, best in pairs) / runs,
         "optimizer_milliseconds": _mean(
-            [1000 * entry.optimizer_step_seconds.mean().item() for entry, _ in entries]
+            [1000 * entry.optimizer_step_seconds.mean().item() for entry in entries]
         ),
-        "state_bytes": sum(entry.state_bytes for entry, _ in entries),
+        "state_bytes": sum(entry.state_bytes for entry in entries),
     }
     if compared:
         ratios = [ratio(entry.final, best.final) for entry, best in compared]

@@ -101,7 +101,7 @@ def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> lis
         path = str(checkpoint_path(given))
         found.append(OptimizerSpec(label, "learned", path, load_rule(path).fingerprint()))
     for name in baselines:
-        make_baseline(name, [torch.zeros(1)], lr=1.0)  # fails now if it ever does
+        make_baseline(name, [torch.zeros(1)], lr=1.0, total_steps=1)  # fails now if it ever does
         found.append(OptimizerSpec(name, "baseline", name, name))
     return found
 

@@ -10,6 +10,7 @@ from learned_optim.meta.tasks._base import (
     TaskFamily,
     TaskOptions,
     build_tasks,
+    field_horizon,
     field_tasks,
     task_names,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "TaskFamily",
     "TaskOptions",
     "build_tasks",
+    "field_horizon",
     "field_tasks",
     "task_names",
 ]
