@@ -26,6 +26,7 @@ from learned_optim.meta.tasks._base import (
 from learned_optim.meta.tasks._examples import draws
 
 MODES, SPREAD, NOISE, BATCH_SIZE = 8, 0.05, 8, 128
+PENALTY = 1.0  # of squared slopes
 
 
 def sliced_distance(a: Tensor, b: Tensor, directions: int = 16) -> Tensor:
@@ -61,13 +62,15 @@ class Adversaries(ModuleTask):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         real, noise = batch
         fake = self._run("generator", params, noise)
-        judged = self._run("discriminator", params, torch.cat((real, fake.detach())))
-        told_apart = (
-            F.softplus(-judged[: len(real)]).mean() + F.softplus(judged[len(real) :]).mean()
-        )
+        real = real.detach().requires_grad_()
+        at_real = self._run("discriminator", params, real)
+        at_fake = self._run("discriminator", params, fake.detach())
+        (slopes,) = torch.autograd.grad(at_real.sum(), real, create_graph=True)
+        told_apart = F.softplus(-at_real).mean() + F.softplus(at_fake).mean()
+        told_apart = told_apart + 0.5 * PENALTY * slopes.square().sum(1).mean()
         frozen = {name: p.detach() for name, p in params.items()}
         fooled = F.softplus(-self._run("discriminator", frozen, fake)).mean()
-        return with_gradient_of(sliced_distance(fake.detach(), real), told_apart + fooled)
+        return with_gradient_of(sliced_distance(fake, real), told_apart + fooled)
 
     def _run(self, part: str, params: Params, x: Tensor) -> Tensor:
         prefix = part + "."

@@ -1,8 +1,8 @@
 """A policy gradient (Williams 1992) on a small control problem, written out in torch.
 
-A pendulum of unit mass and length, with torques up to 2, is to be swung up and held: the state is
+A pendulum of unit mass and length, with torques up to 6, is to be swung up and held: the state is
 its angle and speed, the cost of a step the squared angle from the top, plus a tenth of the squared
-speed, plus a thousandth of the squared torque, in 60 steps of a twentieth of a second. The policy
+speed, plus a thousandth of the squared torque, in 40 steps of a twentieth of a second. The policy
 is a Gaussian of fixed spread around a network's output; advantages are costs to go less their mean
 over the batch of 32 pendulums, in units of their standard deviation. The reported loss is the mean
 cost of a step, which the optimizer sees through the gradient's estimate alone.
@@ -27,8 +27,8 @@ from learned_optim.meta.tasks._base import (
 )
 from learned_optim.meta.tasks._examples import draws
 
-STEPS, PENDULUMS = 60, 32
-TORQUE, SPREAD, GRAVITY, SECONDS = 2.0, 0.5, 10.0, 0.05
+STEPS, PENDULUMS = 40, 32
+TORQUE, SPREAD, GRAVITY, SECONDS = 6.0, 0.3, 10.0, 0.05
 
 
 def observed(state: Tensor) -> Tensor:
