@@ -476,7 +476,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert "1 tasks (quick tier), 2 test seeds" in captured.out
+    assert "1 task (quick tier), 2 test seeds" in captured.out
     assert f"wrote {tmp_path / 'out' / 'profile.png'}\n" in captured.out
     assert "left" in captured.err
     assert main(["evaluate", "--suite", "nonesuch"]) == 1

@@ -51,7 +51,7 @@ def test_page_of_the_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = tmp_path / "results" / "field-quick.json"
     path.write_text(json.dumps(field_summary(), allow_nan=False))
     page = results_page.page(GROUPS)
-    assert "1 tasks (quick tier), 2 test seeds" in page
+    assert "1 task (quick tier), 2 test seeds" in page
     assert "The 10 runs trained for 0.5 hours of one thread." in page
     assert (
         "- `default`, untuned, is ahead of adam-1e-3, prodigy in the geometric mean of final "

@@ -30,10 +30,10 @@ def describe(summary: dict[str, Any]) -> str:
     """What was run, in a paragraph, and who could not take part."""
     protocol = summary["protocol"]
     tier = "quick tier" if protocol["quick"] else "whole field"
-    seeds = protocol["seeds"]
+    tasks, seeds = _counted(len(summary["tasks"]), "task"), _counted(protocol["seeds"], "test seed")
     text = (
-        f"{len(summary['tasks'])} tasks ({tier}), {seeds} test seed{'s' * (seeds != 1)}, learning "
-        f"rates of tuned rivals chosen from {_listed(protocol['lr_grid'])} by the final loss on "
+        f"{tasks} ({tier}), {seeds}, learning rates of tuned rivals chosen from "
+        f"{_listed(protocol['lr_grid'])} by the final loss on "
         f"{protocol['tuning_seeds']} other. The final loss is the mean over the last 5 % of the "
         f"steps. Means over tasks are geometric, of ratios cut off at 1/10 and 10; a run that "
         f"diverged counts as 10. Times are processor time of one thread. ‡: {MARKS['‡']}."
@@ -252,6 +252,10 @@ def _share(share: float | None) -> str:
 def _at(factors: list[float], factor: float) -> int:
     """Index of the largest of ``factors`` that is at most ``factor``."""
     return max(i for i, f in enumerate(factors) if f <= factor + 1e-9)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def _listed(values: list[float]) -> str:
