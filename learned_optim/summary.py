@@ -154,7 +154,9 @@ def ratio_text(ratio: dict[str, Any] | None) -> str:
         return ""
     if ratio["mean"] is None:
         return "diverged"
-    text = f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    text = f"{ratio['mean']:.2f}"
+    if ratio["low"] is not None and ratio["high"] is not None:
+        text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
     return f"**{text}**" if ratio["mean"] < 1 else text
 
 

@@ -63,8 +63,8 @@ def geometric_mean(ratios: Sequence[float]) -> dict[str, float | None]:
 def _bootstrapped(values: tuple[Tensor, ...], statistic: Any) -> dict[str, float | None]:
     """A statistic of paired values, each ``(n,)``, between its 2.5 and 97.5 % percentiles.
 
-    The interval is the statistic itself where there is one pair, and ``None`` throughout where a
-    value is not finite.
+    The interval is ``None`` where there is one pair, and so is the statistic where a value is not
+    finite.
     """
     import numpy
     from scipy import stats
@@ -74,7 +74,7 @@ def _bootstrapped(values: tuple[Tensor, ...], statistic: Any) -> dict[str, float
         return {"mean": None, "low": None, "high": None}
     mean = float(statistic(*data, axis=-1))
     if len(data[0]) < 2:
-        return {"mean": mean, "low": mean, "high": mean}
+        return {"mean": mean, "low": None, "high": None}
     found = stats.bootstrap(
         data, statistic, paired=True, vectorized=True, method="percentile",
         n_resamples=10_000, batch=1000, random_state=numpy.random.default_rng(0),
