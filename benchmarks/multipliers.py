@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.evaluate import LAST_STEPS, RunSpec, contestants, run
+from learned_optim.meta.runs import RunSpec, optimizer_specs, run
+from learned_optim.meta.statistics import LAST_STEPS
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -30,7 +31,7 @@ def measure() -> dict[str, Any]:
         summary = json.loads((RESULTS / f"{group}.json").read_text())
         tuned = summary["tasks"][task]["horizons"][str(STEPS)]["optimizers"]["adam"]["lr"]
         found[task] = {"adam_lr": tuned, "optimizers": {}}
-        for who in contestants(("default", "default-fast"), ("adam",)):
+        for who in optimizer_specs(("default", "default-fast"), ("adam",)):
             base = tuned if who.kind == "baseline" else 1.0
             means, spreads = [], []
             for factor in FACTORS:

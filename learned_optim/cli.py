@@ -69,6 +69,14 @@ Runs learned optimizers, untuned, against hand-written ones tuned for each task,
 and learning curves. Given again, the same command does only the runs that are missing.
 """
 
+#: What ``evaluate`` runs: tasks and horizons as asked for, or the field of real training runs.
+SUITES = ("tasks", "field")
+
+EVALUATE_DESCRIPTION = """What to evaluate, on what, and how thoroughly.
+
+With --suite field: on the field of tasks that people recognise, against tuned schedules and rivals
+that need no tuning. Its options: learned-optim evaluate --suite field --help."""
+
 #: Modules of the ``meta`` extra, which the package is installed without unless asked.
 META_EXTRA = (
     "filelock", "matplotlib", "numpy", "scipy", "sklearn", "tensorboard", "tomli", "torchvision",
@@ -433,36 +441,78 @@ class TrainingProgress:
 
 
 def _evaluate(args: list[str]) -> int:
+    from learned_optim.meta import field
     from learned_optim.meta.evaluate import EvaluateConfig, Evaluation
 
+    suite, args = _take_suite(args)
     if any(flag in HELP for flag in args):
-        _print_evaluate_help(EvaluateConfig(), "--help-all" in args)
+        defaults = field.FieldConfig() if suite == "field" else EvaluateConfig()
+        _print_evaluate_help(defaults, "--help-all" in args)
         return 0
+    from learned_optim.checkpoint import check_writable
+    from learned_optim.meta import field_report, report
+
+    summary: dict[str, Any]
+    if suite == "field":
+        config = _options(field.FieldConfig, args, "evaluate --suite field")
+        _import_plotting()
+        with ProgressBar("field") as show:
+            measured = field.FieldEvaluation(config, show)
+            check_writable(config.output / "table.md")
+            summary = measured.execute()
+        print(field_report.markdown(summary))
+        written = field_report.write_report(summary, config.output)
+    else:
+        chosen = _options(EvaluateConfig, args, "evaluate", EVALUATE_DESCRIPTION)
+        _import_plotting()
+        with ProgressBar("evaluation") as show:
+            evaluation = Evaluation(chosen, show)
+            check_writable(chosen.output / "table.md")
+            summary = evaluation.execute()
+        print(report.markdown(summary))
+        written = report.write_report(summary, chosen.output)
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+def _options(kind: type[T], args: list[str], command: str, description: str | None = None) -> T:
+    """A configuration from command line options, which its fields define."""
     import tyro
 
-    from learned_optim.meta.report import markdown, write_report
-
-    config = tyro.cli(
-        EvaluateConfig,
+    return tyro.cli(
+        kind,
         args=args,
-        prog="learned-optim evaluate",
+        prog=f"learned-optim {command}",
+        description=description,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    # Tables and plots come last: what they need is missed now, not after hours of runs.
+
+
+def _take_suite(args: list[str]) -> tuple[str, list[str]]:
+    """The value of ``--suite`` and the arguments without it.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    for index, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == "--suite":
+            rest = args[index + 1 :]
+            if not equals:
+                value, rest = (rest[0], rest[1:]) if rest else ("", [])
+            if value not in SUITES:
+                raise ValueError(f"unknown suite {value!r}; known: {', '.join(SUITES)}")
+            return value, args[:index] + rest
+    return SUITES[0], args
+
+
+def _import_plotting() -> None:
+    """Tables and plots come last: what they need is missed now, not after hours of runs."""
     import matplotlib
     import scipy
 
-    from learned_optim.checkpoint import check_writable
-
     del matplotlib, scipy
-    with ProgressBar("evaluation") as show:
-        evaluation = Evaluation(config, show)
-        check_writable(config.output / "table.md")
-        summary = evaluation.execute()
-    print(markdown(summary))
-    for path in write_report(summary, config.output):
-        print(f"wrote {path}")
-    return 0
 
 
 def _print_evaluate_help(config: Any, everything: bool) -> None:

@@ -1,7 +1,8 @@
 """An evaluation's summary as Markdown tables and learning-curve plots.
 
-A summary is plain data, as ``learned-optim evaluate`` writes it into ``summary.json``; nothing here
-knows of tasks or optimizers. The evaluation's report and the Hub's model card are drawn with it.
+A summary is plain data, as ``learned-optim evaluate`` writes it into ``summary.json``; nothing
+here knows of tasks or optimizers. The evaluation's report and the Hub's model card are drawn with
+it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-# Colours of Okabe and Ito (2008), told apart by readers with any colour vision.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+#: Colours of Okabe and Ito (2008), told apart by readers with any colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 
 #: Beside a learning rate in tables and legends.
 MARKS = {
@@ -132,7 +133,8 @@ def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
         return ""
     if interval["mean"] is None:
         return "diverged"
-    return f"{interval['mean']:.{digits}f} ± {interval['half'] or 0.0:.{digits}f}"
+    mean = f"{interval['mean']:.{digits}f}"
+    return mean if interval["half"] is None else f"{mean} ± {interval['half']:.{digits}f}"
 
 
 def lr_text(row: dict[str, Any]) -> str:
@@ -152,7 +154,9 @@ def ratio_text(ratio: dict[str, Any] | None) -> str:
         return ""
     if ratio["mean"] is None:
         return "diverged"
-    text = f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    text = f"{ratio['mean']:.2f}"
+    if ratio["low"] is not None and ratio["high"] is not None:
+        text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
     return f"**{text}**" if ratio["mean"] < 1 else text
 
 
@@ -174,7 +178,7 @@ def plot(summary: dict[str, Any], task: str, horizon: int, path: Path) -> None:
     axes = figure.add_subplot()
     learned, baselines = _names(summary)
     for index, name in enumerate([*learned, *baselines]):
-        _draw(axes, name, optimizers[name], _COLOURS[index % len(_COLOURS)])
+        _draw(axes, name, optimizers[name], COLOURS[index % len(COLOURS)])
     axes.set_xlim(0, horizon)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")

@@ -15,19 +15,12 @@ from PIL import Image
 
 from learned_optim import save_rule
 from learned_optim.hub import _plot_curves
-from learned_optim.meta import DataOptions, EvaluateConfig, Evaluation, build_tasks
+from learned_optim.meta import DataOptions, EvaluateConfig, Evaluation, build_tasks, runs
 from learned_optim.meta import evaluate as evaluate_module
 from learned_optim.meta.baselines import BASELINES, LR_GRID, make_baseline
-from learned_optim.meta.evaluate import (
-    Run,
-    RunSpec,
-    _curve,
-    _smooth,
-    interval,
-    median,
-    ratio_interval,
-)
 from learned_optim.meta.report import markdown, table, write_report
+from learned_optim.meta.runs import Run, RunSpec
+from learned_optim.meta.statistics import curve, interval, median, ratio_interval, smooth
 from learned_optim.rules.classical import AdamConfig, AdamRule
 
 NOTHING_LEARNED = EvaluateConfig(
@@ -60,7 +53,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Losses], list[RunSpec
             good = all(map(math.isfinite, values))
             return Run(values, 0.5 if good else math.inf, {"accuracy": 0.75} if good else {})
 
-        monkeypatch.setattr(evaluate_module, "run", run)
+        monkeypatch.setattr(runs, "run", run)
         return asked
 
     return install
@@ -105,19 +98,19 @@ def test_median_by_hand() -> None:
 
 
 def test_smooth_by_hand() -> None:
-    smooth = _smooth(torch.arange(12.0)[None])[0].tolist()
-    assert smooth == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.5, 6.5]
+    found = smooth(torch.arange(12.0)[None])[0].tolist()
+    assert found == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.5, 6.5]
 
 
 def test_curve_by_hand() -> None:
     losses = torch.stack((torch.arange(401.0), torch.arange(401.0) + 2.0)).double()
-    curve = _curve(losses)
-    assert len(curve["step"]) == 133  # stretches of 3 steps; at most 200 points
-    assert curve["step"][:2] == [1.0, 4.0]
-    assert curve["mean"][:2] == [2.0, 5.0]
+    found = curve(losses)
+    assert len(found["step"]) == 133  # stretches of 3 steps; at most 200 points
+    assert found["step"][:2] == [1.0, 4.0]
+    assert found["mean"][:2] == [2.0, 5.0]
     # Two values 2 apart: deviation sqrt(2), t at 1 degree of freedom 12.7062, so half is 12.7062.
-    assert curve["half"][0] == pytest.approx(12.706, rel=1e-4)
-    assert _curve(torch.ones(2, 200).double())["step"] == [float(i) for i in range(200)]
+    assert found["half"][0] == pytest.approx(12.706, rel=1e-4)
+    assert curve(torch.ones(2, 200).double())["step"] == [float(i) for i in range(200)]
 
 
 def test_figures_by_hand(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> None:
@@ -209,7 +202,7 @@ def test_everybody_sees_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         def __getattr__(self, name: str) -> Any:
             return getattr(self.task, name)
 
-    real = evaluate_module.run
+    real = runs.run
 
     def recorded(spec: RunSpec, data: DataOptions) -> Run:
         current.clear()
@@ -218,9 +211,9 @@ def test_everybody_sees_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return result
 
     monkeypatch.setattr(
-        evaluate_module, "build_tasks", lambda name, options: Recording(build_tasks(name, options))
+        runs, "build_tasks", lambda name, options: Recording(build_tasks(name, options))
     )
-    monkeypatch.setattr(evaluate_module, "run", recorded)
+    monkeypatch.setattr(runs, "run", recorded)
     monkeypatch.setattr(evaluate_module, "LR_GRID", (0.03, 0.1))
     path = tmp_path / "rule.safetensors"
     save_rule(random_rule("lstm"), path)
@@ -288,7 +281,7 @@ def test_tuned_lr_is_the_argmin(
     assert row["lr"] == 0.3
     assert row["tuned_by_final"]["lr"] == 0.01
     assert row["tuned_by_final"]["last"]["mean"] == 0.5
-    sgd = evaluation.contestants[0]
+    sgd = evaluation.optimizers[0]
     assert evaluation.ranked_lrs("quadratic", sgd, 10)[0] == 10.0
     assert 10.0 not in evaluation.ranked_lrs("quadratic", sgd, 20)
     tuning = [spec for spec in asked if spec.phase == "tune"]
@@ -306,8 +299,8 @@ def test_grid_is_one_and_three_times_powers_of_ten() -> None:
 
 def test_diverged_runs_are_infinite() -> None:
     evaluation = Evaluation(replace(NOTHING_LEARNED, baselines=("sgd",)))
-    spec = RunSpec("quadratic", evaluation.contestants[0], 10.0, "test", 0, 100)
-    run = evaluate_module.run(spec, DataOptions())
+    spec = RunSpec("quadratic", evaluation.optimizers[0], 10.0, "test", 0, 100)
+    run = runs.run(spec, DataOptions())
     first = run.losses.index(math.inf)
     assert 0 < first < 100
     assert run.losses[first:] == [math.inf] * (100 - first)
@@ -514,7 +507,7 @@ def test_labels(tmp_path: Path) -> None:
     save_rule(random_rule("lstm"), tmp_path / "folder" / "model.safetensors")
     given = [str(tmp_path / f"{name}.safetensors") for name in ("a/best", "b/best", "c/rule")]
     given += [str(tmp_path / "d" / "adam.safetensors"), str(tmp_path / "folder")]
-    found = evaluate_module.contestants(given, ["sgd", "adam"])
+    found = runs.optimizer_specs(given, ["sgd", "adam"])
     assert [c.label for c in found] == [
         given[0],
         given[1],
@@ -573,10 +566,10 @@ def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
 def test_every_baseline_descends(name: str) -> None:
-    """Half a square from 1: a smaller loss after ten steps at lr 0.1, and a first step by hand."""
+    """Half a square from 1: a smaller loss after 50 steps, and first steps by hand."""
     param = torch.nn.Parameter(torch.ones(3))
-    optimizer = make_baseline(name, [param], 0.1)
-    for step in range(10):
+    optimizer = make_baseline(name, [param], max(0.1, BASELINES[name].lr or 0.0), 50)
+    for step in range(50):
         optimizer.zero_grad()
         (0.5 * param.square().sum()).backward()
         optimizer.step()

@@ -1,8 +1,16 @@
-"""Hand-written optimizers to compare with: adding one is one line of :data:`BASELINES`."""
+"""Hand-written optimizers to compare with: adding one is one line of :data:`BASELINES`.
+
+A baseline is an optimizer, a schedule of its learning rate and, if its authors promise that it
+needs no tuning, the learning rate at which it runs. Without that, evaluation tunes it per task.
+Every baseline is told the number of steps of the run, as its users would.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,38 +22,243 @@ from learned_optim._discovery import unknown_name
 #: {1, 3} x 10^k over [1e-5, 10]: what every baseline's learning rate is tuned over, per task.
 LR_GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
-Make = Callable[[Iterable[Tensor], float], Optimizer]
+#: Share of the run over which schedules raise the learning rate from 0, unless said otherwise.
+WARMUP = 0.05
+
+Make = Callable[[list[Tensor], float, int], Optimizer]
+#: ``progress -> factor`` of the learning rate; progress is the share of the run that is done.
+Schedule = Callable[[float], float]
 
 
-def _schedule_free_adamw(params: Iterable[Tensor], lr: float) -> Optimizer:
-    try:
-        from schedulefree import AdamWScheduleFree
-    except ImportError as error:
-        raise ImportError(
-            "the baseline 'schedulefree' needs its package: pip install 'learned-optim[baselines]'"
-        ) from error
-    optimizer: Any = AdamWScheduleFree(params, lr=lr)
+@dataclass(frozen=True)
+class Baseline:
+    """A hand-written optimizer with everything that its user decides.
+
+    Attributes:
+        make: ``(parameters, learning rate, total steps) -> optimizer``.
+        schedule: factor of the learning rate by progress; ``None`` leaves it constant.
+        lr: the learning rate of a rival that claims to need no tuning; ``None``: tuned per task.
+        package: an optional package that it needs, of the ``baselines`` extra.
+    """
+
+    make: Make
+    schedule: Schedule | None = None
+    lr: float | None = None
+    package: str | None = None
+
+
+def warmup_cosine(progress: float, warmup: float = WARMUP) -> float:
+    """Linear warm-up, then half a cosine to zero (Loshchilov and Hutter 2017)."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1.0 - warmup))
+
+
+def warmup_linear(progress: float, warmup: float = WARMUP) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    return min(progress / warmup, (1.0 - progress) / (1.0 - warmup))
+
+
+def _cosine(progress: float) -> float:
+    """Half a cosine to zero without warm-up."""
+    return warmup_cosine(progress, 0.0)
+
+
+def _nadamw_schedule(progress: float) -> float:
+    return warmup_cosine(progress, 0.02)
+
+
+class MuonAdamW(Optimizer):
+    """Muon (Jordan et al. 2024) for matrices, AdamW for all other parameters.
+
+    ``torch.optim.Muon`` takes two-dimensional parameters alone. Embedding tables and output layers
+    are matrices too, and nothing tells them from others here.
+
+    Args:
+        params: the parameters.
+        lr: learning rate of both.
+        adjust_lr_fn: ``"match_rms_adamw"`` gives Muon's updates the size of AdamW's (Liu et al.
+            2025), so that one learning rate suits both; ``None`` is Muon's own convention.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, adjust_lr_fn: str | None = "match_rms_adamw"
+    ) -> None:
+        params = list(params)
+        super().__init__(params, {"lr": lr})
+        matrices = [p for p in params if p.dim() == 2]
+        others = [p for p in params if p.dim() != 2]
+        self.parts: list[Optimizer] = []
+        if matrices:
+            muon: Any = torch.optim.Muon  # older versions of torch have none
+            self.parts.append(muon(matrices, lr=lr, adjust_lr_fn=adjust_lr_fn))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, lr=lr))
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        for part in self.parts:
+            self.state.update(part.state)
+        return loss
+
+
+def _sgd(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr)
+
+
+def _nesterov(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True)
+
+
+def _rmsprop(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    return torch.optim.RMSprop(params, lr=lr)
+
+
+def _adam(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    return torch.optim.Adam(params, lr=lr)
+
+
+def _adamw(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    return torch.optim.AdamW(params, lr=lr)
+
+
+def _nadamw(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    # So large a momentum decay is none: torch's beta_1 (1 - 0.96^(t decay) / 2) is then beta_1.
+    return torch.optim.NAdam(
+        params, lr=lr, betas=(0.933, 0.9955), weight_decay=0.081,
+        decoupled_weight_decay=True, momentum_decay=1e9,
+    )  # fmt: skip
+
+
+def _muon(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    return MuonAdamW(params, lr)
+
+
+def _muon_default(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    return MuonAdamW(params, lr, adjust_lr_fn=None)
+
+
+def _schedule_free(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    steps = math.ceil(WARMUP * total_steps)
+    optimizer: Any = AdamWScheduleFree(params, lr=lr, warmup_steps=steps)
     optimizer.train()
     return optimizer
 
 
-#: Name -> (parameters, learning rate) -> optimizer; everything else is at its default.
-BASELINES: dict[str, Make] = {
-    "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr),
-    "nesterov": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True),
-    "rmsprop": lambda params, lr: torch.optim.RMSprop(params, lr=lr),
-    "adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
-    "adamw": lambda params, lr: torch.optim.AdamW(params, lr=lr),
-    "schedulefree": _schedule_free_adamw,
+def _prodigy(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    from prodigyopt import Prodigy
+
+    optimizer: Optimizer = Prodigy(params, lr=lr)
+    return optimizer
+
+
+def _dadapt_adam(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    from dadaptation import DAdaptAdam
+
+    optimizer: Optimizer = DAdaptAdam(params, lr=lr)
+    return optimizer
+
+
+_TUNED: dict[str, Make] = {
+    "sgd": _sgd,
+    "nesterov": _nesterov,
+    "rmsprop": _rmsprop,
+    "adam": _adam,
+    "adamw": _adamw,
+    "muon": _muon,
+}
+
+#: Every hand-written optimizer by name; what is not said is at its class's default.
+BASELINES: dict[str, Baseline] = {
+    # Tuned per task, each with three schedules.
+    **{name: Baseline(make) for name, make in _TUNED.items()},
+    **{f"{name}-cosine": Baseline(make, warmup_cosine) for name, make in _TUNED.items()},
+    **{f"{name}-linear": Baseline(make, warmup_linear) for name, make in _TUNED.items()},
+    "schedulefree": Baseline(_schedule_free, package="schedulefree"),
+    # At their authors' constants.
+    "adam-1e-3": Baseline(_adam, lr=1e-3),
+    "adamw-cosine-1e-3": Baseline(_adamw, warmup_cosine, lr=1e-3),
+    # AlgoPerf's calibrated NadamW (Dahl et al. 2023; Kasimbeg et al. 2025).
+    "nadamw-1.75e-3": Baseline(_nadamw, _nadamw_schedule, lr=1.75e-3),
+    "schedulefree-2.5e-3": Baseline(_schedule_free, lr=2.5e-3, package="schedulefree"),
+    # Mishchenko and Defazio 2024; the package's README recommends the cosine.
+    "prodigy": Baseline(_prodigy, lr=1.0, package="prodigyopt"),
+    "prodigy-cosine": Baseline(_prodigy, _cosine, lr=1.0, package="prodigyopt"),
+    # Defazio and Mishchenko 2023.
+    "dadapt-adam": Baseline(_dadapt_adam, lr=1.0, package="dadaptation"),
+    "muon-1e-3": Baseline(_muon_default, lr=1e-3),
 }
 
 
-def make_baseline(name: str, params: Iterable[Tensor], lr: float) -> Optimizer:
-    """A hand-written optimizer by name.
+def baseline(name: str) -> Baseline:
+    """An entry of :data:`BASELINES`.
 
     Raises:
         ValueError: unknown name; the message lists those that exist.
     """
     if name not in BASELINES:
         raise unknown_name("baseline", name, list(BASELINES))
-    return BASELINES[name](params, lr)
+    return BASELINES[name]
+
+
+def why_missing(name: str) -> str | None:
+    """What a baseline needs that is not installed, with the remedy; ``None`` if nothing."""
+    found = baseline(name)
+    if found.make in (_muon, _muon_default) and not hasattr(torch.optim, "Muon"):
+        return f"the baseline {name!r} needs torch.optim.Muon: torch 2.9 or later"
+    package = found.package
+    if package is None:
+        return None
+    try:
+        present = importlib.util.find_spec(package) is not None
+    except ValueError:  # a module that was put into sys.modules by hand
+        present = False
+    if present:
+        return None
+    return f"the baseline {name!r} needs its package: pip install 'learned-optim[baselines]'"
+
+
+def make_baseline(name: str, params: Iterable[Tensor], lr: float, total_steps: int) -> Optimizer:
+    """A hand-written optimizer by name, its schedule included.
+
+    The schedule sets the learning rate of every group before each step; the first of N steps has a
+    progress of 0.5 / N, so that none of them is lost to a factor of 0.
+
+    Args:
+        name: a key of :data:`BASELINES`.
+        params: the parameters.
+        lr: the learning rate, the largest one under a schedule.
+        total_steps: steps of the run.
+
+    Raises:
+        ValueError: unknown name; the message lists those that exist.
+        ImportError: its package is not installed.
+    """
+    found = baseline(name)
+    missing = why_missing(name)
+    if missing:
+        raise ImportError(missing)
+    optimizer = found.make(list(params), lr, total_steps)
+    if found.schedule is not None:
+        _attach(optimizer, found.schedule, total_steps)
+    return optimizer
+
+
+def _attach(optimizer: Optimizer, schedule: Schedule, total_steps: int) -> None:
+    """Let ``optimizer`` set its learning rates by ``schedule`` at the start of each step."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    taken = 0
+
+    def set_lr(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal taken
+        factor = schedule(min(1.0, (taken + 0.5) / total_steps))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = factor * peak
+        taken += 1
+
+    optimizer.register_step_pre_hook(set_lr)

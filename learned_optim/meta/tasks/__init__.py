@@ -3,6 +3,7 @@
 from learned_optim.meta.tasks._base import (
     Batch,
     FixedTask,
+    Horizon,
     ModuleTask,
     Params,
     Task,
@@ -10,6 +11,8 @@ from learned_optim.meta.tasks._base import (
     TaskOptions,
     build_tasks,
     described_families,
+    field_horizon,
+    field_tasks,
     obstacle_to_stacking,
     task_names,
 )
@@ -17,6 +20,7 @@ from learned_optim.meta.tasks._base import (
 __all__ = [
     "Batch",
     "FixedTask",
+    "Horizon",
     "ModuleTask",
     "Params",
     "Task",
@@ -24,6 +28,8 @@ __all__ = [
     "TaskOptions",
     "build_tasks",
     "described_families",
+    "field_horizon",
+    "field_tasks",
     "obstacle_to_stacking",
     "task_names",
 ]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -178,6 +178,25 @@ def evaluation_only(name: str, options: TaskOptions) -> None:
         )
 
 
+def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """``value`` with the gradient of ``surrogate``, both of shape ``()``.
+
+    For training that does not descend the figure it is about, as policy gradients and adversarial
+    pairs do.
+    """
+    return surrogate - surrogate.detach() + value.detach()
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """For how many steps a task of the field is trained."""
+
+    steps: int
+    """In the whole field: what its users would take."""
+    quick: int
+    """In the quick tier: a few seconds of one core."""
+
+
 class FixedTask(TaskFamily):
     """The family with one member: only initial parameters and batches differ between runs.
 
@@ -224,6 +243,29 @@ def obstacle_to_stacking(task: Task) -> str | None:
 Builder = Callable[[TaskOptions], TaskFamily]
 
 
+def evaluation_family(name: str, make: Callable[[DataOptions], Task]) -> Builder:
+    """An entry of ``FAMILIES`` for one task that never meta-trains.
+
+    Args:
+        name: its registered name.
+        make: builds the task; called once per :func:`build_tasks`.
+    """
+
+    def build(options: TaskOptions) -> TaskFamily:
+        evaluation_only(name, options)
+        return FixedTask(make(options.data), stackable=False)
+
+    return build
+
+
+def field_tasks() -> dict[str, Horizon]:
+    """The field: tasks that people recognise, by name, from the ``FIELD`` table of every module."""
+    found: dict[str, Horizon] = {}
+    for module in import_submodules("learned_optim.meta.tasks"):
+        found.update(getattr(module, "FIELD", {}))
+    return found
+
+
 def _families() -> dict[str, Builder]:
     """Every module of this package contributes its ``FAMILIES``."""
     found: dict[str, Builder] = {}
@@ -260,19 +302,39 @@ def build_tasks(name: str, options: TaskOptions | None = None) -> TaskFamily:
         FileNotFoundError: its data is not there.
     """
     module, _, own = name.rpartition(":")
-    families = _families_of(module) if module else _families()
+    families = _own_table(module, "FAMILIES") if module else _families()
     if own not in families:
         raise unknown_name("task", name, [f"{module}:{n}" if module else n for n in families])
     return families[own](options or TaskOptions())
 
 
-def _families_of(module: str) -> dict[str, Builder]:
-    """The ``FAMILIES`` of a module of the user's."""
+def field_horizon(name: str) -> Horizon:
+    """For how many steps a task of the field is trained.
+
+    Args:
+        name: a registered name, or ``"module:name"`` for an entry of one's own ``FIELD`` table.
+
+    Raises:
+        ValueError: the task has no stated number of steps.
+    """
+    module, _, own = name.rpartition(":")
+    table: dict[str, Horizon] = _own_table(module, "FIELD") if module else field_tasks()
+    if own not in table:
+        raise ValueError(
+            f"the task {name!r} is not of the field: the FIELD table of its module states no "
+            f"number of steps for it. Known: {', '.join(sorted(table)) or 'none'}"
+        )
+    return table[own]
+
+
+def _own_table(module: str, table: str) -> dict[str, Any]:
+    """``FAMILIES`` or ``FIELD`` of a module of the user's."""
     try:
-        found: dict[str, Builder] = importlib.import_module(module).FAMILIES
+        found: dict[str, Any] = getattr(importlib.import_module(module), table)
     except (ModuleNotFoundError, AttributeError) as error:
+        content = {"FAMILIES": "functions of TaskOptions", "FIELD": "numbers of steps (Horizon)"}
         raise ValueError(
             f"no tasks from module {module!r} ({error}): it must be importable (PYTHONPATH) and "
-            f"define FAMILIES, a table from names to functions of TaskOptions"
+            f"define {table}, a table from names to {content[table]}"
         ) from error
     return found

@@ -88,10 +88,12 @@ def image_mlp(
     return FixedTask(task)
 
 
-def image_test_set(image_set: str, data: DataOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """All test images and their labels."""
+def image_test_set(
+    image_set: str, data: DataOptions, count: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``count`` test images, or all of them, and their labels."""
     images = load_images(image_set, False, data)
-    return images.batch(torch.arange(len(images)))
+    return images.batch(torch.arange(len(images) if count is None else min(count, len(images))))
 
 
 _NETWORKS: dict[str, tuple[str, tuple[int, ...], type[nn.Module]]] = {

@@ -9,23 +9,24 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import nn
 
 from learned_optim.meta.tasks._base import (
-    Batch,
     FixedTask,
+    Horizon,
     ModuleTask,
     TaskFamily,
     TaskOptions,
     evaluation_only,
 )
+from learned_optim.meta.tasks._examples import Examples, standardized
 
 BATCH_SIZE = 64
 
 
 @lru_cache(maxsize=1)
-def _diabetes() -> tuple[Tensor, Tensor]:
-    """Inputs ``(442, 10)`` and targets ``(442, 1)``, standardized, in a fixed random order."""
+def _diabetes() -> Examples:
+    """Inputs ``(442, 10)`` and targets ``(442, 1)``, standardized."""
     try:
         from sklearn.datasets import load_diabetes
     except ImportError as error:
@@ -34,24 +35,19 @@ def _diabetes() -> tuple[Tensor, Tensor]:
         ) from error
     inputs, targets = load_diabetes(return_X_y=True)
     x, y = torch.tensor(inputs).float(), torch.tensor(targets).float().unsqueeze(1)
-    order = torch.randperm(len(x), generator=Generator().manual_seed(0))
-    return ((x - x.mean(0)) / x.std(0))[order], ((y - y.mean()) / y.std())[order]
+    return Examples(standardized(x), standardized(y))
 
 
 def _regression(options: TaskOptions) -> TaskFamily:
     evaluation_only("regression", options)
-    x, y = _diabetes()
-    cut = len(x) * 4 // 5
-
-    def draw(generator: Generator) -> Batch:
-        index = torch.randint(cut, (BATCH_SIZE,), generator=generator)
-        return x[index], y[index]
+    train, held_out = _diabetes().split()
 
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 1))
 
-    tests = (x[cut:], y[cut:])
-    return FixedTask(ModuleTask(build, draw, nn.functional.mse_loss, tests=lambda: tests))
+    criterion = nn.functional.mse_loss
+    return FixedTask(ModuleTask(build, train.batches(BATCH_SIZE), criterion, tests=held_out.all))
 
 
 FAMILIES = {"regression": _regression}
+FIELD = {"regression": Horizon(1000, 500)}

@@ -1,8 +1,8 @@
 """What the runs of an evaluation's folder share beyond their keys: ``protocol.json`` beside them.
 
 A run's key names task, optimizer, learning rate and seed. The same key stands for other figures
-under another torch, another text for the language models or another source of one's own tasks, so a
-folder remembers these and is never filled from two of them.
+under another torch, another text for the language models or another source of one's own tasks, so
+a folder remembers these and is never filled from two of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 
 from learned_optim.checkpoint import write_text
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks.language import FAMILIES as TEXT_TASKS
-from learned_optim.meta.tasks.language import read_text
+from learned_optim.meta.tasks import embeddings, finetuning, language
 
 FILE = "protocol.json"
 
@@ -36,9 +35,10 @@ def conditions(
     from learned_optim import __version__
 
     found = {"torch": torch.__version__.split("+")[0], "learned_optim": __version__}
-    if any(task in TEXT_TASKS for task in tasks):
-        tokens, _ = read_text(data.text)
-        found["text"] = _digest(tokens.numpy().tobytes())
+    if any(task in language.FAMILIES or task in embeddings.TEXT_TASKS for task in tasks):
+        found["text"] = _digest(language.text_of(data.text).encode())
+    if any(task in finetuning.TEXT_TASKS for task in tasks):
+        found["Python's library"] = _digest("".join(finetuning.texts()).encode())
     for module in dict.fromkeys([*(task.rpartition(":")[0] for task in tasks), *modules]):
         source = importlib.import_module(module).__file__ if module else None
         if source is not None:

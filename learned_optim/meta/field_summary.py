@@ -1,0 +1,240 @@
+"""The figures of the field, from its runs: plain data, ready for JSON.
+
+Ratios of losses are cut off at 1/10 and 10 before they enter a mean over tasks, so that no single
+task decides it; a run that diverged counts as 10.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim.meta.runs import OptimizerSpec, Run
+from learned_optim.meta.statistics import (
+    finite,
+    geometric_mean,
+    interval,
+    median,
+    performance_profile,
+    ratio_interval,
+    smooth,
+)
+
+#: Share of the run whose mean loss is the final one.
+FINAL_SHARE = 0.05
+#: Ratios are cut off here and at its inverse before they are averaged over tasks.
+LARGEST_RATIO = 10.0
+#: A run stalls if it makes less than this share of the progress of the best tuned rival.
+STALLED_SHARE = 0.1
+#: Factors of the best at which the performance profile is drawn.
+FACTORS = tuple(10 ** (i / 40) for i in range(41))
+
+
+def final_loss(run: Run) -> float:
+    """Mean loss of a run's last 5 %; infinite if it diverged."""
+    count = _final_count(len(run.losses))
+    return math.fsum(run.losses[-count:]) / count
+
+
+def _final_count(stretches: int) -> int:
+    """How many of a run's last losses are averaged to its final one."""
+    return max(1, math.ceil(FINAL_SHARE * stretches))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one optimizer did on one task: tensors have one entry per seed, float64.
+
+    Attributes:
+        losses: means over equal stretches of the steps, ``(seeds, stretches)``.
+        final: mean loss of the last 5 %.
+        test: held-out figures by name; the loss is infinite where the run diverged.
+        step_seconds: processor seconds per step.
+        optimizer_step_seconds: the part of it in the optimizer.
+    """
+
+    optimizer: OptimizerSpec
+    lr: float
+    steps: int
+    losses: Tensor
+    final: Tensor
+    test: dict[str, Tensor]
+    step_seconds: Tensor
+    optimizer_step_seconds: Tensor
+    state_bytes: int
+
+    @staticmethod
+    def of(optimizer: OptimizerSpec, lr: float, steps: int, found: Sequence[Run]) -> Figures:
+        """The figures of an optimizer's test runs."""
+
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64)
+
+        names = sorted({"loss", *(name for run in found for name in run.test)})
+        missing = {name: math.inf if name == "loss" else math.nan for name in names}
+        tests = [{**missing, **run.test} for run in found]
+        return Figures(
+            optimizer,
+            lr,
+            steps,
+            torch.tensor([run.losses for run in found], dtype=torch.float64),
+            column([final_loss(run) for run in found]),
+            {name: column([test[name] for test in tests]) for name in names},
+            column([run.seconds for run in found]) / steps,
+            column([run.optimizer_seconds for run in found]) / steps,
+            max(run.state_bytes for run in found),
+        )
+
+    @property
+    def diverged(self) -> Tensor:
+        """Which seeds diverged, ``(seeds,)`` bool."""
+        return ~self.final.isfinite()
+
+    def stalled(self, rival: Figures | None) -> Tensor:
+        """Which seeds made hardly any progress, ``(seeds,)`` bool; diverged ones are not among."""
+        if rival is None:
+            return torch.zeros_like(self.diverged)
+        wanted = STALLED_SHARE * (rival.losses[:, 0] - rival.final)
+        return (self.losses[:, 0] - self.final < wanted) & ~self.diverged
+
+    def steps_to(self, target: Tensor) -> Tensor:
+        """Steps after which the mean of the last 5 % of the run's length is at most ``target``.
+
+        Shape ``(seeds,)``, as ``target``; infinite where it never is.
+        """
+        width = _final_count(self.losses.shape[1])
+        reached = smooth(self.losses, width) <= target.unsqueeze(1)
+        steps = (reached.int().argmax(1) + 1).double() * self.steps / self.losses.shape[1]
+        return torch.where(reached.any(1), steps, math.inf)
+
+
+def summarize(
+    figures: dict[str, dict[str, Figures]], tuned: Sequence[str], untuned: Sequence[str]
+) -> dict[str, Any]:
+    """The summary of a field: per task, over all tasks, and the performance profiles.
+
+    Args:
+        figures: by task and optimizer.
+        tuned: labels of the rivals that were tuned per task.
+        untuned: labels of all others.
+    """
+    tasks, best_tuned = {}, []
+    for task, entries in figures.items():
+        best = _best([entries[label] for label in tuned])
+        best_tuned.append(best)
+        rival = _best([entries[label] for label in untuned])
+        tasks[task] = {
+            "steps": next(iter(entries.values())).steps,
+            "best_tuned": best.optimizer.label if best else None,
+            "best_untuned": rival.optimizer.label if rival else None,
+            "optimizers": {label: _row(entry, best) for label, entry in entries.items()},
+        }
+    overall = {
+        label: _overall([each[label] for each in figures.values()], best_tuned)
+        for label in (*untuned, *tuned)
+    }
+    pairs = {
+        label: {
+            other: geometric_mean([ratio(e[label].final, e[other].final) for e in figures.values()])
+            for other in untuned
+            if other != label
+        }
+        for label in untuned
+    }
+    finals = {
+        label: [entries[label].final.mean().item() for entries in figures.values()]
+        for label in (*untuned, *tuned)
+    }
+    profiles = {
+        "factors": list(FACTORS),
+        "all": performance_profile(finals, FACTORS),
+        "untuned": performance_profile({label: finals[label] for label in untuned}, FACTORS),
+    }
+    return {"tasks": tasks, "overall": overall, "untuned_pairs": pairs, "profiles": profiles}
+
+
+def ratio(mine: Tensor, theirs: Tensor) -> float:
+    """Ratio of two means over seeds, cut off at 1/10 and 10; 10 where ``mine`` diverged."""
+    above, below = mine.mean().item(), theirs.mean().item()
+    if not math.isfinite(above):
+        return LARGEST_RATIO
+    if not math.isfinite(below):
+        return 1.0 / LARGEST_RATIO
+    return min(max(above / below, 1.0 / LARGEST_RATIO), LARGEST_RATIO)
+
+
+def _best(entries: Sequence[Figures]) -> Figures | None:
+    """The entry with the smallest final loss over the seeds; none if all diverged."""
+    alive = [e for e in entries if not e.diverged.any()]
+    return min(alive, key=lambda e: e.final.mean().item(), default=None)
+
+
+def _row(entry: Figures, best: Figures | None) -> dict[str, Any]:
+    """The figures of one optimizer on one task, beside the best tuned rival's."""
+    row: dict[str, Any] = {
+        "lr": entry.lr,
+        "diverged": int(entry.diverged.sum()),
+        "stalled": int(entry.stalled(best).sum()),
+        "final": interval(entry.final),
+        "sum": interval(entry.losses.mean(1) * entry.steps),
+        "test": {name: interval(values) for name, values in entry.test.items()},
+        "milliseconds_per_step": interval(1000 * entry.step_seconds),
+        "optimizer_milliseconds": interval(1000 * entry.optimizer_step_seconds),
+        "state_bytes": entry.state_bytes,
+    }
+    if best is not None:
+        steps = entry.steps_to(best.final)
+        row["ratio"] = ratio_interval(entry.final, best.final)
+        row["steps_to_target"] = finite(median(steps))
+        row["seconds_to_target"] = finite(median(steps * entry.step_seconds))
+    return row
+
+
+def _overall(entries: Sequence[Figures], best_tuned: Sequence[Figures | None]) -> dict[str, Any]:
+    """One optimizer over all tasks, against the best tuned rival of each."""
+    pairs = list(zip(entries, best_tuned, strict=True))
+    compared = [(entry, best) for entry, best in pairs if best is not None]
+    runs = sum(len(entry.final) for entry in entries)
+    row: dict[str, Any] = {
+        "tasks": len(entries),
+        "diverged": sum(int(entry.diverged.sum()) for entry in entries) / runs,
+        "stalled": sum(int(entry.stalled(best).sum()) for entry, best in pairs) / runs,
+        "optimizer_milliseconds": _mean(
+            [1000 * entry.optimizer_step_seconds.mean().item() for entry in entries]
+        ),
+        "state_bytes": sum(entry.state_bytes for entry in entries),
+    }
+    if compared:
+        ratios = [ratio(entry.final, best.final) for entry, best in compared]
+        reached = [median(e.steps_to(best.final)) / e.steps for e, best in compared]
+        seconds = [
+            median(e.steps_to(best.final) * e.step_seconds)
+            / (best.step_seconds.mean().item() * best.steps)
+            for e, best in compared
+        ]
+        row |= {
+            "ratio": geometric_mean(ratios),
+            "test_ratio": geometric_mean(
+                [ratio(e.test["loss"], best.test["loss"]) for e, best in compared]
+            ),
+            "sum_ratio": geometric_mean(
+                [ratio(e.losses.mean(1), best.losses.mean(1)) for e, best in compared]
+            ),
+            "at_most_tuned": sum(r <= 1.0 for r in ratios),
+            "within_5_percent": sum(r <= 1.05 for r in ratios),
+            "reached": sum(map(math.isfinite, reached)),
+            "step_share_to_target": finite(median(torch.tensor(reached))),
+            "second_share_to_target": finite(median(torch.tensor(seconds))),
+        }
+    return row
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Mean of the finite ``values``, if there are any."""
+    alive = [x for x in values if math.isfinite(x)]
+    return sum(alive) / len(alive) if alive else None

@@ -1,0 +1,332 @@
+"""Runs: one optimizer on one task from one seed, remembered in a file, several at a time.
+
+Per seed, every optimizer starts from the same initial parameters and sees the same batches, and
+all of them run through their public ``torch.optim`` classes, on one thread.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from learned_optim.meta.baselines import make_baseline
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.seeding import seeded
+from learned_optim.meta.statistics import finite
+from learned_optim.meta.tasks import Params, TaskOptions, build_tasks
+from learned_optim.optimizer import LearnedOptimizer
+from learned_optim.pretrained import checkpoint_path, load_rule
+from learned_optim.rules import UpdateRule
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer that is evaluated.
+
+    Attributes:
+        label: its name in tables and plots, unique in an evaluation.
+        source: checkpoint file, or name of a baseline.
+        identity: what its runs are remembered by: a baseline's name, a checkpoint's fingerprint
+            (so that a retrained file of the same name is not mistaken for the one evaluated
+            before, and a file that was moved is known again).
+    """
+
+    label: str
+    kind: Literal["learned", "baseline"]
+    source: str
+    identity: str
+
+    def make(self, params: Iterable[Tensor], lr: float, total_steps: int) -> Optimizer:
+        """The optimizer itself; ``lr`` multiplies a learned update.
+
+        Raises:
+            ValueError: the checkpoint file is no longer the one that takes part.
+        """
+        if self.kind == "baseline":
+            return make_baseline(self.source, params, lr, total_steps)
+        rule = load_rule(self.source)
+        if rule.fingerprint() != self.identity:
+            raise ValueError(
+                f"{self.source} was replaced while it was evaluated: it holds "
+                f"{rule.fingerprint()}, no longer {self.identity}. Start again; finished runs are "
+                f"kept, and those of the new file are done afresh"
+            )
+        return learned_optimizer(params, rule, total_steps, lr)
+
+
+def learned_optimizer(
+    params: Iterable[Tensor], rule: str | UpdateRule, total_steps: int, lr: float = 1.0
+) -> Optimizer:
+    """A learned optimizer that is told the length of the run, if its class can be."""
+    options: dict[str, Any] = {"lr": lr}
+    if "total_steps" in inspect.signature(LearnedOptimizer).parameters:
+        options["total_steps"] = total_steps
+    return LearnedOptimizer(params, rule, **options)
+
+
+def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> list[OptimizerSpec]:
+    """Everybody who takes part, the learned ones first.
+
+    A checkpoint given as a path is labelled by its file's stem (a folder by its name), unless
+    something else of the evaluation would have the same label: then by the path as given.
+
+    Raises:
+        ValueError: an unknown checkpoint or baseline; the message lists those that exist.
+        FileNotFoundError: a checkpoint file that does not exist.
+        ImportError: the package of a baseline is not installed.
+    """
+    short = {checkpoint: _short_name(checkpoint) for checkpoint in checkpoints}
+    uses = Counter([*short.values(), *baselines])
+    found = []
+    for given, name in short.items():
+        label = name if uses[name] == 1 else given
+        if label in baselines:
+            raise ValueError(f"the checkpoint {given!r} is named like a baseline: give its path")
+        path = str(checkpoint_path(given))
+        found.append(OptimizerSpec(label, "learned", path, load_rule(path).fingerprint()))
+    for name in baselines:
+        make_baseline(name, [torch.zeros(1)], lr=1.0, total_steps=1)  # fails now if it ever does
+        found.append(OptimizerSpec(name, "baseline", name, name))
+    return found
+
+
+def _short_name(checkpoint: str) -> str:
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.is_file() else checkpoint
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One optimizer on one task from one seed.
+
+    Attributes:
+        lr: the baseline's learning rate, or the learned update's multiplier.
+        phase: tuning and test seeds draw different initial parameters and batches.
+    """
+
+    task: str
+    optimizer: OptimizerSpec
+    lr: float
+    phase: Literal["tune", "test"]
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """Identity of the run in the log."""
+        who = self.optimizer
+        parts = (self.task, who.kind, who.identity, self.lr, self.phase, self.seed, self.steps)
+        return "|".join(map(str, parts))
+
+
+@dataclass(frozen=True)
+class Run:
+    """The outcome of a :class:`RunSpec`.
+
+    Attributes:
+        losses: training loss before each step, ``steps`` numbers; inf from divergence on.
+        seconds: processor seconds of forward, backward and optimizer steps; drawing batches is
+            not counted. Infinite for a run that diverged.
+        test: held-out figures after the last step.
+        optimizer_seconds: the part of ``seconds`` spent in the optimizer's steps.
+        state_bytes: size of the tensors that the optimizer keeps between steps.
+    """
+
+    losses: list[float]
+    seconds: float
+    test: dict[str, float]
+    optimizer_seconds: float = math.inf
+    state_bytes: int = 0
+
+
+MakeOptimizer = Callable[[list[Tensor], int], Optimizer]
+
+
+def run(spec: RunSpec, data: DataOptions) -> Run:
+    """Train one optimizee with one optimizer, on one thread of torch."""
+
+    def make(params: list[Tensor], total_steps: int) -> Optimizer:
+        return spec.optimizer.make(params, spec.lr, total_steps)
+
+    return train(spec.task, make, spec.phase, spec.seed, spec.steps, data)
+
+
+def train(
+    name: str, make: MakeOptimizer, phase: str, seed: int, steps: int, data: DataOptions
+) -> Run:
+    """Train the task ``name`` from one seed, on one thread of torch.
+
+    Args:
+        make: ``(parameters, total steps) -> optimizer``.
+        phase: ``"tune"`` or ``"test"``.
+    """
+    family = build_tasks(name, TaskOptions("evaluation", data))
+    # Initial parameters and batches follow from task, phase and seed alone: the same for everybody.
+    generator = seeded(phase, name, seed)
+    task = family.sample(generator)
+    params: Params = {n: torch.nn.Parameter(p) for n, p in task.init(generator).items()}
+    optimizer = make(list(params.values()), steps)
+    losses: list[float] = []
+    seconds = optimizer_seconds = 0.0
+    with one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for tasks whose forward pass is random (dropout)
+        for _ in range(steps):
+            batch = task.batch(generator)
+            started = time.process_time()
+            optimizer.zero_grad()
+            loss = task.loss(params, batch)
+            loss.backward()
+            stepping = time.process_time()
+            optimizer.step()
+            optimizer_seconds += time.process_time() - stepping
+            losses.append(loss.item())
+            seconds += time.process_time() - started
+            if not math.isfinite(losses[-1]):
+                good = losses[:-1]
+                return Run(good + [math.inf] * (steps - len(good)), math.inf, {})
+        size = state_bytes(optimizer)
+        if hasattr(optimizer, "eval"):  # schedule-free methods evaluate at their averaged weights
+            optimizer.eval()
+        test = task.test({n: p.detach() for n, p in params.items()})
+    return Run(losses, seconds, test, optimizer_seconds, size)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Size of the tensors in an optimizer's state, each storage counted once."""
+    tensors = [
+        t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)
+    ]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads split sums differently: the figures must not depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class RunLog:
+    """Finished runs in a JSON-lines file, so that an interrupted evaluation goes on.
+
+    Infinite losses and seconds are ``null`` in the file, since JSON has no infinity.
+
+    Args:
+        path: the file; it and its folder appear with the first run added.
+
+    Attributes:
+        runs: everything in the file, by :attr:`RunSpec.key`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, Run] = {}
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
+            # A kill may have cut a line short: that run is done again.
+            with suppress(json.JSONDecodeError):
+                self._remember(line)
+        self._torn = bool(text) and not text.endswith("\n")
+
+    def add(self, key: str, finished: Run) -> None:
+        """Append a run to the file, and remember it as it will be read again."""
+        line = json.dumps(
+            {
+                "key": key,
+                "losses": [finite(float(f"{x:.6g}")) for x in finished.losses],
+                "seconds": finite(round(finished.seconds, 4)),
+                "test": {name: finite(x) for name, x in finished.test.items()},
+                "optimizer_seconds": finite(round(finished.optimizer_seconds, 4)),
+                "state_bytes": finished.state_bytes,
+            }
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write("\n" * self._torn + line + "\n")
+        self._torn = False
+        self._remember(line)
+
+    def _remember(self, line: str) -> None:
+        entry = json.loads(line)
+        self.runs[entry["key"]] = Run(
+            [_number(x) for x in entry["losses"]],
+            _number(entry["seconds"]),
+            {name: math.nan if x is None else x for name, x in entry["test"].items()},
+            _number(entry.get("optimizer_seconds")),
+            entry.get("state_bytes", 0),
+        )
+
+
+def _number(x: float | None) -> float:
+    """A number of a JSON file in which infinity is ``null``."""
+    return math.inf if x is None else x
+
+
+@dataclass
+class Runner:
+    """Does the runs that a log lacks, in this process or in several.
+
+    Attributes:
+        perform: does one run; a function of a module, for it is sent to other processes.
+    """
+
+    log: RunLog
+    data: DataOptions
+    workers: int
+    progress: Progress
+    perform: Callable[[RunSpec, DataOptions], Run]
+    _pool: ProcessPoolExecutor | None = field(default=None, init=False)
+
+    def __enter__(self) -> Runner:
+        if self.workers > 1:  # processes start when first needed
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._pool is not None:  # after an error or an interrupt, what has not begun never does
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def run_missing(self, specs: Sequence[RunSpec], what: str) -> None:
+        """Do those of ``specs`` that the log lacks, and tell the progress over all of them."""
+        missing = {spec.key: spec for spec in specs if spec.key not in self.log.runs}
+        total = len({spec.key for spec in specs})
+        done = total - len(missing)
+        self.progress(done, total, what)
+        for key, finished in self._results(missing):
+            self.log.add(key, finished)
+            done += 1
+            self.progress(done, total, what)
+
+    def _results(self, missing: dict[str, RunSpec]) -> Iterator[tuple[str, Run]]:
+        if self._pool is None:
+            for key, spec in missing.items():
+                yield key, self.perform(spec, self.data)
+            return
+        pool = self._pool
+        futures = {pool.submit(self.perform, spec, self.data): k for k, spec in missing.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()

@@ -1,0 +1,91 @@
+"""Coordinate networks: a photograph as a function of the place in it.
+
+Sine activations in the initialization of Sitzmann et al. (2020), and ReLU on Fourier features
+(Tancik et al. 2020), on a photograph that scikit-learn ships, at a quarter of its resolution. A
+tenth of the pixels is held out; colours are in [-1, 1] and the loss is the mean squared error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.tasks._base import Horizon, ModuleTask, evaluation_family
+from learned_optim.meta.tasks._examples import Examples, draws
+
+BATCH_SIZE = 512
+FREQUENCY = 30.0  # omega_0 of Sitzmann et al.
+
+
+class Sine(nn.Module):
+    """``sin(30 x)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(FREQUENCY * x)
+
+
+def sine_network(inputs: int = 2, outputs: int = 3, width: int = 64, hidden: int = 2) -> nn.Module:
+    """Sine layers in their authors' initialization, and a linear layer."""
+    layers: list[nn.Module] = []
+    for index, fan_in in enumerate([inputs] + [width] * hidden):
+        linear = nn.Linear(fan_in, width if index < hidden else outputs)
+        bound = 1.0 / fan_in if index == 0 else math.sqrt(6.0 / fan_in) / FREQUENCY
+        nn.init.uniform_(linear.weight, -bound, bound)
+        layers += [linear, Sine()]
+    return nn.Sequential(*layers[:-1])
+
+
+class FourierFeatures(nn.Module):
+    """Sines and cosines of 64 fixed random frequencies of standard deviation 5."""
+
+    frequencies: Tensor
+
+    def __init__(self, inputs: int = 2, count: int = 64) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 5.0 * torch.randn(inputs, count, generator=draws(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = math.pi * x @ self.frequencies
+        return torch.cat((angles.sin(), angles.cos()), -1)
+
+
+def fourier_network() -> nn.Module:
+    """Fourier features, two ReLU layers of 64 and a linear layer."""
+    body = (nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    return nn.Sequential(FourierFeatures(), *body)
+
+
+@lru_cache(maxsize=1)
+def _pixels() -> Examples:
+    """Places in [-1, 1]^2 and colours in [-1, 1]^3 of the photograph."""
+    try:
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise ImportError(
+            "the photograph comes with scikit-learn: pip install 'learned-optim[meta]'"
+        ) from error
+    image = torch.tensor(load_sample_image("china.jpg")).float() / 127.5 - 1.0  # (427, 640, 3)
+    image = F.avg_pool2d(image.permute(2, 0, 1), 4).permute(1, 2, 0)  # (106, 160, 3)
+    axes = [torch.linspace(-1.0, 1.0, size) for size in image.shape[:2]]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    return Examples(places.flatten(0, 1), image.flatten(0, 1))
+
+
+def _photograph(build: Callable[[], nn.Module], data: DataOptions) -> ModuleTask:
+    train, held_out = _pixels().split(0.1)
+    return ModuleTask(build, train.batches(BATCH_SIZE), F.mse_loss, tests=held_out.all)
+
+
+FAMILIES = {
+    "coordinates-sine": evaluation_family("coordinates-sine", partial(_photograph, sine_network)),
+    "coordinates-fourier": evaluation_family(
+        "coordinates-fourier", partial(_photograph, fourier_network)
+    ),
+}
+FIELD = {"coordinates-sine": Horizon(4000, 1000), "coordinates-fourier": Horizon(4000, 1000)}

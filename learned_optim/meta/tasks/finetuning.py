@@ -1,0 +1,172 @@
+"""Going on from trained weights: whole networks and low-rank adapters (Hu et al. 2022).
+
+The weights are trained where they are needed, always alike: AdamW with a fixed learning rate and
+seed. A convolutional network that knows FashionMNIST sees 2,000 of its images faded; a language
+model that knows one module of Python's library reads another, with all of its weights or with
+adapters of rank 4 on every linear layer, whose second matrices start at zero. The held-out figures
+are of the new data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from learned_optim.meta.data import DataOptions, load_images
+from learned_optim.meta.tasks._base import (
+    Batch,
+    Horizon,
+    ModuleTask,
+    Params,
+    TaskOptions,
+    evaluation_family,
+)
+from learned_optim.meta.tasks._examples import Examples
+from learned_optim.meta.tasks.convnets import convnet
+from learned_optim.meta.tasks.images import image_batches
+from learned_optim.meta.tasks.language import TiedTransformer, encoded, sequence_loss, sequences
+
+RANK, ALPHA = 4, 8.0
+FINETUNE_IMAGES, HELD_OUT = 2000, 2000
+LENGTH, TEXT_BATCH = 32, 16
+TEXT_TASKS = ("finetune-lm", "lora-lm")
+# Printable ASCII and the line break: the alphabet of both texts.
+ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+
+
+def texts() -> tuple[str, str]:
+    """The text that trains the language model, and the one that it then reads."""
+    return inspect.getsource(argparse), inspect.getsource(inspect)
+
+
+def pretrained(task: ModuleTask, steps: int, lr: float = 1e-3) -> dict[str, Tensor]:
+    """Weights of a task's module after AdamW's steps from a fixed seed, under a cosine."""
+    generator = Generator().manual_seed(0)
+    params: Params = {n: nn.Parameter(p) for n, p in task.init(generator).items()}
+    optimizer = torch.optim.AdamW(params.values(), lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads split sums differently
+    try:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            task.loss(params, task.batch(generator)).backward()
+            optimizer.step()
+            schedule.step()
+    finally:
+        torch.set_num_threads(threads)
+    return {name: p.detach() for name, p in params.items()}
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer plus ``ALPHA / RANK`` times a trained product of rank ``RANK``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", base.weight.detach())
+        self.register_buffer("bias", base.bias.detach())
+        self.down = nn.Parameter(torch.empty(RANK, base.in_features))
+        self.up = nn.Parameter(torch.zeros(base.out_features, RANK))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = F.linear(F.linear(x, self.down), self.up)
+        return F.linear(x, self.weight, self.bias) + ALPHA / RANK * delta
+
+
+def with_adapters(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` whose linear layers have adapters, and nothing else is trained."""
+    network = copy.deepcopy(network)
+    for module in list(network.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(module, nn.Linear):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, LowRank(child))
+    return network
+
+
+@lru_cache(maxsize=1)
+def _trained_convnet(data: DataOptions) -> nn.Module:
+    images = load_images("fashion", True, data)
+    network = convnet(images.shape, (8, 16), images.classes, batch_norm=False)
+    batches = image_batches("fashion", TaskOptions(data=data), 64)
+    task = ModuleTask(lambda: copy.deepcopy(network), batches)
+    network.load_state_dict(pretrained(task, 600))
+    return network
+
+
+def _finetune_convnet(data: DataOptions) -> ModuleTask:
+    def faded(train: bool, count: int) -> Examples:
+        images, labels = load_images("fashion", train, data).batch(torch.arange(count))
+        return Examples(0.6 * images + 0.2, labels)
+
+    network = _trained_convnet(data)
+    return ModuleTask(
+        lambda: copy.deepcopy(network),
+        faded(True, FINETUNE_IMAGES).batches(32),
+        tests=faded(False, HELD_OUT).all,
+    )
+
+
+def _text_task(text: str, build: Callable[[], nn.Module]) -> ModuleTask:
+    """Next-character prediction on nine tenths of ``text``; the last tenth tests."""
+    tokens = encoded(text, ALPHABET)
+    cut = len(tokens) * 9 // 10
+    train, held_out = tokens[:cut], tokens[cut:]
+
+    def draw(generator: Generator) -> Batch:
+        starts = torch.randint(len(train) - LENGTH, (TEXT_BATCH,), generator=generator)
+        return sequences(train, starts, LENGTH)
+
+    def tests() -> tuple[Tensor, Tensor]:
+        return sequences(held_out, torch.arange(0, len(held_out) - LENGTH, LENGTH), LENGTH)
+
+    return ModuleTask(build, draw, sequence_loss, tests=tests)
+
+
+def _small_transformer() -> nn.Module:
+    return TiedTransformer(len(ALPHABET), width=48, length=LENGTH)
+
+
+@lru_cache(maxsize=1)
+def _trained_transformer() -> nn.Module:
+    network = _small_transformer()
+    task = _text_task(texts()[0], _small_transformer)
+    network.load_state_dict(pretrained(task, 600, lr=3e-3))
+    return network
+
+
+def _language_model(adapters: bool, data: DataOptions) -> ModuleTask:
+    network = _trained_transformer()
+
+    def build() -> nn.Module:
+        return with_adapters(network) if adapters else copy.deepcopy(network)
+
+    return _text_task(texts()[1], build)
+
+
+FAMILIES = {
+    "finetune-convnet": evaluation_family("finetune-convnet", _finetune_convnet),
+    "finetune-lm": evaluation_family("finetune-lm", partial(_language_model, False)),
+    "lora-lm": evaluation_family("lora-lm", partial(_language_model, True)),
+}
+FIELD = {
+    "finetune-convnet": Horizon(1000, 400),
+    "finetune-lm": Horizon(1500, 400),
+    "lora-lm": Horizon(1500, 400),
+}

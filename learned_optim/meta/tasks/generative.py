@@ -1,0 +1,123 @@
+"""Networks that reproduce images: an autoencoder, a variational one and a denoiser.
+
+Autoencoders (Kingma and Welling 2014 for the variational one) see FashionMNIST pooled to 14x14
+pixels; the denoiser of a diffusion model (Ho et al. 2020) sees scikit-learn's digits, and its
+output layer starts at zero as is usual there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from learned_optim.meta.data import DataOptions, load_images
+from learned_optim.meta.tasks._base import Batch, Horizon, ModuleTask, evaluation_family
+from learned_optim.meta.tasks._examples import Examples, draws
+
+BATCH_SIZE = 64
+HELD_OUT = 2000
+
+
+def _pooled(data: DataOptions, train: bool, count: int) -> Examples:
+    """The first ``count`` FashionMNIST images, ``(count, 196)`` in [0, 1]; each its own target."""
+    images = load_images("fashion", train, data)
+    pixels, _ = images.batch(torch.arange(min(count, len(images))))
+    pooled = F.avg_pool2d(pixels, 2).flatten(1)
+    return Examples(pooled, pooled)
+
+
+def _autoencoder(data: DataOptions) -> ModuleTask:
+    def build() -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(196, 128), nn.ReLU(), nn.Linear(128, 16), nn.Linear(16, 128), nn.ReLU(),
+            nn.Linear(128, 196),
+        )  # fmt: skip
+
+    return ModuleTask(
+        build,
+        _pooled(data, True, 20_000).batches(BATCH_SIZE),
+        F.binary_cross_entropy_with_logits,
+        tests=_pooled(data, False, HELD_OUT).all,
+    )
+
+
+class VariationalAutoencoder(nn.Module):
+    """Logits of the pixels beside mean and log variance of the code: ``(batch, 196 + 2 * 8)``.
+
+    The code is drawn in training and its mean in evaluation.
+    """
+
+    def __init__(self, pixels: int = 196, code: int = 8, width: int = 128) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, 2 * code)
+        )
+        self.decoder = nn.Sequential(nn.Linear(code, width), nn.ReLU(), nn.Linear(width, pixels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        encoded = self.encoder(x)
+        mean, log_variance = encoded.chunk(2, -1)
+        noise = torch.randn_like(mean) if self.training else torch.zeros_like(mean)
+        logits = self.decoder(mean + (0.5 * log_variance).exp() * noise)
+        return torch.cat((logits, encoded), -1)
+
+
+def negative_evidence(outputs: Tensor, pixels: Tensor) -> Tensor:
+    """Negative evidence lower bound in nats per image, for ``outputs`` of the network above."""
+    logits, encoded = outputs[:, : pixels.shape[1]], outputs[:, pixels.shape[1] :]
+    mean, log_variance = encoded.chunk(2, -1)
+    reconstruction = F.binary_cross_entropy_with_logits(logits, pixels, reduction="sum")
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum()
+    return (reconstruction + divergence) / len(pixels)
+
+
+def _variational(data: DataOptions) -> ModuleTask:
+    return ModuleTask(
+        VariationalAutoencoder,
+        _pooled(data, True, 20_000).batches(BATCH_SIZE),
+        negative_evidence,
+        tests=_pooled(data, False, HELD_OUT).all,
+    )
+
+
+def denoising_network(width: int = 128) -> nn.Module:
+    """Noisy digits and their share of noise ``(batch, 65)`` to the noise; zero output layer."""
+    head = nn.Linear(width, 64)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    hidden = (nn.Linear(65, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+    return nn.Sequential(*hidden, head)
+
+
+def _denoiser(data: DataOptions) -> ModuleTask:
+    def noisy(digits: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        share = torch.rand(len(digits), 1, generator=generator)
+        noise = torch.randn(digits.shape, generator=generator)
+        mixed = (1.0 - share).sqrt() * digits + share.sqrt() * noise
+        return torch.cat((mixed, share), 1), noise
+
+    def digits(train: bool) -> Tensor:
+        images = load_images("digits", train, data)
+        pixels, _ = images.batch(torch.arange(len(images)))
+        return 2.0 * pixels.flatten(1) - 1.0
+
+    train, held_out = digits(True), digits(False)
+
+    def draw(generator: Generator) -> Batch:
+        index = torch.randint(len(train), (BATCH_SIZE,), generator=generator)
+        return noisy(train[index], generator)
+
+    return ModuleTask(denoising_network, draw, F.mse_loss, tests=lambda: noisy(held_out, draws(0)))
+
+
+FAMILIES = {
+    "autoencoder": evaluation_family("autoencoder", _autoencoder),
+    "variational-autoencoder": evaluation_family("variational-autoencoder", _variational),
+    "denoiser": evaluation_family("denoiser", _denoiser),
+}
+FIELD = {
+    "autoencoder": Horizon(5000, 1000),
+    "variational-autoencoder": Horizon(5000, 1000),
+    "denoiser": Horizon(5000, 1000),
+}
