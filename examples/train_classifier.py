@@ -108,7 +108,12 @@ def compare(
     adam_lr = tuned(lambda params, lr: torch.optim.Adam(params, lr=lr), args, data, how)
     sgd_lr = tuned(lambda params, lr: torch.optim.SGD(params, lr=lr), args, data, how)
     optimizers: dict[str, MakeOptimizer] = {
-        f"LearnedOptimizer({Path(args.rule).stem!r})": lambda p: LearnedOptimizer(p, args.rule),
+        f"LearnedOptimizer({Path(args.rule).stem!r})": lambda p: LearnedOptimizer(
+            # A fresh perceptron on a short run: the warm-up would only cost steps.
+            p,
+            args.rule,
+            warmup=0,
+        ),
         f"Adam(lr={adam_lr:g})": lambda params: torch.optim.Adam(params, lr=adam_lr),
         f"SGD(lr={sgd_lr:g})": lambda params: torch.optim.SGD(params, lr=sgd_lr),
     }

@@ -311,10 +311,7 @@ class Mine(UpdateRule):
         super().__init__(config)
         self.scale = torch.nn.Parameter(torch.tensor(self.config.scale))
 
-    def init_state(self, param):
-        return {{}}
-
-    def forward(self, grad, state, param, loss=None):
+    def forward(self, grad, state, param, segments, context):
         return -self.scale * grad, {{}}
 """
 

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from learned_optim.checkpoint import BEST_FILE, remove_leftovers, write_atomically, write_text
-from learned_optim.meta import protocol
+from learned_optim.meta import provenance
 from learned_optim.meta.recipes import Recipe, recipe_from_json
 
 RECIPE = "recipe.json"
@@ -84,14 +84,14 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe (different: "
                     f"{', '.join(differing)}): choose another folder, or delete it ({listing})"
                 )
-        return protocol.check(self.path, conditions, "choose another folder")
+        return provenance.check(self.path, conditions, "choose another folder")
 
     def begin(self, recipe: Recipe, conditions: dict[str, str]) -> None:
         """Write what identifies the run."""
         write_text(
             self.path / RECIPE, json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n"
         )
-        protocol.remember(self.path, conditions)
+        provenance.remember(self.path, conditions)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ all of them run through their public ``torch.optim`` classes, on one thread.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import time
@@ -17,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -73,11 +72,13 @@ class OptimizerSpec:
 def learned_optimizer(
     params: Iterable[Tensor], rule: str | UpdateRule, total_steps: int, lr: float = 1.0
 ) -> Optimizer:
-    """A learned optimizer that is told the length of the run, if its class can be."""
-    options: dict[str, Any] = {"lr": lr}
-    if "total_steps" in inspect.signature(LearnedOptimizer).parameters:
-        options["total_steps"] = total_steps
-    return LearnedOptimizer(params, rule, **options)
+    """A learned optimizer as its rule was trained: without the warm-up that users get.
+
+    It is told the length of the run if its rule reads it.
+    """
+    loaded = load_rule(rule) if isinstance(rule, str) else rule
+    horizon = total_steps if loaded.reads_horizon else None
+    return LearnedOptimizer(params, loaded, lr=lr, warmup=0, total_steps=horizon)
 
 
 def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> list[OptimizerSpec]:

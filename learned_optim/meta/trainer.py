@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 from learned_optim.checkpoint import CheckpointError, read_checkpoint, save_rule
-from learned_optim.meta import protocol
+from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
@@ -203,7 +203,7 @@ class MetaTrainer:
     def _open_folder(self) -> None:
         recipe = self.recipe
         modules = source_modules(type(self.rule), type(recipe.rule))
-        conditions = protocol.conditions([recipe.task], self.data, modules)
+        conditions = provenance.conditions([recipe.task], self.data, modules)
         if self._start is not None:
             conditions["weights of start"] = self._start
         conditions = self.files.check(recipe, conditions)
