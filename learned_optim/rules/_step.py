@@ -97,18 +97,17 @@ def _updates_by_parts(
     seen: dict[int, tuple[Tensor, State, Tensor]] = {}  # of the only piece, kept for pass two
     sums: list[Tensor] = []
 
-    def observe_(piece: Piece) -> tuple[Tensor, State, Tensor]:
-        grad = sanitize_grad(piece.pack(grads), dtype, maximize)
-        state = {key: piece.pack_rows(states, key, dtype) for key in moments}
-        new = rule.moments(grad, state)
-        for key, value in new.items():
-            piece.unpack_rows_(states, key, value)
-        return grad, {**state, **new}, piece.pack(params).to(dtype)
-
-    def again(piece: Piece) -> tuple[Tensor, State, Tensor]:
+    def load(piece: Piece) -> tuple[Tensor, State, Tensor]:
         grad = sanitize_grad(piece.pack(grads), dtype, maximize)
         state = {key: piece.pack_rows(states, key, dtype) for key in moments}
         return grad, state, piece.pack(params).to(dtype)
+
+    def observe_(piece: Piece) -> tuple[Tensor, State, Tensor]:
+        grad, state, param = load(piece)
+        new = rule.moments(grad, state)
+        for key, value in new.items():
+            piece.unpack_rows_(states, key, value)
+        return grad, {**state, **new}, param
 
     probe = type(rule).products is not _base.UpdateRule.products
     for index, piece in enumerate(pieces if probe else ()):
@@ -129,7 +128,7 @@ def _updates_by_parts(
         if not probe:
             grad, state, param = observe_(piece)
         else:
-            grad, state, param = seen.pop(index) if index in seen else again(piece)
+            grad, state, param = seen.pop(index) if index in seen else load(piece)
         own_stats = None if stats is None else piece.segments.expand(stats[:, piece.tensors])
         rows, directions = rule.coordinate_features(grad, state, param, own_stats)
         if rule.rows == "coordinates" and rows is not None:
