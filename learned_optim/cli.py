@@ -27,7 +27,8 @@ commands:
   show CHECKPOINT      what a checkpoint is and how it was made
   search RECIPE        random search of a recipe's meta-learning rate
   train RECIPE         meta-train an update rule
-  evaluate             compare learned with tuned hand-written optimizers
+  evaluate             compare learned with tuned hand-written optimizers; with --suite field, on
+                       real training runs, against tuned schedules and rivals that need no tuning
 
   COMMAND --help       its most common options; --help-all: every option, by group
   --rules MODULE       with any command: import a module of your own that defines update rules
@@ -71,11 +72,6 @@ and learning curves. Given again, the same command does only the runs that are m
 
 #: What ``evaluate`` runs: tasks and horizons as asked for, or the field of real training runs.
 SUITES = ("tasks", "field")
-
-EVALUATE_DESCRIPTION = """What to evaluate, on what, and how thoroughly.
-
-With --suite field: on the field of tasks that people recognise, against tuned schedules and rivals
-that need no tuning. Its options: learned-optim evaluate --suite field --help."""
 
 #: Modules of the ``meta`` extra, which the package is installed without unless asked.
 META_EXTRA = (
@@ -255,15 +251,8 @@ def _with_recipe(command: str, usage: str, kind: type[T], args: list[str]) -> T 
             raise ValueError("--rule takes the name of an update rule, or module:name")
         recipe = replace(recipe, rule=rule_config(rest[at + 1]))
         del rest[at : at + 2]
-    import tyro
-
-    return tyro.cli(
-        kind,
-        args=rest,
-        default=kind(recipe=recipe, folder=_run_folder(command, source)),  # type: ignore[call-arg]
-        prog=f"learned-optim {command} {source}",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    default = kind(recipe=recipe, folder=_run_folder(command, source))  # type: ignore[call-arg]
+    return _options(kind, rest, f"{command} {source}", default)
 
 
 def _run_folder(command: str, source: str) -> Path:
@@ -463,7 +452,7 @@ def _evaluate(args: list[str]) -> int:
         print(field_report.markdown(summary))
         written = field_report.write_report(summary, config.output)
     else:
-        chosen = _options(EvaluateConfig, args, "evaluate", EVALUATE_DESCRIPTION)
+        chosen = _options(EvaluateConfig, args, "evaluate")
         _import_plotting()
         with ProgressBar("evaluation") as show:
             evaluation = Evaluation(chosen, show)
@@ -476,15 +465,19 @@ def _evaluate(args: list[str]) -> int:
     return 0
 
 
-def _options(kind: type[T], args: list[str], command: str, description: str | None = None) -> T:
-    """A configuration from command line options, which its fields define."""
+def _options(kind: type[T], args: list[str], command: str, default: T | None = None) -> T:
+    """A configuration from command line options, which its fields define.
+
+    Args:
+        default: holds the values of options that are not given; ``None``: those of ``kind``.
+    """
     import tyro
 
     return tyro.cli(
         kind,
         args=args,
+        default=kind() if default is None else default,
         prog=f"learned-optim {command}",
-        description=description,
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
