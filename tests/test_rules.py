@@ -417,7 +417,7 @@ class DriftingRule(UpdateRule):
     def moments(self, grad, state):
         return {"momentum": torch.lerp(grad.unsqueeze(-1), state["momentum"], 0.8)}
 
-    def products(self, grad, state, param):
+    def products(self, grad, state, param, segments, context):
         return [(grad, grad)]
 
     def tensor_features(self, means, segments, context):

@@ -32,6 +32,14 @@ class StepContext:
     loss: Tensor | None = None
     total_steps: float | Tensor | None = None
 
+    def of(self, tensors: slice) -> StepContext:
+        """The context of some of the tensors."""
+
+        def part(value: Any) -> Any:
+            return value[tensors] if isinstance(value, Tensor) and value.dim() else value
+
+        return StepContext(self.step[tensors], part(self.loss), part(self.total_steps))
+
 
 class UpdateRule(ConfiguredModule):
     """A function from the gradient history of parameter tensors to their updates.
@@ -122,13 +130,16 @@ class UpdateRule(ConfiguredModule):
         """
         return {}
 
-    def products(self, grad: Tensor, state: State, param: Tensor) -> Sequence[Product]:
+    def products(
+        self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
+    ) -> Sequence[Product]:
         """Products whose means over each tensor :meth:`tensor_features` reads; elementwise.
 
         Args:
             grad: shape ``(n,)``.
             state: with the new :meth:`moments`.
             param: shape ``(n,)``, in the rule's dtype.
+            segments, context: those of the tensors at hand, which may be pieces of whole ones.
 
         Returns:
             ``k`` pairs ``(a, b)`` of shapes ``(n,)``; ``(a, None)`` averages ``a`` itself.
@@ -206,7 +217,7 @@ class UpdateRule(ConfiguredModule):
         """
         new = self.moments(grad, state)
         seen = {**state, **new}
-        products = self.products(grad, seen, param)
+        products = self.products(grad, seen, param, segments, context)
         means = segments.mean_from_sums(segments.sums(products)) if products else grad[:0]
         features, stats = self.tensor_features(means, segments, context)
         spread = None if stats is None else segments.expand(stats)

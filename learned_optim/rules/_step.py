@@ -112,7 +112,8 @@ def _updates_by_parts(
     probe = type(rule).products is not _base.UpdateRule.products
     for index, piece in enumerate(pieces if probe else ()):
         grad, state, param = observe_(piece)
-        part = piece.segments.sums(rule.products(grad, state, param))
+        own = context.of(piece.tensors)
+        part = piece.segments.sums(rule.products(grad, state, param, piece.segments, own))
         if sums and piece.first == pieces[index - 1].first:  # the tensor's next block
             sums[-1] = sums[-1] + part
         else:
@@ -173,7 +174,7 @@ def _updates_by_forward(
                 state[key] = torch.stack([s[key] for s in states[piece.tensors]]).to(dtype)
             else:
                 state[key] = piece.pack_rows(states, key, dtype)
-        own = _base.StepContext(context.step[piece.tensors], context.loss, context.total_steps)
+        own = context.of(piece.tensors)
         grad = sanitize_grad(piece.pack(grads), dtype, maximize)
         update, new = rule(grad, state, piece.pack(params).to(dtype), piece.segments, own)
         for key, value in new.items():

@@ -105,7 +105,9 @@ class EquivariantRule(UpdateRule):
         )
         return {"moments": torch.stack(new).t()}
 
-    def products(self, grad: Tensor, state: State, param: Tensor) -> Sequence[Product]:
+    def products(
+        self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
+    ) -> Sequence[Product]:
         fast, slow, square = state["moments"].unbind(-1)
         return ((square, None), (param, param), (fast, fast), (slow, slow), (grad, grad))
 

@@ -108,7 +108,9 @@ class SteeredRule(UpdateRule):
         )
         return {key: value.unsqueeze(-1) for key, value in zip(_MOMENTS, new, strict=True)}
 
-    def products(self, grad: Tensor, state: State, param: Tensor) -> Sequence[Product]:
+    def products(
+        self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
+    ) -> Sequence[Product]:
         fast, slow, square = (state[key].squeeze(-1) for key in _MOMENTS)
         r = (square + TINY**2).rsqrt()
         s_fast, s_slow = fast * r, slow * r

@@ -35,7 +35,8 @@ def test_the_update_is_rounded_once(rule: UpdateRule, dtype) -> None:
     """The rule computes in float32; only the sum with the parameter is rounded to its dtype."""
     start, grad = torch.randn(6, 3, dtype=dtype), torch.randn(6, 3, dtype=dtype)
     param = Parameter(start.clone())
-    opt = LearnedOptimizer([param], rule, lr=0.5, warmup=0)
+    horizon = 100 if rule.reads_horizon else None
+    opt = LearnedOptimizer([param], rule, lr=0.5, warmup=0, total_steps=horizon)
     param.grad = grad
     opt.step()
     update = trajectory(rule, grad.float().unsqueeze(0), start.float())[0]

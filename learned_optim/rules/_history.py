@@ -1,0 +1,133 @@
+"""What a rule with one network per tensor remembers of the tensor's past, and reads of it.
+
+A step is observed as ``(m, f)`` numbers: its time, then its measurements. The network reads the
+time of the step and the measurements of the step before, which are in ``stats``: so one pass over
+the coordinates does everything.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from learned_optim.rules._features import TINY, bias_correction
+
+# Columns of an observed step: its number, schedule and scale; inputs of the network; measurements.
+STEP, SCHEDULE, NATURAL = range(3)
+TIME_INPUTS, MEASUREMENTS = slice(3, 12), slice(12, None)
+
+# Entries of ``stats``, all of the step before. Logs are natural.
+(
+    FIRST_RMS,  # root mean square of the parameters at the first step
+    RMS,  # root mean square of the parameters
+    LEVEL,  # log of the mean square of the gradient
+    MEAN_LEVEL,  # moving average of LEVEL
+    FAST_SHARE,  # log of the mean square of the fast momentum over that of the gradient
+    SLOW_SHARE,  # the same of the slow momentum
+    FAST_SIGNAL,  # log of the mean square of the fast momentum in units of each coordinate's r
+    SLOW_SIGNAL,  # the same of the slow momentum
+    INEQUALITY,  # log of the squared mean of r over the mean of its square
+    FAST_CORRELATION,  # of the gradient with the fast momentum before it, averaged over 10 steps
+    MEAN_CORRELATION,  # the same, averaged over 100 steps
+    SLOW_CORRELATION,  # of the gradient with the slow momentum before it, averaged over 10 steps
+    LIVE,  # share of coordinates whose gradient is not zero, averaged over 10 steps
+    _SPARE,  # keeps the size even
+) = range(14)
+STATS = 14
+INPUTS = 21
+
+# Decays of the averages in ``stats``.
+_SHORT, _LONG = 0.9, 0.99
+
+
+def measurements(means: Tensor) -> tuple[Tensor, ...]:
+    """What one step shows of each tensor, 11 of shape ``(m,)``.
+
+    Args:
+        means: over each tensor, ``(13, m)``: squares of the parameter, mean square, squares of both
+            momenta, of both in units of r, mean r, products of the gradient in units of r with both
+            momenta before it, squares of these three, and the share of gradients that are not zero.
+    """
+    (
+        param, square, fast, slow, s_fast, s_slow, r, with_fast, with_slow, ratio, old_fast,
+        old_slow, live,
+    ) = means  # fmt: skip
+    return (
+        param.sqrt(),
+        (square + TINY**2).log(),
+        _log_ratio(fast, square),
+        _log_ratio(slow, square),
+        (s_fast + 1e-4).log(),
+        (s_slow + 1e-4).log(),
+        _log_ratio(r.square(), square),
+        with_fast / (ratio * old_fast + 1e-20).sqrt(),
+        with_slow / (ratio * old_slow + 1e-20).sqrt(),
+        live,
+        (square > 0).to(square.dtype),
+    )
+
+
+def scale_of(seen: Tensor, stats: Tensor, entry: int = RMS) -> Tensor:
+    """Root mean square of each tensor at the step before; at the first step, of this one; (m,)."""
+    return torch.where(seen[:, STEP] > 0, stats[:, entry], seen[:, MEASUREMENTS][:, 0])
+
+
+def network_inputs(seen: Tensor, stats: Tensor) -> Tensor:
+    """The network's inputs, ``(m, 21)``.
+
+    Args:
+        seen: the step, ``(m, f)``.
+        stats: of the steps before, ``(m, 14)``.
+    """
+    step, natural = seen[:, STEP], seen[:, NATURAL]
+    rms, first = scale_of(seen, stats), scale_of(seen, stats, FIRST_RMS)
+    started = (step > 0).to(stats.dtype)
+    short, long = (
+        started / bias_correction(step.clamp(min=1), beta)[0] for beta in (_SHORT, _LONG)
+    )
+    of = stats.unbind(-1)
+    live = (of[LIVE] * short + 1e-3).log() / 4
+    moved = torch.log(rms.clamp(min=1e-8) / torch.maximum(first, 0.01 * natural)) / 2
+    inputs = (
+        (rms / natural).clamp(min=math.exp(-8.0)).log() / 4,
+        *seen[:, TIME_INPUTS].unbind(-1),
+        *(started * of[entry] / 4 for entry in range(FAST_SHARE, INEQUALITY + 1)),
+        of[FAST_CORRELATION] * short,
+        of[MEAN_CORRELATION] * long,
+        of[SLOW_CORRELATION] * short,
+        started * live,
+        moved,
+        started * (of[LEVEL] - of[MEAN_LEVEL]) / 4,
+    )
+    return torch.stack(inputs, dim=-1)
+
+
+def next_stats(seen: Tensor, stats: Tensor) -> Tensor:
+    """``stats`` after the step, ``(m, 14)``.
+
+    Entries that describe gradients stay as they are until the tensor has had one.
+    """
+    step, old = seen[:, STEP], stats.unbind(-1)
+    rms, level, *logs, with_fast, with_slow, live, any_gradient = seen[:, MEASUREMENTS].unbind(-1)
+    new = list(old)
+    new[FIRST_RMS] = torch.where(step > 0, old[FIRST_RMS], rms)
+    new[RMS] = rms
+    measured = {
+        LEVEL: level,
+        MEAN_LEVEL: torch.where(step > 0, torch.lerp(level, old[MEAN_LEVEL], _LONG), level),
+        **dict(zip(range(FAST_SHARE, INEQUALITY + 1), logs, strict=True)),
+        FAST_CORRELATION: torch.lerp(with_fast, old[FAST_CORRELATION], _SHORT),
+        MEAN_CORRELATION: torch.lerp(with_fast, old[MEAN_CORRELATION], _LONG),
+        SLOW_CORRELATION: torch.lerp(with_slow, old[SLOW_CORRELATION], _SHORT),
+        LIVE: torch.lerp(live, old[LIVE], _SHORT),
+    }
+    for entry, value in measured.items():
+        new[entry] = torch.where(any_gradient > 0, value, old[entry])
+    return torch.stack(new, dim=-1)
+
+
+def _log_ratio(x: Tensor, reference: Tensor) -> Tensor:
+    """log(x / reference), clamped to that of 1e-7 and 1e7."""
+    return (x / (reference + TINY**2)).clamp(1e-7, 1e7).log()

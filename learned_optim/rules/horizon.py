@@ -1,0 +1,260 @@
+"""Adam-like directions whose gains one small network per tensor sets, knowing the run's length.
+
+The untrained rule is Adam (Kingma and Ba 2015) in units of the tensor's scale, with a linear
+warm-up and, where the length of the run is known, a cosine to its end. A network of a few hundred
+weights, evaluated once per tensor, reads what the last step has shown of the tensor - its scale,
+shape and age, how much of its gradient is signal, whether gradients still point where the momenta
+do - and the progress of the run. It answers with a factor on the step and with the shares of four
+directions. It is trained by evolution strategies on whole runs. Learned optimizers that know how
+far the run is go back to VeLO (Metz et al. 2022, arXiv 2211.09760); a network that sets
+hyperparameters of a hand-written update to Daniel et al. 2016.
+
+Statistics are those of the step before, so that one pass over the coordinates does everything: a
+step costs what Adam's does.
+
+Zero history gives zero update, the update is odd in the history, and a constant factor on the loss
+changes nothing. No coordinate moves by more than :attr:`HorizonRule.longest_step` times the scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim.rules._base import State, StepContext, UpdateRule
+from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._features import TINY, bias_correction
+from learned_optim.rules._history import (
+    INPUTS,
+    NATURAL,
+    SCHEDULE,
+    STATS,
+    measurements,
+    network_inputs,
+    next_stats,
+    scale_of,
+)
+from learned_optim.rules._segments import Product, Segments
+
+DIRECTIONS = 4
+# The gradient in units of r is cut off here; the momenta need no such bound.
+_LARGEST_RATIO = 3.0
+_STEP_BOUND, _MIX_BOUND = 3.0, 2.0
+_LAST_RATE = 0.01
+_LONGEST_WARMUP, _SHORTEST_WARMUP = 250.0, 10.0
+_LARGEST_COUNT = 10_000.0
+
+
+@dataclass(frozen=True)
+class HorizonConfig(RuleConfig):
+    """Architecture of :class:`HorizonRule`."""
+
+    hidden_size: int = 16
+    """Units of the network."""
+    fast_beta: float = 0.9
+    """Decay of the fast momentum."""
+    slow_beta: float = 0.99
+    """Decay of the slow momentum."""
+    square_beta: float = 0.99
+    """Decay of the mean square that normalizes."""
+    base_step: float = 0.05
+    """Step of the untrained rule, in units of the tensor's scale."""
+    largest_scale: float = 0.1
+    """Bound of the scale that the shape of a matrix gives, ``1 / sqrt(fan_in)``: a fan-in of a few
+    says nothing about an embedding of that width or an adapter of that rank."""
+    warmup_share: float = 0.05
+    """Warm-up, in units of the run's length: between 10 and 250 steps."""
+    warmup_steps: int = 50
+    """Warm-up where the length of the run is unknown."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size < 1:
+            raise ValueError(f"hidden_size must be at least 1, got {self.hidden_size}")
+
+
+class HorizonRule(UpdateRule):
+    """Per-tensor gains of four Adam-like directions, with a built-in schedule.
+
+    With ``f``, ``s`` the bias-corrected momenta, ``g`` the gradient and ``r`` the coordinate's root
+    mean square,
+
+        update = -rate * scale * exp(a) * (f/r + b_1 f/r + b_2 s/r + b_3 g/r + b_4 [f g > 0] f/r)
+
+    where ``rate`` is ``base_step`` times the schedule, and ``a``, bounded by 3, and ``b``, bounded
+    by 2, are the network's. The scale is the root mean square of the parameters, at most 0.1, or,
+    if that is larger, what their shape suggests: ``1 / sqrt(fan_in)``, at most 0.1, and 0.1 for
+    vectors. The last direction is the cautious one (Liang et al. 2024, arXiv 2411.16085).
+
+    State per coordinate: ``fast``, ``slow`` and ``square``, each ``(*S, 1)``; per tensor:
+    ``stats``, ``(14,)``.
+    """
+
+    name = "horizon"
+    Config = HorizonConfig
+    test_configs = (HorizonConfig(), HorizonConfig(hidden_size=5, warmup_steps=3))
+    rows = "tensors"
+    coordinatewise = False
+    zero_preserving = True
+    reads_horizon = True
+    network_state = tensor_state = ("stats",)
+    config: HorizonConfig
+
+    def __init__(self, config: HorizonConfig | None = None) -> None:
+        super().__init__(config)
+        units = self.config.hidden_size
+        self.hidden = nn.Linear(INPUTS, units)
+        self.readout = nn.Linear(units, 1 + DIRECTIONS)
+        self.direct = nn.Linear(INPUTS, 1 + DIRECTIONS, bias=False)
+        nn.init.normal_(self.hidden.weight, std=INPUTS**-0.5)
+        nn.init.zeros_(self.hidden.bias)
+        # The untrained rule is the schedule on Adam's direction.
+        for weight in (*self.readout.parameters(), *self.direct.parameters()):
+            nn.init.zeros_(weight)
+
+    def init_state(self, param: Tensor) -> State:
+        like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
+        moments = {key: like.unsqueeze(-1).clone() for key in ("fast", "slow", "square")}
+        return {**moments, "stats": torch.zeros(STATS, dtype=self.dtype, device=param.device)}
+
+    @property
+    def longest_step(self) -> float:
+        """Bound of a coordinate's step at lr = 1, in units of the tensor's scale.
+
+        Momenta are at most ``sum_k w_k / sqrt(v_k)`` in units of r (Cauchy and Schwarz): 2.4 for
+        the fast one, 1 for the slow one.
+        """
+        cfg = self.config
+        fast = _largest_momentum(cfg.fast_beta, cfg.square_beta)
+        slow = _largest_momentum(cfg.slow_beta, cfg.square_beta)
+        mixed = (1 + 2 * _MIX_BOUND) * fast + _MIX_BOUND * (slow + _LARGEST_RATIO)
+        return cfg.base_step * math.exp(_STEP_BOUND) * mixed
+
+    # ---- the parts of a step
+
+    def moments(self, grad: Tensor, state: State) -> State:
+        cfg = self.config
+        fast, slow, square = (state[key].squeeze(-1) for key in ("fast", "slow", "square"))
+        return {
+            "fast": torch.lerp(grad, fast, cfg.fast_beta).unsqueeze(-1),
+            "slow": torch.lerp(grad, slow, cfg.slow_beta).unsqueeze(-1),
+            "square": torch.lerp(grad.square(), square, cfg.square_beta).unsqueeze(-1),
+        }
+
+    def products(
+        self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
+    ) -> Sequence[Product]:
+        cfg = self.config
+        fast, slow, square = self._corrected(
+            grad, state, segments.expand(self._corrections(context))
+        )
+        r = (square + TINY**2).sqrt()
+        s_fast, s_slow = fast / r, slow / r
+        ratio = (grad / r).clamp(-_LARGEST_RATIO, _LARGEST_RATIO)
+        # The momenta before this gradient, in the same units.
+        before = segments.expand(self._before(context))
+        old_fast = (state["fast"].squeeze(-1) - (1 - cfg.fast_beta) * grad) / r * before[0]
+        old_slow = (state["slow"].squeeze(-1) - (1 - cfg.slow_beta) * grad) / r * before[1]
+        return (
+            (param, param), (square, None), (fast, fast), (slow, slow), (s_fast, s_fast),
+            (s_slow, s_slow), (r, None), (ratio, old_fast), (ratio, old_slow), (ratio, ratio),
+            (old_fast, old_fast), (old_slow, old_slow), ((grad != 0).to(grad.dtype), None),
+        )  # fmt: skip
+
+    def tensor_features(
+        self, means: Tensor, segments: Segments, context: StepContext
+    ) -> tuple[Tensor, Tensor]:
+        """Time, shape and measurements of each tensor, ``(m, f)``; bias corrections."""
+        features = (*self._time(segments, context), *measurements(means))
+        return torch.stack(features, dim=-1), self._corrections(context)
+
+    def coordinate_features(
+        self, grad: Tensor, state: State, param: Tensor, stats: Tensor | None
+    ) -> tuple[None, Tensor]:
+        assert stats is not None
+        fast, slow, square = self._corrected(grad, state, stats)
+        r = (square + TINY**2).sqrt()
+        s_fast = fast / r
+        ratio = (grad / r).clamp(-_LARGEST_RATIO, _LARGEST_RATIO)
+        cautious = torch.where(s_fast * grad > 0, s_fast, torch.zeros_like(s_fast))
+        return None, torch.stack((s_fast, slow / r, ratio, cautious)).t()
+
+    def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
+        stats, gains = state["stats"], []
+        for now in features.unbind():  # (m, f)
+            inputs = network_inputs(now, stats)
+            out = self.readout(torch.tanh(self.hidden(inputs))) + self.direct(inputs)  # (m, 5)
+            step = (_STEP_BOUND * torch.tanh(out[:, :1] / _STEP_BOUND)).exp()
+            mix = _MIX_BOUND * torch.tanh(out[:, 1:] / _MIX_BOUND)
+            mix = mix + torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=mix.dtype, device=mix.device)
+            gains.append(-self._rate(now, stats) * step * mix)
+            stats = next_stats(now, stats)
+        return torch.stack(gains), {"stats": stats}
+
+    # ---- what is computed of whole tensors
+
+    def _corrections(self, context: StepContext) -> Tensor:
+        """Bias corrections of the three moments after this step, ``(3, m)``."""
+        cfg = self.config
+        return bias_correction(context.step + 1, cfg.fast_beta, cfg.slow_beta, cfg.square_beta)
+
+    def _before(self, context: StepContext) -> Tensor:
+        """Factors on ``new momentum - (1 - beta) grad`` for that before, unbiased, ``(2, m)``."""
+        cfg = self.config
+        betas = (cfg.fast_beta, cfg.slow_beta)
+        correction = bias_correction(context.step.clamp(min=1), *betas)
+        decay = correction.new_tensor(betas).unsqueeze(1)
+        return torch.where(context.step > 0, 1 / (decay * correction), 0.0)
+
+    def _corrected(
+        self, grad: Tensor, state: State, corrections: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Unbiased moments, each ``(n,)``, from corrections ``(3, n)``."""
+        moments = (state[key].squeeze(-1) for key in ("fast", "slow", "square"))
+        fast, slow, square = (m / c for m, c in zip(moments, corrections, strict=True))
+        return fast, slow, square
+
+    def _time(self, segments: Segments, context: StepContext) -> list[Tensor]:
+        """Age, schedule and scale, which :meth:`_rate` reads; then features, each ``(m,)``."""
+        cfg, step = self.config, context.step
+        one = torch.ones_like(step)
+        natural = segments.init_scale.clamp(max=cfg.largest_scale)
+        known, total = torch.zeros_like(step), one
+        warmup = cfg.warmup_steps * one
+        if context.total_steps is not None:
+            total = context.total_steps * one
+            known = one
+            warmup = (cfg.warmup_share * total).clamp(_SHORTEST_WARMUP, _LONGEST_WARMUP)
+        schedule = ((step + 1) / warmup).clamp(max=1.0)
+        if context.total_steps is not None:
+            angle = math.pi * ((step + 1) / (total + 1)).clamp(max=1.0)
+            schedule = schedule * (0.5 * (1.0 + angle.cos())).clamp(min=_LAST_RATE)
+        progress = known * (step / total).clamp(max=1.0)
+        return [
+            step,
+            schedule,
+            natural,
+            segments.log_fan_in / 4 - 1,
+            segments.log_size / 6 - 1,
+            segments.is_vector,
+            (step.clamp(max=_LARGEST_COUNT) + 1).log() / 4 - 1,
+            (-step / 10).exp(),
+            known,
+            progress,
+            known * (1.02 - progress).log() / 2,
+            known * (total.clamp(max=_LARGEST_COUNT).log() / 4 - 1.5),
+        ]
+
+    def _rate(self, now: Tensor, stats: Tensor) -> Tensor:
+        """Base step times schedule times scale, ``(m, 1)``."""
+        rms = scale_of(now, stats).clamp(max=self.config.largest_scale)
+        scale = torch.maximum(rms, now[:, NATURAL])
+        return (self.config.base_step * now[:, SCHEDULE] * scale).unsqueeze(-1)
+
+
+def _largest_momentum(beta: float, square_beta: float) -> float:
+    """Bound of a momentum over the root of a mean square of the same gradients."""
+    return (1 - beta) / math.sqrt((1 - square_beta) * (1 - beta**2 / square_beta))

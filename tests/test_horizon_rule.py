@@ -1,0 +1,141 @@
+"""The horizon rule against a plain account of what it is before training, and its bounds."""
+
+import math
+
+import pytest
+import torch
+from conftest import pack, random_rule, trajectory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import Parameter
+
+from learned_optim import LearnedOptimizer
+from learned_optim.rules import Segments, StepContext
+from learned_optim.rules.horizon import HorizonConfig, HorizonRule
+
+
+def backbone(grads: torch.Tensor, param: torch.Tensor, total: int | None) -> torch.Tensor:
+    """Adam in units of the tensor's scale with warm-up and cosine; parameters after each step."""
+    natural = 0.1 if param.dim() < 2 else min(0.1, math.prod(param.shape[1:]) ** -0.5)
+    momentum, square = torch.zeros_like(param), torch.zeros_like(param)
+    before, found = param, []
+    for t, grad in enumerate(grads, start=1):
+        momentum = 0.9 * momentum + 0.1 * grad
+        square = 0.99 * square + 0.01 * grad**2
+        direction = momentum / (1 - 0.9**t) / (square / (1 - 0.99**t)).sqrt()
+        warmup = 50 if total is None else min(250, max(10, 0.05 * total))
+        rate = 0.05 * min(1, t / warmup)
+        if total is not None:
+            rate *= max(0.01, 0.5 + 0.5 * math.cos(math.pi * min(1, t / (total + 1))))
+        # The scale is that of the step before: everything is known in one pass.
+        scale = max(natural, min(0.1, before.square().mean().sqrt().item()))
+        before, param = param, param - rate * scale * direction
+        found.append(param)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (4, 300), (6, 2, 3, 3)])
+@pytest.mark.parametrize("total", [None, 40, 1000])
+def test_untrained_it_is_adam_in_natural_units_with_a_schedule(shape, total) -> None:
+    torch.manual_seed(0)
+    param = torch.randn(shape, dtype=torch.float64)
+    grads = torch.randn(60, *shape, dtype=torch.float64) + 0.3
+    own = Parameter(param.clone())
+    opt, found = LearnedOptimizer([own], HorizonRule().double(), total_steps=total), []
+    for step, grad in enumerate(grads):
+        own.grad = grad
+        if total == 40 and step == 40:
+            with pytest.warns(UserWarning, match="past total_steps=40"):
+                opt.step()
+        else:
+            opt.step()
+        found.append(own.detach().clone())
+    torch.testing.assert_close(torch.stack(found), backbone(grads, param, total), rtol=1e-6, atol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), spread=st.floats(-8, 8), total=st.sampled_from([None, 30, 500]))
+def test_no_step_is_longer_than_the_stated_bound(seed: int, spread: float, total) -> None:
+    """Whatever the weights and the gradients: bursts after silence, twelve decades, one-sided."""
+    rule = random_rule("horizon", torch.float64)
+    with torch.no_grad():
+        for weight in rule.parameters():
+            weight.mul_(3.0)
+    generator = torch.Generator().manual_seed(seed)
+    grads = torch.randn(40, 9, generator=generator, dtype=torch.float64)
+    grads = grads * torch.exp(spread * torch.randn(40, 1, generator=generator)) * (grads > 0.5)
+    segments, state = Segments([torch.Size([3, 3])], dtype=torch.float64), None
+    param = torch.randn(9, generator=generator, dtype=torch.float64)
+    state = pack(rule, [rule.init_state(param.view(3, 3))])
+    for step, grad in enumerate(grads):
+        context = StepContext(torch.tensor([float(step)]).double(), None, total)
+        with torch.no_grad():
+            update, new = rule(grad, state, param, segments, context)
+        state = {**state, **new}
+        assert float(update.abs().max()) <= rule.longest_step * 0.1 * (1 + 1e-6)
+        param = param + update
+
+
+def test_longer_runs_anneal_later_and_the_network_sees_the_horizon() -> None:
+    rule = random_rule("horizon", torch.float64)
+    grads, param = torch.ones(5, 6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    segments = Segments([torch.Size([6])], dtype=torch.float64)
+    state = pack(rule, [rule.init_state(param)])
+    rates = {}
+    for total in (100.0, 10_000.0, None):
+        context = StepContext(torch.tensor([90.0]).double(), None, total)
+        with torch.no_grad():
+            rates[total] = rule(grads[0], state, param, segments, context)[0].abs().max().item()
+    assert rates[100.0] < 0.2 * rates[10_000.0]
+    assert len(set(rates.values())) == 3
+
+
+def test_total_steps_may_differ_by_tensor() -> None:
+    rule = random_rule("horizon", torch.float64)
+    params = [torch.randn(4, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)]
+    grad = torch.randn(10, dtype=torch.float64)
+    segments = Segments([p.shape for p in params], dtype=torch.float64)
+    state = pack(rule, [rule.init_state(p) for p in params])
+    totals = torch.tensor([50.0, 500.0]).double()
+    context = StepContext(torch.tensor([20.0, 20.0]).double(), None, totals)
+    together = rule(grad, state, torch.cat([p.reshape(-1) for p in params]), segments, context)[0]
+    for part, param, total in zip(together.split([4, 6]), params, (50.0, 500.0), strict=True):
+        at = slice(0, 4) if param.dim() == 1 else slice(4, 10)
+        alone = rule(
+            grad[at],
+            pack(rule, [rule.init_state(param)]),
+            param.reshape(-1),
+            Segments([param.shape], dtype=torch.float64),
+            StepContext(torch.tensor([20.0]).double(), None, total),
+        )[0]
+        torch.testing.assert_close(part, alone, rtol=1e-12, atol=1e-15)
+
+
+def test_its_first_momenta_count_for_nothing_and_its_silent_tensors_for_no_statistics() -> None:
+    """A tensor without gradients so far learns only its root mean square."""
+    rule = random_rule("horizon", torch.float64)
+    param = torch.full((4,), 2.0, dtype=torch.float64)
+    state = pack(rule, [rule.init_state(param)])
+    segments = Segments([torch.Size([4])], dtype=torch.float64)
+    context = StepContext(torch.zeros(1).double(), None, 100.0)
+    update, new = rule(torch.zeros(4).double(), state, param, segments, context)
+    assert torch.count_nonzero(update) == 0
+    assert new["stats"][0, :2].tolist() == [2.0, 2.0]
+    assert torch.count_nonzero(new["stats"][0, 2:]) == 0
+
+
+def test_sizes_are_checked() -> None:
+    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
+        HorizonConfig(hidden_size=0)
+
+
+def test_its_updates_depend_on_the_weights_everywhere() -> None:
+    """Each of the five outputs moves the update: none is cut off from it."""
+    base = random_rule("horizon", torch.float64)
+    grads, param = torch.randn(6, 5, 4, dtype=torch.float64), torch.randn(5, 4).double()
+    expected = trajectory(base, grads, param)
+    for output in range(5):
+        rule = random_rule("horizon", torch.float64)
+        with torch.no_grad():
+            rule.readout.bias[output] += 0.1
+        assert not torch.allclose(trajectory(rule, grads, param), expected, rtol=1e-4)
