@@ -61,7 +61,8 @@ def _warn(why: str) -> None:
     if not _warned:
         _warned = True  # before the warning, which may be an error
         warnings.warn(
-            f"learned_optim runs without its compiled kernel, several times slower ({why}). {REMEDY}",
+            f"learned_optim runs without its compiled kernel, several times slower ({why}). "
+            f"{REMEDY}",
             RuntimeWarning,
             stacklevel=4,
         )
