@@ -28,9 +28,10 @@ COMPILED = kernels.status().startswith("compiled")
 needs_kernel = pytest.mark.skipif(not COMPILED, reason=f"no compiled kernel: {kernels.status()}")
 needs_compiler = pytest.mark.skipif(not _build.compilers(), reason="no C++ compiler on the path")
 
-#: Deviations allowed after a few steps, in units of the tensor's scale: rounding of float32, or of
-#: the parameter's or the state's own type.
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+#: Deviations allowed after up to five steps, of ten times the parameters and of the statistics,
+#: relative where they are above 1: rounding of float32, or of the parameter's or the state's type.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+HALF_STATE_TOLERANCE = 3e-2
 
 
 def horizon_rule(dtype: torch.dtype = torch.float32, config: int = 0) -> HorizonRule:
@@ -172,14 +173,14 @@ def test_equals_the_pure_form(case: dict[str, Any], oracle: torch.dtype) -> None
         )  # fmt: skip
     tolerance = TOLERANCE[case["dtype"]]
     if state_dtype is torch.bfloat16:
-        tolerance = max(tolerance, 3e-2)
+        tolerance = max(tolerance, HALF_STATE_TOLERANCE)
     for index, (state, wanted) in enumerate(zip(states, expected, strict=True)):
         assert state["step"] == wanted["step"]
         for key in ("fast", "slow", "square"):
-            size = wanted[key].abs().max().item() if wanted[key].numel() else 0.0
-            floor = max(size, 1e-37)
-            assert_near(state[key] / floor, wanted[key] / floor, tolerance, f"{key} of {index}")
-        assert_near(state["stats"], wanted["stats"], 10 * tolerance, f"stats of {index}")
+            # In units of the largest; momenta may nearly have cancelled each other out.
+            unit = max([1e-37, *wanted[key].abs().flatten().tolist()])
+            assert_near(state[key] / unit, wanted[key] / unit, 5 * tolerance, f"{key} of {index}")
+        assert_near(state["stats"], wanted["stats"], tolerance, f"stats of {index}")
         assert_near(
             10 * params[index].double(),
             10 * expected_params[index].double(),

@@ -10,6 +10,7 @@ from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from learned_optim.kernels._library import SIZES, library
 
@@ -144,11 +145,11 @@ def step_(
 
 def _under_a_mode() -> bool:
     """Whether operations are intercepted: fake tensors, functorch, function and dispatch modes."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return True
+    modes = range(torch._C._len_torch_function_stack())
+    # A default device is a mode, too, but tells only where new tensors go.
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
 
 
 @lru_cache(maxsize=64)
