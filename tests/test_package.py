@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from learned_optim import list_pretrained, load_rule
+from learned_optim.kernels._build import LIBRARY, compilers, switched_off
 from learned_optim.meta.recipes import recipes
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "pretrained").glob("*.safetensors"))
+
+COMPILES = bool(compilers()) and not switched_off()
 
 pytestmark = pytest.mark.slow
 
@@ -66,11 +69,16 @@ def test_contents(dist: Path) -> None:
     top = {name.split("/")[0] for name in packed}
     assert {t for t in top if not t.endswith(".dist-info")} == {"learned_optim"}
     assert any(name.endswith("licenses/LICENSE") for name in packed)
+    library = f"learned_optim/kernels/{LIBRARY.name}"
+    assert (library in packed) == (not wheel.name.endswith("-py3-none-any.whl")) == COMPILES
+    assert "learned_optim/kernels/step.cpp" in packed
     (source,) = dist.glob("*.tar.gz")
     with tarfile.open(source) as file:
         inside = {name.partition("/")[2] for name in file.getnames()}
     assert {f"pretrained/{name}.safetensors" for name in SHIPPED} <= inside
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "tests/conftest.py"} <= inside
+    assert {"hatch_build.py", "learned_optim/kernels/step.cpp"} <= inside
+    assert library not in inside
 
 
 def test_lists_the_shipped_checkpoints(installed: Path, tmp_path: Path) -> None:

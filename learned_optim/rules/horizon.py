@@ -21,10 +21,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from learned_optim import kernels
 from learned_optim.rules._base import State, StepContext, UpdateRule
 from learned_optim.rules._config import RuleConfig
 from learned_optim.rules._features import TINY, bias_correction
@@ -39,6 +41,7 @@ from learned_optim.rules._history import (
     scale_of,
 )
 from learned_optim.rules._segments import Product, Segments
+from learned_optim.rules._step import DECAY_UNIT, needs_sync
 
 DIRECTIONS = 4
 # The gradient in units of r is cut off here; the momenta need no such bound.
@@ -193,6 +196,51 @@ class HorizonRule(UpdateRule):
             gains.append(-self._rate(now, stats) * step * mix)
             stats = next_stats(now, stats)
         return torch.stack(gains), {"stats": stats}
+
+    # ---- the step in place
+
+    def step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        *,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        warmup: int = 0,
+        loss: Tensor | None = None,
+        total_steps: float | None = None,
+        shapes: Sequence[torch.Size] | None = None,
+        shard_groups: tuple[Any, ...] = (),
+    ) -> None:
+        """See :meth:`UpdateRule.step_`: the compiled kernel where it can, else the pure form."""
+        if shard_groups or needs_sync(lr) or not kernels.step_(
+            self._network(), params, grads, states, config=self._kernel_config(), lr=lr,
+            decay=DECAY_UNIT * weight_decay, maximize=maximize, warmup=warmup,
+            total_steps=total_steps, shapes=shapes,
+        ):  # fmt: skip
+            super().step_(
+                params, grads, states, lr=lr, weight_decay=weight_decay, maximize=maximize,
+                warmup=warmup, loss=loss, total_steps=total_steps, shapes=shapes,
+                shard_groups=shard_groups,
+            )  # fmt: skip
+
+    def _network(self) -> list[Tensor]:
+        """All weights in the kernel's order, without nn.Module's slow attribute access."""
+        modules: Any = self._modules
+        hidden, readout, direct = (
+            modules[name]._parameters for name in ("hidden", "readout", "direct")
+        )
+        biased = [hidden["weight"], hidden["bias"], readout["weight"], readout["bias"]]
+        return [*biased, direct["weight"]]
+
+    def _kernel_config(self) -> tuple[float, ...]:
+        cfg = self.config
+        return (
+            cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
+            cfg.warmup_share, cfg.warmup_steps,
+        )  # fmt: skip
 
     # ---- what is computed of whole tensors
 

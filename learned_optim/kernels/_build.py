@@ -1,0 +1,99 @@
+"""Builds the library from ``step.cpp``. Standard library alone: the build hook runs it, too."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+#: "0" builds and uses no library.
+SWITCH = "LEARNED_OPTIM_KERNELS"
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "step.cpp"
+LIBRARY = FOLDER / f"libstep{ {'win32': '.dll', 'darwin': '.dylib'}.get(sys.platform, '.so') }"
+
+_WARNINGS = ["-Wall", "-Wextra"]
+# What lets loops with roots and choices become vector code. None of them, unlike -ffast-math,
+# touches NaN, or the mode in which the whole process rounds.
+_MATH = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+_UNIX = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
+# Without the second choice, a compiler that knows no pragma or no clones would leave no library.
+_CHOICES = (["-fopenmp-simd"], ["-DLO_NO_CLONES"])
+
+
+class BuildError(Exception):
+    """There is no library, and why."""
+
+
+def switched_off() -> bool:
+    """Whether the environment wants no kernels."""
+    return os.environ.get(SWITCH, "1") == "0"
+
+
+def source_hash(source: Path = SOURCE) -> str:
+    """What a library built from this source calls itself."""
+    return hashlib.sha256(source.read_bytes().replace(b"\r\n", b"\n")).hexdigest()[:16]
+
+
+def compilers() -> list[list[str]]:
+    """Commands of C++ compilers at hand, the environment's choice ``CXX`` first."""
+    chosen = shlex.split(os.environ.get("CXX", ""), posix=os.name != "nt")
+    names = [chosen] if chosen else [["c++"], ["g++"], ["clang++"], ["cl"]]
+    return [name for name in names if shutil.which(name[0])]
+
+
+def command(compiler: list[str], choice: list[str], source: Path, target: Path) -> list[str]:
+    """The command that builds ``target``."""
+    macros = [f'-DLO_SOURCE="{source_hash(source)}"']
+    if Path(compiler[0]).stem.lower() == "cl":
+        output = [f"/Fe{target}", f"/Fo{target.parent}{os.sep}"]
+        return [
+            *compiler,
+            "/nologo",
+            "/O2",
+            "/EHsc",
+            "/std:c++17",
+            "/LD",
+            *macros,
+            str(source),
+            *output,
+        ]
+    architectures = shlex.split(os.environ.get("ARCHFLAGS", "")) if sys.platform == "darwin" else []
+    flags = [*_UNIX, *_MATH, *_WARNINGS, *choice, *architectures, *macros]
+    return [*compiler, *flags, str(source), "-o", str(target)]
+
+
+def build(source: Path = SOURCE, library: Path = LIBRARY) -> str:
+    """Compile ``source`` into ``library``; the compiler that did it.
+
+    Raises:
+        BuildError: there is no compiler, or none of them can.
+    """
+    found = compilers()
+    if not found:
+        raise BuildError("no C++ compiler on the path (c++, g++, clang++, cl, or $CXX)")
+    failure = ""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        target = Path(folder) / library.name
+        for compiler in found:
+            for choice in _CHOICES:
+                done = subprocess.run(
+                    command(compiler, choice, source, target),
+                    cwd=folder,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode == 0 and target.is_file():
+                    # At once, so that a process that starts meanwhile sees the old or the new.
+                    target.replace(library)
+                    return compiler[0]
+                failure = (
+                    failure or f"{shlex.join(compiler)}: {(done.stderr or done.stdout)[-2000:]}"
+                )
+    raise BuildError(f"no compiler could build {source.name}: {failure}")

@@ -1,0 +1,73 @@
+"""Loads the library, and says why there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+
+from learned_optim.kernels import _build
+
+#: Addresses and constants per tensor, settings per call, entries of ``stats``, most hidden units:
+#: what Python and C have to agree on.
+SIZES = (12, 4, 13, 14, 1024)
+REMEDY = (
+    "Build it with `python -m learned_optim.kernels` or reinstall the package, with a C++ compiler "
+    f"on the path; {_build.SWITCH}=0 silences this."
+)
+
+
+def load(path: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
+    """The library, or ``None``; and where it is, or why it is not used."""
+    path = _build.LIBRARY if path is None else path
+    if _build.switched_off():
+        return None, f"off: {_build.SWITCH}=0"
+    if not path.is_file():
+        return None, f"missing: {path.name} was not built when the package was installed"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.lo_source.restype = ctypes.c_char_p
+        sizes = (ctypes.c_int32 * len(SIZES))()
+        library.lo_sizes(sizes)
+        if library.lo_source().decode() != _build.source_hash() or tuple(sizes) != SIZES:
+            return None, f"stale: {path.name} was built from another step.cpp"
+        library.lo_step.restype = ctypes.c_int32
+        library.lo_step.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5, ctypes.c_int32]
+    except (OSError, AttributeError) as error:
+        return None, f"unusable: {error}"
+    return library, f"compiled: {path}"
+
+
+@functools.cache
+def loaded() -> tuple[ctypes.CDLL | None, str]:
+    """What :func:`load` found, once per process."""
+    return load()
+
+
+def library() -> ctypes.CDLL | None:
+    """The library; a warning, once per process, if it is missing and nobody switched it off."""
+    found, why = loaded()
+    if found is None and not why.startswith("off"):
+        _warn(why)
+    return found
+
+
+_warned = False
+
+
+def _warn(why: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True  # before the warning, which may be an error
+        warnings.warn(
+            f"learned_optim runs without its compiled kernel, several times slower ({why}). "
+            f"{REMEDY}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def status() -> str:
+    """Whether the compiled kernel is used and, if not, why not."""
+    return loaded()[1]

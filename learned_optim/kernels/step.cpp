@@ -1,0 +1,674 @@
+// One step of the rule `horizon` for m tensors on the CPU. Per tensor: inputs from the statistics of
+// the step before, a small network, gains; then one pass over the coordinates, which updates moments
+// and parameter and sums what the next step will read. The pure form, rules/horizon.py, is what
+// this must equal.
+//
+// A plain C interface without torch's headers: one library serves every version of Python and torch.
+// No result depends on the number of threads: sums are taken per block, in a fixed order. Built
+// without -ffast-math, which would drop the tests for NaN and make the process flush denormals.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define LO_INLINE __forceinline
+#define LO_INLINE_LAMBDA
+#define LO_RESTRICT __restrict
+#else
+#define LO_INLINE inline __attribute__((always_inline))
+#define LO_INLINE_LAMBDA __attribute__((always_inline))
+#define LO_RESTRICT __restrict__
+#endif
+
+#if defined(_WIN32)
+#define LO_EXPORT extern "C" __declspec(dllexport)
+#else
+#define LO_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// The loops over coordinates are compiled for several instruction sets, of which the loader picks
+// one. That takes indirect functions: GCC with glibc on x86-64. Elsewhere the baseline has to do.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
+    !defined(LO_NO_CLONES)
+#define LO_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define LO_CLONES
+#endif
+
+// Says from which source the library was built, so that a stale one is not used.
+#ifndef LO_SOURCE
+#define LO_SOURCE "unknown"
+#endif
+
+namespace {
+
+// The network's inputs, in the order of HorizonRule._inputs.
+enum Input {
+  kRms,             // log root mean square of the parameters, in initial scales
+  kFanIn,           // log fan-in
+  kSize,            // log number of coordinates
+  kIsVector,        // 1 for tensors of fewer than two dimensions
+  kLogStep,         // log number of earlier updates
+  kStart,           // 1 at the first step, fading over tens of them
+  kHorizonKnown,    // 1 where the length of the run is known; else this and the next three are 0
+  kProgress,        // share of the run behind us
+  kLogRemaining,    // log of the share before us
+  kLogHorizon,      // log length of the run
+  kFastShare,       // log mean square of the fast momentum over that of the gradient
+  kSlowShare,       // the same of the slow momentum
+  kFastSignal,      // log mean square of the fast momentum in units of each coordinate's r
+  kSlowSignal,      // the same of the slow momentum
+  kInequality,      // log of the squared mean of r over the mean of its square
+  kFastCorrelation, // of the gradient with the fast momentum before it, over 10 steps
+  kMeanCorrelation, // the same over 100 steps
+  kSlowCorrelation, // with the slow momentum, over 10 steps
+  kLive,            // log share of coordinates whose gradient is not zero
+  kMoved,           // log root mean square of the parameters over that at the first step
+  kLevel,           // log mean square of the gradient over its average
+  kInputs
+};
+
+enum Output { kStepSize, kFastGain, kSlowGain, kGradGain, kCautiousGain, kOutputs };
+
+// Entries of the state `stats`, as in rules/horizon.py.
+enum Stat {
+  kStatFirstRms,
+  kStatRms,
+  kStatLevel,
+  kStatMeanLevel,
+  kStatFastShare,
+  kStatSlowShare,
+  kStatFastSignal,
+  kStatSlowSignal,
+  kStatInequality,
+  kStatFastCorrelation,
+  kStatMeanCorrelation,
+  kStatSlowCorrelation,
+  kStatLive,
+  kStatSpare,
+  kStats
+};
+
+// Sums over the coordinates of a tensor; "ratio": in units of the coordinate's r.
+enum Sum {
+  kSumParam2,
+  kSumSquare,
+  kSumFast2,
+  kSumSlow2,
+  kSumR,
+  kSumRatioFast2,
+  kSumRatioSlow2,
+  kSumRatio2,
+  kSumRatioOldFast,  // ratio of the gradient times that of the fast momentum before it
+  kSumRatioOldSlow,
+  kSumOldFast2,
+  kSumOldSlow2,
+  kSumLive,
+  kSums
+};
+
+// What a caller passes: addresses and constants per tensor, numbers per call.
+enum Pointer {
+  kParam,
+  kGrad,
+  kFast,
+  kSlow,
+  kSquare,
+  kStatsOf,
+  kStepOf,
+  kHidden,
+  kHiddenBias,
+  kReadout,
+  kReadoutBias,
+  kDirect,
+  kPointers
+};
+enum Constant { kInitScale, kLogFanIn, kVector, kLrScale, kConstants };
+enum Setting {
+  kSign,
+  kLr,
+  kDecay,
+  kTotalSteps,     // 0: unknown
+  kWarmUp,         // steps of the optimizer's own warm-up; 0: none
+  kUnits,          // of the hidden layer
+  kFastBeta,
+  kSlowBeta,
+  kSquareBeta,
+  kBaseStep,
+  kLargestScale,
+  kWarmUpShare,    // of the rule's schedule
+  kWarmUpSteps,
+  kSettings
+};
+enum Code { kOk = 0, kBadPointer = 1, kOverlap = 2, kBadType = 3, kNoMemory = 4 };
+
+constexpr int kMostUnits = 1024;
+// Decays of the averages in the statistics.
+constexpr double kShort = 0.9, kLong = 0.99;
+constexpr double kStepBound = 3, kMixBound = 2;
+constexpr double kLastRate = 0.01, kShortestWarmUp = 10, kLongestWarmUp = 250;
+constexpr double kLargestCount = 10000;
+constexpr float kTiny2 = 1e-30f;
+// Finite gradients are cut off here, so that sums of their squares fit into float32.
+constexpr float kLargestGrad = 281474976710656.0f;  // 2^48
+constexpr float kLargestRatio = 3.0f;
+constexpr double kPi = 3.14159265358979323846;
+
+// Sums run in float32 within a block and in float64 beyond it: even without vector instructions
+// their errors stay near 1e-6, whatever the size of the tensor.
+constexpr int64_t kBlock = 1024;
+// Coordinates that a thread takes at a time; their sums are kept apart, so that the order of
+// additions does not depend on who took what.
+constexpr int64_t kChunk = 32 * kBlock;
+// A thread costs tens of microseconds to start: it must have several times as much to do.
+constexpr int64_t kPerThread = 4 * kChunk;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+LO_INLINE float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+LO_INLINE uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+LO_INLINE float widen(float x) { return x; }
+LO_INLINE double widen(double x) { return x; }
+LO_INLINE float widen(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
+
+LO_INLINE float widen(Float16 x) {
+  // Without a branch or a float32 denormal, so that it becomes vector code and a processor that
+  // flushes denormals gives the same.
+  const uint32_t moved = uint32_t(x.bits & 0x7fff) << 13, exponent = moved & 0x0f800000;
+  const uint32_t normal = moved + (uint32_t(127 - 15) << 23);
+  const uint32_t special = normal + (uint32_t(128 - 16) << 23);  // infinite or NaN
+  const uint32_t denormal =
+      as_bits(as_float(normal + (1u << 23)) - as_float(uint32_t(113) << 23));
+  const uint32_t magnitude =
+      exponent == 0x0f800000 ? special : (exponent == 0 ? denormal : normal);
+  return as_float(magnitude | uint32_t(x.bits & 0x8000) << 16);
+}
+
+// Rounds to nearest, ties to even, as torch does.
+template <class T, class W>
+T narrow(W x);
+
+template <>
+LO_INLINE float narrow<float, float>(float x) {
+  return x;
+}
+
+template <>
+LO_INLINE double narrow<double, double>(double x) {
+  return x;
+}
+
+template <>
+LO_INLINE BFloat16 narrow<BFloat16, float>(float x) {
+  const uint32_t bits = as_bits(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+}
+
+template <>
+LO_INLINE Float16 narrow<Float16, float>(float x) {
+  const uint32_t bits = as_bits(x), sign = bits & 0x80000000u, a = bits ^ sign;
+  const uint32_t magic = uint32_t(127 - 15 + 23 - 10 + 1) << 23;  // rounds denormals by adding
+  const uint32_t denormal = as_bits(as_float(a) + as_float(magic)) - magic;
+  const uint32_t normal = (a - (uint32_t(127 - 15) << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
+  const uint32_t special = a > 0x7f800000u ? 0x7e00 : 0x7c00;
+  const uint32_t magnitude =
+      a >= (uint32_t(127 + 16) << 23) ? special : (a < (uint32_t(113) << 23) ? denormal : normal);
+  return {uint16_t(magnitude | sign >> 16)};
+}
+
+// What the loop over coordinates needs to know of a tensor.
+struct Gains {
+  float sign;
+  float fast_rate, slow_rate, square_rate;  // 1 - beta
+  float fast_correction, slow_correction, square_correction;  // 1 / (1 - beta^t), t with this step
+  float fast_before, slow_before;  // the same without this step; 0 at the first
+  float fast, slow, grad, cautious;
+  double decay;
+};
+
+struct Tensor {
+  int64_t size;
+  uint8_t type;
+  void* param;
+  const void* grad;
+  void *fast, *slow, *square;
+  float *stats, *step;
+  const float *hidden, *hidden_bias, *readout, *readout_bias, *direct;
+  const double* constants;
+};
+
+// Coordinates begin..end of a tensor, and their sums.
+struct Chunk {
+  const Tensor* tensor;
+  const Gains* gains;
+  int64_t begin, end;
+  double sums[kSums];
+};
+
+// The parameter after weight decay, rounded to its type as in the pure form.
+template <class P, class W>
+LO_INLINE W decayed(P param, W decay) {
+  return widen(narrow<P>(widen(param) * decay));
+}
+
+// One block of coordinates of parameter type P and state type S. The pragma permits additions in
+// as many lanes as the processor has, which nothing but -ffast-math otherwise would.
+template <class P, class S>
+LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
+                     S* LO_RESTRICT fast, S* LO_RESTRICT slow, S* LO_RESTRICT square,
+                     const Gains& gains, double* sums) {
+  using W = decltype(widen(P{}));
+  const Gains k = gains;  // a copy: stores through the pointers above cannot change it
+  const W sign = W(k.sign), decay = W(k.decay), largest = W(kLargestGrad);
+  float param2 = 0, square1 = 0, fast2 = 0, slow2 = 0, r1 = 0, ratio_fast2 = 0, ratio_slow2 = 0;
+  float ratio2 = 0, ratio_old_fast = 0, ratio_old_slow = 0, old_fast2 = 0, old_slow2 = 0, live = 0;
+
+#pragma omp simd reduction(+ : param2, square1, fast2, slow2, r1, ratio_fast2, ratio_slow2, ratio2, \
+                               ratio_old_fast, ratio_old_slow, old_fast2, old_slow2, live)
+  for (int64_t i = 0; i < n; ++i) {
+    W wide = widen(grad[i]) * sign;
+    wide = wide - wide == W(0) ? wide : W(0);  // NaN and infinity count as zero
+    const float g = float(std::min(std::max(wide, -largest), largest));
+    const float fast_old = widen(fast[i]), slow_old = widen(slow[i]), square_old = widen(square[i]);
+    const float fast_new = fast_old + (g - fast_old) * k.fast_rate;
+    const float slow_new = slow_old + (g - slow_old) * k.slow_rate;
+    const float square_new = square_old + (g * g - square_old) * k.square_rate;
+    fast[i] = narrow<S>(fast_new);
+    slow[i] = narrow<S>(slow_new);
+    square[i] = narrow<S>(square_new);
+
+    const float v = square_new * k.square_correction, r = std::sqrt(v + kTiny2);
+    const float inverse = 1.0f / r;
+    const float f = fast_new * k.fast_correction, s = slow_new * k.slow_correction;
+    const float rf = f * inverse, rs = s * inverse;
+    const float rg = std::min(std::max(g * inverse, -kLargestRatio), kLargestRatio);
+    const float old_f = fast_old * k.fast_before * inverse;
+    const float old_s = slow_old * k.slow_before * inverse;
+    const float cautious = rf * g > 0.0f ? rf : 0.0f;
+    const float update = k.fast * rf + k.slow * rs + k.grad * rg + k.cautious * cautious;
+    const W before = decayed(param[i], decay);
+    param[i] = narrow<P>(before + W(update));
+    const float q = float(before);
+
+    param2 += q * q;
+    square1 += v;
+    fast2 += f * f;
+    slow2 += s * s;
+    r1 += r;
+    ratio_fast2 += rf * rf;
+    ratio_slow2 += rs * rs;
+    ratio2 += rg * rg;
+    ratio_old_fast += rg * old_f;
+    ratio_old_slow += rg * old_s;
+    old_fast2 += old_f * old_f;
+    old_slow2 += old_s * old_s;
+    live += g != 0.0f ? 1.0f : 0.0f;
+  }
+  // In the order of Sum.
+  const float block_sums[kSums] = {param2, square1, fast2, slow2, r1, ratio_fast2, ratio_slow2,
+                                   ratio2, ratio_old_fast, ratio_old_slow, old_fast2, old_slow2,
+                                   live};
+  for (int q = 0; q < kSums; ++q) sums[q] += block_sums[q];
+}
+
+// Sum of the squares of the parameters after weight decay.
+template <class P>
+LO_INLINE double param_squares(int64_t n, const P* LO_RESTRICT param, double decay_) {
+  using W = decltype(widen(P{}));
+  const W decay = W(decay_);
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const float q = float(decayed(param[i], decay));
+    sum += q * q;
+  }
+  return sum;
+}
+
+using BlockFunction = void (*)(int64_t, const Tensor&, int64_t, const Gains&, double*);
+using SquaresFunction = double (*)(int64_t, const Tensor&, int64_t, double);
+
+// Attributes for several instruction sets do not go with templates: plain functions per type.
+#define LO_BLOCK(NAME, P, S)                                                                      \
+  LO_CLONES void NAME(int64_t n, const Tensor& t, int64_t at, const Gains& gains, double* sums) { \
+    block<P, S>(n, static_cast<P*>(t.param) + at, static_cast<const P*>(t.grad) + at,             \
+                static_cast<S*>(t.fast) + at, static_cast<S*>(t.slow) + at,                       \
+                static_cast<S*>(t.square) + at, gains, sums);                                     \
+  }
+LO_BLOCK(block_float32, float, float)
+LO_BLOCK(block_float64, double, float)
+LO_BLOCK(block_bfloat16, BFloat16, float)
+LO_BLOCK(block_float16, Float16, float)
+LO_BLOCK(block_float32_half_state, float, BFloat16)
+LO_BLOCK(block_float64_half_state, double, BFloat16)
+LO_BLOCK(block_bfloat16_half_state, BFloat16, BFloat16)
+LO_BLOCK(block_float16_half_state, Float16, BFloat16)
+#undef LO_BLOCK
+
+#define LO_SQUARES(NAME, P)                                                       \
+  LO_CLONES double NAME(int64_t n, const Tensor& t, int64_t at, double decay) {   \
+    return param_squares<P>(n, static_cast<const P*>(t.param) + at, decay);       \
+  }
+LO_SQUARES(squares_float32, float)
+LO_SQUARES(squares_float64, double)
+LO_SQUARES(squares_bfloat16, BFloat16)
+LO_SQUARES(squares_float16, Float16)
+#undef LO_SQUARES
+
+// Type codes: parameter float32, float64, bfloat16, float16; plus 4 where state is bfloat16.
+constexpr BlockFunction kBlockOf[] = {block_float32,
+                                      block_float64,
+                                      block_bfloat16,
+                                      block_float16,
+                                      block_float32_half_state,
+                                      block_float64_half_state,
+                                      block_bfloat16_half_state,
+                                      block_float16_half_state};
+constexpr SquaresFunction kSquaresOf[] = {squares_float32, squares_float64, squares_bfloat16,
+                                          squares_float16};
+constexpr int64_t kParamSize[] = {4, 8, 2, 2, 4, 8, 2, 2};
+constexpr int64_t kStateSize[] = {4, 4, 4, 4, 2, 2, 2, 2};
+constexpr int kTypes = 8;
+
+void run_chunk(Chunk& chunk) {
+  const BlockFunction run = kBlockOf[chunk.tensor->type];
+  double sums[kSums] = {};  // not those of the chunk: neighbours may share a line of the cache
+  for (int64_t at = chunk.begin; at < chunk.end; at += kBlock)
+    run(std::min(kBlock, chunk.end - at), *chunk.tensor, at, *chunk.gains, sums);
+  std::copy(sums, sums + kSums, chunk.sums);
+}
+
+void run_chunks(std::vector<Chunk>& chunks, int64_t coordinates, int threads) {
+  const int64_t useful = std::min<int64_t>(coordinates / kPerThread, int64_t(chunks.size()));
+  const int64_t helpers = std::min<int64_t>(threads, useful) - 1;
+  if (helpers < 1) {
+    for (Chunk& chunk : chunks) run_chunk(chunk);
+    return;
+  }
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks.size();)
+      run_chunk(chunks[i]);
+  };
+  // Started anew in every call, which costs little beside the work: a pool would not outlive fork.
+  std::vector<std::thread> pool;
+  try {
+    pool.reserve(size_t(helpers));
+    for (int64_t i = 0; i < helpers; ++i) pool.emplace_back(work);
+  } catch (...) {  // no further thread to be had: the others do its work
+  }
+  work();
+  for (std::thread& thread : pool) thread.join();
+}
+
+double clamp(double x, double low, double high) { return std::min(std::max(x, low), high); }
+double log_ratio(double x, double reference) {
+  return std::log(clamp(x / (reference + kTiny2), 1e-7, 1e7));
+}
+// 1 - beta^t; expm1 keeps the digits that the difference would lose.
+double bias_correction(double beta, double t) { return -std::expm1(t * std::log(beta)); }
+
+double first_rms(const Tensor& tensor, double decay) {
+  double total = 0;
+  const SquaresFunction squares = kSquaresOf[tensor.type % 4];
+  for (int64_t at = 0; at < tensor.size; at += kBlock)
+    total += squares(std::min(kBlock, tensor.size - at), tensor, at, decay);
+  return std::sqrt(total / double(std::max<int64_t>(1, tensor.size)));
+}
+
+// `rms` and `first` are root mean squares of the parameters: of the step before, and of the first.
+void inputs_of(const Tensor& tensor, const double* settings, double rms, double first, float* x) {
+  const float* z = tensor.stats;
+  const double t = *tensor.step, total = settings[kTotalSteps];
+  const double natural = tensor.constants[kInitScale];
+  const bool started = t > 0, known = total > 0;
+  const double progress = known ? std::min(t / total, 1.0) : 0.0;
+  const auto average = [&](Stat stat, double beta) {
+    return started ? z[stat] / bias_correction(beta, t) : 0.0;
+  };
+  const auto seen = [&](double value) { return started ? float(value) : 0.0f; };
+  std::fill(x, x + kInputs, 0.0f);
+  x[kRms] = float(std::log(std::max(rms / natural, std::exp(-8.0))) / 4);
+  x[kFanIn] = float(tensor.constants[kLogFanIn] / 4 - 1);
+  x[kSize] = float(std::log(double(std::max<int64_t>(1, tensor.size))) / 6 - 1);
+  x[kIsVector] = float(tensor.constants[kVector]);
+  x[kLogStep] = float(std::log(std::min(t, kLargestCount) + 1) / 4 - 1);
+  x[kStart] = float(std::exp(-t / 10));
+  if (known) {
+    x[kHorizonKnown] = 1;
+    x[kProgress] = float(progress);
+    x[kLogRemaining] = float(std::log(1.02 - progress) / 2);
+    x[kLogHorizon] = float(std::log(std::min(total, kLargestCount)) / 4 - 1.5);
+  }
+  x[kFastShare] = seen(z[kStatFastShare] / 4);
+  x[kSlowShare] = seen(z[kStatSlowShare] / 4);
+  x[kFastSignal] = seen(z[kStatFastSignal] / 4);
+  x[kSlowSignal] = seen(z[kStatSlowSignal] / 4);
+  x[kInequality] = seen(z[kStatInequality] / 4);
+  x[kFastCorrelation] = float(average(kStatFastCorrelation, kShort));
+  x[kMeanCorrelation] = float(average(kStatMeanCorrelation, kLong));
+  x[kSlowCorrelation] = float(average(kStatSlowCorrelation, kShort));
+  x[kLive] = seen(std::log(average(kStatLive, kShort) + 1e-3) / 4);
+  x[kMoved] = float(std::log(std::max(rms, 1e-8) / std::max(first, 0.01 * natural)) / 2);
+  x[kLevel] = seen((double(z[kStatLevel]) - z[kStatMeanLevel]) / 4);
+}
+
+void respond(const Tensor& tensor, int units, const float* x, float* outputs) {
+  float hidden[kMostUnits];
+  for (int u = 0; u < units; ++u) {
+    float sum = tensor.hidden_bias[u];
+    for (int j = 0; j < kInputs; ++j) sum += tensor.hidden[u * kInputs + j] * x[j];
+    hidden[u] = std::tanh(sum);
+  }
+  for (int o = 0; o < kOutputs; ++o) {
+    float sum = tensor.readout_bias[o];
+    for (int u = 0; u < units; ++u) sum += tensor.readout[o * units + u] * hidden[u];
+    for (int j = 0; j < kInputs; ++j) sum += tensor.direct[o * kInputs + j] * x[j];
+    outputs[o] = sum;
+  }
+}
+
+// Linear warm-up; with a known length of the run, a cosine to its end as well.
+double schedule(double t, const double* settings) {
+  const double total = settings[kTotalSteps];
+  if (!(total > 0)) return std::min(1.0, (t + 1) / settings[kWarmUpSteps]);
+  const double warm_up = clamp(settings[kWarmUpShare] * total, kShortestWarmUp, kLongestWarmUp);
+  const double fall = 0.5 * (1 + std::cos(kPi * std::min(1.0, (t + 1) / (total + 1))));
+  return std::min(1.0, (t + 1) / warm_up) * std::max(kLastRate, fall);
+}
+
+Gains gains_of(const Tensor& tensor, const double* settings) {
+  float x[kInputs], out[kOutputs];
+  const double t = *tensor.step, natural = tensor.constants[kInitScale];
+  Gains k;
+  const double lr = settings[kLr] * tensor.constants[kLrScale];
+  k.decay = 1 - settings[kDecay] * lr;
+  // At the first step both are measured, before it.
+  const double at_first = t > 0 ? tensor.stats[kStatFirstRms] : first_rms(tensor, k.decay);
+  const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
+  inputs_of(tensor, settings, rms, at_first, x);
+  respond(tensor, int(settings[kUnits]), x, out);
+  const double scale = std::max(std::min(rms, settings[kLargestScale]), natural);
+  const double ramp = settings[kWarmUp] > 0 ? std::min(1.0, (t + 1) / settings[kWarmUp]) : 1.0;
+  const double size = -lr * ramp * settings[kBaseStep] * schedule(t, settings) * scale *
+                      std::exp(kStepBound * std::tanh(out[kStepSize] / kStepBound));
+  const auto bounded = [](double gain) { return kMixBound * std::tanh(gain / kMixBound); };
+  const double fast_beta = settings[kFastBeta], slow_beta = settings[kSlowBeta];
+  k.sign = float(settings[kSign]);
+  k.fast_rate = float(1 - fast_beta);
+  k.slow_rate = float(1 - slow_beta);
+  k.square_rate = float(1 - settings[kSquareBeta]);
+  k.fast_correction = float(1 / bias_correction(fast_beta, t + 1));
+  k.slow_correction = float(1 / bias_correction(slow_beta, t + 1));
+  k.square_correction = float(1 / bias_correction(settings[kSquareBeta], t + 1));
+  k.fast_before = t > 0 ? float(1 / bias_correction(fast_beta, t)) : 0.0f;
+  k.slow_before = t > 0 ? float(1 / bias_correction(slow_beta, t)) : 0.0f;
+  k.fast = float(size * (1 + bounded(out[kFastGain])));
+  k.slow = float(size * bounded(out[kSlowGain]));
+  k.grad = float(size * bounded(out[kGradGain]));
+  k.cautious = float(size * bounded(out[kCautiousGain]));
+  return k;
+}
+
+void update_stats(const Tensor& tensor, const double* sums) {
+  float* z = tensor.stats;
+  const bool started = *tensor.step > 0;
+  const double n = double(std::max<int64_t>(1, tensor.size));
+  double mean[kSums];
+  for (int q = 0; q < kSums; ++q) mean[q] = sums[q] / n;
+  const auto average = [&](Stat stat, double beta, double value) {
+    z[stat] = float(value + beta * (z[stat] - value));
+  };
+  z[kStatRms] = float(std::sqrt(mean[kSumParam2]));
+  if (!started) z[kStatFirstRms] = z[kStatRms];
+  if (mean[kSumSquare] > 0) {  // nothing to tell where there never was a gradient
+    const double level = std::log(mean[kSumSquare] + kTiny2);
+    z[kStatLevel] = float(level);
+    average(kStatMeanLevel, started ? kLong : 0.0, level);
+    z[kStatFastShare] = float(log_ratio(mean[kSumFast2], mean[kSumSquare]));
+    z[kStatSlowShare] = float(log_ratio(mean[kSumSlow2], mean[kSumSquare]));
+    z[kStatFastSignal] = float(std::log(mean[kSumRatioFast2] + 1e-4));
+    z[kStatSlowSignal] = float(std::log(mean[kSumRatioSlow2] + 1e-4));
+    z[kStatInequality] = float(log_ratio(mean[kSumR] * mean[kSumR], mean[kSumSquare]));
+    const double with_fast =
+        mean[kSumRatioOldFast] / std::sqrt(mean[kSumRatio2] * mean[kSumOldFast2] + 1e-20);
+    const double with_slow =
+        mean[kSumRatioOldSlow] / std::sqrt(mean[kSumRatio2] * mean[kSumOldSlow2] + 1e-20);
+    average(kStatFastCorrelation, kShort, with_fast);
+    average(kStatMeanCorrelation, kLong, with_fast);
+    average(kStatSlowCorrelation, kShort, with_slow);
+    average(kStatLive, kShort, mean[kSumLive]);
+  }
+  *tensor.step += 1;
+}
+
+// Memory that a call reads or writes.
+struct Range {
+  uint64_t begin, end;
+  bool written;
+};
+
+// Whether anything written is also read or written elsewhere: order would matter then.
+bool overlapping(std::vector<Range>& ranges) {
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  uint64_t end = 0, end_of_written = 0;
+  for (const Range& range : ranges) {
+    if (range.begin < end_of_written || (range.written && range.begin < end)) return true;
+    end = std::max(end, range.end);
+    if (range.written) end_of_written = std::max(end_of_written, range.end);
+  }
+  return false;
+}
+
+int check(const std::vector<Tensor>& tensors, int units) {
+  std::vector<Range> ranges;
+  ranges.reserve(kPointers * tensors.size());
+  const auto take = [&](const void* pointer, int64_t bytes, int64_t aligned, bool written) {
+    const auto at = uint64_t(reinterpret_cast<uintptr_t>(pointer));
+    if (bytes == 0) return true;
+    if (at == 0 || at % uint64_t(aligned) != 0) return false;
+    ranges.push_back({at, at + uint64_t(bytes), written});
+    return true;
+  };
+  constexpr int64_t kFloat = sizeof(float);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    const int64_t p = kParamSize[t.type], s = kStateSize[t.type];
+    if (!take(t.param, t.size * p, p, true) || !take(t.grad, t.size * p, p, false) ||
+        !take(t.fast, t.size * s, s, true) || !take(t.slow, t.size * s, s, true) ||
+        !take(t.square, t.size * s, s, true) || !take(t.stats, kStats * kFloat, kFloat, true) ||
+        !take(t.step, kFloat, kFloat, true))
+      return kBadPointer;
+    if (i > 0 && tensors[i - 1].hidden == t.hidden) continue;  // most tensors share a network
+    if (!take(t.hidden, units * kInputs * kFloat, kFloat, false) ||
+        !take(t.hidden_bias, units * kFloat, kFloat, false) ||
+        !take(t.readout, kOutputs * units * kFloat, kFloat, false) ||
+        !take(t.readout_bias, kOutputs * kFloat, kFloat, false) ||
+        !take(t.direct, kOutputs * kInputs * kFloat, kFloat, false))
+      return kBadPointer;
+  }
+  return overlapping(ranges) ? kOverlap : kOk;
+}
+
+}  // namespace
+
+LO_EXPORT const char* lo_source() { return LO_SOURCE; }
+
+// Sizes that a caller has to agree with.
+LO_EXPORT void lo_sizes(int32_t* out) {
+  out[0] = kPointers;
+  out[1] = kConstants;
+  out[2] = kSettings;
+  out[3] = kStats;
+  out[4] = kMostUnits;
+}
+
+// One step of m tensors. `pointers` has a row of m addresses for each Pointer, `constants` a row of
+// kConstants numbers for each tensor, `settings` one for each Setting. Returns a Code; unless it is
+// kOk, nothing has been written.
+LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
+                          const uint64_t* pointers, const double* constants,
+                          const double* settings, int32_t threads) try {
+  const double units = settings[kUnits];
+  if (!(units >= 1 && units <= kMostUnits)) return kBadType;
+  std::vector<Tensor> tensors;
+  tensors.reserve(size_t(m));
+  int64_t coordinates = 0, chunk_count = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    if (types[i] >= kTypes || sizes[i] < 0) return kBadType;
+    const auto at = [&](Pointer row) {
+      return reinterpret_cast<void*>(uintptr_t(pointers[row * m + i]));
+    };
+    const auto floats = [&](Pointer row) { return static_cast<float*>(at(row)); };
+    tensors.push_back({sizes[i], types[i], at(kParam), at(kGrad), at(kFast), at(kSlow),
+                       at(kSquare), floats(kStatsOf), floats(kStepOf), floats(kHidden),
+                       floats(kHiddenBias), floats(kReadout), floats(kReadoutBias),
+                       floats(kDirect), constants + kConstants * i});
+    coordinates += sizes[i];
+    chunk_count += (sizes[i] + kChunk - 1) / kChunk;
+  }
+  if (const int code = check(tensors, int(units))) return code;
+
+  std::vector<Gains> gains(static_cast<size_t>(m));
+  std::vector<Chunk> chunks;
+  chunks.reserve(size_t(chunk_count));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    gains[i] = gains_of(tensors[i], settings);
+    for (int64_t at = 0; at < tensors[i].size; at += kChunk)
+      chunks.push_back({&tensors[i], &gains[i], at, std::min(at + kChunk, tensors[i].size), {}});
+  }
+  run_chunks(chunks, coordinates, threads);
+
+  auto chunk = chunks.begin();
+  for (const Tensor& tensor : tensors) {
+    double sums[kSums] = {};
+    for (; chunk != chunks.end() && chunk->tensor == &tensor; ++chunk)
+      for (int q = 0; q < kSums; ++q) sums[q] += chunk->sums[q];
+    update_stats(tensor, sums);
+  }
+  return kOk;
+} catch (...) {  // out of memory, before anything was written
+  return kNoMemory;
+}
