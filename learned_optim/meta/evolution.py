@@ -162,16 +162,16 @@ class EvolutionTrainer:
     def record(self) -> dict[str, Any]:
         """How the averaged weights were made, for the checkpoint's header."""
         validated = self._validated()
-        last = validated[-1] if validated else {"meta_step": 0, "validation": {}}
+        behind = None
+        if validated:
+            behind = {"meta_step": validated[-1]["meta_step"], **validated[-1]["validation"]}
         return {
             "recipe": self.recipe.to_json(),
             "commit": source_version(),
             "meta_steps": self.meta_steps,
             "skipped_tasks": sum(len(line["skipped"]) for line in self.history),
             # Mean log of the final loss minus that of tuned AdamW.
-            "behind_adamw": {"meta_step": last["meta_step"], **last["validation"]}
-            if last
-            else None,
+            "behind_adamw": behind,
             "data": "mixture of populations; MNIST's meta-training half is all real data in it",
             "torch": torch.__version__.split("+")[0],
         }
