@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +12,6 @@ from torch.nn.utils import vector_to_parameters
 
 from learned_optim.meta.populations._base import Params
 from learned_optim.rules import State, UpdateRule
-from learned_optim.rules._segments import VECTOR_SCALE, fan_in
-
-# Options of the kernel that a configuration may set freely; all others are compiled in.
-_FREE = ("base_step", "warmup_share")
 
 
 class CopiesOptimizer:
@@ -53,16 +46,17 @@ class CopiesOptimizer:
         }
         for param in self.params.values():
             param.requires_grad_()
-        vectors = list(weights.detach().float().contiguous().unbind())
-        self._rules = [_with_weights(rule, vector) for vector in vectors]
+        self._rules = [_with_weights(rule, vector) for vector in weights]
         # Tensors in the order (name, copy); a slice of a contiguous tensor is contiguous.
         self._slices = [s for p in self.params.values() for s in p.detach().unbind()]
-        self._states: list[State] = []
-        for value in initial.values():
-            self._states += [_first_state(rule, value) for _ in vectors]
-        self._kernel_arguments = _kernel_arguments(
-            rule, vectors * len(initial), list(initial.values()), len(vectors), self._states
-        )
+        self._states = [
+            _first_state(rule, value) for value in initial.values() for _ in self._rules
+        ]
+        # Weights of the network of every slice, stacked: (slices, *shape).
+        self._networks = [
+            torch.stack(columns).repeat(len(initial), *[1] * columns[0].dim())
+            for columns in zip(*(own.parameters() for own in self._rules), strict=True)
+        ]
 
     def step(self, grads: Sequence[Tensor]) -> None:
         """One step of all copies.
@@ -71,73 +65,59 @@ class CopiesOptimizer:
             grads: gradients of :attr:`params`, in their order.
         """
         slices = [s for grad in grads for s in grad.contiguous().unbind()]
-        if self._kernel_arguments is not None and step(
-            self._slices, slices, self.total_steps, **self._kernel_arguments
-        ):
+        rule, states = self._rules[0], self._states
+        if step(rule, self._networks, self._slices, slices, states, self.total_steps):
             return
         copies = len(self._rules)
         for index, rule in enumerate(self._rules):
             rule.step_(
                 self._slices[index::copies],
                 slices[index::copies],
-                self._states[index::copies],
+                states[index::copies],
                 total_steps=self.total_steps,
             )
 
 
 def step(
-    params: Sequence[Tensor], grads: Sequence[Tensor], total_steps: int | None, **arguments: Any
+    rule: UpdateRule,
+    networks: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    total_steps: int | None,
 ) -> bool:
-    """One step in place by the compiled kernel; false, and nothing done, where there is none."""
+    """One step in place by the compiled kernel; false, and nothing done, where there is none.
+
+    Args:
+        rule: whose configuration it is.
+        networks: the weights of every tensor's network, in the order of ``rule.parameters()``, each
+            of shape ``(m, *shape)``.
+        params: ``m`` tensors, float32 and contiguous.
+        grads: of their shapes.
+        states: of their shapes; see :meth:`UpdateRule.step_`.
+        total_steps: length of the run, if the rule is to know it.
+    """
+    if rule.name != "horizon":  # the one rule that has a kernel
+        return False
     try:
         kernels = importlib.import_module("learned_optim.kernels")
     except ImportError:
         return False
-    arguments = dict(arguments)
-    columns = [arguments.pop(name) for name in ("fast", "slow", "square", "stats", "steps")]
-    return bool(
-        kernels.step_(
-            arguments.pop("weights"), params, grads, *columns, arguments.pop("constants"),
-            lr=1.0, total_steps=float(total_steps or 0), **arguments,
-        )
+    cfg = rule.config
+    config = (
+        cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
+        cfg.warmup_share, cfg.warmup_steps,
     )  # fmt: skip
+    return bool(
+        kernels.step_(networks, params, grads, states, config=config, total_steps=total_steps)
+    )
 
 
 def _with_weights(rule: UpdateRule, vector: Tensor) -> UpdateRule:
-    own = copy.deepcopy(rule)
-    own.requires_grad_(False)
-    vector_to_parameters(vector, own.parameters())
+    own = copy.deepcopy(rule).requires_grad_(False)
+    vector_to_parameters(vector.detach().float().clone(), own.parameters())
     return own
 
 
 def _first_state(rule: UpdateRule, param: Tensor) -> State:
     return {"step": torch.zeros(()), **rule.init_state(param.detach().float())}
-
-
-def _kernel_arguments(
-    rule: UpdateRule, weights: list[Tensor], initial: list[Tensor], copies: int, states: list[State]
-) -> dict[str, Any] | None:
-    """What the kernel of the horizon rule takes besides parameters and gradients, or None."""
-    if rule.name != "horizon":
-        return None
-    config = rule.config
-    compiled = type(config)(**{name: getattr(config, name) for name in _FREE})
-    if dataclasses.asdict(compiled) != dataclasses.asdict(config):
-        return None
-    constants, first_rms = [], []
-    for value in initial:
-        inputs = fan_in(value.shape) if value.dim() > 1 else 1
-        scale = min(config.largest_scale, inputs**-0.5) if value.dim() > 1 else VECTOR_SCALE
-        constants += [(scale, math.log(inputs), float(value.dim() < 2))] * copies
-        first_rms += [value.double().square().mean().sqrt()] * copies
-    for state, rms in zip(states, first_rms, strict=True):
-        state["stats"][0] = rms
-    columns = {key: [state[key] for state in states] for key in ("fast", "slow", "square", "stats")}
-    return {
-        **columns,
-        "weights": weights,
-        "steps": [state["step"] for state in states],
-        "constants": constants,
-        "base": config.base_step,
-        "warmup_fraction": config.warmup_share,
-    }
