@@ -10,15 +10,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from learned_optim.meta.recipes import Recipe
+    from learned_optim.meta.evolution import EvolutionTrainConfig
+    from learned_optim.meta.recipes import AnyRecipe
     from learned_optim.meta.trainer import MetaTrainer, TrainConfig
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 USAGE = """usage: learned-optim COMMAND ...
 
@@ -230,14 +232,24 @@ def _show(args: list[str]) -> int:
 # ---- train and search, which start with a recipe
 
 
-def _with_recipe(command: str, usage: str, kind: type[T], args: list[str]) -> T | None:
-    """Options of ``train`` and ``search``; None if help was wanted, which is then printed."""
-    from learned_optim.meta.recipes import load_recipe, rule_config
+def _with_recipe(
+    command: str, usage: str, kind: type[T], args: list[str], evolution: type[U] | None = None
+) -> T | U | None:
+    """Options of ``train`` and ``search``; None if help was wanted, which is then printed.
+
+    Args:
+        kind: configuration of the command for recipes of backpropagation.
+        evolution: the same for recipes of evolution strategies, if the command knows those.
+    """
+    from learned_optim.meta.recipes import EvolutionRecipe, load_recipe, rule_config
 
     source, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
     if not args or any(flag in HELP for flag in rest):
         recipe = load_recipe(source) if source else None
-        _print_recipe_help(usage, kind, recipe, command, source, "--help-all" in rest)
+        shown: type = kind
+        if isinstance(recipe, EvolutionRecipe):
+            shown = _evolution_kind(evolution, command, source)
+        _print_recipe_help(usage, shown, recipe, command, source, "--help-all" in rest)
         return None
     if not source:
         raise ValueError(
@@ -251,8 +263,46 @@ def _with_recipe(command: str, usage: str, kind: type[T], args: list[str]) -> T 
             raise ValueError("--rule takes the name of an update rule, or module:name")
         recipe = replace(recipe, rule=rule_config(rest[at + 1]))
         del rest[at : at + 2]
-    default = kind(recipe=recipe, folder=_run_folder(command, source))  # type: ignore[call-arg]
-    return _options(kind, rest, f"{command} {source}", default)
+    folder, prog = _run_folder(command, source), f"{command} {source}"
+    if isinstance(recipe, EvolutionRecipe):
+        chosen = _evolution_kind(evolution, command, source)
+        _check_applies(rest, chosen, recipe, kind, source)
+        return _options(chosen, rest, prog, chosen(recipe=recipe, folder=folder))  # type: ignore[call-arg]
+    return _options(kind, rest, prog, kind(recipe=recipe, folder=folder))  # type: ignore[call-arg]
+
+
+def _evolution_kind(kind: type[U] | None, command: str, source: str) -> type[U]:
+    if kind is None:
+        raise ValueError(
+            f"{command} takes no recipe of evolution strategies, and {source!r} is one: it goes "
+            f"with learned-optim train"
+        )
+    return kind
+
+
+def _check_applies(
+    args: list[str], kind: type, recipe: AnyRecipe, other: type, source: str
+) -> None:
+    """Tell an option of recipes of backpropagation from one that does not exist.
+
+    Raises:
+        ValueError: an option that recipes of evolution strategies do not have.
+    """
+    from learned_optim.meta.recipes import Recipe
+
+    def names(*classes: Any) -> set[str]:
+        return {f.name for cls in classes for f in fields(cls)} - {"recipe", "rule", "data"}
+
+    known = names(kind, type(recipe))
+    for arg in args:
+        flag = arg.partition("=")[0]
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if flag.startswith("--") and name in names(other, Recipe) - known:
+            options = ", ".join(f"--{n.replace('_', '-')}" for n in sorted(known))
+            raise ValueError(
+                f"{flag} does not apply to {source!r}, a recipe of evolution strategies, which "
+                f"takes {options}"
+            )
 
 
 def _run_folder(command: str, source: str) -> Path:
@@ -268,14 +318,23 @@ def _run_folder(command: str, source: str) -> Path:
 
 
 def _print_recipe_help(
-    usage: str, kind: type, recipe: Recipe | None, command: str, source: str, everything: bool
+    usage: str, kind: type, recipe: AnyRecipe | None, command: str, source: str, everything: bool
 ) -> None:
     from learned_optim._options import entry, options, sections
-    from learned_optim.meta.recipes import COMMON, GROUPS, recipe_descriptions, recipes
+    from learned_optim.meta.recipes import (
+        COMMON,
+        EVOLUTION_COMMON,
+        EVOLUTION_GROUPS,
+        GROUPS,
+        EvolutionRecipe,
+        recipe_descriptions,
+        recipes,
+    )
 
     print(usage.replace("RECIPE [options]", f"{source or 'RECIPE'} [options]"), end="")
     known = recipe is not None
-    recipe = recipe or next(iter(recipes().values()))
+    recipe = recipe or recipes()["general"]
+    evolves = isinstance(recipe, EvolutionRecipe)
     folder = _run_folder(command, source or "NAME")
     config = kind(recipe=recipe, folder=folder)
     groups: dict[str, list[str]] = {}
@@ -285,15 +344,15 @@ def _print_recipe_help(
     groups["options"] = options(config)
     rule = entry("--rule NAME", "Update rule, or module:name for one of your own.")
     if everything:
-        for title, names in GROUPS.items():
+        for title, names in (EVOLUTION_GROUPS if evolves else GROUPS).items():
             groups[title] = options(recipe, names, known)
-        groups["what is trained"] += rule
+        groups.setdefault("what is trained", []).extend(rule)
         if known:
             groups["the update rule"] = options(recipe.rule)
         groups["data"] = options(config.data)
         print(sections(groups), end="")
         return
-    groups["the recipe"] = options(recipe, COMMON, known) + rule
+    groups["the recipe"] = options(recipe, EVOLUTION_COMMON if evolves else COMMON, known) + rule
     print(sections(groups), end="")
     more = f"learned-optim {command} {source or 'RECIPE'} --help-all"
     print(f"\nEvery field of a recipe is an option: {more}")
@@ -332,11 +391,14 @@ def _search(args: list[str]) -> int:
 
 
 def _train(args: list[str]) -> int:
+    from learned_optim.meta.evolution import EvolutionTrainConfig
     from learned_optim.meta.trainer import TrainConfig
 
-    config = _with_recipe("train", TRAIN_USAGE, TrainConfig, args)
+    config = _with_recipe("train", TRAIN_USAGE, TrainConfig, args, EvolutionTrainConfig)
     if config is None:
         return 0 if args else 2
+    if isinstance(config, EvolutionTrainConfig):
+        return _run_evolution(config)
     return _run_training(config)
 
 
@@ -376,6 +438,52 @@ def _run_training(config: TrainConfig) -> int:
     finally:
         if under_torchrun:
             dist.destroy_process_group()
+    return 0
+
+
+def _run_evolution(config: EvolutionTrainConfig) -> int:
+    import torch
+    import torch.distributed as dist
+
+    from learned_optim.checkpoint import check_writable
+    from learned_optim.meta.evolution import EvolutionTrainer
+
+    if dist.is_torchelastic_launched():
+        raise ValueError(
+            "evolution strategies share work among processes of one machine: start them without "
+            "torchrun, with --workers"
+        )
+    torch.set_num_threads(1)  # every worker has a core of its own
+    if config.output is not None:
+        check_writable(config.output)
+    recipe = config.recipe
+    with ProgressBar("meta-training") as show:
+        trainer = EvolutionTrainer(recipe, config.folder, config.workers, config.data)
+
+        def tell(what: str) -> None:
+            show(trainer.meta_steps, recipe.meta_steps, what)
+
+        def on_step(metrics: dict[str, Any]) -> None:
+            tell(f"meta-step {metrics['meta_step']}")
+
+        def report(what: str, done: int, total: int) -> None:
+            tell(f"{what} {done}/{total}")
+
+        tell("starting")
+        if config.references_only:
+            trainer.compute_references(report)
+            return 0
+        trainer.train(on_step, report)
+        path = trainer.finish(config.output)
+    behind = trainer.record()["behind_adamw"]
+    if behind is not None:
+        average = behind["average"]
+        print(
+            f"log of the final loss minus that of tuned AdamW: mean {average['mean']:.3f}, median "
+            f"{average['median']:.3f}; ahead on {average['share_ahead']:.0%} of "
+            f"{recipe.validation_tasks} tasks"
+        )
+    print(f"wrote {path}")
     return 0
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from learned_optim.checkpoint import BEST_FILE, remove_leftovers, write_atomically, write_text
 from learned_optim.meta import provenance
-from learned_optim.meta.recipes import Recipe, recipe_from_json
+from learned_optim.meta.recipes import AnyRecipe, Recipe, recipe_from_json
 
 RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
@@ -51,7 +51,7 @@ class RunFolder:
         """Whether a training has ever begun in ``path``."""
         return any((path / name).exists() for name in (RESUME, METRICS, BEST_FILE, LOCK))
 
-    def check(self, recipe: Recipe, conditions: dict[str, str]) -> dict[str, str]:
+    def check(self, recipe: AnyRecipe, conditions: dict[str, str]) -> dict[str, str]:
         """Hold a recipe, and what else the run depends on, against those of the folder.
 
         Returns:
@@ -72,9 +72,14 @@ class RunFolder:
                 ) from error
             # Stopping earlier or later continues the same run, unless the schedule depends on it.
             free = {"patience", "test_runs", "start_share"}
-            if recipe.meta_lr_final is None:
+            if isinstance(recipe, Recipe) and recipe.meta_lr_final is None:
                 free.add("epochs")
-            names = sorted(f.name for f in fields(Recipe) if f.name not in free)
+            if type(found) is not type(recipe):
+                raise ValueError(
+                    f"{self.path} holds a run of a recipe of another method: choose another "
+                    f"folder, or delete it"
+                )
+            names = sorted(f.name for f in fields(recipe) if f.name not in free)
             differing = [n for n in names if getattr(found, n) != getattr(recipe, n)]
             if differing:
                 listing = "; ".join(
@@ -86,7 +91,7 @@ class RunFolder:
                 )
         return provenance.check(self.path, conditions, "choose another folder")
 
-    def begin(self, recipe: Recipe, conditions: dict[str, str]) -> None:
+    def begin(self, recipe: AnyRecipe, conditions: dict[str, str]) -> None:
         """Write what identifies the run."""
         write_text(
             self.path / RECIPE, json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n"
@@ -154,7 +159,7 @@ class RunFolder:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         return ValueError(
             f"{self.path / RESUME} is damaged ({cause}): put back a copy of it, or delete it, and "
-            f"the run begins again with epoch 1. {BEST_FILE} holds the best weights so far: copy "
+            f"the run begins again. {BEST_FILE} holds the best weights so far: copy "
             f"it elsewhere first if you want to keep them"
         )
 

@@ -3,6 +3,7 @@
 from learned_optim.meta.recipes._base import (
     COMMON,
     GROUPS,
+    AnyRecipe,
     Recipe,
     import_rules,
     load_recipe,
@@ -11,10 +12,19 @@ from learned_optim.meta.recipes._base import (
     recipes,
     rule_config,
 )
+from learned_optim.meta.recipes._evolution import (
+    EVOLUTION_COMMON,
+    EVOLUTION_GROUPS,
+    EvolutionRecipe,
+)
 
 __all__ = [
     "COMMON",
+    "EVOLUTION_COMMON",
+    "EVOLUTION_GROUPS",
     "GROUPS",
+    "AnyRecipe",
+    "EvolutionRecipe",
     "Recipe",
     "import_rules",
     "load_recipe",

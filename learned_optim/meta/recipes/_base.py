@@ -8,10 +8,11 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from learned_optim._discovery import did_you_mean, import_submodules, unknown_name
 from learned_optim._fields import check_fields
+from learned_optim.meta.recipes._evolution import METHOD, EvolutionRecipe
 from learned_optim.rules import RuleConfig, build_rule, rule_class, rule_for
 
 _AT_LEAST = {
@@ -120,8 +121,14 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON-ready data; :func:`recipe_from_json` reads it back."""
         data = dataclasses.asdict(self)
-        data["rule"] = {"name": _rule_reference(self.rule), "config": data["rule"]}
+        data["rule"] = {"name": rule_reference(self.rule), "config": data["rule"]}
         return data
+
+
+#: A recipe of either method: meta-gradients by backpropagation, or evolution strategies.
+AnyRecipe: TypeAlias = Recipe | EvolutionRecipe
+
+_R = TypeVar("_R", Recipe, EvolutionRecipe)
 
 
 #: Fields of a recipe by what they are about, for help.
@@ -144,7 +151,7 @@ GROUPS = {
 COMMON = ("epochs", "meta_lr", "horizon", "tasks_per_meta_step", "seed")
 
 
-def _rule_reference(config: RuleConfig) -> str:
+def rule_reference(config: RuleConfig) -> str:
     """The name of a rule; with its module, where that is no part of this package."""
     cls = type(rule_for(config))
     ours = __name__.partition(".")[0]
@@ -194,8 +201,10 @@ def import_rules(module: str) -> None:
         ) from error
 
 
-def recipe_from_json(data: dict[str, Any]) -> Recipe:
+def recipe_from_json(data: dict[str, Any]) -> AnyRecipe:
     """The inverse of :meth:`Recipe.to_json`; ``rule`` may be a name alone, or lack its ``config``.
+
+    An entry ``method = "evolution"`` makes it one of :meth:`EvolutionRecipe.to_json`.
 
     Raises:
         ValueError: unknown or missing fields, or values that do not fit them; of an unknown field,
@@ -203,7 +212,23 @@ def recipe_from_json(data: dict[str, Any]) -> Recipe:
     """
     if not isinstance(data, dict):
         raise ValueError(f"not a recipe: a table of fields is one, got {str(data)[:40]}")
-    known = dataclasses.fields(Recipe)
+    method = data.get("method")
+    if method is None:
+        return _from_json(Recipe, data)
+    if method != METHOD:
+        raise ValueError(f"not a recipe: unknown method {method!r}; known: {METHOD}")
+    task = data.get("task", EvolutionRecipe.task)
+    if task != EvolutionRecipe.task:
+        raise ValueError(
+            f"not a recipe: method {METHOD!r} trains on the task {EvolutionRecipe.task!r} alone, "
+            f"got {task!r}"
+        )
+    values = {key: value for key, value in data.items() if key not in ("method", "task")}
+    return _from_json(EvolutionRecipe, values)
+
+
+def _from_json(kind: type[_R], data: dict[str, Any]) -> _R:
+    known = dataclasses.fields(kind)
     names = [field.name for field in known]
     for key in data:
         if key not in names:
@@ -225,10 +250,10 @@ def recipe_from_json(data: dict[str, Any]) -> Recipe:
         config = rule_config(rule["name"], rule.get("config"))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"not a recipe: rule: {error}") from error
-    return Recipe(**{**data, "rule": config})
+    return kind(**{**data, "rule": config})
 
 
-def recipes() -> dict[str, Recipe]:
+def recipes() -> dict[str, AnyRecipe]:
     """The recipes that ship with the package, by name: each module's ``RECIPE``."""
     return {name: module.RECIPE for name, module in _modules().items()}
 
@@ -246,7 +271,7 @@ def _modules() -> dict[str, ModuleType]:
     return {module.__name__.rsplit(".", 1)[1].replace("_", "-"): module for module in modules}
 
 
-def load_recipe(source: str) -> Recipe:
+def load_recipe(source: str) -> AnyRecipe:
     """A recipe by shipped name, from a TOML or JSON file, or from a run folder.
 
     Raises:

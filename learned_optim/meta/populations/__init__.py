@@ -1,0 +1,30 @@
+"""Tasks written for many copies of a network at once, for evolution strategies on whole runs."""
+
+from learned_optim.meta.populations._base import (
+    Batch,
+    Params,
+    Population,
+    Sampler,
+    UnusableTaskError,
+)
+from learned_optim.meta.populations._driver import CopiesOptimizer
+from learned_optim.meta.populations._mixture import FAMILIES, Draw, draw, sample
+from learned_optim.meta.populations._rollout import ADAMW_LRS, fitness, roll, roll_adamw, scores
+
+__all__ = [
+    "ADAMW_LRS",
+    "FAMILIES",
+    "Batch",
+    "CopiesOptimizer",
+    "Draw",
+    "Params",
+    "Population",
+    "Sampler",
+    "UnusableTaskError",
+    "draw",
+    "fitness",
+    "roll",
+    "roll_adamw",
+    "sample",
+    "scores",
+]

@@ -1,0 +1,157 @@
+"""What a population is, and the random draws that make one.
+
+A *population* is ``B`` copies of one network that train side by side, each under other weights of
+the update rule. Their parameters are stacked, so one small step of all copies is one pass through
+batched matrix products: the loss of a task is written for stacked parameters from the start.
+
+The order of random draws is part of a family's definition: a seed stands for a task, and references
+and states of unfinished trainings are kept by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+T = TypeVar("T")
+
+#: Named parameters: of one copy where a task makes them, with a leading ``B`` where it reads them.
+Params: TypeAlias = dict[str, Tensor]
+#: What ``batch`` hands to ``losses``: shared by all copies, which differ in their weights alone.
+Batch: TypeAlias = tuple[Any, ...]
+
+
+class UnusableTaskError(ValueError):
+    """A draw that gave no task to train on; the mixture draws again."""
+
+
+class Population(ABC):
+    """One training problem, for any number of copies at once.
+
+    A family is a subclass whose constructor, ``Family(draw, data)``, draws everything that sets one
+    of its tasks apart: the data, the sizes, the initialization. It defines :meth:`init`,
+    :meth:`batch` and :meth:`loss`; callers use :meth:`initial`, :meth:`batch` and :meth:`losses`,
+    which add what the mixture draws for tasks of every family.
+
+    Attributes:
+        name: what was drawn, for logs.
+        batch_size: examples per step.
+        longest_run: steps that a run may take at most.
+        scales: positive factors, one per parameter, by which parameters are stored divided; None
+            for none. The function is the same and its gradients are not: what a rule learns must
+            not hang on the units in which a tensor is written (Wichrowska et al. 2017, section
+            3.4).
+        jitter: standard deviation of the log of a random factor on the loss of every step.
+    """
+
+    name: str
+    batch_size: int = 1
+    longest_run: ClassVar[int] = 2000
+    scales: dict[str, float] | None = None
+    jitter: float = 0.0
+
+    @abstractmethod
+    def init(self, generator: Generator) -> Params:
+        """Initial parameters of one copy, in the task's own units."""
+
+    @abstractmethod
+    def batch(self, generator: Generator) -> Batch:
+        """The batch of the next step, the same for all copies."""
+
+    @abstractmethod
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """:meth:`losses` of parameters in the task's own units."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step's matrix products, by which the mixture estimates what a step costs."""
+        return self.batch_size
+
+    def reset(self) -> None:  # noqa: B027 - not abstract: most tasks do not change
+        """Go back to the first step; only tasks that change as they run have anything to do."""
+
+    def initial(self, generator: Generator) -> Params:
+        """Initial parameters of one copy, float32, without the leading dimension; a new run."""
+        self.reset()
+        params = self.init(generator)
+        if self.scales is None:
+            return params
+        return {name: value / self.scales[name] for name, value in params.items()}
+
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        """The loss of every copy.
+
+        Args:
+            params: every tensor of shape ``(B, *shape)``.
+            batch: what :meth:`batch` returned.
+
+        Returns:
+            Shape ``(B,)``; entry ``b`` depends on ``params[name][b]`` alone.
+        """
+        if self.scales is not None:
+            params = {name: value * self.scales[name] for name, value in params.items()}
+        return self.loss(params, batch)
+
+    def jittered(self, total: Tensor, generator: Generator) -> Tensor:
+        """The summed loss of a step, shape ``()``, times the step's random factor."""
+        if not self.jitter:
+            return total
+        return total * math.exp(self.jitter * torch.randn((), generator=generator).item())
+
+
+class Sampler:
+    """Random draws from one generator, one call each.
+
+    Example:
+        >>> draw = Sampler(torch.Generator().manual_seed(0))
+        >>> 8 <= draw.log_uniform(8, 512) <= 512
+        True
+        >>> draw.choice(["relu", "tanh"], [3, 1]) in ("relu", "tanh")
+        True
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """A number from ``[low, high)``."""
+        return low + (high - low) * torch.rand((), generator=self.generator).item()
+
+    def log_uniform(self, low: float, high: float) -> float:
+        """A positive number whose logarithm is uniform."""
+        return math.exp(self.uniform(math.log(low), math.log(high)))
+
+    def log_integer(self, low: float, high: float) -> int:
+        """:meth:`log_uniform`, rounded down: sizes and lengths."""
+        return int(self.log_uniform(low, high))
+
+    def integer(self, low: int, high: int) -> int:
+        """An integer from ``low`` to ``high``, both included."""
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def choice(self, options: Sequence[T], weights: Sequence[float] | None = None) -> T:
+        """One of the options, all alike or in proportion to the weights."""
+        if weights is None:
+            return options[self.integer(0, len(options) - 1)]
+        shares = torch.tensor(weights, dtype=torch.float)
+        return options[int(torch.multinomial(shares, 1, generator=self.generator))]
+
+    def chance(self, probability: float) -> bool:
+        """True with this probability."""
+        return self.uniform() < probability
+
+    def subset(self, size: int, of: int) -> Tensor:
+        """``min(size, of)`` different indices below ``of``, int64, in random order."""
+        return torch.randperm(of, generator=self.generator)[:size]
+
+
+def draw_index(weights: Tensor | None, of: int, size: int, generator: Generator) -> Tensor:
+    """``size`` indices below ``of``, int64, with repetition; by weights if there are any."""
+    if weights is None:
+        return torch.randint(of, (size,), generator=generator)
+    return torch.multinomial(weights, size, True, generator=generator)

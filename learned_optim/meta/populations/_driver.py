@@ -1,0 +1,123 @@
+"""One step of an update rule for all copies of a population, each under weights of its own."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import vector_to_parameters
+
+from learned_optim.meta.populations._base import Params
+from learned_optim.rules import State, UpdateRule
+
+
+class CopiesOptimizer:
+    """Trains ``B`` copies of the same parameters, copy ``b`` by the rule with weights ``b``.
+
+    Where the rule has a compiled kernel, one call of it steps all tensors of all copies. Otherwise
+    each copy is stepped by :meth:`UpdateRule.step_`, correct and slow.
+
+    Args:
+        rule: gives architecture and configuration; its weights do not matter.
+        weights: float32 of shape ``(B, number of weights)``, in the order of ``rule.parameters()``.
+        initial: the parameters of one copy by name, from which all copies begin.
+        total_steps: length of the run, if the rule is to know it.
+
+    Attributes:
+        params: the copies by name, float32 leaves of shape ``(B, *shape)``.
+    """
+
+    def __init__(
+        self, rule: UpdateRule, weights: Tensor, initial: Params, total_steps: int | None = None
+    ) -> None:
+        count = sum(p.numel() for p in rule.parameters())
+        if weights.dim() != 2 or weights.shape[1] != count:
+            raise ValueError(
+                f"weights must have shape (copies, {count}) for rule {rule.name!r}, "
+                f"got {tuple(weights.shape)}"
+            )
+        self.total_steps = total_steps
+        self.params: Params = {
+            name: value.detach().float().unsqueeze(0).repeat(len(weights), *[1] * value.dim())
+            for name, value in initial.items()
+        }
+        for param in self.params.values():
+            param.requires_grad_()
+        self._rules = [_with_weights(rule, vector) for vector in weights]
+        # Tensors in the order (name, copy); a slice of a contiguous tensor is contiguous.
+        self._slices = [s for p in self.params.values() for s in p.detach().unbind()]
+        self._states = [
+            _first_state(rule, value) for value in initial.values() for _ in self._rules
+        ]
+        # Weights of the network of every slice, stacked: (slices, *shape).
+        self._networks = [
+            torch.stack(columns).repeat(len(initial), *[1] * columns[0].dim())
+            for columns in zip(*(own.parameters() for own in self._rules), strict=True)
+        ]
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        """One step of all copies.
+
+        Args:
+            grads: gradients of :attr:`params`, in their order.
+        """
+        slices = [s for grad in grads for s in grad.contiguous().unbind()]
+        rule, states = self._rules[0], self._states
+        if step(rule, self._networks, self._slices, slices, states, self.total_steps):
+            return
+        copies = len(self._rules)
+        for index, rule in enumerate(self._rules):
+            rule.step_(
+                self._slices[index::copies],
+                slices[index::copies],
+                states[index::copies],
+                total_steps=self.total_steps,
+            )
+
+
+def step(
+    rule: UpdateRule,
+    networks: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    total_steps: int | None,
+) -> bool:
+    """One step in place by the compiled kernel; false, and nothing done, where there is none.
+
+    Args:
+        rule: whose configuration it is.
+        networks: the weights of every tensor's network, in the order of ``rule.parameters()``, each
+            of shape ``(m, *shape)``.
+        params: ``m`` tensors, float32 and contiguous.
+        grads: of their shapes.
+        states: of their shapes; see :meth:`UpdateRule.step_`.
+        total_steps: length of the run, if the rule is to know it.
+    """
+    if rule.name != "horizon":  # the one rule that has a kernel
+        return False
+    try:
+        kernels = importlib.import_module("learned_optim.kernels")
+    except ImportError:
+        return False
+    cfg = rule.config
+    config = (
+        cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
+        cfg.warmup_share, cfg.warmup_steps,
+    )  # fmt: skip
+    return bool(
+        kernels.step_(networks, params, grads, states, config=config, total_steps=total_steps)
+    )
+
+
+def _with_weights(rule: UpdateRule, vector: Tensor) -> UpdateRule:
+    own = copy.deepcopy(rule).requires_grad_(False)
+    vector_to_parameters(vector.detach().float().clone(), own.parameters())
+    return own
+
+
+def _first_state(rule: UpdateRule, param: Tensor) -> State:
+    return {"step": torch.zeros(()), **rule.init_state(param.detach().float())}

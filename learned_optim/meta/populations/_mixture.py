@@ -1,0 +1,118 @@
+"""The mixture of tasks that the horizon rule is meta-trained on: which, how long, how told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Generator
+
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.populations._base import Population, Sampler
+from learned_optim.meta.populations.autoencoders import Autoencoder
+from learned_optim.meta.populations.boundary import BoundaryValue
+from learned_optim.meta.populations.classification import Classification
+from learned_optim.meta.populations.convolutions import ConvNet
+from learned_optim.meta.populations.coordinates import Coordinates
+from learned_optim.meta.populations.embeddings import MatrixFactorization, SkipGram
+from learned_optim.meta.populations.quadratics import Quadratic
+from learned_optim.meta.populations.restarts import Restart
+from learned_optim.meta.populations.sequences import Sequences
+from learned_optim.meta.populations.tabular import Teacher
+
+#: The families and how often each is drawn, relative to the others. The order matters to the draws.
+FAMILIES: dict[type[Population], int] = {
+    Classification: 22,
+    Teacher: 14,
+    Quadratic: 3,
+    Coordinates: 9,
+    BoundaryValue: 3,
+    MatrixFactorization: 7,
+    SkipGram: 3,
+    Sequences: 18,
+    ConvNet: 6,
+    Autoencoder: 10,
+    Restart: 13,
+}
+
+ATTEMPTS = 50
+SCALED_SHARE, UNKNOWN_SHARE = 0.2, 0.3
+SHORTEST_RUN = 100
+# A run of eight copies may take about this many seconds on one core, and always this many steps.
+SECONDS, ALWAYS = 5.0, 80
+# What a step costs, in seconds: of the whole, per parameter; and operations per second.
+_PER_STEP, _PER_PARAMETER, _PRODUCTS_PER_SECOND = 1.5e-3, 2.5e-9, 4e10
+_COPIES = 8
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A run to be made.
+
+    Attributes:
+        task: the population.
+        steps: length of the run.
+        known: whether the rule is told the length.
+    """
+
+    task: Population
+    steps: int
+    known: bool
+
+
+def sample(seed: int, data: DataOptions) -> Population:
+    """The task of a seed.
+
+    Args:
+        seed: the same seed gives the same task, with the same release of torch.
+        data: where MNIST is.
+
+    Raises:
+        FileNotFoundError: the task needs images and they are not there.
+        ValueError: none of fifty draws was usable.
+    """
+    return _sample(seed, data)[0]
+
+
+def draw(seed: int, data: DataOptions, shortest: int = SHORTEST_RUN) -> Draw:
+    """The task of a seed, the length of its run and whether that is known to the rule.
+
+    Args:
+        seed: see :func:`sample`.
+        data: where MNIST is.
+        shortest: steps that runs have at least, where they are not too costly for that.
+    """
+    task, sampler = _sample(seed, data)
+    longest = longest_run(task)
+    steps = sampler.log_integer(min(shortest, longest - 1), longest)
+    return Draw(task, steps, known=not sampler.chance(UNKNOWN_SHARE))
+
+
+def longest_run(task: Population) -> int:
+    """Steps that a run of the task may take by its family and by what a step costs."""
+    params = task.init(Generator().manual_seed(0))
+    count = sum(value.numel() for value in params.values())
+    seconds = _COPIES * count * (6 * task.rows / _PRODUCTS_PER_SECOND + _PER_PARAMETER) + _PER_STEP
+    return int(min(task.longest_run, max(ALWAYS, SECONDS / seconds)))
+
+
+def _sample(seed: int, data: DataOptions) -> tuple[Population, Sampler]:
+    """The task of a seed, and the sampler from which the draws about its run go on."""
+    for attempt in range(ATTEMPTS):
+        sampler = Sampler(Generator().manual_seed(seed * 1000 + attempt))
+        family = sampler.choice(list(FAMILIES), list(FAMILIES.values()))
+        try:
+            task = family(sampler, data)  # type: ignore[call-arg]
+        except ValueError:  # UnusableTaskError, or sizes that do not go together
+            continue
+        if sampler.chance(SCALED_SHARE):
+            names = task.init(Generator().manual_seed(0))
+            task.scales = {name: math.exp(sampler.uniform(-1.5, 1.5)) for name in names}
+        task.jitter = sampler.choice([0, 0.5], [9, 1])
+        return task, sampler
+    raise ValueError(f"no usable task in {ATTEMPTS} draws of seed {seed}")
+
+
+def run_generators(seed: int) -> tuple[Generator, Generator]:
+    """Generators of a seed's run: of its initial parameters and batches, and of its loss jitter."""
+    return Generator().manual_seed(seed * 7 + 3), Generator().manual_seed(seed + 5)

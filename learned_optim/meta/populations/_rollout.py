@@ -1,0 +1,139 @@
+"""Whole runs of populations, and the scores by which they are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from learned_optim.meta.populations._base import Params
+from learned_optim.meta.populations._driver import CopiesOptimizer
+from learned_optim.meta.populations._mixture import Draw, run_generators
+from learned_optim.rules import UpdateRule
+
+Array: TypeAlias = NDArray[np.float64]
+
+#: Peak learning rates among which AdamW is tuned.
+ADAMW_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_ADAMW_DECAY, _ADAMW_WARMUP = 0.01, 0.05
+_ADAMW_BETAS, _ADAMW_EPS = (0.9, 0.999), 1e-8
+
+# Losses are in units of the first one: bounds of what is averaged, and what is added before logs.
+_LARGEST, _SMALLEST_FIRST, _OFFSET = 1e3, 1e-12, 1e-6
+# Times of a run at which the loss is read for its mean, geometrically spaced.
+_TIMES = 20
+# Shares of the final and of the mean loss in the fitness, of runs with known and unknown length.
+_SHARES_KNOWN, _SHARES_UNKNOWN = (0.8, 0.2), (0.5, 0.5)
+
+
+def roll(rule: UpdateRule, weights: Tensor, run: Draw, seed: int) -> Array:
+    """Train a population under several weights of a rule at once.
+
+    Args:
+        rule: gives architecture and configuration.
+        weights: float32 of shape ``(B, number of weights)``.
+        run: what :func:`draw` gave for ``seed``.
+        seed: of the initial parameters, batches and jitter.
+
+    Returns:
+        Losses before each step, float64 of shape ``(steps, B)``.
+    """
+    total = run.steps if run.known else None
+
+    def optimizer(initial: Params) -> tuple[Params, Callable[[Sequence[Tensor]], None]]:
+        copies = CopiesOptimizer(rule, weights, initial, total)
+        return copies.params, copies.step
+
+    return _roll(optimizer, run, seed)
+
+
+def roll_adamw(lrs: Sequence[float], run: Draw, seed: int) -> Array:
+    """The same under AdamW with these peak learning rates, each a copy; returns ``(steps, lrs)``.
+
+    They warm up over the first twentieth of the run, and, if its length is known, follow a cosine.
+    """
+
+    def optimizer(initial: Params) -> tuple[Params, Callable[[Sequence[Tensor]], None]]:
+        params = {
+            name: value.unsqueeze(0).repeat(len(lrs), *[1] * value.dim()).requires_grad_()
+            for name, value in initial.items()
+        }
+        return params, _adamw(list(params.values()), torch.tensor(lrs), run)
+
+    return _roll(optimizer, run, seed)
+
+
+def _roll(
+    optimizer: Callable[[Params], tuple[Params, Callable[[Sequence[Tensor]], None]]],
+    run: Draw,
+    seed: int,
+) -> Array:
+    task = run.task
+    generator, jitter = run_generators(seed)
+    params, step = optimizer(task.initial(generator))
+    values, rows = list(params.values()), []
+    for _ in range(run.steps):
+        losses = task.losses(params, task.batch(generator))
+        step(torch.autograd.grad(task.jittered(losses.sum(), jitter), values))
+        rows.append(losses.detach().numpy())
+    return np.array(rows, dtype=np.float64)
+
+
+def _adamw(params: list[Tensor], lrs: Tensor, run: Draw) -> Callable[[Sequence[Tensor]], None]:
+    means = [torch.zeros_like(param) for param in params]
+    squares = [torch.zeros_like(param) for param in params]
+    (beta, square_beta), warmup, done = _ADAMW_BETAS, max(1, _ADAMW_WARMUP * run.steps), 0
+
+    @torch.no_grad()
+    def step(grads: Sequence[Tensor]) -> None:
+        nonlocal done
+        schedule = min(1, (done + 1) / warmup)
+        if run.known:
+            schedule *= 0.5 * (1 + math.cos(math.pi * done / run.steps))
+        correction, square_correction = 1 - beta ** (done + 1), 1 - square_beta ** (done + 1)
+        for param, grad, mean, square in zip(params, grads, means, squares, strict=True):
+            lr = (lrs * schedule).view(-1, *[1] * (param.dim() - 1))
+            mean.lerp_(grad, 0.1)
+            square.mul_(square_beta).addcmul_(grad, grad, value=0.001)
+            root = (square / square_correction).sqrt() + _ADAMW_EPS
+            param.mul_(1 - lr * _ADAMW_DECAY).sub_(lr * (mean / correction) / root)
+        done += 1
+
+    return step
+
+
+def scores(losses: Array) -> tuple[Array, Array]:
+    """Scores of every copy's run, the lower the better.
+
+    Args:
+        losses: ``(steps, B)``; what is not finite counts as a thousand times the first loss.
+
+    Returns:
+        ``(final, mean)``, each of shape ``(B,)``: the log of the mean loss of the last twentieth,
+        and the mean of the log loss at geometrically spaced times, both relative to the first
+        loss of all copies.
+    """
+    steps = len(losses)
+    first = np.nanmax([abs(losses[0].mean()), _SMALLEST_FIRST])
+    bounded = np.clip(np.where(np.isfinite(losses), losses, np.inf) / first, -_LARGEST, _LARGEST)
+
+    def log_mean(low: int, high: int) -> Array:
+        mean: Array = np.log(np.maximum(bounded[low:high].mean(0), 0) + _OFFSET)
+        return mean
+
+    final = log_mean(-max(5, steps // 20), steps)
+    times = np.unique(np.geomspace(1, steps, _TIMES).astype(int))
+    mean: Array = np.mean([log_mean(max(0, t - max(1, t // 5)), t) for t in times], 0)
+    return final, mean
+
+
+def fitness(losses: Array, known: bool) -> Array:
+    """What evolution strategies minimize, of every copy, shape ``(B,)``; see :func:`scores`."""
+    final, mean = scores(losses)
+    final_share, mean_share = _SHARES_KNOWN if known else _SHARES_UNKNOWN
+    return final_share * final + mean_share * mean

@@ -1,0 +1,67 @@
+"""Image classification by perceptrons, on the meta half of MNIST."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.populations._base import Batch, Params, Population, Sampler, draw_index
+from learned_optim.meta.populations._layers import cross_entropy, meta_images
+from learned_optim.meta.populations._perceptron import draw_perceptron
+
+CLASSES = 10
+
+
+def wrong_labels(labels: Tensor, share: float, generator: Generator) -> Tensor:
+    """Labels ``(N,)`` of which this share is replaced by random classes."""
+    if not share:
+        return labels
+    chosen = torch.rand(len(labels), generator=generator) < share
+    random = torch.randint(CLASSES, (len(labels),), generator=generator)
+    return torch.where(chosen, random, labels)
+
+
+class Classification(Population):
+    """Perceptrons on whole or averaged images.
+
+    Some tasks have few examples, wrong labels, rare classes or dropout.
+    """
+
+    longest_run = 3000
+
+    def __init__(self, draw: Sampler, data: DataOptions) -> None:
+        side = draw.choice([7, 14, 28], [5, 4, 1.5])
+        images, self.labels = meta_images(data, side)
+        self.pixels = images.flatten(1)  # (examples, side * side)
+        if draw.chance(0.15):
+            few = draw.subset(draw.log_integer(64, 4096), len(self.pixels))
+            self.pixels, self.labels = self.pixels[few], self.labels[few]
+        if draw.chance(0.3):
+            self.pixels = (self.pixels - self.pixels.mean()) / self.pixels.std()
+        self.wrong_share = draw.choice([0, 0.1, 0.3], [7, 1, 1])
+        self.batch_size = draw.log_integer(8, 256 if side < 28 else 128)
+        self.net = draw_perceptron(draw, self.pixels.shape[1], CLASSES)
+        self.smoothing = draw.choice([0, 0.1], [9, 1])
+        if self.net.norm == "batch":
+            self.batch_size = max(self.batch_size, 16)
+        # Rare classes: a class is drawn the less, the larger its label.
+        rare = draw.chance(0.1)
+        self.example_weights = 1 / (1 + self.labels.float()) ** 2 if rare else None
+        self.name = (
+            f"images {side} {self.net} batch={self.batch_size} wrong={self.wrong_share} "
+            f"examples={len(self.pixels)}"
+        )
+
+    def init(self, generator: Generator) -> Params:
+        return self.net.init(generator)
+
+    def batch(self, generator: Generator) -> Batch:
+        size = self.batch_size
+        index = draw_index(self.example_weights, len(self.pixels), size, generator)
+        labels = wrong_labels(self.labels[index], self.wrong_share, generator)
+        return self.pixels[index], labels, self.net.masks(size, generator)
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        pixels, labels, masks = batch
+        return cross_entropy(self.net(params, pixels, masks), labels, self.smoothing)

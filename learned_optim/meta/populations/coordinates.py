@@ -1,0 +1,77 @@
+"""Coordinate networks: a signal as a function of position, by sines or by Fourier features."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.populations._base import Batch, Params, Population, Sampler
+from learned_optim.meta.populations._layers import linear
+from learned_optim.meta.populations._perceptron import Perceptron
+
+FOURIER_FEATURES = 12
+
+
+class Coordinates(Population):
+    """Fits a sum of random waves on ``[-1, 1]^d``, d = 1 or 2.
+
+    The network has sine activations and the initialization of Sitzmann et al. (2020), or ReLU on
+    random Fourier features (Tancik et al. 2020).
+    """
+
+    def __init__(self, draw: Sampler, data: DataOptions) -> None:
+        del data  # synthetic
+        generator = draw.generator
+        self.dimensions = draw.choice([1, 2], [2, 1])
+        self.sine = draw.chance(0.6)
+        self.omega = draw.log_uniform(5, 40) if self.sine else 0.0
+        width = draw.log_integer(16, 128)
+        depth = draw.choice([1, 2, 3], [1, 3, 1])
+        waves = draw.integer(2, 5)
+        highest = draw.log_uniform(6, 60 if self.dimensions == 1 else 20)
+        shape = (waves, self.dimensions)
+        self.frequencies = torch.randn(shape, generator=generator) * highest / 2
+        self.amplitudes = torch.rand(waves, generator=generator) + 0.2
+        self.phases = torch.rand(waves, generator=generator) * 6.3
+        self.batch_size = draw.log_integer(64, 512)
+        self.sizes = [self.dimensions, *[width] * depth, 1]
+        if not self.sine:
+            projection = torch.randn(self.dimensions, FOURIER_FEATURES, generator=generator)
+            self.projection = projection * highest / 3
+            self.net = Perceptron(2 * FOURIER_FEATURES, 1, [width] * depth, "relu", "torch")
+        kind = f"sine{self.omega:.0f}" if self.sine else "fourier"
+        self.name = f"coordinates {kind} {self.sizes} highest={highest:.0f}"
+
+    def init(self, generator: Generator) -> Params:
+        if not self.sine:
+            return self.net.init(generator)
+        params: Params = {}
+        for layer, (fan_in, size) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
+            bound = 1 / fan_in if layer == 0 else math.sqrt(6 / fan_in) / self.omega
+            weight = torch.rand(size, fan_in, generator=generator) * 2 - 1
+            params[f"weight{layer}"] = weight * bound
+            bias = torch.rand(size, generator=generator) * 2 - 1
+            params[f"bias{layer}"] = bias / math.sqrt(fan_in)
+        return params
+
+    def batch(self, generator: Generator) -> Batch:
+        places = torch.rand(self.batch_size, self.dimensions, generator=generator) * 2 - 1
+        waves = torch.sin(places @ self.frequencies.T + self.phases) * self.amplitudes
+        return places, waves.sum(1, keepdim=True)
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        places, signal = batch  # (N, d), (N, 1)
+        if self.sine:
+            out = places
+            last = len(self.sizes) - 2
+            for layer in range(last + 1):
+                out = linear(out, params[f"weight{layer}"], params[f"bias{layer}"])
+                if layer < last:
+                    out = torch.sin(self.omega * out)
+        else:
+            angles = places @ self.projection
+            out = self.net(params, torch.cat((torch.sin(angles), torch.cos(angles)), 1))
+        return (out - signal).square().mean((1, 2))

@@ -1,0 +1,224 @@
+"""Sequence models: transformers and recurrent networks on a random grammar, and on image rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.populations._base import Batch, Params, Population, Sampler
+from learned_optim.meta.populations._layers import (
+    attention,
+    cross_entropy,
+    init_weight,
+    layer_norm,
+    linear,
+    linear_tokens,
+    meta_images,
+)
+
+CLASSES = 10
+# Texts of the grammar and their length.
+TEXTS, TEXT_LENGTH = 64, 80
+
+
+class Sequences(Population):
+    """Next-token prediction on a random second-order grammar, or classification of image rows.
+
+    ``attention`` and ``rows`` are transformers, normalized before or after each block; ``rows``
+    reads an image as a sequence of rows with a class token before it. ``gru`` and ``rnn`` are one
+    recurrent layer. Output and input embedding may be the same tensor.
+    """
+
+    longest_run = 500
+
+    def __init__(self, draw: Sampler, data: DataOptions) -> None:
+        self.kind = draw.choice(["attention", "gru", "rnn", "rows"], [5, 1.2, 0.8, 2])
+        self.width = draw.choice([16, 24, 32, 48, 64, 96], [3, 2, 2, 1, 0.7, 0.3])
+        self.depth = draw.choice([1, 2, 3], [4, 2, 0.6])
+        self.heads = draw.choice([2, 4])
+        self.length = draw.integer(8, 16)
+        self.batch_size = draw.log_integer(4, 16)
+        self.tokens = draw.integer(12, 48)
+        self.post_norm = draw.chance(0.4)
+        self.tied = draw.chance(0.6)
+        self.deviation = draw.choice([0.02, 0.1, 1.0], [4, 1, 0 if self.tied else 1])
+        self.expansion = draw.choice([2, 4])
+        self.init_kind = draw.choice(["torch", "small", "xavier"], [3, 2, 2])
+        self.is_transformer = self.kind in ("attention", "rows")
+        if self.kind == "rows":
+            self.side = draw.choice([7, 14])
+            images, self.labels = meta_images(data, self.side)
+            self.images = images[:, 0]  # (examples, side, side)
+            self.length = self.side + 1
+            self.post_norm = draw.chance(0.5)
+        else:
+            self.text = _grammar_text(draw, self.tokens)
+        self.name = (
+            f"sequences {self.kind} {self.width}x{self.depth} tokens={self.tokens} "
+            f"length={self.length} batch={self.batch_size} post_norm={self.post_norm} "
+            f"tied={self.tied} deviation={self.deviation} {self.init_kind}"
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.batch_size * self.length
+
+    # ---- parameters
+
+    def init(self, generator: Generator) -> Params:
+        width, params = self.width, Params()
+        if self.kind == "rows":
+            params["embedding"] = init_weight((width, self.side), "torch", generator)
+            params["embedding_bias"] = torch.zeros(width)
+            params["class_token"] = torch.zeros(1, width)
+            params["position"] = 0.02 * torch.randn(self.length, width, generator=generator)
+        else:
+            table = torch.randn(self.tokens, width, generator=generator)
+            params["embedding"] = table * self.deviation
+            if self.kind == "attention":
+                params["position"] = self._init_position(generator)
+        if self.is_transformer:
+            for layer in range(self.depth):
+                params |= self._init_block(f"{layer}.", generator)
+            if not self.post_norm:
+                params["norm.gain"], params["norm.shift"] = torch.ones(width), torch.zeros(width)
+        else:
+            gates = (3 if self.kind == "gru" else 1) * width
+            params["input"] = init_weight((gates, width), "torch", generator)
+            params["recurrent"] = init_weight((gates, width), "torch", generator)
+            params["input_bias"] = torch.zeros(gates)
+            params["recurrent_bias"] = torch.zeros(gates)
+        if self.kind == "rows" or not self.tied:
+            outputs = CLASSES if self.kind == "rows" else self.tokens
+            params["head"] = init_weight((outputs, width), "torch", generator)
+            params["head_bias"] = torch.zeros(outputs)
+        return params
+
+    def _init_position(self, generator: Generator) -> Tensor:
+        if self.deviation == 0.1:
+            return torch.zeros(self.length, self.width)
+        return torch.randn(self.length, self.width, generator=generator) * 0.02
+
+    def _init_block(self, prefix: str, generator: Generator) -> Params:
+        width, inner, params = self.width, self.expansion * self.width, Params()
+        shapes = {
+            "qkv": (3 * width, width),
+            "out": (width, width),
+            "up": (inner, width),
+            "down": (width, inner),
+        }
+        for name, shape in shapes.items():
+            params[f"{prefix}{name}"] = init_weight(shape, self.init_kind, generator)
+            params[f"{prefix}{name}_bias"] = torch.zeros(shape[0])
+        for name in ("attention", "mlp"):
+            params[f"{prefix}{name}.gain"] = torch.ones(width)
+            params[f"{prefix}{name}.shift"] = torch.zeros(width)
+        return params
+
+    # ---- batches and losses
+
+    def batch(self, generator: Generator) -> Batch:
+        if self.kind == "rows":
+            index = torch.randint(len(self.images), (2 * self.batch_size,), generator=generator)
+            return self.images[index], self.labels[index]
+        last = len(self.text) - self.length - 1
+        start = torch.randint(last, (self.batch_size,), generator=generator)
+        tokens = self.text[start[:, None] + torch.arange(self.length + 1)]
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        inputs, targets = batch
+        hidden = self._embed(params, inputs)  # (B, N, length, width)
+        if self.is_transformer:
+            for layer in range(self.depth):
+                hidden = self._block(params, hidden, f"{layer}.")
+            if not self.post_norm:
+                hidden = layer_norm(hidden, params["norm.gain"], params["norm.shift"])
+        else:
+            hidden = self._recur(params, hidden)
+        if self.kind == "rows":
+            logits = linear(hidden[:, :, 0], params["head"], params["head_bias"])
+            return cross_entropy(logits, targets)
+        flat = hidden.flatten(1, 2)
+        if self.tied:
+            return cross_entropy(linear(flat, params["embedding"]), targets.flatten())
+        logits = linear(flat, params["head"], params["head_bias"])
+        return cross_entropy(logits, targets.flatten())
+
+    def _embed(self, params: Params, inputs: Tensor) -> Tensor:
+        if self.kind != "rows":
+            hidden = params["embedding"][:, inputs]
+            return hidden + params["position"][:, None] if self.kind == "attention" else hidden
+        count = inputs.shape[0]  # images, (N, side, side)
+        embedded = linear(inputs.flatten(0, 1), params["embedding"], params["embedding_bias"])
+        token = params["class_token"][:, None]
+        token = token.expand(token.shape[0], count, 1, self.width)
+        hidden = torch.cat((token, embedded.unflatten(1, inputs.shape[:2])), 2)
+        return hidden + params["position"][:, None]
+
+    def _block(self, params: Params, hidden: Tensor, prefix: str) -> Tensor:
+        def dense(x: Tensor, name: str) -> Tensor:
+            weight, bias = params[f"{prefix}{name}"], params[f"{prefix}{name}_bias"]
+            return linear_tokens(x, weight, bias)
+
+        def norm(x: Tensor, name: str) -> Tensor:
+            return layer_norm(x, params[f"{prefix}{name}.gain"], params[f"{prefix}{name}.shift"])
+
+        def attend(x: Tensor) -> Tensor:
+            query, key, value = dense(x, "qkv").chunk(3, -1)
+            causal = self.kind == "attention"
+            return dense(attention(query, key, value, self.heads, causal), "out")
+
+        def mlp(x: Tensor) -> Tensor:
+            return dense(F.gelu(dense(x, "up")), "down")
+
+        if self.post_norm:
+            hidden = norm(hidden + attend(hidden), "attention")
+            return norm(hidden + mlp(hidden), "mlp")
+        hidden = hidden + attend(norm(hidden, "attention"))
+        return hidden + mlp(norm(hidden, "mlp"))
+
+    def _recur(self, params: Params, hidden: Tensor) -> Tensor:
+        copies, count = hidden.shape[:2]
+        state = torch.zeros(copies, count, self.width)
+        inputs = linear_tokens(hidden, params["input"], params["input_bias"])
+        states = []
+        for step in range(self.length):
+            fresh = inputs[:, :, step]
+            recurrent = linear(state, params["recurrent"], params["recurrent_bias"])
+            if self.kind == "rnn":
+                state = torch.tanh(fresh + recurrent)
+            else:
+                reset, update, new = fresh.chunk(3, -1)
+                reset_r, update_r, new_r = recurrent.chunk(3, -1)
+                reset = torch.sigmoid(reset + reset_r)
+                update = torch.sigmoid(update + update_r)
+                new = torch.tanh(new + reset * new_r)
+                state = (1 - update) * new + update * state
+            states.append(state)
+        return torch.stack(states, 2)
+
+
+def _grammar_text(draw: Sampler, tokens: int) -> Tensor:
+    """Texts of a random grammar one behind the other, int64 of shape ``(5120,)``.
+
+    The next token depends on the last one, or on the last two, and some tokens are frequent.
+    """
+    generator = draw.generator
+    concentration = draw.uniform(0.5, 2.5)
+    first_order = draw.chance(0.5)
+    shape = (tokens, 1 if first_order else tokens, tokens)
+    logits = concentration * torch.randn(shape, generator=generator)
+    logits = logits.expand(tokens, tokens, tokens).transpose(0, 1)
+    logits = logits + torch.randn(tokens, generator=generator)
+    table = torch.softmax(logits, -1)  # probabilities after the last two tokens
+    before = torch.randint(tokens, (TEXTS,), generator=generator)
+    last = torch.randint(tokens, (TEXTS,), generator=generator)
+    columns = []
+    for _ in range(TEXT_LENGTH):
+        following = torch.multinomial(table[before, last], 1, generator=generator)[:, 0]
+        columns.append(following)
+        before, last = last, following
+    return torch.stack(columns, 1).flatten()

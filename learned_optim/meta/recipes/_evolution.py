@@ -1,0 +1,87 @@
+"""Recipes of meta-trainings by evolution strategies on whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from learned_optim._fields import check_fields
+from learned_optim.rules import RuleConfig
+
+#: What the entry ``method`` of a recipe's JSON form says.
+METHOD = "evolution"
+
+_AT_LEAST = {
+    "meta_steps": 1,
+    "tasks_per_meta_step": 1,
+    "pairs": 1,
+    "meta_lr_final": 0,
+    "validation_tasks": 1,
+    "validation_every": 1,
+    "seed": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvolutionRecipe:
+    """What to meta-train by antithetic evolution strategies, and how.
+
+    See :class:`~learned_optim.meta.evolution.EvolutionTrainer`. The tasks are the mixture of
+    :mod:`learned_optim.meta.populations`.
+    """
+
+    rule: RuleConfig
+    """Configuration of the update rule; its type says which rule."""
+    meta_steps: int
+    """Meta-steps, over which the meta-learning rate falls by a cosine."""
+    meta_lr: float
+    """Learning rate of the meta-optimizer, Adam, at the first meta-step."""
+    meta_lr_final: float
+    """The same by the last meta-step."""
+    tasks_per_meta_step: int = 8
+    """Tasks of every meta-step; their meta-gradients are averaged."""
+    pairs: int = 4
+    """Pairs of opposite perturbations of the weights per task, a run each."""
+    sigma: float = 0.03
+    """Standard deviation of the perturbations."""
+    validation_tasks: int = 64
+    """Tasks, always the same, on which weights are held against tuned AdamW."""
+    validation_every: int = 50
+    """Meta-steps from one validation to the next."""
+    seed: int = 0
+    """Seed of everything random in the training."""
+
+    #: The name of the mixture of tasks, in the records of checkpoints.
+    task: ClassVar[str] = "populations"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_fields(self.rule)
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("meta_lr", "sigma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data; :func:`recipe_from_json` reads it back."""
+        from learned_optim.meta.recipes._base import rule_reference
+
+        data = dataclasses.asdict(self)
+        data["rule"] = {"name": rule_reference(self.rule), "config": data["rule"]}
+        return {"method": METHOD, "task": self.task, **data}
+
+
+#: Fields of a recipe by what they are about, for help.
+EVOLUTION_GROUPS = {
+    "how long": ("meta_steps",),
+    "meta-gradients": ("tasks_per_meta_step", "pairs", "sigma"),
+    "meta-optimizer": ("meta_lr", "meta_lr_final"),
+    "validation": ("validation_tasks", "validation_every"),
+    "randomness": ("seed",),
+}
+
+#: Those that most people change.
+EVOLUTION_COMMON = ("meta_steps", "tasks_per_meta_step", "pairs", "meta_lr", "seed")
