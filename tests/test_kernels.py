@@ -463,6 +463,17 @@ def test_a_missing_library_warns_once_and_falls_back(
     assert by_pure_form.isfinite().all()
 
 
+def test_other_devices_do_not_miss_the_library(
+    reloaded: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reloaded.setattr(_build, "LIBRARY", tmp_path / "libstep.so")
+    rule = horizon_rule()
+    params = [torch.zeros(3, device="meta")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernel_step_(rule, params, params, fresh_states(rule, params))
+
+
 def test_switched_off_is_silent(reloaded: pytest.MonkeyPatch) -> None:
     reloaded.setenv(_build.SWITCH, "0")
     with warnings.catch_warnings():

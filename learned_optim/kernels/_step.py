@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain
 from operator import attrgetter, itemgetter
 
 import torch
@@ -15,13 +17,12 @@ from torch.utils._device import DeviceContext
 from learned_optim.kernels._library import SIZES, library
 
 _POINTERS, _CONSTANTS, _SETTINGS, STATS, _MOST_UNITS = SIZES
+_LR_SCALE = 3  # its place among the constants
 _INPUTS, _OUTPUTS = 21, 5
 # Type codes: of the parameter, plus that of the moments.
 _PARAM_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_CODES = {torch.float32: 0, torch.bfloat16: 4}
 _PLAIN = {Tensor, nn.Parameter}
-_FLOAT32 = {torch.float32}
-_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 _is_cpu, _dtype = attrgetter("is_cpu"), attrgetter("dtype")
 _state_entries = itemgetter("fast", "slow", "square", "stats", "step")
@@ -64,74 +65,47 @@ def step_(
     """
     if torch.compiler.is_compiling() or _under_a_mode():
         return False
-    kernel = library()
-    if kernel is None:
-        return False
     m = len(params)
     if m == 0:
         return True
+    # On other devices nobody misses the library, and nothing is said of it.
+    kernel = library() if params[0].is_cpu else None
+    if kernel is None:
+        return False
     total = 0.0 if total_steps is None else total_steps
-    if isinstance(total, Tensor) or (total_steps is not None and not 0 < total < math.inf):
+    known = total_steps is not None
+    if isinstance(total, Tensor) or (known and not 0 < total < math.inf):
         return False
-    lr = float(lr)
-    fast, slow, square, stats, steps = zip(*map(_state_entries, states), strict=True)
-    moments = [*fast, *slow, *square]
-    own = [*stats, *steps, *network]
-    tensors = [*params, *grads, *moments, *own]
-    if len(grads) != m or len(states) != m or not {*map(type, tensors)} <= _PLAIN:
+    if len(grads) != m or len(states) != m:
+        raise ValueError(f"{m} parameters need as many gradients and states")
+    moments_and_own = zip(*map(_state_entries, states), strict=True)
+    tensors = [*params, *grads, *chain(*moments_and_own), *network]
+    addresses = _addresses(tensors, m)
+    if addresses is None:
         return False
-    try:
-        addresses = list(map(Tensor.data_ptr, tensors))
-        plain = all(map(_is_cpu, tensors)) and all(map(Tensor.is_contiguous, tensors))
-    except RuntimeError:  # a layout without strides
-        return False
-    if (
-        not plain
-        or any(map(Tensor.is_neg, tensors[: 2 * m]))
-        or any(map(Tensor.is_inference, params))
-    ):
-        return False
-    dtypes, state_dtypes = list(map(_dtype, tensors[: 2 * m])), list(map(_dtype, moments))
     layout = _layout(
         tuple([param.shape for param in params] if shapes is None else shapes),
-        tuple(dtypes[:m]),
-        tuple(state_dtypes[:m]),
+        tuple(map(_dtype, tensors)),
+        tuple([weight.shape for weight in network]),
         config[4],
     )
-    if layout is None:
+    if layout is None or list(map(Tensor.numel, tensors)) != layout.numels:
         return False
-    sizes, types, constants = layout
-    units = network[1].shape[-1]
-    lead = m if network[0].dim() == 3 else 1
-    if (
-        list(map(Tensor.numel, tensors[: 5 * m])) != sizes.tolist() * 5
-        or dtypes[:m] != dtypes[m:]
-        or state_dtypes != state_dtypes[:m] * 3
-        or {*map(_dtype, own)} != _FLOAT32
-        or list(map(Tensor.numel, own))
-        != [STATS] * m + [1] * m + [lead * size for size in _network_sizes(units)]
-    ):
-        return False
-    networks = addresses[7 * m :]
-    del addresses[7 * m :]
-    for address, size in zip(networks, _network_sizes(units), strict=True):
-        stride = 4 * size if lead == m and network[0].dim() == 3 else 0
+    for address, stride in zip(addresses[7 * m :], layout.network_strides, strict=True):
         addresses += [address + stride * i for i in range(m)] if stride else [address] * m
+    del addresses[7 * m : 7 * m + len(network)]
+    constants = layout.constants
     if lr_scales is not None:
         constants = array("d", constants)
-        for i, scale in enumerate(lr_scales):
-            constants[_CONSTANTS * i + 3] = scale
-    settings = array("d", (-1.0 if maximize else 1.0, lr, decay, total, warmup, units, *config))
-    if len(settings) != _SETTINGS or len(constants) != _CONSTANTS * m:
-        raise ValueError(
-            f"the kernel takes {_SETTINGS - 6} entries of config, got {len(config)}, and a scale "
-            f"of lr for each of {m} tensors"
-        )
+        constants[_LR_SCALE::_CONSTANTS] = array("d", lr_scales)
+    sign = -1.0 if maximize else 1.0
+    settings = array("d", (sign, float(lr), decay, total, warmup, layout.units, *config))
     pointers = array("Q", addresses)
+    if len(settings) != _SETTINGS:
+        raise ValueError(f"the kernel takes {_SETTINGS - 6} entries of config, got {len(config)}")
     failed = kernel.lo_step(
         m,
-        sizes.buffer_info()[0],
-        types.buffer_info()[0],
+        *layout.sizes_and_types,
         pointers.buffer_info()[0],
         constants.buffer_info()[0],
         settings.buffer_info()[0],
@@ -143,6 +117,21 @@ def step_(
     return True
 
 
+def _addresses(tensors: list[Tensor], m: int) -> list[int] | None:
+    """Where the tensors begin, parameters and gradients first; ``None`` for unusual ones."""
+    if not {*map(type, tensors)} <= _PLAIN:
+        return None
+    try:
+        addresses = list(map(Tensor.data_ptr, tensors))
+        usual = all(map(_is_cpu, tensors)) and all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # a layout without strides
+        return None
+    # Anybody may make parameters and gradients, so these may have any of torch's peculiarities.
+    if any(map(Tensor.is_neg, tensors[: 2 * m])) or any(map(Tensor.is_inference, tensors[:m])):
+        return None
+    return addresses if usual else None
+
+
 def _under_a_mode() -> bool:
     """Whether operations are intercepted: fake tensors, functorch, function and dispatch modes."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
@@ -152,28 +141,71 @@ def _under_a_mode() -> bool:
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What shapes and dtypes alone determine of a call.
+
+    Attributes:
+        numels: sizes of all tensors in the order of the call.
+        units: hidden units of the network.
+        network_strides: bytes from one tensor's weights to the next one's, 0 for shared ones.
+        constants: those of each tensor.
+        arrays: keeps what the addresses in ``sizes_and_types`` point to.
+    """
+
+    numels: list[int]
+    units: int
+    network_strides: list[int]
+    constants: array[float]
+    arrays: tuple[array[int], array[int]]
+
+    @cached_property
+    def sizes_and_types(self) -> tuple[int, int]:
+        sizes, types = self.arrays
+        return sizes.buffer_info()[0], types.buffer_info()[0]
+
+
 @lru_cache(maxsize=64)
 def _layout(
     shapes: tuple[torch.Size, ...],
     dtypes: tuple[torch.dtype, ...],
-    state_dtypes: tuple[torch.dtype, ...],
+    network: tuple[torch.Size, ...],
     largest_scale: float,
-) -> tuple[array[int], array[int], array[float]] | None:
-    """Sizes, type codes and constants of tensors; ``None`` if the kernel does not know a dtype."""
-    if not ({*dtypes} <= _PARAM_CODES.keys() and {*state_dtypes} <= _STATE_CODES.keys()):
+) -> _Layout | None:
+    """The layout; ``None`` if the kernel does not know the dtypes or the network.
+
+    Args:
+        shapes: of the parameters.
+        dtypes: of all tensors in the order of the call.
+        network: shapes of the weights.
+        largest_scale: bound of the initial scale.
+    """
+    m = len(shapes)
+    params, grads, own = dtypes[:m], dtypes[m : 2 * m], dtypes[5 * m :]
+    fast, slow, square = (dtypes[i * m : (i + 1) * m] for i in (2, 3, 4))
+    if not (params == grads and fast == slow == square and {*own} == {torch.float32}):
         return None
-    codes = [_PARAM_CODES[p] + _STATE_CODES[s] for p, s in zip(dtypes, state_dtypes, strict=True)]
+    if not ({*params} <= _PARAM_CODES.keys() and {*fast} <= _STATE_CODES.keys()):
+        return None
+    lead, units = network[0][:-2], network[1][-1]
+    parts = [(units, _INPUTS), (units,), (_OUTPUTS, units), (_OUTPUTS,), (_OUTPUTS, _INPUTS)]
+    if lead not in ((), (m,)) or network != tuple(torch.Size((*lead, *part)) for part in parts):
+        return None
+    sizes = list(map(math.prod, shapes))
+    weights = list(map(math.prod, network))
     constants: list[float] = []
     for shape in shapes:
         fan_in = max(1, math.prod(shape[1:]))
         scale = 0.1 if len(shape) < 2 else fan_in**-0.5
         constants += [min(scale, largest_scale), math.log(fan_in), float(len(shape) < 2), 1.0]
-    return array("q", map(math.prod, shapes)), array("B", codes), array("d", constants)
-
-
-@lru_cache(maxsize=8)
-def _network_sizes(units: int) -> list[int]:
-    return [units * _INPUTS, units, _OUTPUTS * units, _OUTPUTS, _OUTPUTS * _INPUTS]
+    codes = [_PARAM_CODES[p] + _STATE_CODES[s] for p, s in zip(params, fast, strict=True)]
+    return _Layout(
+        numels=[*sizes * 5, *[STATS] * m, *[1] * m, *weights],
+        units=units,
+        network_strides=[4 * math.prod(part) if lead else 0 for part in parts],
+        constants=array("d", constants),
+        arrays=(array("q", sizes), array("B", codes)),
+    )
 
 
 def _increment_versions(params: Sequence[Tensor]) -> None:
