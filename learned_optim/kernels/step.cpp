@@ -17,11 +17,9 @@
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define LO_INLINE __forceinline
-#define LO_INLINE_LAMBDA
 #define LO_RESTRICT __restrict
 #else
 #define LO_INLINE inline __attribute__((always_inline))
-#define LO_INLINE_LAMBDA __attribute__((always_inline))
 #define LO_RESTRICT __restrict__
 #endif
 
