@@ -22,17 +22,17 @@ from learned_optim.meta.populations.tabular import Teacher
 
 #: The families and how often each is drawn, relative to the others. The order matters to the draws.
 FAMILIES: dict[type[Population], int] = {
-    Classification: 22,
-    Teacher: 14,
+    Classification: 20,
+    Teacher: 13,
     Quadratic: 3,
-    Coordinates: 9,
+    Coordinates: 10,
     BoundaryValue: 3,
     MatrixFactorization: 7,
     SkipGram: 3,
     Sequences: 18,
     ConvNet: 6,
-    Autoencoder: 10,
-    Restart: 13,
+    Autoencoder: 9,
+    Restart: 20,
 }
 
 ATTEMPTS = 50

@@ -27,6 +27,8 @@ _ADAMW_BETAS, _ADAMW_EPS = (0.9, 0.999), 1e-8
 _LARGEST, _SMALLEST_FIRST, _OFFSET = 1e3, 1e-12, 1e-6
 # Times of a run at which the loss is read for its mean, geometrically spaced.
 _TIMES = 20
+# Steps over which losses are averaged before their rise counts.
+_RISE_WINDOW = 5
 # Shares of the final and of the mean loss in the fitness, of runs with known and unknown length.
 _SHARES_KNOWN, _SHARES_UNKNOWN = (0.8, 0.2), (0.5, 0.5)
 
@@ -119,8 +121,7 @@ def scores(losses: Array) -> tuple[Array, Array]:
         loss of all copies.
     """
     steps = len(losses)
-    first = np.nanmax([abs(losses[0].mean()), _SMALLEST_FIRST])
-    bounded = np.clip(np.where(np.isfinite(losses), losses, np.inf) / first, -_LARGEST, _LARGEST)
+    bounded = _relative(losses)
 
     def log_mean(low: int, high: int) -> Array:
         mean: Array = np.log(np.maximum(bounded[low:high].mean(0), 0) + _OFFSET)
@@ -132,8 +133,30 @@ def scores(losses: Array) -> tuple[Array, Array]:
     return final, mean
 
 
+def rise(losses: Array) -> Array:
+    """How far the loss ever was, and on average, above the first; in logs, shape ``(B,)``.
+
+    Runs that damage what they began with come back in the end, so that the final loss does not
+    tell. Losses are averaged over five steps, because batches differ.
+    """
+    bounded = _relative(losses)
+    sums = np.cumsum(np.concatenate((np.zeros_like(bounded[:1]), bounded)), 0)
+    window = min(_RISE_WINDOW, len(bounded))
+    above: Array = np.log(np.maximum((sums[window:] - sums[:-window]) / window, 1.0))
+    return 0.5 * above.max(0) + 0.5 * above.mean(0)
+
+
 def fitness(losses: Array, known: bool) -> Array:
-    """What evolution strategies minimize, of every copy, shape ``(B,)``; see :func:`scores`."""
+    """What evolution strategies minimize, of every copy, shape ``(B,)``.
+
+    Shares of the final and the mean loss (:func:`scores`), and the whole of :func:`rise`.
+    """
     final, mean = scores(losses)
     final_share, mean_share = _SHARES_KNOWN if known else _SHARES_UNKNOWN
-    return final_share * final + mean_share * mean
+    return final_share * final + mean_share * mean + rise(losses)
+
+
+def _relative(losses: Array) -> Array:
+    """Losses in units of the first one, within bounds."""
+    first = np.nanmax([abs(losses[0].mean()), _SMALLEST_FIRST])
+    return np.clip(np.where(np.isfinite(losses), losses, np.inf) / first, -_LARGEST, _LARGEST)

@@ -27,11 +27,13 @@ class Coordinates(Population):
         generator = draw.generator
         self.dimensions = draw.choice([1, 2], [2, 1])
         self.sine = draw.chance(0.6)
-        self.omega = draw.log_uniform(5, 40) if self.sine else 0.0
-        width = draw.log_integer(16, 128)
-        depth = draw.choice([1, 2, 3], [1, 3, 1])
+        self.omega = 0.0
+        if self.sine:  # 30 is what everybody uses
+            self.omega = 30.0 if draw.chance(0.5) else draw.log_uniform(5, 60)
+        width = draw.log_integer(20, 160)
+        depth = draw.choice([1, 2, 3], [1, 4, 1])
         waves = draw.integer(2, 5)
-        highest = draw.log_uniform(6, 60 if self.dimensions == 1 else 20)
+        highest = draw.log_uniform(6, 80 if self.dimensions == 1 else 30)
         shape = (waves, self.dimensions)
         self.frequencies = torch.randn(shape, generator=generator) * highest / 2
         self.amplitudes = torch.rand(waves, generator=generator) + 0.2

@@ -23,7 +23,7 @@ from learned_optim.meta.populations.tabular import Teacher
 
 
 class Restart(Population):
-    """Goes on from weights that Adam has trained for 100 to 300 steps.
+    """Goes on from weights that Adam has trained for 100 to 400 steps.
 
     A perceptron on images goes on with the same task (``same``), or with few images that are
     scaled, shifted and noisy (``shift``, and ``adapter`` with low-rank adapters of the frozen
@@ -52,9 +52,8 @@ class Restart(Population):
         generator = torch.Generator().manual_seed(draw.integer(0, 2**30))
         start = self.base.init(generator)
         params = {name: value[None].clone().requires_grad_() for name, value in start.items()}
-        lr = 2e-3 if isinstance(self.base, Sequences) else 3e-3
-        optimizer = torch.optim.Adam(params.values(), lr)
-        for _ in range(draw.integer(100, 300)):
+        optimizer = torch.optim.Adam(params.values(), draw.log_uniform(7e-4, 5e-3))
+        for _ in range(draw.integer(100, 400)):
             loss = self.base.loss(params, self.base.batch(generator)).sum()
             optimizer.zero_grad()
             loss.backward()

@@ -34,7 +34,7 @@ class Sequences(Population):
     longest_run = 500
 
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
-        self.kind = draw.choice(["attention", "gru", "rnn", "rows"], [5, 1.2, 0.8, 2])
+        self.kind = draw.choice(["attention", "gru", "rnn", "rows"], [5, 1.2, 0.8, 3])
         self.width = draw.choice([16, 24, 32, 48, 64, 96], [3, 2, 2, 1, 0.7, 0.3])
         self.depth = draw.choice([1, 2, 3], [4, 2, 0.6])
         self.heads = draw.choice([2, 4])

@@ -10,7 +10,7 @@ from learned_optim.rules.horizon import HorizonConfig
 
 RECIPE = EvolutionRecipe(
     rule=HorizonConfig(),
-    meta_steps=700,
+    meta_steps=600,
     meta_lr=1e-2,
     meta_lr_final=8e-4,
     tasks_per_meta_step=8,
