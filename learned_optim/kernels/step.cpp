@@ -30,10 +30,15 @@
 #endif
 
 // The loops over coordinates are compiled for several instruction sets, of which the loader picks
-// one. That takes indirect functions: GCC with glibc on x86-64. Elsewhere the baseline has to do.
+// one. That takes indirect functions: glibc on x86-64, and GCC. Elsewhere the baseline has to do.
+// Named by features or levels: "arch=haswell" would mean that processor, and no other maker's.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
     !defined(LO_NO_CLONES)
-#define LO_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#if __GNUC__ >= 12
+#define LO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define LO_CLONES
 #endif
