@@ -249,13 +249,14 @@ def test_errors_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"resume\.pt is damaged .*begins again"):
         EvolutionTrainer(SMALL, tmp_path)
     torch.save({"theta": torch.zeros(3)}, state)
-    with pytest.raises(ValueError, match=r"damaged \(theta has shape \(3,\), not \(165,\)"):
+    with pytest.raises(ValueError, match=r"damaged \(theta has shape \(3,\), not \(191,\)"):
         EvolutionTrainer(SMALL, tmp_path)
-    torch.save({"theta": torch.zeros(165)}, state)
+    torch.save({"theta": torch.zeros(191)}, state)
     with pytest.raises(ValueError, match=r"damaged \('m'\)"):
         EvolutionTrainer(SMALL, tmp_path)
     state.write_bytes(whole)
-    assert EvolutionTrainer(SMALL, tmp_path).meta_steps == 3
+    trainer = EvolutionTrainer(SMALL, tmp_path)
+    assert trainer.meta_steps == 3
     with trainer.files.locked(), pytest.raises(ValueError, match="another process is training"):
         EvolutionTrainer(SMALL, tmp_path).train()
     gradient = Recipe(task="quadratic", rule=SMALL.rule, epochs=1, meta_lr=1e-3)
