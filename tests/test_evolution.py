@@ -22,6 +22,7 @@ from learned_optim.meta.populations.quadratics import Quadratic
 from learned_optim.meta.recipes import EvolutionRecipe, Recipe, load_recipe, recipe_from_json
 from learned_optim.meta.trainer import TrainingError
 from learned_optim.pretrained import load_record
+from learned_optim.rules.classical import AdamConfig
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 from learned_optim.rules.steered import SteeredConfig
 
@@ -236,6 +237,11 @@ def test_other_rules_can_be_trained(tmp_path: Path) -> None:
     before = trainer.theta
     trainer.train()
     assert not torch.equal(before, trainer.theta)
+
+
+def test_rules_that_cannot_be_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rule 'adam' has no weights to train"):
+        EvolutionTrainer(replace(SMALL, rule=AdamConfig()), tmp_path)
 
 
 def test_errors_of_the_folder(tmp_path: Path) -> None:

@@ -159,4 +159,6 @@ def fitness(losses: Array, known: bool) -> Array:
 def _relative(losses: Array) -> Array:
     """Losses in units of the first one, within bounds."""
     first = np.nanmax([abs(losses[0].mean()), _SMALLEST_FIRST])
-    return np.clip(np.where(np.isfinite(losses), losses, np.inf) / first, -_LARGEST, _LARGEST)
+    with np.errstate(invalid="ignore"):  # a first loss that is infinite makes everything NaN
+        finite = np.where(np.isfinite(losses), losses, np.inf) / first
+    return np.clip(finite, -_LARGEST, _LARGEST)
