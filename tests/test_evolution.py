@@ -13,6 +13,7 @@ from torch import Tensor
 
 from learned_optim import load_rule
 from learned_optim.cli import main
+from learned_optim.hub import model_card
 from learned_optim.meta import evolution, evolution_jobs
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.evolution import EvolutionTrainConfig, EvolutionTrainer, initial_weights
@@ -202,6 +203,7 @@ def test_finished_checkpoint(tmp_path: Path) -> None:
     assert recipe_from_json(record["recipe"]) == SMALL
     assert record["meta_steps"] == 3
     assert record["skipped_tasks"] == 0
+    assert "- Meta-steps of evolution strategies: 3\n" in model_card(rule, "me/run", record=record)
     assert record["behind_adamw"]["meta_step"] == 3
     assert load_rule(tmp_path / "run" / "best.safetensors").name == "horizon"
 
