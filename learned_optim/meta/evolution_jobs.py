@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,7 +180,8 @@ def reference_task(job: tuple[int, DataOptions]) -> Reference:
 
 def best_score(reference: Reference) -> float:
     """The score of tuned AdamW: the best over its learning rates."""
-    return float(np.nanmin(reference.scores))
+    finite = [score for score in reference.scores if not math.isnan(score)]
+    return min(finite, default=math.nan)
 
 
 @contextmanager
