@@ -461,7 +461,9 @@ def _run_evolution(config: EvolutionTrainConfig) -> int:
         trainer = EvolutionTrainer(recipe, config.folder, config.workers, config.data)
 
         def tell(what: str) -> None:
-            show(trainer.meta_steps, recipe.meta_steps, what)
+            behind = trainer.last_validation()
+            said = f" behind AdamW {behind['average']['mean']:.3f}" if behind else ""
+            show(trainer.meta_steps, recipe.meta_steps, what + said)
 
         def on_step(metrics: dict[str, Any]) -> None:
             tell(f"meta-step {metrics['meta_step']}")
@@ -475,7 +477,7 @@ def _run_evolution(config: EvolutionTrainConfig) -> int:
             return 0
         trainer.train(on_step, report)
         path = trainer.finish(config.output)
-    behind = trainer.record()["behind_adamw"]
+    behind = trainer.last_validation()
     if behind is not None:
         average = behind["average"]
         print(

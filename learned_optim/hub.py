@@ -321,6 +321,7 @@ def _training(record: dict[str, Any]) -> str:
         "truncation": "Inner steps per meta-gradient",
         "epochs": "Epochs",
         "runs_per_epoch": "Runs per epoch",
+        "meta_steps": "Meta-steps of evolution strategies",
         "meta_lr": "Meta-learning rate (Adam)",
         "seed": "Seed",
     }

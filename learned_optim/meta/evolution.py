@@ -92,7 +92,8 @@ class EvolutionTrainer:
         data: where MNIST is looked for.
 
     Raises:
-        ValueError: the folder belongs to a run of another recipe, torch or release, or is damaged.
+        ValueError: the rule has no weights or reads the loss; or the folder belongs to a run of
+            another recipe, torch or release, or is damaged.
 
     Attributes:
         meta_steps: how many are done.
@@ -109,7 +110,7 @@ class EvolutionTrainer:
         self.recipe, self.folder, self.workers = recipe, Path(folder), workers
         self.data = data or DataOptions()
         self.files = RunFolder(self.folder)
-        self.rule = rule_for(recipe.rule)
+        self.rule = _trainable(rule_for(recipe.rule))
         # Adam's notation: weights, first and second moments; and the average of the weights.
         self.theta = initial_weights(self.rule, recipe.seed)
         self.m, self.v = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
@@ -157,21 +158,24 @@ class EvolutionTrainer:
         """The rule with the averaged weights."""
         rule = rule_for(self.recipe.rule)
         vector_to_parameters(self.ema.clone(), rule.parameters())
-        return rule.requires_grad_(True)
+        return rule
+
+    def last_validation(self) -> dict[str, Any] | None:
+        """Its ``meta_step``, and the figures of the ``last`` and the ``average`` weights."""
+        validated = self._validated()
+        if not validated:
+            return None
+        return {"meta_step": validated[-1]["meta_step"], **validated[-1]["validation"]}
 
     def record(self) -> dict[str, Any]:
         """How the averaged weights were made, for the checkpoint's header."""
-        validated = self._validated()
-        behind = None
-        if validated:
-            behind = {"meta_step": validated[-1]["meta_step"], **validated[-1]["validation"]}
         return {
             "recipe": self.recipe.to_json(),
             "commit": source_version(),
             "meta_steps": self.meta_steps,
             "skipped_tasks": sum(len(line["skipped"]) for line in self.history),
             # Mean log of the final loss minus that of tuned AdamW.
-            "behind_adamw": behind,
+            "behind_adamw": self.last_validation(),
             "data": "mixture of populations; MNIST's meta-training half is all real data in it",
             "torch": torch.__version__.split("+")[0],
         }
@@ -241,8 +245,8 @@ class EvolutionTrainer:
             "meta_step": self.meta_steps,
             "meta_lr": meta_lr,
             "gradient_norm": gradient.norm().item(),
-            "tasks": [_task_metrics(result, recipe.pairs) for result in used],
-            "skipped": [{"seed": r.seed, "family": r.family, "error": r.error} for r in skipped],
+            "tasks": [result.metrics() for result in used],
+            "skipped": [result.failure() for result in skipped],
             "seconds": time.perf_counter() - started,
         }
 
@@ -278,13 +282,17 @@ class EvolutionTrainer:
         return validate(weights, self.recipe.rule, found, self.data, run, report)
 
 
-def _task_metrics(result: jobs.TaskResult, pairs: int) -> dict[str, Any]:
-    assert result.fitness is not None
-    plus, minus = result.fitness.split(pairs)
-    return {
-        "seed": result.seed,
-        "family": result.family,
-        "fitness": result.fitness.mean().item(),
-        "difference": (plus - minus).abs().mean().item(),
-        "seconds": result.seconds,
-    }
+def _trainable(rule: UpdateRule) -> UpdateRule:
+    """The rule, if runs of populations can train it.
+
+    Raises:
+        ValueError: it has no weights, or reads the loss.
+    """
+    if not list(rule.parameters()):
+        raise ValueError(f"rule {rule.name!r} has no weights to train")
+    if rule.needs_loss:
+        raise ValueError(
+            f"rule {rule.name!r} reads the loss, which evolution strategies do not hand to it: "
+            f"configure it without, or train it by a recipe of backpropagation"
+        )
+    return rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,13 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations import ADAMW_LRS, draw, fitness, roll, roll_adamw, scores
 from learned_optim.meta.recipes import EvolutionRecipe
+from learned_optim.meta.trainer import TrainingError
 from learned_optim.rules import RuleConfig, UpdateRule, rule_for
 
 #: Maps a function over jobs, in their order, as results come.
@@ -63,6 +64,22 @@ class TaskResult:
     fitness: Tensor | None
     seconds: float
     error: str = ""
+
+    def metrics(self) -> dict[str, Any]:
+        """Of a result that was used: mean fitness, and mean difference within a pair."""
+        assert self.fitness is not None
+        plus, minus = self.fitness.chunk(2)
+        return {
+            "seed": self.seed,
+            "family": self.family,
+            "fitness": self.fitness.mean().item(),
+            "difference": (plus - minus).abs().mean().item(),
+            "seconds": self.seconds,
+        }
+
+    def failure(self) -> dict[str, Any]:
+        """Of a result that was not."""
+        return {"seed": self.seed, "family": self.family, "error": self.error}
 
 
 @dataclass(frozen=True)
@@ -163,7 +180,8 @@ def reference_task(job: tuple[int, DataOptions]) -> Reference:
 
 def best_score(reference: Reference) -> float:
     """The score of tuned AdamW: the best over its learning rates."""
-    return float(np.nanmin(reference.scores))
+    finite = [score for score in reference.scores if not math.isnan(score)]
+    return min(finite, default=math.nan)
 
 
 @contextmanager
@@ -174,7 +192,7 @@ def worker_map(workers: int) -> Iterator[Map]:
     than one worker needs ``if __name__ == "__main__":``.
 
     Raises:
-        RuntimeError: a worker died, for lack of memory say.
+        TrainingError: a worker died, for lack of memory say.
     """
     if workers == 1:
         yield map
@@ -184,7 +202,7 @@ def worker_map(workers: int) -> Iterator[Map]:
         try:
             yield pool.map
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise TrainingError(
                 "a worker process died, perhaps for lack of memory: start again with fewer "
                 "--workers, to go on from the last meta-step"
             ) from error

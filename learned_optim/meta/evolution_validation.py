@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +88,8 @@ def validate(
         ``mean_known`` and ``mean_unknown``, of runs whose length the rule is told or not; and
         ``share_ahead``, the share of tasks on which the rule ends below AdamW.
     """
+    import numpy as np  # of an extra: see populations._rollout
+
     stacked = torch.stack(list(weights.values()))
     todo = [jobs.ValidationJob(reference.index, stacked, rule, data) for reference in against]
     rows = []
@@ -101,6 +102,8 @@ def validate(
 
 
 def _figures(excess: Any, known: Any) -> Excess:
+    import numpy as np
+
     bounded = np.minimum(excess, _LARGEST_EXCESS)
     return {
         "mean": float(bounded.mean()),

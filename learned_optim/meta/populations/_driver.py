@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
+from learned_optim import kernels
 from learned_optim.meta.populations._base import Params
 from learned_optim.rules import State, UpdateRule
 
@@ -99,18 +99,12 @@ def step(
     """
     if rule.name != "horizon":  # the one rule that has a kernel
         return False
-    try:
-        kernels = importlib.import_module("learned_optim.kernels")
-    except ImportError:
-        return False
     cfg = rule.config
     config = (
         cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
         cfg.warmup_share, cfg.warmup_steps,
     )  # fmt: skip
-    return bool(
-        kernels.step_(networks, params, grads, states, config=config, total_steps=total_steps)
-    )
+    return kernels.step_(networks, params, grads, states, config=config, total_steps=total_steps)
 
 
 def _with_weights(rule: UpdateRule, vector: Tensor) -> UpdateRule:

@@ -1,14 +1,15 @@
-"""Whole runs of populations, and the scores by which they are compared."""
+"""Whole runs of populations, and the scores by which they are compared.
+
+NumPy comes with an extra, and is imported where it is used: recipes can be listed without it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from learned_optim.meta.populations._base import Params
@@ -16,7 +17,11 @@ from learned_optim.meta.populations._driver import CopiesOptimizer
 from learned_optim.meta.populations._mixture import Draw, run_generators
 from learned_optim.rules import UpdateRule
 
-Array: TypeAlias = NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array: TypeAlias = NDArray[np.float64]
 
 #: Peak learning rates among which AdamW is tuned.
 ADAMW_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -75,6 +80,8 @@ def _roll(
     run: Draw,
     seed: int,
 ) -> Array:
+    import numpy as np
+
     task = run.task
     generator, jitter = run_generators(seed)
     params, step = optimizer(task.initial(generator))
@@ -120,6 +127,8 @@ def scores(losses: Array) -> tuple[Array, Array]:
         and the mean of the log loss at geometrically spaced times, both relative to the first
         loss of all copies.
     """
+    import numpy as np
+
     steps = len(losses)
     bounded = _relative(losses)
 
@@ -139,6 +148,8 @@ def rise(losses: Array) -> Array:
     Runs that damage what they began with come back in the end, so that the final loss does not
     tell. Losses are averaged over five steps, because batches differ.
     """
+    import numpy as np
+
     bounded = _relative(losses)
     sums = np.cumsum(np.concatenate((np.zeros_like(bounded[:1]), bounded)), 0)
     window = min(_RISE_WINDOW, len(bounded))
@@ -158,5 +169,9 @@ def fitness(losses: Array, known: bool) -> Array:
 
 def _relative(losses: Array) -> Array:
     """Losses in units of the first one, within bounds."""
+    import numpy as np
+
     first = np.nanmax([abs(losses[0].mean()), _SMALLEST_FIRST])
-    return np.clip(np.where(np.isfinite(losses), losses, np.inf) / first, -_LARGEST, _LARGEST)
+    with np.errstate(invalid="ignore"):  # a first loss that is infinite makes everything NaN
+        finite = np.where(np.isfinite(losses), losses, np.inf) / first
+    return np.clip(finite, -_LARGEST, _LARGEST)

@@ -1,5 +1,5 @@
 """The general-purpose rule that knows its horizon, by evolution strategies on whole runs.
-About three hours on two cores.
+One and a half to two hours on two cores.
 
 Sixty-four runs per meta-step, eight for each of eight tasks; a step size of a hundredth because
 differences are compressed and Adam normalizes what is left of their scale.

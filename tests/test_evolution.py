@@ -1,0 +1,375 @@
+"""Evolution strategies: the estimate, the trainer's files, and the command."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from learned_optim import load_rule
+from learned_optim.cli import main
+from learned_optim.hub import model_card
+from learned_optim.meta import evolution, evolution_jobs
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.evolution import EvolutionTrainConfig, EvolutionTrainer, initial_weights
+from learned_optim.meta.evolution_jobs import TaskResult, meta_gradient, perturbations, worker_map
+from learned_optim.meta.populations import Draw, Sampler
+from learned_optim.meta.populations.quadratics import Quadratic
+from learned_optim.meta.recipes import EvolutionRecipe, Recipe, load_recipe, recipe_from_json
+from learned_optim.meta.trainer import TrainingError
+from learned_optim.pretrained import load_record
+from learned_optim.rules.classical import AdamConfig
+from learned_optim.rules.horizon import HorizonConfig, HorizonRule
+from learned_optim.rules.steered import SteeredConfig
+
+SMALL = EvolutionRecipe(
+    rule=HorizonConfig(hidden_size=3),
+    meta_steps=3,
+    meta_lr=1e-2,
+    meta_lr_final=1e-3,
+    tasks_per_meta_step=2,
+    pairs=2,
+    validation_tasks=2,
+    validation_every=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def _quadratics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs on quadratics in the place of the mixture, and no data."""
+
+    def draw(seed: int, data: DataOptions, shortest: int = 100) -> Draw:
+        sampler = Sampler(torch.Generator().manual_seed(seed))
+        return Draw(Quadratic(sampler, data), steps=8, known=seed % 2 == 0)
+
+    monkeypatch.setattr(evolution_jobs, "draw", draw)
+    monkeypatch.setattr(evolution, "load_images", lambda *_: None)
+
+
+def result(seed: int, fitness: Tensor | None) -> TaskResult:
+    return TaskResult(seed, "Quadratic", fitness, 0.0)
+
+
+# ---- the estimate
+
+
+def test_the_estimate_points_uphill() -> None:
+    """On a quadratic bowl it is close to the gradient, in direction, and following it descends."""
+    count, pairs, sigma = 12, 64, 0.03
+    target, weights = torch.randn(count), torch.zeros(count)
+
+    def fitness(points: Tensor) -> Tensor:
+        return (points - target).square().sum(1).double()
+
+    def estimate(weights: Tensor, step: int) -> Tensor:
+        results = []
+        for seed in range(8 * step, 8 * step + 8):
+            change = sigma * perturbations(seed, pairs, count)
+            results.append(result(seed, fitness(torch.cat((weights + change, weights - change)))))
+        gradient, used = meta_gradient(results, pairs, count)
+        assert len(used) == 8
+        return gradient
+
+    true = 2 * (weights - target)
+    assert torch.cosine_similarity(estimate(weights, 0), true, dim=0) > 0.9
+    first = fitness(weights[None])
+    for step in range(40):
+        weights = weights - 0.05 * estimate(weights, step)
+    assert fitness(weights[None]) < 0.1 * first
+
+
+def test_the_estimate_by_hand() -> None:
+    """Differences are compressed; a task without finite fitness is left out."""
+    plus, minus = torch.tensor([0.5, 0.0, 20.0]), torch.tensor([0.1, 0.0, 0.0])
+    good = result(3, torch.cat((plus, minus)).double())
+    bad = [result(4, None), result(5, torch.full((6,), math.nan).double())]
+    gradient, used = meta_gradient([good, *bad], 3, 4)
+    assert used == [good]
+    directions = perturbations(3, 3, 4)
+    expected = (math.asinh(20) * directions[0] + math.asinh(400) * directions[2]) / 3
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_initial_weights_make_the_untrained_rule() -> None:
+    rule = HorizonRule()
+    weights = initial_weights(rule, 0)
+    assert torch.equal(weights, initial_weights(rule, 0))
+    assert not torch.equal(weights, initial_weights(rule, 1))
+    hidden = rule.hidden.weight.numel()
+    assert weights[:hidden].std() == pytest.approx(21**-0.5, rel=0.1)
+    assert weights[hidden:].abs().max() == 0
+
+
+def test_meta_optimizer_is_adam(tmp_path: Path) -> None:
+    """With a cosine; and the average of the weights is a plain mean at first."""
+    trainer = EvolutionTrainer(replace(SMALL, meta_steps=40), tmp_path)
+    param = torch.nn.Parameter(trainer.theta.clone())
+    adam = torch.optim.Adam([param], betas=(0.9, 0.99))
+    seen = [trainer.theta]
+    for step in range(40):
+        gradient, meta_lr = torch.randn_like(param), trainer._meta_lr()
+        assert meta_lr == pytest.approx(1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * step / 40)))
+        adam.param_groups[0]["lr"], param.grad = meta_lr, gradient
+        adam.step()
+        trainer.meta_steps += 1
+        trainer._follow(gradient, meta_lr)
+        seen.append(trainer.theta)
+        torch.testing.assert_close(trainer.theta, param.detach())
+    torch.testing.assert_close(trainer.ema, torch.stack(seen).mean(0), rtol=1e-3, atol=1e-5)
+
+
+# ---- the trainer
+
+
+class Stop(Exception):
+    """Ends a training as a kill does, after a meta-step."""
+
+
+def stop(metrics: dict[str, Any]) -> None:
+    raise Stop
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def without_times(line: dict[str, Any]) -> dict[str, Any]:
+    tasks = [{**task, "seconds": 0} for task in line["tasks"]]
+    return {**line, "seconds": 0, "tasks": tasks}
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    whole = EvolutionTrainer(SMALL, tmp_path / "whole")
+    whole.train()
+    for _ in range(2):
+        with pytest.raises(Stop):
+            EvolutionTrainer(SMALL, tmp_path / "parts").train(stop)
+    parts = EvolutionTrainer(SMALL, tmp_path / "parts")
+    assert parts.meta_steps == 2
+    parts.train()
+    for name in ("theta", "m", "v", "ema"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name))
+    assert list(map(without_times, parts.history)) == list(map(without_times, whole.history))
+    assert files(tmp_path / "whole") == files(tmp_path / "parts") == [
+        ".lock", "best.safetensors", "metrics.jsonl", "protocol.json", "recipe.json",
+        "references.json", "resume.pt",
+    ]  # fmt: skip
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == parts.history
+    assert [line["meta_step"] for line in parts.history if "validation" in line] == [2, 3]
+    # Nothing is left to do.
+    again = EvolutionTrainer(SMALL, tmp_path / "parts")
+    again.train(stop)
+    assert torch.equal(again.theta, whole.theta)
+
+
+def test_validation_is_against_tuned_adamw(tmp_path: Path) -> None:
+    """References are run once, and the weights' own excess is reported."""
+    trainer = EvolutionTrainer(SMALL, tmp_path)
+    told: list[tuple[str, int, int]] = []
+    references = trainer.compute_references(lambda *progress: told.append(progress))
+    assert told == [("references", 1, 2), ("references", 2, 2)]
+    assert [reference.index for reference in references] == [0, 1]
+    assert all(len(reference.scores) == 6 for reference in references)
+    told.clear()
+    trainer.train(report=lambda *progress: told.append(progress))
+    assert {what for what, _, _ in told} == {"validation"}
+    job = evolution_jobs.ValidationJob(0, trainer.ema[None], SMALL.rule, trainer.data)
+    excess = [
+        evolution_jobs.validate_task(replace(job, index=i))[0] - min(references[i].scores)
+        for i in range(2)
+    ]
+    found = trainer.history[-1]["validation"]["average"]
+    assert found["mean"] == pytest.approx(np.minimum(excess, 1.5).mean())
+    assert found["share_ahead"] == np.mean([e < 0 for e in excess])
+    (tmp_path / "references.json").write_text("[{}]")
+    with pytest.raises(ValueError, match=r"references\.json is damaged .*delete it"):
+        trainer.compute_references()
+
+
+def test_finished_checkpoint(tmp_path: Path) -> None:
+    trainer = EvolutionTrainer(SMALL, tmp_path / "run")
+    trainer.train()
+    path = trainer.finish()
+    assert path == tmp_path / "run" / "run.safetensors"
+    rule, record = load_rule(path), load_record(path)
+    weights = torch.nn.utils.parameters_to_vector(rule.parameters())
+    assert torch.equal(weights, trainer.ema)
+    assert recipe_from_json(record["recipe"]) == SMALL
+    assert record["meta_steps"] == 3
+    assert record["skipped_tasks"] == 0
+    assert "- Meta-steps of evolution strategies: 3\n" in model_card(rule, "me/run", record=record)
+    assert record["behind_adamw"]["meta_step"] == 3
+    assert load_rule(tmp_path / "run" / "best.safetensors").name == "horizon"
+
+
+def test_tasks_that_fail_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = evolution_jobs.draw
+
+    def draw(seed: int, *rest: Any) -> Draw:
+        if seed % 2:
+            raise ValueError("no usable task")
+        return good(seed, *rest)
+
+    monkeypatch.setattr(evolution_jobs, "draw", draw)
+    trainer = EvolutionTrainer(replace(SMALL, validation_every=9, meta_steps=2), tmp_path)
+    monkeypatch.setattr(trainer, "_validate", lambda *_: {"average": {"mean": 0.0}})
+    trainer.train()
+    skipped = [line["skipped"] for line in trainer.history]
+    assert [[s["error"] for s in line] for line in skipped] == [["ValueError: no usable task"]] * 2
+    assert trainer.record()["skipped_tasks"] == 2
+
+
+def test_no_finite_fitness_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = EvolutionTrainer(SMALL, tmp_path)
+    nan = np.full(4, math.nan)
+    monkeypatch.setattr(evolution_jobs, "fitness", lambda *_: nan)
+    with pytest.raises(TrainingError, match=r"meta-step 1 taught nothing.*no fitness was finite"):
+        trainer.train()
+    assert trainer.meta_steps == 0
+
+
+def test_other_rules_can_be_trained(tmp_path: Path) -> None:
+    trainer = EvolutionTrainer(replace(SMALL, rule=SteeredConfig(hidden_size=2)), tmp_path)
+    before = trainer.theta
+    trainer.train()
+    assert not torch.equal(before, trainer.theta)
+
+
+def test_rules_that_cannot_be_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rule 'adam' has no weights to train"):
+        EvolutionTrainer(replace(SMALL, rule=AdamConfig()), tmp_path)
+
+
+def test_errors_of_the_folder(tmp_path: Path) -> None:
+    trainer = EvolutionTrainer(SMALL, tmp_path)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"another recipe \(different: pairs\).*4 here"):
+        EvolutionTrainer(replace(SMALL, pairs=4), tmp_path)
+    state = tmp_path / "resume.pt"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"resume\.pt is damaged .*begins again"):
+        EvolutionTrainer(SMALL, tmp_path)
+    torch.save({"theta": torch.zeros(3)}, state)
+    with pytest.raises(ValueError, match=r"damaged \(theta has shape \(3,\), not \(191,\)"):
+        EvolutionTrainer(SMALL, tmp_path)
+    torch.save({"theta": torch.zeros(191)}, state)
+    with pytest.raises(ValueError, match=r"damaged \('m'\)"):
+        EvolutionTrainer(SMALL, tmp_path)
+    state.write_bytes(whole)
+    trainer = EvolutionTrainer(SMALL, tmp_path)
+    assert trainer.meta_steps == 3
+    with trainer.files.locked(), pytest.raises(ValueError, match="another process is training"):
+        EvolutionTrainer(SMALL, tmp_path).train()
+    gradient = Recipe(task="quadratic", rule=SMALL.rule, epochs=1, meta_lr=1e-3)
+    (tmp_path / "recipe.json").write_text(json.dumps(gradient.to_json()))
+    with pytest.raises(ValueError, match="a recipe of another method: choose another folder"):
+        EvolutionTrainer(SMALL, tmp_path)
+
+
+def test_a_state_without_history_can_be_continued(tmp_path: Path) -> None:
+    """Weights, moments, average and their count are all that the next meta-step needs."""
+    trainer = EvolutionTrainer(SMALL, tmp_path / "one")
+    with pytest.raises(Stop):
+        trainer.train(stop)
+    tmp_path.joinpath("two").mkdir()
+    state = torch.load(tmp_path / "one" / "resume.pt", weights_only=True)
+    del state["history"]
+    torch.save(state, tmp_path / "two" / "resume.pt")
+    other = EvolutionTrainer(SMALL, tmp_path / "two")
+    trainer.train()
+    other.train()
+    assert torch.equal(other.theta, trainer.theta)
+    assert len(other.history) == 2
+
+
+def test_workers() -> None:
+    with worker_map(2) as run:
+        assert list(run(abs, [-1, 2, -3])) == [1, 2, 3]
+
+
+# ---- recipes and the command
+
+
+def test_recipes(tmp_path: Path) -> None:
+    recipe = load_recipe("general-3")
+    assert isinstance(recipe, EvolutionRecipe)
+    assert (recipe.meta_steps, recipe.tasks_per_meta_step, recipe.pairs) == (600, 8, 4)
+    assert (recipe.sigma, recipe.meta_lr, recipe.meta_lr_final) == (0.03, 1e-2, 8e-4)
+    assert recipe_from_json(json.loads(json.dumps(SMALL.to_json()))) == SMALL
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'method = "evolution"\nrule = "horizon"\nmeta_steps = 2\nmeta_lr = 1e-2\n'
+        "meta_lr_final = 1e-3\n"
+    )
+    assert load_recipe(str(path)) == EvolutionRecipe(HorizonConfig(), 2, 1e-2, 1e-3)
+    for changes, message in (
+        ({"method": "revolution"}, "unknown method 'revolution'; known: evolution"),
+        ({"task": "mnist"}, "trains on the task 'populations' alone, got 'mnist'"),
+        ({"epochs": 2}, "unknown field 'epochs'"),
+        ({"pairs": 0}, "pairs must be at least 1, got 0"),
+        ({"sigma": 0.0}, "sigma must be positive"),
+        ({"meta_steps": "many"}, "meta_steps must be int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe_from_json({**SMALL.to_json(), **changes})
+
+
+TINY = [
+    "--meta-steps", "2", "--tasks-per-meta-step", "2", "--pairs", "1", "--validation-tasks", "2",
+]  # fmt: skip
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "run")
+    assert main(["train", "general-3", *TINY, "--folder", folder, "--references-only"]) == 0
+    assert files(tmp_path / "run") == [".lock", "protocol.json", "recipe.json", "references.json"]
+    output = tmp_path / "out.safetensors"
+    command = ["train", "general-3", *TINY, "--folder", folder, "--output", str(output)]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    figures, wrote = captured.out.splitlines()
+    assert figures.startswith("log of the final loss minus that of tuned AdamW: mean ")
+    assert wrote == f"wrote {output}"
+    assert "2/2" in captured.err
+    first = load_rule(output).fingerprint()
+    assert main(["train", folder, "--output", str(output)]) == 0  # goes on: there is nothing to do
+    assert load_rule(output).fingerprint() == first
+    assert main(["show", str(output)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "general-3", "--epochs", "3"], "--epochs does not apply to 'general-3'"),
+        (["train", "general-3", "--tensorboard"], "--tensorboard does not apply to 'general-3'"),
+        (["search", "general-3"], "search takes no recipe of evolution strategies"),
+        (["search", "general-3", "--help"], "search takes no recipe of evolution strategies"),
+    ],
+)
+def test_errors_of_the_command(
+    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_workers_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        EvolutionTrainConfig(SMALL, workers=0)
+
+
+def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "general-3", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--meta-steps INT" in shown
+    assert "--epochs" not in shown
+    assert main(["train", "general-3", "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--sigma FLOAT", "--warmup-share FLOAT", "--workers INT"))

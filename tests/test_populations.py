@@ -1,0 +1,494 @@
+"""Populations: each copy is a training of its own, and the layers are those of torch.nn."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.populations import (
+    ADAMW_LRS,
+    FAMILIES,
+    CopiesOptimizer,
+    Draw,
+    Params,
+    Population,
+    Sampler,
+    _driver,
+    draw,
+    fitness,
+    roll,
+    roll_adamw,
+    sample,
+    scores,
+)
+from learned_optim.meta.populations._layers import attention
+from learned_optim.meta.populations._mixture import longest_run, run_generators
+from learned_optim.meta.populations._perceptron import Perceptron
+from learned_optim.meta.populations._rollout import rise
+from learned_optim.meta.populations.boundary import BoundaryValue
+from learned_optim.meta.populations.convolutions import ConvNet
+from learned_optim.meta.populations.quadratics import Quadratic
+from learned_optim.meta.populations.restarts import Restart
+from learned_optim.meta.populations.sequences import Sequences
+from learned_optim.meta.populations.tabular import Teacher
+from learned_optim.rules import StepContext, UpdateRule
+from learned_optim.rules._segments import Segments
+from learned_optim.rules.horizon import HorizonConfig, HorizonRule
+from tests.conftest import random_rule
+
+NO_DATA = DataOptions(download=False)
+# A seed of the mixture whose task is one of images.
+IMAGE_SEED = 3
+IMAGE_MODULES = ("classification", "convolutions", "autoencoders", "sequences")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random images in the place of MNIST's."""
+
+    def random_images(data: DataOptions, side: int) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(10, (200,), generator=generator(1))
+        return torch.rand(200, 1, side, side, generator=generator(2)), labels
+
+    for module in IMAGE_MODULES:
+        name = f"learned_optim.meta.populations.{module}.meta_images"
+        monkeypatch.setattr(name, random_images)
+
+
+def build(family: type[Population], seed: int) -> Population:
+    make: Callable[[Sampler, DataOptions], Population] = family
+    return make(Sampler(generator(seed)), NO_DATA)
+
+
+def find(family: type[Population], fits: Callable[[Population], bool]) -> Population:
+    """The first of a family's tasks for which ``fits`` holds."""
+    return next(t for t in (build(family, seed) for seed in range(100)) if fits(t))
+
+
+def copies_of(task: Population, copies: int) -> Params:
+    """Copies of the initial parameters, each moved a little by random numbers of its own."""
+    noise = generator(3)
+    stacked = {}
+    for name, value in task.initial(generator(0)).items():
+        moved = [value + 0.03 * torch.randn(value.shape, generator=noise) for _ in range(copies)]
+        stacked[name] = torch.stack(moved)
+    return stacked
+
+
+# ---- families
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@pytest.mark.usefixtures("images")
+def test_copies_do_not_touch_each_other(family: type[Population]) -> None:
+    """Losses are those of each copy alone, and so are gradients."""
+    for seed in range(3 if family is Restart else 12):
+        task = build(family, seed)
+        params = {name: value.requires_grad_() for name, value in copies_of(task, 3).items()}
+        batch = task.batch(generator(1))
+        losses = task.losses(params, batch)
+        assert losses.shape == (3,)
+        assert torch.isfinite(losses).all()
+        grads = torch.autograd.grad(losses[1], list(params.values()), retain_graph=True)
+        for grad in grads:
+            assert grad[0].abs().max() == grad[2].abs().max() == 0
+        assert any(grad[1].abs().max() > 0 for grad in grads)
+        for copy in range(3):
+            alone = {name: value[copy : copy + 1] for name, value in params.items()}
+            torch.testing.assert_close(
+                task.losses(alone, batch)[0], losses[copy], rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.usefixtures("images")
+def test_every_kind_of_sequence_model() -> None:
+    for kind in ("attention", "gru", "rnn", "rows"):
+        task = find(Sequences, lambda t, kind=kind: t.kind == kind)  # type: ignore[misc]
+        losses = task.losses(copies_of(task, 2), task.batch(generator(1)))
+        assert losses.shape == (2,)
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize("mode", ["same", "shift", "adapter", "labels"])
+def test_restarts(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They begin where training ended; an adapter begins as the network that it adapts."""
+    first: dict[str, Tensor] = {}
+
+    def cheap(self: Restart, sampler: Sampler) -> Params:
+        first.clear()
+        first.update(self.base.init(generator(0)))
+        sampler.integer(0, 300)
+        return first
+
+    monkeypatch.setattr(Restart, "_trained", cheap)
+    task = find(Restart, lambda t: t.mode == mode)  # type: ignore[attr-defined]
+    assert isinstance(task, Restart)
+    batch, params = task.batch(generator(1)), task.initial(generator(2))
+    base = task.base.loss({name: value[None] for name, value in first.items()}, batch)
+    stacked = {name: value[None] for name, value in params.items()}
+    torch.testing.assert_close(task.losses(stacked, batch), base)
+    assert (set(params) == set(first)) == (mode != "adapter")
+
+
+def test_drifting_targets_begin_anew_with_each_run() -> None:
+    task = find(Teacher, lambda t: t.drift > 0)  # type: ignore[attr-defined]
+
+    def targets() -> list[Tensor]:
+        task.initial(generator(0))
+        batches = generator(1)
+        return [task.batch(batches)[1] for _ in range(3)]
+
+    first = targets()
+    assert all(map(torch.equal, first, targets()))
+
+
+def test_scales_change_gradients_and_not_losses() -> None:
+    task = build(Teacher, 0)
+    batch, plain = task.batch(generator(1)), task.initial(generator(0))
+    before = task.losses({name: value[None] for name, value in plain.items()}, batch)
+    task.scales = dict.fromkeys(plain, 2.0)
+    scaled = task.initial(generator(0))
+    assert all(torch.equal(scaled[name] * 2, plain[name]) for name in plain)
+    after = task.losses({name: value[None] for name, value in scaled.items()}, batch)
+    torch.testing.assert_close(after, before)
+
+
+# ---- against torch.nn
+
+
+def stack(modules: list[nn.Module], name: str) -> Tensor:
+    return torch.stack([dict(m.named_parameters())[name] for m in modules]).detach()
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
+def test_perceptron_is_a_sequence_of_torch_layers(norm: str) -> None:
+    net = Perceptron(5, 3, [7, 7], "gelu", "torch", norm)
+    between = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}[norm]
+
+    def module() -> nn.Module:
+        layers: list[nn.Module] = []
+        for fan_in in (5, 7):
+            layers += [nn.Linear(fan_in, 7), between(7), nn.GELU()]
+        return nn.Sequential(*layers, nn.Linear(7, 3))
+
+    modules = [module() for _ in range(2)]
+    params = {}
+    for layer in range(3):
+        params[f"weight{layer}"] = stack(modules, f"{3 * layer}.weight")
+        params[f"bias{layer}"] = stack(modules, f"{3 * layer}.bias")
+        if norm != "none" and layer < 2:
+            params[f"gain{layer}"] = stack(modules, f"{3 * layer + 1}.weight")
+            params[f"shift{layer}"] = stack(modules, f"{3 * layer + 1}.bias")
+    assert list(net.init(generator())) == list(params)
+    x = torch.randn(11, 5)
+    torch.testing.assert_close(net(params, x), torch.stack([m(x) for m in modules]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_that_of_torch(causal: bool) -> None:
+    query, key, value = torch.randn(3, 2, 4, 6, 8)  # copies, examples, length, features
+    heads = [x.unflatten(-1, (2, 4)).transpose(-2, -3) for x in (query, key, value)]
+    expected = nn.functional.scaled_dot_product_attention(*heads, is_causal=causal)
+    found = attention(query, key, value, 2, causal)
+    torch.testing.assert_close(found, expected.transpose(-2, -3).flatten(-2))
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_transformer_block_is_that_of_torch(post_norm: bool) -> None:
+    task = find(Sequences, lambda t: t.kind == "attention")  # type: ignore[attr-defined]
+    assert isinstance(task, Sequences)
+    task.post_norm, width = post_norm, task.width
+    inner = task.expansion * width
+    modules: list[nn.Module] = [
+        nn.TransformerEncoderLayer(
+            width, task.heads, inner, 0.0, "gelu", batch_first=True, norm_first=not post_norm
+        )
+        for _ in range(2)
+    ]
+    names = {
+        "qkv": "self_attn.in_proj_weight", "qkv_bias": "self_attn.in_proj_bias",
+        "out": "self_attn.out_proj.weight", "out_bias": "self_attn.out_proj.bias",
+        "up": "linear1.weight", "up_bias": "linear1.bias",
+        "down": "linear2.weight", "down_bias": "linear2.bias",
+        "attention.gain": "norm1.weight", "attention.shift": "norm1.bias",
+        "mlp.gain": "norm2.weight", "mlp.shift": "norm2.bias",
+    }  # fmt: skip
+    params = {f"0.{ours}": stack(modules, theirs) for ours, theirs in names.items()}
+    assert list(task._init_block("0.", generator())) == list(params)
+    x = torch.randn(2, 3, 5, width)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    expected = [m(x[i], src_mask=mask, is_causal=True) for i, m in enumerate(modules)]
+    torch.testing.assert_close(task._block(params, x, "0."), torch.stack(expected))
+
+
+@pytest.mark.parametrize("kind", ["gru", "rnn"])
+def test_recurrent_layers_are_those_of_torch(kind: str) -> None:
+    task = find(Sequences, lambda t: t.kind == kind)  # type: ignore[attr-defined]
+    assert isinstance(task, Sequences)
+    cell = {"gru": nn.GRU, "rnn": nn.RNN}[kind]
+    modules: list[nn.Module] = [cell(task.width, task.width, batch_first=True) for _ in range(2)]
+    params = {
+        "input": stack(modules, "weight_ih_l0"),
+        "recurrent": stack(modules, "weight_hh_l0"),
+        "input_bias": stack(modules, "bias_ih_l0"),
+        "recurrent_bias": stack(modules, "bias_hh_l0"),
+    }
+    x = torch.randn(2, 3, task.length, task.width)
+    expected = torch.stack([m(x[i])[0] for i, m in enumerate(modules)])
+    torch.testing.assert_close(task._recur(params, x), expected)
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize("normalized", [False, True])
+def test_convnet_is_a_sequence_of_torch_layers(normalized: bool) -> None:
+    task = find(
+        ConvNet,
+        lambda t: t.normalized == normalized and t.depth == 2 and not t.residual,  # type: ignore[attr-defined]
+    )
+    assert isinstance(task, ConvNet)
+    params = copies_of(task, 2)
+    images, labels = task.batch(generator(1))
+    found = task.losses(params, (images, labels))
+    activation = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}[task.activation]()
+    for copy in range(2):
+        own = {name: value[copy] for name, value in params.items()}
+        hidden = images
+        for layer in range(2):
+            weight, stride = own[f"weight{layer}"], 1 if layer else 2
+            hidden = nn.functional.conv2d(
+                hidden, weight, own.get(f"bias{layer}"), stride=stride, padding=1
+            )
+            if normalized:
+                gain, shift = own[f"gain{layer}"], own[f"shift{layer}"]
+                hidden = nn.functional.batch_norm(hidden, None, None, gain, shift, training=True)
+            hidden = activation(hidden)
+        features = hidden.mean((2, 3)) if task.pooled else hidden.flatten(1)
+        out = nn.functional.linear(features, own["head"], own["head_bias"])
+        torch.testing.assert_close(found[copy], nn.functional.cross_entropy(out, labels))
+
+
+def test_derivatives_of_the_boundary_value_problem() -> None:
+    """Those carried through the layers are those of torch.func."""
+    task = build(BoundaryValue, 0)
+    assert isinstance(task, BoundaryValue)
+    params = copies_of(task, 1)
+    x = torch.rand(4, 1)
+    value, first, second = task._with_derivatives(params, x)
+
+    def solution(point: Tensor) -> Tensor:
+        return task.net(params, point.view(1, 1) * task.input_scale).squeeze()
+
+    points = x.squeeze(1)
+    derivative = torch.func.grad(solution)
+    expected = [torch.func.vmap(f)(points) for f in (derivative, torch.func.grad(derivative))]
+    torch.testing.assert_close(value.flatten(), torch.stack([solution(p) for p in points]))
+    torch.testing.assert_close(first.flatten(), expected[0])
+    torch.testing.assert_close(second.flatten(), expected[1], rtol=1e-4, atol=1e-4)
+
+
+# ---- the mixture
+
+
+@pytest.mark.usefixtures("images")
+def test_a_seed_stands_for_a_task() -> None:
+    for seed in range(8):
+        one, two = draw(seed, NO_DATA), draw(seed, NO_DATA)
+        assert (one.task.name, one.steps, one.known) == (two.task.name, two.steps, two.known)
+        runs = []
+        for task in (one.task, two.task):
+            batches, _ = run_generators(seed)
+            params = {name: value[None] for name, value in task.initial(batches).items()}
+            runs.append([task.losses(params, task.batch(batches)) for _ in range(2)])
+        assert torch.equal(torch.stack(runs[0]), torch.stack(runs[1]))
+
+
+PINNED = {
+    0: ("Sequences", 108, True, 2.838899),
+    4: ("Teacher", 640, True, 0.890665),
+    7: ("Coordinates", 182, True, 0.759665),
+    8: ("SkipGram", 272, False, 4.158883),
+    13: ("Quadratic", 1176, True, 0.13763),
+    19: ("MatrixFactorization", 308, True, 0.707802),
+    24: ("BoundaryValue", 737, True, 1.003081),
+}
+
+
+def test_draws_are_pinned() -> None:
+    """References and unfinished trainings are kept by seed: the order of draws must not change."""
+    for seed, expected in PINNED.items():
+        run = draw(seed, NO_DATA)
+        batches, _ = run_generators(seed)
+        params = {name: value[None] for name, value in run.task.initial(batches).items()}
+        loss = run.task.losses(params, run.task.batch(batches)).item()
+        found = (type(run.task).__name__, run.steps, run.known)
+        assert found == expected[:3]
+        assert loss == pytest.approx(expected[3], rel=1e-4)
+
+
+def test_costly_tasks_have_shorter_runs() -> None:
+    task = build(Quadratic, 0)
+    assert longest_run(task) == Quadratic.longest_run
+    task.batch_size = 10**9
+    assert longest_run(task) == 80
+
+
+def test_no_data_is_an_error() -> None:
+    empty = DataOptions(data_dir=NO_DATA.root() / "nonesuch", download=False)
+    with pytest.raises(FileNotFoundError, match="no mnist images under"):
+        sample(IMAGE_SEED, empty)
+
+
+def test_real_images(image_data: DataOptions) -> None:
+    """MNIST's meta half is what image families read."""
+    from learned_optim.meta.populations._layers import meta_images
+
+    pixels, labels = meta_images(image_data, 7)
+    assert pixels.shape == (30_000, 1, 7, 7)
+    assert 0 <= pixels.min() < pixels.max() <= 1
+    assert labels.shape == (30_000,)
+
+
+# ---- runs
+
+
+def run_of(steps: int = 12, known: bool = True) -> Draw:
+    task = find(Quadratic, lambda t: t.kind == "random")  # type: ignore[attr-defined]
+    return Draw(task, steps, known)
+
+
+def flat(rule: UpdateRule) -> Tensor:
+    return nn.utils.parameters_to_vector(rule.parameters()).detach()
+
+
+def horizon_weights(rule: UpdateRule, copies: int) -> Tensor:
+    return flat(rule) + 0.2 * torch.randn(copies, len(flat(rule)), generator=generator(5))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_copies_are_stepped_by_their_own_weights(
+    known: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the pure form does it, copy by copy; with the kernel, where there is one, and without."""
+    if not compiled:
+        monkeypatch.setattr(_driver, "step", lambda *_: False)
+    rule = HorizonRule(HorizonConfig(hidden_size=4))
+    weights = horizon_weights(rule, 3)
+    initial = {"w": torch.randn(3, 4), "b": torch.randn(3), "c": torch.randn(())}
+    grads = [torch.randn(5, 3, *value.shape) for value in initial.values()]
+    total = 9 if known else None
+    copies = CopiesOptimizer(rule, weights, initial, total)
+    for step in range(5):
+        copies.step([grad[step] for grad in grads])
+    segments = Segments([value.shape for value in initial.values()])
+    for copy in range(3):
+        nn.utils.vector_to_parameters(weights[copy].clone(), rule.parameters())
+        states = [rule.init_state(value) for value in initial.values()]
+        state = {
+            key: torch.cat([s[key].reshape(-1, 1) for s in states])
+            if key != "stats"
+            else torch.stack([s[key] for s in states])
+            for key in states[0]
+        }
+        param = torch.cat([value.flatten() for value in initial.values()])
+        for step in range(5):
+            grad = torch.cat([g[step, copy].flatten() for g in grads])
+            context = StepContext(torch.full((3,), float(step)), None, total)
+            with torch.no_grad():
+                update, new = rule(grad, state, param, segments, context)
+            param, state = param + update, {**state, **new}
+        found = torch.cat([value[copy].detach().flatten() for value in copies.params.values()])
+        torch.testing.assert_close(found, param, rtol=1e-4, atol=1e-5)
+
+
+def test_any_rule_can_be_rolled() -> None:
+    rule = random_rule("steered")
+    losses = roll(rule, torch.stack((flat(rule), flat(rule) * 0.5)), run_of(), seed=1)
+    assert losses.shape == (12, 2)
+    assert losses[0, 0] == losses[0, 1]
+    assert losses[-1, 0] != losses[-1, 1]
+
+
+def test_the_kernel_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything of all copies in one call; where it did the step, nothing else does."""
+    rule = HorizonRule()
+    weights = horizon_weights(rule, 2)
+    asked = []
+
+    def step(rule: UpdateRule, networks: list[Tensor], params: list[Tensor], *rest: object) -> bool:
+        asked.append([tuple(network.shape) for network in networks])
+        assert torch.equal(networks[0][1].flatten(), weights[1][: networks[0][1].numel()])
+        assert all(param.is_contiguous() for param in params)
+        return True
+
+    monkeypatch.setattr(_driver, "step", step)
+    losses = roll(rule, weights, run_of(3), seed=1)
+    assert asked == [[(2, 16, 21), (2, 16), (2, 5, 16), (2, 5), (2, 5, 21)]] * 3
+    assert losses.shape == (3, 2)
+
+
+def test_weights_of_another_rule_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"weights must have shape \(copies, 542\)"):
+        CopiesOptimizer(HorizonRule(), torch.zeros(2, 5), {"x": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_adamw_is_that_of_torch(known: bool) -> None:
+    run, steps = run_of(30, known), 30
+    found = roll_adamw(ADAMW_LRS, run, seed=4)
+    assert found.shape == (30, len(ADAMW_LRS))
+    batches, _ = run_generators(4)
+    param = nn.Parameter(run.task.initial(batches)["x"][None])
+    optimizer = torch.optim.AdamW([param], 1e-2, weight_decay=0.01)
+
+    def factor(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) if known else 1.0
+        return min(1.0, (step + 1) / (0.05 * steps)) * cosine
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = run.task.losses({"x": param}, run.task.batch(batches)).sum()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(found[:, ADAMW_LRS.index(1e-2)], losses, rtol=1e-4)
+
+
+def test_scores() -> None:
+    """Logs of losses relative to the first; what diverged counts as a thousand times that."""
+    steps = 100
+    constant, halved = np.full(steps, 2.0), np.full(steps, 1.0)
+    halved[0], diverged = 2.0, constant.copy()
+    diverged[50:] = np.nan
+    losses = np.stack((constant, halved, diverged), 1)
+    final, mean = scores(losses)
+    np.testing.assert_allclose(final, np.log([1, 0.5, 1000]), atol=1e-5)
+    assert mean[1] < mean[0] < mean[2]
+    # A rise above the first loss counts besides, at its highest and on average.
+    assert rise(losses)[:2].tolist() == [0, 0]
+    risen = rise(losses)
+    assert risen[2] == pytest.approx(0.5 * np.log(1000) * (1 + 50 / 96), rel=0.01)
+    np.testing.assert_allclose(fitness(losses, True), 0.8 * final + 0.2 * mean + risen)
+    np.testing.assert_allclose(fitness(losses, False), 0.5 * final + 0.5 * mean + risen)
+
+
+def test_jitter_changes_gradients_and_not_losses() -> None:
+    run = run_of()
+    rule = random_rule("horizon")
+    plain = roll(rule, flat(rule)[None], run, seed=1)
+    run.task.jitter = 0.5
+    jittered = roll(rule, flat(rule)[None], replace(run), seed=1)
+    assert plain[0] == jittered[0]
+    assert not np.array_equal(plain, jittered)
