@@ -427,7 +427,12 @@ def test_the_optimizer_uses_it(
     state_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, step_ = [], kernels.step_
-    monkeypatch.setattr(kernels, "step_", lambda *a, **k: calls.append(step_(*a, **k)) or calls[-1])
+
+    def recorded(*arguments: Any, **keywords: Any) -> bool:
+        calls.append(step_(*arguments, **keywords))
+        return calls[-1]
+
+    monkeypatch.setattr(kernels, "step_", recorded)
     options: dict[str, Any] = {"weight_decay": 1.0, "warmup": 3, "total_steps": 9}
     options["state_dtype"] = state_dtype
     ours = train(**options)
