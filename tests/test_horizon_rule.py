@@ -24,11 +24,11 @@ def backbone(grads: torch.Tensor, param: torch.Tensor, total: int | None) -> tor
         square = 0.99 * square + 0.01 * grad**2
         direction = momentum / (1 - 0.9**t) / (square / (1 - 0.99**t)).sqrt()
         warmup = 50 if total is None else min(250, max(10, 0.05 * total))
-        rate = 0.05 * min(1, t / warmup)
+        rate = 0.1 * min(1, t / warmup)
         if total is not None:
             rate *= max(0.01, 0.5 + 0.5 * math.cos(math.pi * min(1, t / (total + 1))))
         # The scale is that of the step before: everything is known in one pass.
-        scale = max(natural, min(0.1, before.square().mean().sqrt().item()))
+        scale = max(0.25 * natural, min(0.1, before.square().mean().sqrt().item()))
         before, param = param, param - rate * scale * direction
         found.append(param)
     return torch.stack(found)

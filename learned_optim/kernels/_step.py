@@ -54,7 +54,7 @@ def step_(
         states: ``fast``, ``slow`` and ``square``, float32 or bfloat16, of the parameters' sizes;
             ``stats``, ``(14,)``, and ``step``, ``()``, float32.
         config: decays of the fast and the slow momentum and of the mean square, base step, largest
-            scale, warm-up share and warm-up steps of the rule's schedule.
+            scale and smallest share of it, warm-up share and warm-up steps of the rule's schedule.
         lr: multiplier of the updates.
         lr_scales: further multiplier of each tensor.
         decay: ``param *= 1 - decay * lr`` before the update.

@@ -144,6 +144,7 @@ enum Setting {
   kSquareBeta,
   kBaseStep,
   kLargestScale,
+  kSmallestShare,
   kWarmUpShare,    // of the rule's schedule
   kWarmUpSteps,
   kSettings
@@ -512,7 +513,8 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
   inputs_of(tensor, settings, rms, at_first, x);
   respond(tensor, int(settings[kUnits]), x, out);
-  const double scale = std::max(std::min(rms, settings[kLargestScale]), natural);
+  const double scale =
+      std::max(std::min(rms, settings[kLargestScale]), settings[kSmallestShare] * natural);
   const double ramp = settings[kWarmUp] > 0 ? std::min(1.0, (t + 1) / settings[kWarmUp]) : 1.0;
   const double size = -lr * ramp * settings[kBaseStep] * schedule(t, settings) * scale *
                       std::exp(kStepBound * std::tanh(out[kStepSize] / kStepBound));

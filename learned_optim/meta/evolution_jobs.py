@@ -31,7 +31,7 @@ FIRST_VALIDATION_SEED = 10_000_000
 SHORTEST_VALIDATION = 150
 
 # Fitness differences, in log loss, are cut off here, and compressed beyond the second number.
-_LARGEST_DIFFERENCE, _COMPRESSION = 8.0, 0.02
+_LARGEST_DIFFERENCE, _UNIT = 3.0, 0.02
 #: Errors of a run that say something of its task or weights: it is left out, and counted.
 _RUN_ERRORS = (ArithmeticError, RuntimeError, ValueError)
 
@@ -156,7 +156,8 @@ def meta_gradient(
         if not torch.isfinite(difference).all():
             continue
         directions = perturbations(result.seed, pairs, count)
-        total += (torch.asinh(difference / _COMPRESSION)[:, None] * directions).sum(0)
+        weights = difference.sign() * (difference.abs() / _UNIT).sqrt()
+        total += (weights[:, None] * directions).sum(0)
         used.append(result)
     return total / max(1, pairs * len(used)), used
 

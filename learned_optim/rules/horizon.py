@@ -64,11 +64,14 @@ class HorizonConfig(RuleConfig):
     """Decay of the slow momentum."""
     square_beta: float = 0.99
     """Decay of the mean square that normalizes."""
-    base_step: float = 0.05
+    base_step: float = 0.1
     """Step of the untrained rule, in units of the tensor's scale."""
     largest_scale: float = 0.1
     """Bound of the scale that the shape of a matrix gives, ``1 / sqrt(fan_in)``: a fan-in of a few
     says nothing about an embedding of that width or an adapter of that rank."""
+    smallest_share: float = 0.25
+    """A tensor's scale is at least this share of what its shape suggests: weights that start at
+    zero have to leave it, and weights that start small, as in a sine network, are meant to be."""
     warmup_share: float = 0.05
     """Warm-up, in units of the run's length: between 10 and 250 steps."""
     warmup_steps: int = 50
@@ -89,8 +92,9 @@ class HorizonRule(UpdateRule):
 
     where ``rate`` is ``base_step`` times the schedule, and ``a``, bounded by 3, and ``b``, bounded
     by 2, are the network's. The scale is the root mean square of the parameters, at most 0.1, or,
-    if that is larger, what their shape suggests: ``1 / sqrt(fan_in)``, at most 0.1, and 0.1 for
-    vectors. The last direction is the cautious one (Liang et al. 2024, arXiv 2411.16085).
+    if that is larger, a quarter of what their shape suggests: of ``1 / sqrt(fan_in)``, at most 0.1,
+    and of 0.1 for vectors. The last direction is the cautious one (Liang et al. 2024,
+    arXiv 2411.16085).
 
     State per coordinate: ``fast``, ``slow`` and ``square``, each ``(*S, 1)``; per tensor:
     ``stats``, ``(14,)``.
@@ -159,8 +163,8 @@ class HorizonRule(UpdateRule):
         ratio = (grad / r).clamp(-_LARGEST_RATIO, _LARGEST_RATIO)
         # The momenta before this gradient, in the same units.
         before = segments.expand(self._before(context))
-        old_fast = (state["fast"].squeeze(-1) - (1 - cfg.fast_beta) * grad) / r * before[0]
-        old_slow = (state["slow"].squeeze(-1) - (1 - cfg.slow_beta) * grad) / r * before[1]
+        old_fast = _before(state["fast"], grad, cfg.fast_beta) / r * before[0]
+        old_slow = _before(state["slow"], grad, cfg.slow_beta) / r * before[1]
         return (
             (param, param), (square, None), (fast, fast), (slow, slow), (s_fast, s_fast),
             (s_slow, s_slow), (r, None), (ratio, old_fast), (ratio, old_slow), (ratio, ratio),
@@ -239,7 +243,7 @@ class HorizonRule(UpdateRule):
         cfg = self.config
         return (
             cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
-            cfg.warmup_share, cfg.warmup_steps,
+            cfg.smallest_share, cfg.warmup_share, cfg.warmup_steps,
         )  # fmt: skip
 
     # ---- what is computed of whole tensors
@@ -299,10 +303,18 @@ class HorizonRule(UpdateRule):
     def _rate(self, now: Tensor, stats: Tensor) -> Tensor:
         """Base step times schedule times scale, ``(m, 1)``."""
         rms = scale_of(now, stats).clamp(max=self.config.largest_scale)
-        scale = torch.maximum(rms, now[:, NATURAL])
+        scale = torch.maximum(rms, self.config.smallest_share * now[:, NATURAL])
         return (self.config.base_step * now[:, SCHEDULE] * scale).unsqueeze(-1)
 
 
 def _largest_momentum(beta: float, square_beta: float) -> float:
     """Bound of a momentum over the root of a mean square of the same gradients."""
     return (1 - beta) / math.sqrt((1 - square_beta) * (1 - beta**2 / square_beta))
+
+
+def _before(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
+    """``beta`` times the momentum before ``grad``; what is left of rounding counts as zero."""
+    own = (1 - beta) * grad
+    old = momentum.squeeze(-1) - own
+    rounding = 8 * torch.finfo(grad.dtype).eps
+    return torch.where(old.abs() > rounding * own.abs(), old, torch.zeros_like(old))

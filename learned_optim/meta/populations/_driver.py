@@ -102,7 +102,7 @@ def step(
     cfg = rule.config
     config = (
         cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
-        cfg.warmup_share, cfg.warmup_steps,
+        cfg.smallest_share, cfg.warmup_share, cfg.warmup_steps,
     )  # fmt: skip
     return kernels.step_(networks, params, grads, states, config=config, total_steps=total_steps)
 
