@@ -28,3 +28,16 @@ def bias_correction(step: Tensor, *betas: float) -> Tensor:
     """
     # expm1 keeps the digits that 1 - beta^t would lose while beta^t is near 1.
     return torch.stack([-torch.expm1(step * math.log(beta)) for beta in betas])
+
+
+def largest_momentum(beta: float, square_beta: float) -> float:
+    """Bound of a momentum over the root of a mean square of the same gradients."""
+    return (1 - beta) / math.sqrt((1 - square_beta) * (1 - beta**2 / square_beta))
+
+
+def momentum_before(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
+    """``beta`` times the momentum before ``grad``; what is left of rounding counts as zero."""
+    own = (1 - beta) * grad
+    old = momentum.squeeze(-1) - own
+    rounding = 8 * torch.finfo(grad.dtype).eps
+    return torch.where(old.abs() > rounding * own.abs(), old, torch.zeros_like(old))

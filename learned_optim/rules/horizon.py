@@ -27,19 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import kernels
+from learned_optim.rules import _history as history
 from learned_optim.rules._base import State, StepContext, UpdateRule
 from learned_optim.rules._config import RuleConfig
-from learned_optim.rules._features import TINY, bias_correction
-from learned_optim.rules._history import (
-    INPUTS,
-    NATURAL,
-    SCHEDULE,
-    STATS,
-    measurements,
-    network_inputs,
-    next_stats,
-    scale_of,
-)
+from learned_optim.rules._features import TINY, bias_correction, largest_momentum, momentum_before
 from learned_optim.rules._segments import Product, Segments
 from learned_optim.rules._step import DECAY_UNIT, needs_sync
 
@@ -113,10 +104,10 @@ class HorizonRule(UpdateRule):
     def __init__(self, config: HorizonConfig | None = None) -> None:
         super().__init__(config)
         units = self.config.hidden_size
-        self.hidden = nn.Linear(INPUTS, units)
+        self.hidden = nn.Linear(history.INPUTS, units)
         self.readout = nn.Linear(units, 1 + DIRECTIONS)
-        self.direct = nn.Linear(INPUTS, 1 + DIRECTIONS, bias=False)
-        nn.init.normal_(self.hidden.weight, std=INPUTS**-0.5)
+        self.direct = nn.Linear(history.INPUTS, 1 + DIRECTIONS, bias=False)
+        nn.init.normal_(self.hidden.weight, std=history.INPUTS**-0.5)
         nn.init.zeros_(self.hidden.bias)
         # The untrained rule is the schedule on Adam's direction.
         for weight in (*self.readout.parameters(), *self.direct.parameters()):
@@ -125,7 +116,10 @@ class HorizonRule(UpdateRule):
     def init_state(self, param: Tensor) -> State:
         like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
         moments = {key: like.unsqueeze(-1).clone() for key in ("fast", "slow", "square")}
-        return {**moments, "stats": torch.zeros(STATS, dtype=self.dtype, device=param.device)}
+        return {
+            **moments,
+            "stats": torch.zeros(history.STATS, dtype=self.dtype, device=param.device),
+        }
 
     @property
     def longest_step(self) -> float:
@@ -135,8 +129,8 @@ class HorizonRule(UpdateRule):
         the fast one, 1 for the slow one.
         """
         cfg = self.config
-        fast = _largest_momentum(cfg.fast_beta, cfg.square_beta)
-        slow = _largest_momentum(cfg.slow_beta, cfg.square_beta)
+        fast = largest_momentum(cfg.fast_beta, cfg.square_beta)
+        slow = largest_momentum(cfg.slow_beta, cfg.square_beta)
         mixed = (1 + 2 * _MIX_BOUND) * fast + _MIX_BOUND * (slow + _LARGEST_RATIO)
         return cfg.base_step * math.exp(_STEP_BOUND) * mixed
 
@@ -163,8 +157,8 @@ class HorizonRule(UpdateRule):
         ratio = (grad / r).clamp(-_LARGEST_RATIO, _LARGEST_RATIO)
         # The momenta before this gradient, in the same units.
         before = segments.expand(self._before(context))
-        old_fast = _before(state["fast"], grad, cfg.fast_beta) / r * before[0]
-        old_slow = _before(state["slow"], grad, cfg.slow_beta) / r * before[1]
+        old_fast = momentum_before(state["fast"], grad, cfg.fast_beta) / r * before[0]
+        old_slow = momentum_before(state["slow"], grad, cfg.slow_beta) / r * before[1]
         return (
             (param, param), (square, None), (fast, fast), (slow, slow), (s_fast, s_fast),
             (s_slow, s_slow), (r, None), (ratio, old_fast), (ratio, old_slow), (ratio, ratio),
@@ -174,8 +168,8 @@ class HorizonRule(UpdateRule):
     def tensor_features(
         self, means: Tensor, segments: Segments, context: StepContext
     ) -> tuple[Tensor, Tensor]:
-        """Time, shape and measurements of each tensor, ``(m, f)``; bias corrections."""
-        features = (*self._time(segments, context), *measurements(means))
+        """Time, shape and history.measurements of each tensor, ``(m, f)``; bias corrections."""
+        features = (*self._time(segments, context), *history.measurements(means))
         return torch.stack(features, dim=-1), self._corrections(context)
 
     def coordinate_features(
@@ -192,13 +186,13 @@ class HorizonRule(UpdateRule):
     def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
         stats, gains = state["stats"], []
         for now in features.unbind():  # (m, f)
-            inputs = network_inputs(now, stats)
+            inputs = history.network_inputs(now, stats)
             out = self.readout(torch.tanh(self.hidden(inputs))) + self.direct(inputs)  # (m, 5)
             step = (_STEP_BOUND * torch.tanh(out[:, :1] / _STEP_BOUND)).exp()
             mix = _MIX_BOUND * torch.tanh(out[:, 1:] / _MIX_BOUND)
             mix = mix + torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=mix.dtype, device=mix.device)
             gains.append(-self._rate(now, stats) * step * mix)
-            stats = next_stats(now, stats)
+            stats = history.next_stats(now, stats)
         return torch.stack(gains), {"stats": stats}
 
     # ---- the step in place
@@ -302,19 +296,6 @@ class HorizonRule(UpdateRule):
 
     def _rate(self, now: Tensor, stats: Tensor) -> Tensor:
         """Base step times schedule times scale, ``(m, 1)``."""
-        rms = scale_of(now, stats).clamp(max=self.config.largest_scale)
-        scale = torch.maximum(rms, self.config.smallest_share * now[:, NATURAL])
-        return (self.config.base_step * now[:, SCHEDULE] * scale).unsqueeze(-1)
-
-
-def _largest_momentum(beta: float, square_beta: float) -> float:
-    """Bound of a momentum over the root of a mean square of the same gradients."""
-    return (1 - beta) / math.sqrt((1 - square_beta) * (1 - beta**2 / square_beta))
-
-
-def _before(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
-    """``beta`` times the momentum before ``grad``; what is left of rounding counts as zero."""
-    own = (1 - beta) * grad
-    old = momentum.squeeze(-1) - own
-    rounding = 8 * torch.finfo(grad.dtype).eps
-    return torch.where(old.abs() > rounding * own.abs(), old, torch.zeros_like(old))
+        rms = history.scale_of(now, stats).clamp(max=self.config.largest_scale)
+        scale = torch.maximum(rms, self.config.smallest_share * now[:, history.NATURAL])
+        return (self.config.base_step * now[:, history.SCHEDULE] * scale).unsqueeze(-1)
