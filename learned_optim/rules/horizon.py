@@ -37,8 +37,7 @@ from learned_optim.rules._step import DECAY_UNIT, needs_sync
 DIRECTIONS = 4
 # The gradient in units of r is cut off here; the momenta need no such bound.
 _LARGEST_RATIO = 3.0
-_STEP_BOUND, _MIX_BOUND = 3.0, 2.0
-_LAST_RATE = 0.01
+_STEP_BOUND, _MIX_BOUND, _LAST_RATE = 3.0, 2.0, 0.01
 _LONGEST_WARMUP, _SHORTEST_WARMUP = 250.0, 10.0
 _LARGEST_COUNT = 10_000.0
 
@@ -168,7 +167,7 @@ class HorizonRule(UpdateRule):
     def tensor_features(
         self, means: Tensor, segments: Segments, context: StepContext
     ) -> tuple[Tensor, Tensor]:
-        """Time, shape and history.measurements of each tensor, ``(m, f)``; bias corrections."""
+        """Time, shape and measurements of each tensor, ``(m, f)``; bias corrections."""
         features = (*self._time(segments, context), *history.measurements(means))
         return torch.stack(features, dim=-1), self._corrections(context)
 
