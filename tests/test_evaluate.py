@@ -763,3 +763,20 @@ def test_refresh_refuses_another_protocol_and_other_losses(
     best["mean"] += 0.8 * best["half"]
     with pytest.raises(ValueError, match="in the summary: evaluate anew"):
         Evaluation(config).refresh(old)
+
+
+def test_an_optimizer_that_anneals_runs_to_each_horizon(tmp_path: Path, scripted) -> None:
+    """A part of a longer run would be one whose end it never saw."""
+    path = tmp_path / "annealing.safetensors"
+    save_rule(random_rule("horizon"), path)
+    asked = scripted(lambda spec: [1.0 + 1.0 / spec.steps] * spec.steps)
+    config = replace(
+        NOTHING_LEARNED, checkpoints=(str(path),), horizons=(10, 20), output=tmp_path / "out"
+    )
+    summary = Evaluation(config).execute()
+    learned = {(spec.steps, spec.seed) for spec in asked if spec.optimizer.kind == "learned"}
+    assert learned == {(steps, seed) for steps in (10, 20) for seed in (0, 1)}
+    assert {spec.steps for spec in asked if spec.optimizer.kind == "baseline"} == {20}
+    for horizon, expected in ((10, 11.0), (20, 21.0)):
+        row = summary["tasks"]["quadratic"]["horizons"][str(horizon)]["optimizers"]["annealing"]
+        assert row["sum"]["mean"] == pytest.approx(expected)

@@ -184,7 +184,8 @@ class Evaluation:
         by: str = "sum",
         tuned_lr: float | None = None,
     ) -> Result:
-        specs = self._test_runs(task, optimizer, lr)
+        steps = horizon if optimizer.anneals else self.config.length
+        specs = self._test_runs(task, optimizer, lr, steps)
         best = lr if tuned_lr is None else tuned_lr
         return Result(optimizer, lr, best, horizon, by, specs, self._log.runs)
 
@@ -251,8 +252,10 @@ class Evaluation:
         choices = [self._at(task, optimizer, lr, horizon, by, tuned_lr=lrs[0]) for lr in lrs]
         return next((e for e in choices if not e.diverges()), choices[0])
 
-    def _test_runs(self, task: str, optimizer: OptimizerSpec, lr: float) -> list[RunSpec]:
-        seeds, steps = range(self.config.seeds), self.config.length
+    def _test_runs(
+        self, task: str, optimizer: OptimizerSpec, lr: float, steps: int
+    ) -> list[RunSpec]:
+        seeds = range(self.config.seeds)
         return [RunSpec(task, optimizer, lr, "test", seed, steps) for seed in seeds]
 
     def summary(self) -> dict[str, Any]:

@@ -44,12 +44,15 @@ class OptimizerSpec:
         identity: what its runs are remembered by: a baseline's name, a checkpoint's fingerprint
             (so that a retrained file of the same name is not mistaken for the one evaluated
             before, and a file that was moved is known again).
+        anneals: it is a learned optimizer that anneals to the end of the run that it is told, so
+            that part of a longer run says nothing of a shorter one.
     """
 
     label: str
     kind: Literal["learned", "baseline"]
     source: str
     identity: str
+    anneals: bool = False
 
     def make(self, params: Iterable[Tensor], lr: float, total_steps: int) -> Optimizer:
         """The optimizer itself; ``lr`` multiplies a learned update.
@@ -100,7 +103,8 @@ def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> lis
         if label in baselines:
             raise ValueError(f"the checkpoint {given!r} is named like a baseline: give its path")
         path = str(checkpoint_path(given))
-        found.append(OptimizerSpec(label, "learned", path, load_rule(path).fingerprint()))
+        rule = load_rule(path)
+        found.append(OptimizerSpec(label, "learned", path, rule.fingerprint(), rule.reads_horizon))
     for name in baselines:
         make_baseline(name, [torch.zeros(1)], lr=1.0, total_steps=1)  # fails now if it ever does
         found.append(OptimizerSpec(name, "baseline", name, name))
