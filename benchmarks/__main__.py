@@ -15,10 +15,11 @@ import argparse
 import json
 import time
 
-from benchmarks import meta_training, performance, step
+from benchmarks import kernel_step, meta_training, performance, step
 from benchmarks.measure import machine
 
 SECTIONS = {
+    "kernel-step": kernel_step.measure,
     "lstm-step": step.lstm_step,
     "many-tensors": step.many_tensors,
     "temporaries": step.temporaries,

@@ -1,6 +1,7 @@
 """One step of the rule `horizon`, compiled and pure, beside Adam's fused step.
 
-python -m benchmarks.kernel_step [--no-pure]      # a table of ratios; a minute on an idle machine
+python -m benchmarks kernel-step         # for docs/performance.md; a minute on an idle machine
+python -m benchmarks.kernel_step         # prints the tables alone
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NETWORKS: dict[str, tuple[list[tuple[int, ...]], int]] = {
     "784-20-10 network": (THESIS, 1000),
     "66 mixed tensors": (mixed(), 60),
     "one tensor": ([(MILLION,)], 30),
-    "one large tensor": ([(10 * MILLION,)], 8),
+    "one large tensor": ([(10 * MILLION,)], 3),
 }
 TOTAL_STEPS = 100_000
 
@@ -60,22 +61,83 @@ def subjects(shapes: list[tuple[int, ...]], pure: bool) -> dict[str, Callable[[]
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-pure", action="store_true", help="leave out the slow pure form")
-    pure = not parser.parse_args().no_pure
-    print(machine(), kernels.status(), sep="\n")
+def measure() -> dict[str, Any]:
+    """Seconds of the steps by network and number of threads, and what one per parameter costs."""
     rows = []
     for name, (shapes, rounds) in NETWORKS.items():
         for threads in (1, 2):
-            best = in_turns(subjects(shapes, pure), rounds, threads)
-            adam = best["adam"]
-            row = [name, f"{size_of(shapes):,}", str(threads), f"{1e6 * adam:,.0f}"]
-            rows.append(row + [f"{best[key] / adam:.2f}" for key in best if key != "adam"])
+            best = in_turns(subjects(shapes, pure=True), rounds, threads)
+            rows.append({"name": name, "size": size_of(shapes), "threads": threads, **best})
             print(f"  {name}, threads: {threads}", flush=True)
-    header = ["", "coordinates", "threads", "Adam(fused=True), us"]
-    header += ["LearnedOptimizer, x Adam", "rule.step_ alone, x"] + ["pure form, x"] * pure
-    print(table(header, rows))
+    return {"library": kernels.status().partition(":")[0], "rows": rows, "many": one_each()}
+
+
+def one_each() -> dict[str, float]:
+    """Seconds per optimizer to build one for each of 66 tensors, and to step all of them."""
+    shapes, rule = mixed(), HorizonRule().requires_grad_(False)
+    apart, together, adam = parameters(shapes), parameters(shapes), parameters(shapes)
+
+    def adam_of(params: list[nn.Parameter]) -> Callable[[], object]:
+        return torch.optim.Adam(params, fused=True).step
+
+    def learned(params: list[nn.Parameter]) -> Callable[[], object]:
+        return LearnedOptimizer(params, rule).step
+
+    def each(steps: list[Callable[[], object]]) -> Callable[[], None]:
+        def run() -> None:
+            for step in steps:
+                step()
+
+        return run
+
+    builds: dict[str, Callable[[], object]] = {
+        f"build {name}": lambda make=make: [make([p]) for p in apart]  # type: ignore[misc]
+        for name, make in (("learned", learned), ("adam", adam_of))
+    }
+    built = {name: s / len(shapes) for name, s in in_turns(builds, 20).items()}
+    steps = {
+        "step learned": learned(together),
+        "step learned each": each([learned([p]) for p in apart]),
+        "step adam": adam_of(adam),
+        "step adam each": each([adam_of([p]) for p in adam]),
+    }
+    return built | in_turns(steps, 60)
+
+
+def markdown(section: dict[str, Any]) -> str:
+    """The tables of the page."""
+    found = section["found"]
+    rows = [
+        [
+            row["name"],
+            f"{row['size']:,}",
+            str(row["threads"]),
+            f"{1e6 * row['adam']:,.0f}",
+            *(f"{row[key] / row['adam']:.2f}" for key in ("optimizer", "rule", "pure")),
+        ]
+        for row in found["rows"]
+    ]
+    header = ["", "coordinates", "threads", "Adam(fused=True), microseconds"]
+    header += ["`LearnedOptimizer`, times Adam", "`rule.step_` alone", "pure form"]
+    many = found["many"]
+    apart = [
+        [
+            name,
+            f"{1e6 * many[f'build {key}']:,.0f}",
+            f"{1e3 * many[f'step {key}']:.2f}",
+            f"{1e3 * many[f'step {key} each']:.2f}",
+        ]
+        for name, key in (("`LearnedOptimizer`", "learned"), ("Adam(fused=True)", "adam"))
+    ]
+    columns = ["66 tensors", "building one, microseconds", "step of one for all, milliseconds"]
+    return table(header, rows) + "\n\n" + table([*columns, "of one for each"], apart)
+
+
+def main() -> None:
+    """Command line."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    section = {"machine": machine(), "found": measure()}
+    print(section["machine"], kernels.status(), markdown(section), sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import half_state, wall_clock
+from benchmarks import half_state, kernel_step, wall_clock
 from learned_optim.summary import table
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -295,6 +295,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "meta-training": _meta_table,
     "wall_clock": _wall_clock,
     "half-state": half_state.markdown,
+    "kernel-step": kernel_step.markdown,
 }
 
 

@@ -31,8 +31,15 @@ unsolved = pytest.mark.xfail(
 Make = Callable[[Sequence[Tensor], int], Optimizer]
 
 
-def learned(params: Sequence[Tensor], steps: int) -> Optimizer:
-    return LearnedOptimizer(params, CHECKPOINT)
+@pytest.fixture(params=["unknown length", "known length"])
+def learned(request: pytest.FixtureRequest) -> Make:
+    """The default optimizer, told the length of the run or not."""
+
+    def make(params: Sequence[Tensor], steps: int) -> Optimizer:
+        told = steps if request.param == "known length" else None
+        return LearnedOptimizer(params, CHECKPOINT, total_steps=told)
+
+    return make
 
 
 def adam(params: Sequence[Tensor], steps: int) -> Optimizer:
@@ -111,7 +118,7 @@ class RowTransformer(nn.Module):
 
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
-def test_transformer_from_scratch(norm_first: bool) -> None:
+def test_transformer_from_scratch(norm_first: bool, learned: Make) -> None:
     """At least Adam's held-out accuracy, and no loss above 1.2 times its largest."""
     inputs, targets = digits()
     largest, reached = {}, {}
@@ -150,7 +157,7 @@ def trained_perceptron() -> nn.Module:
 
 
 @unsolved
-def test_further_training_keeps_what_is_known() -> None:
+def test_further_training_keeps_what_is_known(learned: Make) -> None:
     """The same data again: after no step is the accuracy more than .03 below the start's."""
     inputs, targets = digits()
     model = trained_perceptron()
@@ -165,7 +172,7 @@ def test_further_training_keeps_what_is_known() -> None:
     assert min(seen) >= start - 0.03
 
 
-def test_thawed_layers_keep_what_is_known() -> None:
+def test_thawed_layers_keep_what_is_known(learned: Make) -> None:
     """A new head on a frozen trunk, which then thaws in the same optimizer."""
     inputs, targets = digits()
     model = trained_perceptron()
@@ -190,7 +197,7 @@ def test_thawed_layers_keep_what_is_known() -> None:
 
 
 @unsolved
-def test_low_rank_adapters() -> None:
+def test_low_rank_adapters(learned: Make) -> None:
     """A hundred examples of a shifted task: never 1.1 times the first loss, and AdamW's last."""
     inputs, targets = digits()
     noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(5))
@@ -216,7 +223,7 @@ def test_low_rank_adapters() -> None:
 # ---- layers and tables of unusual scale
 
 
-def test_output_layer_that_starts_at_zero() -> None:
+def test_output_layer_that_starts_at_zero(learned: Make) -> None:
     """A denoiser of digits: no loss above 1.5 times the first."""
     inputs = 2.0 * digits()[0] - 1.0
     torch.manual_seed(0)
@@ -239,7 +246,7 @@ def test_output_layer_that_starts_at_zero() -> None:
     assert max(losses) <= 1.5 * losses[0]
 
 
-def test_embedding_tables_and_biases() -> None:
+def test_embedding_tables_and_biases(learned: Make) -> None:
     """Matrix factorization, of whose rows a batch touches a fifth: below .3; the noise is .09."""
     generator = torch.Generator().manual_seed(3)
     users, items = (
@@ -269,7 +276,7 @@ def test_embedding_tables_and_biases() -> None:
     assert sum(losses[-500:]) / 500 < 0.3
 
 
-def test_sine_network() -> None:
+def test_sine_network(learned: Make) -> None:
     """Sine activations fit a signal of one dimension: below .01. Large steps never come back."""
     torch.manual_seed(0)
     model = sine_network(inputs=1, outputs=1, width=48)

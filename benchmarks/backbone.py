@@ -1,0 +1,115 @@
+"""What the parts of the horizon rule bring, on tasks of its mixture that never trained it.
+
+    python -m benchmarks.backbone --tasks 100 --workers 2    # ten minutes, $LEARNED_OPTIM_DATA
+
+Compares the untrained rule at several base steps and floors of its scale with the shipped weights,
+whole, partly back to the untrained rule, and never told the length of the run. Figures are logs of
+the final loss minus that of AdamW tuned over six learning rates (with warm-up, and a cosine where
+the length of the run is known), and how far the loss rose above the first. Writes
+docs/results/backbone.json. Only MNIST's meta-training half and synthetic data are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils import parameters_to_vector
+
+from learned_optim import load_rule
+from learned_optim.meta import evolution_jobs as jobs
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.populations import ADAMW_LRS, Draw, draw, roll, roll_adamw, scores
+from learned_optim.meta.populations._rollout import rise
+from learned_optim.pretrained import list_pretrained
+from learned_optim.rules.horizon import HorizonConfig, HorizonRule
+
+OUTPUT = Path(__file__).parent.parent / "docs" / "results" / "backbone.json"
+CHECKPOINT = "general-3"
+# Far from the seeds of training and validation.
+FIRST_SEED, SHORTEST, LONGEST = 20_000_000, 100, 500
+STEPS, FLOORS = (0.025, 0.05, 0.1, 0.2, 0.4), (1.0, 0.25)
+LARGEST_EXCESS = 1.5
+SHARES = (0.5, 0.75)  # of the learned weights' outputs
+
+
+def contestants() -> dict[str, tuple[HorizonRule, bool]]:
+    """Rules by label, and whether they may know the length of the run."""
+    found: dict[str, tuple[HorizonRule, bool]] = {
+        f"untrained, step {step:g}, floor {floor:g}": (
+            HorizonRule(HorizonConfig(base_step=step, smallest_share=floor)),
+            True,
+        )
+        for floor in FLOORS
+        for step in STEPS
+    }
+    if CHECKPOINT in list_pretrained():
+        rule = load_rule(CHECKPOINT)
+        assert isinstance(rule, HorizonRule)
+        found[CHECKPOINT] = rule, True
+        found[f"{CHECKPOINT}, never told the length"] = rule, False
+        for share in SHARES:
+            weaker = HorizonRule(rule.config)
+            weaker.load_state_dict(rule.state_dict())
+            with torch.no_grad():
+                for module in (weaker.readout, weaker.direct):
+                    for weight in module.parameters():
+                        weight.mul_(share)
+            found[f"{CHECKPOINT}, outputs times {share:g}"] = weaker, True
+    return found
+
+
+def measure(job: tuple[int, DataOptions]) -> dict[str, Any]:
+    """One task: of every rule, the excess over tuned AdamW and the rise."""
+    seed, data = FIRST_SEED + job[0], job[1]
+    run = draw(seed, data, SHORTEST)
+    run = Draw(run.task, min(run.steps, LONGEST), run.known)
+    best = float(np.nanmin(scores(roll_adamw(ADAMW_LRS, run, seed))[0]))
+    figures = {}
+    for label, (rule, told) in contestants().items():
+        weights = parameters_to_vector(rule.parameters()).detach()[None]
+        losses = roll(rule, weights, replace(run, known=run.known and told), seed)
+        figures[label] = float(scores(losses)[0][0]) - best, float(rise(losses)[0])
+    return {"family": type(run.task).__name__, "known": run.known, "figures": figures}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Over tasks, by label, with the standard error of the mean."""
+    found = {}
+    for label in rows[0]["figures"]:
+        excess = np.array([row["figures"][label][0] for row in rows])
+        bounded = np.clip(excess, -LARGEST_EXCESS, LARGEST_EXCESS)
+        found[label] = {
+            "mean": round(float(bounded.mean()), 3),
+            "error": round(float(bounded.std(ddof=1) / len(rows) ** 0.5), 3),
+            "median": round(float(np.median(excess)), 3),
+            "share_ahead": round(float((excess < 0).mean()), 2),
+            "share_30_percent_behind": round(float((excess > 0.26).mean()), 2),
+            "rise": round(float(np.mean([row["figures"][label][1] for row in rows])), 3),
+        }
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args()
+    with jobs.worker_map(options.workers) as run:
+        rows = list(run(measure, [(index, DataOptions()) for index in range(options.tasks)]))
+    found = summary(rows)
+    OUTPUT.write_text(json.dumps({"tasks": len(rows), "rules": found}, indent=1) + "\n")
+    for label, figures in found.items():
+        print(f"{label:45s}", figures)
+
+
+if __name__ == "__main__":
+    main()
