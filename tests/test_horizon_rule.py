@@ -23,7 +23,7 @@ def backbone(grads: torch.Tensor, param: torch.Tensor, total: int | None) -> tor
         momentum = 0.9 * momentum + 0.1 * grad
         square = 0.99 * square + 0.01 * grad**2
         direction = momentum / (1 - 0.9**t) / (square / (1 - 0.99**t)).sqrt()
-        warmup = 50 if total is None else min(250, max(10, 0.05 * total))
+        warmup = 50 if total is None else min(250, max(10, 0.1 * total))
         rate = 0.1 * min(1, t / warmup)
         if total is not None:
             rate *= max(0.01, 0.5 + 0.5 * math.cos(math.pi * min(1, t / (total + 1))))

@@ -3,10 +3,9 @@
 Every meta-step draws tasks, and for each task pairs of opposite perturbations of the rule's weights
 (Salimans et al. 2017, arXiv 1703.03864). All perturbed rules of a task train side by side, on the
 same batches, from the first step to the last, so nothing is truncated: a rule is judged by where a
-run ends. The difference of a pair's fitness, in log loss, is compressed to its square root,
-because one run that diverges must not outweigh all others; the gradient of the weights is the mean
-over pairs of difference times direction. Adam follows it, and a moving average of the weights is
-what is kept.
+run ends. The difference of a pair's fitness, in log loss, is compressed by ``asinh``, because one
+run that diverges must not outweigh all others; the gradient of the weights is the mean over pairs
+of difference times direction. Adam follows it, and a moving average of the weights is what is kept.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def meta_gradient(
         if not torch.isfinite(difference).all():
             continue
         directions = perturbations(result.seed, pairs, count)
-        weights = difference.sign() * (difference.abs() / _UNIT).sqrt()
+        weights = torch.asinh(difference / _UNIT)
         total += (weights[:, None] * directions).sum(0)
         used.append(result)
     return total / max(1, pairs * len(used)), used

@@ -62,7 +62,7 @@ class HorizonConfig(RuleConfig):
     smallest_share: float = 0.25
     """A tensor's scale is at least this share of what its shape suggests: weights that start at
     zero have to leave it, and weights that start small, as in a sine network, are meant to be."""
-    warmup_share: float = 0.05
+    warmup_share: float = 0.1
     """Warm-up, in units of the run's length: between 10 and 250 steps."""
     warmup_steps: int = 50
     """Warm-up where the length of the run is unknown."""

@@ -29,7 +29,7 @@ _ADAMW_DECAY, _ADAMW_WARMUP = 0.01, 0.05
 _ADAMW_BETAS, _ADAMW_EPS = (0.9, 0.999), 1e-8
 
 # Losses are in units of the first one: bounds of what is averaged, and what is added before logs.
-_LARGEST, _SMALLEST_FIRST, _OFFSET = 1e3, 1e-12, 1e-6
+_LARGEST, _SMALLEST_FIRST, _OFFSET = 1e3, 1e-12, 1e-4
 # Times of a run at which the loss is read for its mean, geometrically spaced.
 _TIMES = 20
 # Steps over which losses are averaged before their rise counts.
@@ -154,7 +154,7 @@ def rise(losses: Array) -> Array:
     sums = np.cumsum(np.concatenate((np.zeros_like(bounded[:1]), bounded)), 0)
     window = min(_RISE_WINDOW, len(bounded))
     above: Array = np.log(np.maximum((sums[window:] - sums[:-window]) / window, 1.0))
-    return 0.5 * above.max(0) + 0.5 * above.mean(0)
+    return above.max(0) + 0.5 * above.mean(0)
 
 
 def fitness(losses: Array, known: bool) -> Array:
