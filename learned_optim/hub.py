@@ -294,17 +294,23 @@ def _front_matter(license: str) -> str:
 
 
 def _usage(rule: UpdateRule, name: str) -> str:
+    told = ", total_steps=10_000" if rule.reads_horizon else ""
     lines = [
         "```python",
         "from learned_optim import LearnedOptimizer",
         "",
         "# optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)",
-        f'optimizer = LearnedOptimizer(model.parameters(), "{name}")',
+        f'optimizer = LearnedOptimizer(model.parameters(), "{name}"{told})',
         "```",
         "",
         "`pip install learned-optim`. There is no learning rate to tune: `lr` multiplies the "
         "update and 1.0 is what the rule was trained for.",
     ]
+    if rule.reads_horizon:
+        lines.append(
+            "`total_steps` is the number of optimizer steps of the whole run; leave it out if that "
+            "is unknown. No scheduler is needed."
+        )
     if rule.needs_loss:
         lines.append("The rule reads the loss: call `optimizer.step(closure)`.")
     return "\n".join(lines)
@@ -328,6 +334,8 @@ def _training(record: dict[str, Any]) -> str:
     rows += [
         f"- {label}: {recipe[key]:,}" for key, label in known.items() if _is_number(recipe, key)
     ]
+    if record.get("trained_for"):
+        rows.append(f"- Trained for: {record['trained_for']}")
     if record.get("commit"):
         rows.append(f"- Source version: `{record['commit']}`")
     details = as_json(record, indent=2)

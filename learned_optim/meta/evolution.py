@@ -26,6 +26,7 @@ from learned_optim.meta import evolution_jobs as jobs
 from learned_optim.meta import provenance
 from learned_optim.meta.data import DataOptions, load_images
 from learned_optim.meta.evolution_validation import Excess, references, validate
+from learned_optim.meta.populations import TRAINED_FOR
 from learned_optim.meta.recipes import EvolutionRecipe
 from learned_optim.meta.run_folder import RunFolder, source_modules
 from learned_optim.meta.trainer import Report, TrainingError, source_version
@@ -177,6 +178,7 @@ class EvolutionTrainer:
             # Mean log of the final loss minus that of tuned AdamW.
             "behind_adamw": self.last_validation(),
             "data": "mixture of populations; MNIST's meta-training half is all real data in it",
+            "trained_for": TRAINED_FOR,
             "torch": torch.__version__.split("+")[0],
         }
 

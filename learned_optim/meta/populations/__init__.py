@@ -8,12 +8,13 @@ from learned_optim.meta.populations._base import (
     UnusableTaskError,
 )
 from learned_optim.meta.populations._driver import CopiesOptimizer
-from learned_optim.meta.populations._mixture import FAMILIES, Draw, draw, sample
+from learned_optim.meta.populations._mixture import FAMILIES, TRAINED_FOR, Draw, draw, sample
 from learned_optim.meta.populations._rollout import ADAMW_LRS, fitness, roll, roll_adamw, scores
 
 __all__ = [
     "ADAMW_LRS",
     "FAMILIES",
+    "TRAINED_FOR",
     "Batch",
     "CopiesOptimizer",
     "Draw",
