@@ -59,7 +59,6 @@ def attempts() -> dict[str, list[Make]]:
 
     return {
         "`default`": [learned("default")],
-        "`default-fast`": [learned("default-fast")],
         "AdamW at 1e-3": [adamw(1e-3)],
         "Prodigy": [lambda params, steps: make_baseline("prodigy", params, 1.0, steps)],
         "AdamW at the best of seven": [adamw(lr) for lr in LRS],

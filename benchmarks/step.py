@@ -171,7 +171,9 @@ def temporaries() -> dict[str, Any]:
 
 def checkpoints() -> dict[str, Any]:
     """Targets 2 and 4: every shipped checkpoint beside Adam, at a million coordinates."""
-    shipped = [name for name in ("default", "default-fast") if name in list_pretrained()]
+    shipped = [
+        name for name in ("default", "general-2", "general-2-fast") if name in list_pretrained()
+    ]
     same = {ALIASES[name] for name in shipped}
     shipped += [name for name in list_pretrained() if name not in {*shipped, *same}]
     rules: dict[str, Any] = {name: name for name in shipped}

@@ -39,8 +39,9 @@ def optimizers(lr: float) -> dict[str, Callable[[Iterable[Tensor]], torch.optim.
         ADAM: lambda params: torch.optim.Adam(params, lr=lr, foreach=False),
         "adam, foreach": lambda params: torch.optim.Adam(params, lr=lr, foreach=True),
         "adam, fused": lambda params: torch.optim.Adam(params, lr=lr, fused=True),
-        "default": lambda params: LearnedOptimizer(params, "default"),
-        "default-fast": lambda params: LearnedOptimizer(params, "default-fast"),
+        "default": lambda params: LearnedOptimizer(params, total_steps=STEPS),
+        "general-2": lambda params: LearnedOptimizer(params, "general-2", warmup=0),
+        "general-2-fast": lambda params: LearnedOptimizer(params, "general-2-fast", warmup=0),
     }
 
 

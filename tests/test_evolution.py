@@ -300,7 +300,7 @@ def test_workers() -> None:
 def test_recipes(tmp_path: Path) -> None:
     recipe = load_recipe("general-3")
     assert isinstance(recipe, EvolutionRecipe)
-    assert (recipe.meta_steps, recipe.tasks_per_meta_step, recipe.pairs) == (600, 8, 4)
+    assert (recipe.meta_steps, recipe.tasks_per_meta_step, recipe.pairs) == (500, 10, 3)
     assert (recipe.sigma, recipe.meta_lr, recipe.meta_lr_final) == (0.03, 1e-2, 8e-4)
     assert recipe_from_json(json.loads(json.dumps(SMALL.to_json()))) == SMALL
     path = tmp_path / "mine.toml"

@@ -227,7 +227,7 @@ class EvolutionTrainer:
         recipe, started = self.recipe, time.perf_counter()
         first = 100_000 * (recipe.seed + 1) + self.meta_steps * recipe.tasks_per_meta_step
         todo = [
-            jobs.TaskJob(seed, self.theta, recipe, self.data)
+            jobs.TaskJob(seed, self.theta, recipe, self.data, self.meta_steps >= recipe.large_from)
             for seed in range(first, first + recipe.tasks_per_meta_step)
         ]
         results = list(run(jobs.run_task, todo))

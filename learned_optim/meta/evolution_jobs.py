@@ -44,6 +44,7 @@ class TaskJob:
     weights: Tensor
     recipe: EvolutionRecipe
     data: DataOptions
+    large: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def run_task(job: TaskJob) -> TaskResult:
     """Run a task under all perturbed weights, side by side on the same batches."""
     started, family, recipe = time.perf_counter(), "", job.recipe
     try:
-        run = draw(job.seed, job.data)
+        run = draw(job.seed, job.data, large=job.large)
         family = type(run.task).__name__
         change = perturbations(job.seed, recipe.pairs, len(job.weights)) * recipe.sigma
         weights = torch.cat((job.weights + change, job.weights - change))

@@ -55,7 +55,7 @@ TUNED_QUICK = ("adamw-cosine",)
 class FieldConfig:
     """What to run on the field."""
 
-    checkpoints: tuple[str, ...] = ("default", "default-fast")
+    checkpoints: tuple[str, ...] = ("default",)
     """Shipped names, files or Hub ids of learned optimizers; they run at lr = 1."""
     tasks: tuple[str, ...] = ()
     """Tasks of the field; all of them if not given."""

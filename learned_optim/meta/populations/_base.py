@@ -115,8 +115,10 @@ class Sampler:
         True
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, large: bool = False) -> None:
         self.generator = generator
+        #: Whether sizes are drawn from the upper part of their range.
+        self.large = large
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """A number from ``[low, high)``."""
@@ -129,6 +131,14 @@ class Sampler:
     def log_integer(self, low: float, high: float) -> int:
         """:meth:`log_uniform`, rounded down: sizes and lengths."""
         return int(self.log_uniform(low, high))
+
+    def width(self, low: int, high: int) -> int:
+        """:meth:`log_integer` of units of a layer; at least ``4 * low`` if sizes are large."""
+        return self.log_integer(min(4 * low, high // 2) if self.large else low, high)
+
+    def batch_size(self, low: int, high: int) -> int:
+        """:meth:`log_integer` of examples; twice as many if sizes are large, to ``2 * low``."""
+        return self.log_integer(2 * low if self.large else low, high)
 
     def integer(self, low: int, high: int) -> int:
         """An integer from ``low`` to ``high``, both included."""

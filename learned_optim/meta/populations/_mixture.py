@@ -82,15 +82,16 @@ def sample(seed: int, data: DataOptions) -> Population:
     return _sample(seed, data)[0]
 
 
-def draw(seed: int, data: DataOptions, shortest: int = SHORTEST_RUN) -> Draw:
+def draw(seed: int, data: DataOptions, shortest: int = SHORTEST_RUN, large: bool = False) -> Draw:
     """The task of a seed, the length of its run and whether that is known to the rule.
 
     Args:
         seed: see :func:`sample`.
         data: where MNIST is.
         shortest: steps that runs have at least, where they are not too costly for that.
+        large: take widths and batches from the upper part of their ranges.
     """
-    task, sampler = _sample(seed, data)
+    task, sampler = _sample(seed, data, large)
     longest = longest_run(task)
     steps = sampler.log_integer(min(shortest, longest - 1), longest)
     return Draw(task, steps, known=not sampler.chance(UNKNOWN_SHARE))
@@ -104,10 +105,10 @@ def longest_run(task: Population) -> int:
     return int(min(task.longest_run, max(ALWAYS, SECONDS / seconds)))
 
 
-def _sample(seed: int, data: DataOptions) -> tuple[Population, Sampler]:
+def _sample(seed: int, data: DataOptions, large: bool = False) -> tuple[Population, Sampler]:
     """The task of a seed, and the sampler from which the draws about its run go on."""
     for attempt in range(ATTEMPTS):
-        sampler = Sampler(Generator().manual_seed(seed * 1000 + attempt))
+        sampler = Sampler(Generator().manual_seed(seed * 1000 + attempt), large)
         family = sampler.choice(list(FAMILIES), list(FAMILIES.values()))
         try:
             task = family(sampler, data)  # type: ignore[call-arg]

@@ -18,7 +18,7 @@ from learned_optim.meta.populations._layers import (
 )
 
 #: Share of perceptrons that may be wider than 96.
-WIDE_SHARE = 0.2
+WIDE_SHARE, LARGE_WIDE_SHARE = 0.2, 0.35
 
 
 class Perceptron:
@@ -124,8 +124,8 @@ def draw_perceptron(draw: Sampler, inputs: int, outputs: int) -> Perceptron:
 def _draw_widths(draw: Sampler) -> list[int]:
     depth = draw.choice([1, 2, 3, 4, 6, 8], [6, 6, 3, 2, 1, 0.6])
     widest = 96
-    if draw.chance(WIDE_SHARE):
+    if draw.chance(LARGE_WIDE_SHARE if draw.large else WIDE_SHARE):
         widest = 512 if depth <= 3 else 192
     if draw.chance(0.6):
-        return [draw.log_integer(8, widest)] * depth
-    return [draw.log_integer(8, widest) for _ in range(depth)]
+        return [draw.width(8, widest)] * depth
+    return [draw.width(8, widest) for _ in range(depth)]

@@ -25,9 +25,9 @@ class Autoencoder(Population):
         side = draw.choice([7, 14], [2, 1])
         self.pixels = meta_images(data, side)[0].flatten(1)  # (examples, side * side)
         self.features = self.pixels.shape[1]
-        self.batch_size = draw.log_integer(16, 128)
+        self.batch_size = draw.batch_size(16, 128)
         self.kind = draw.choice(["plain", "variational", "denoiser"])
-        width = draw.log_integer(16, 96)
+        width = draw.width(16, 96)
         self.code = draw.integer(2, 12)
         activation = draw.choice(["relu", "silu", "gelu", "tanh"])
         self.sums_pixels = draw.chance(0.5)

@@ -40,7 +40,7 @@ class Classification(Population):
         if draw.chance(0.3):
             self.pixels = (self.pixels - self.pixels.mean()) / self.pixels.std()
         self.wrong_share = draw.choice([0, 0.1, 0.3], [7, 1, 1])
-        self.batch_size = draw.log_integer(8, 256 if side < 28 else 128)
+        self.batch_size = draw.batch_size(8, 256 if side < 28 else 128)
         self.net = draw_perceptron(draw, self.pixels.shape[1], CLASSES)
         self.smoothing = draw.choice([0, 0.1], [9, 1])
         if self.net.norm == "batch":

@@ -32,8 +32,9 @@ class ConvNet(Population):
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
         self.side = draw.choice([7, 14], [1, 2])
         self.images, self.labels = meta_images(data, self.side)
-        self.batch_size = draw.log_integer(8, 48)
-        self.channels = draw.choice([4, 8, 16, 24, 32])
+        self.batch_size = draw.batch_size(8, 48)
+        shares = [0.2, 1, 2, 2, 2] if draw.large else None
+        self.channels = draw.choice([4, 8, 16, 24, 32], shares)
         self.depth = draw.choice([1, 2, 3])
         self.normalized = draw.chance(0.5)
         self.residual = draw.chance(0.4)

@@ -30,7 +30,7 @@ class Coordinates(Population):
         self.omega = 0.0
         if self.sine:  # 30 is what everybody uses
             self.omega = 30.0 if draw.chance(0.5) else draw.log_uniform(5, 60)
-        width = draw.log_integer(20, 160)
+        width = draw.width(20, 160)
         depth = draw.choice([1, 2, 3], [1, 4, 1])
         waves = draw.integer(2, 5)
         highest = draw.log_uniform(6, 80 if self.dimensions == 1 else 30)

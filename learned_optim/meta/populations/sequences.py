@@ -35,11 +35,12 @@ class Sequences(Population):
 
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
         self.kind = draw.choice(["attention", "gru", "rnn", "rows"], [5, 1.2, 0.8, 3])
-        self.width = draw.choice([16, 24, 32, 48, 64, 96], [3, 2, 2, 1, 0.7, 0.3])
+        shares = [0.3, 1, 2, 2, 2, 1] if draw.large else [3, 2, 2, 1, 0.7, 0.3]
+        self.width = draw.choice([16, 24, 32, 48, 64, 96], shares)
         self.depth = draw.choice([1, 2, 3], [4, 2, 0.6])
         self.heads = draw.choice([2, 4])
         self.length = draw.integer(8, 16)
-        self.batch_size = draw.log_integer(4, 16)
+        self.batch_size = draw.batch_size(4, 32 if draw.large else 16)
         self.tokens = draw.integer(12, 48)
         self.post_norm = draw.chance(0.4)
         self.tied = draw.chance(0.6)

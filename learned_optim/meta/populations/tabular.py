@@ -54,7 +54,7 @@ class Teacher(Population):
             scale = 1.0 if draw.chance(0.7) else draw.log_uniform(0.1, 10)
             offset = 0.0 if draw.chance(0.8) else draw.uniform(-3, 3)
             self.targets = (answers + noise * error) * scale + offset
-        self.batch_size = draw.log_integer(4, 512)
+        self.batch_size = draw.batch_size(4, 512)
         self.net = draw_perceptron(draw, columns, outputs)
         if self.net.norm == "batch":
             self.batch_size = max(self.batch_size, 16)

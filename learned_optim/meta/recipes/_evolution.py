@@ -44,6 +44,9 @@ class EvolutionRecipe:
     """Pairs of opposite perturbations of the weights per task, a run each."""
     sigma: float = 0.03
     """Standard deviation of the perturbations."""
+    large_from: int = 1_000_000
+    """Meta-steps with tasks of all sizes; later ones draw widths and batches from the upper part of
+    their ranges: small networks teach the most per second, and users' are larger."""
     validation_tasks: int = 64
     """Tasks, always the same, on which weights are held against tuned AdamW."""
     validation_every: int = 50
@@ -77,7 +80,7 @@ class EvolutionRecipe:
 #: Fields of a recipe by what they are about, for help.
 EVOLUTION_GROUPS = {
     "how long": ("meta_steps",),
-    "meta-gradients": ("tasks_per_meta_step", "pairs", "sigma"),
+    "meta-gradients": ("tasks_per_meta_step", "pairs", "sigma", "large_from"),
     "meta-optimizer": ("meta_lr", "meta_lr_final"),
     "validation": ("validation_tasks", "validation_every"),
     "randomness": ("seed",),

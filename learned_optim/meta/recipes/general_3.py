@@ -16,5 +16,6 @@ RECIPE = EvolutionRecipe(
     tasks_per_meta_step=10,
     pairs=3,
     sigma=0.03,
+    large_from=210,
     seed=0,
 )
