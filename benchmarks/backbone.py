@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from learned_optim import load_rule
 from learned_optim.meta import evolution_jobs as jobs
 from learned_optim.meta.data import DataOptions
+from learned_optim.meta.evolution import initial_weights
 from learned_optim.meta.populations import ADAMW_LRS, Draw, draw, roll, roll_adamw, scores
 from learned_optim.meta.populations._rollout import rise
 from learned_optim.pretrained import list_pretrained
@@ -35,10 +35,10 @@ CHECKPOINT = "general-3"
 FIRST_SEED, SHORTEST, LONGEST = 20_000_000, 100, 500
 STEPS, FLOORS = (0.025, 0.05, 0.1, 0.2, 0.4), (1.0, 0.25)
 LARGEST_EXCESS = 1.5
-SHARES = (0.5, 0.75)  # of the learned weights' outputs
+SHARES = (0.25, 0.5, 0.75)  # of the weights before training
 
 
-def contestants() -> dict[str, tuple[HorizonRule, bool]]:
+def rules() -> dict[str, tuple[HorizonRule, bool]]:
     """Rules by label, and whether they may know the length of the run."""
     found: dict[str, tuple[HorizonRule, bool]] = {
         f"untrained, step {step:g}, floor {floor:g}": (
@@ -53,25 +53,24 @@ def contestants() -> dict[str, tuple[HorizonRule, bool]]:
         assert isinstance(rule, HorizonRule)
         found[CHECKPOINT] = rule, True
         found[f"{CHECKPOINT}, never told the length"] = rule, False
+        start = initial_weights(rule, 0)
         for share in SHARES:
-            weaker = HorizonRule(rule.config)
-            weaker.load_state_dict(rule.state_dict())
-            with torch.no_grad():
-                for module in (weaker.readout, weaker.direct):
-                    for weight in module.parameters():
-                        weight.mul_(share)
-            found[f"{CHECKPOINT}, outputs times {share:g}"] = weaker, True
+            nearer = HorizonRule(rule.config)
+            weights = parameters_to_vector(rule.parameters()).detach().lerp(start, share)
+            vector_to_parameters(weights, nearer.parameters())
+            found[f"{CHECKPOINT}, {share:.0%} of the start"] = nearer, True
     return found
 
 
-def measure(job: tuple[int, DataOptions]) -> dict[str, Any]:
+def measure(job: tuple[int, bool, DataOptions]) -> dict[str, Any]:
     """One task: of every rule, the excess over tuned AdamW and the rise."""
-    seed, data = FIRST_SEED + job[0], job[1]
-    run = draw(seed, data, SHORTEST)
+    index, large, data = job
+    seed = FIRST_SEED + index
+    run = draw(seed, data, SHORTEST, large)
     run = Draw(run.task, min(run.steps, LONGEST), run.known)
     best = float(np.nanmin(scores(roll_adamw(ADAMW_LRS, run, seed))[0]))
     figures = {}
-    for label, (rule, told) in contestants().items():
+    for label, (rule, told) in rules().items():
         weights = parameters_to_vector(rule.parameters()).detach()[None]
         losses = roll(rule, weights, replace(run, known=run.known and told), seed)
         figures[label] = float(scores(losses)[0][0]) - best, float(rise(losses)[0])
@@ -103,12 +102,14 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
+    found: dict[str, Any] = {"tasks": options.tasks}
     with jobs.worker_map(options.workers) as run:
-        rows = list(run(measure, [(index, DataOptions()) for index in range(options.tasks)]))
-    found = summary(rows)
-    OUTPUT.write_text(json.dumps({"tasks": len(rows), "rules": found}, indent=1) + "\n")
-    for label, figures in found.items():
-        print(f"{label:45s}", figures)
+        for sizes, large in (("large", True), ("all", False)):
+            todo = [(index, large, DataOptions()) for index in range(options.tasks)]
+            found[sizes] = summary(list(run(measure, todo)))
+            for label, figures in found[sizes].items():
+                print(f"{sizes} {label:45s}", figures, flush=True)
+            OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ SMALL = EvolutionRecipe(
 def _quadratics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short runs on quadratics in the place of the mixture, and no data."""
 
-    def draw(seed: int, data: DataOptions, shortest: int = 100) -> Draw:
+    def draw(seed: int, data: DataOptions, shortest: int = 100, large: bool = False) -> Draw:
         sampler = Sampler(torch.Generator().manual_seed(seed))
         return Draw(Quadratic(sampler, data), steps=8, known=seed % 2 == 0)
 
@@ -208,13 +208,39 @@ def test_finished_checkpoint(tmp_path: Path) -> None:
     assert load_rule(tmp_path / "run" / "best.safetensors").name == "horizon"
 
 
+def test_the_start_has_its_share_in_the_finished_weights(tmp_path: Path) -> None:
+    trainer = EvolutionTrainer(replace(SMALL, start_share=0.25), tmp_path / "run")
+    start = trainer.theta.clone()
+    trainer.train()
+    weights = torch.nn.utils.parameters_to_vector(load_rule(trainer.finish()).parameters())
+    torch.testing.assert_close(weights, 0.25 * start + 0.75 * trainer.ema)
+    with pytest.raises(ValueError, match=r"start_share must be in \[0, 1\), got 1"):
+        replace(SMALL, start_share=1.0)
+
+
+def test_tasks_grow_from_the_meta_step_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, asked = evolution_jobs.draw, []
+
+    def draw(seed: int, *rest: Any, **options: Any) -> Draw:
+        asked.append(options.get("large"))
+        return good(seed, *rest, **options)
+
+    monkeypatch.setattr(evolution_jobs, "draw", draw)
+    trainer = EvolutionTrainer(replace(SMALL, large_from=2, validation_every=9), tmp_path)
+    monkeypatch.setattr(trainer, "_validate", lambda *_: {"average": {"mean": 0.0}})
+    trainer.train()
+    assert asked == [False] * 4 + [True] * 2
+
+
 def test_tasks_that_fail_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = evolution_jobs.draw
 
-    def draw(seed: int, *rest: Any) -> Draw:
+    def draw(seed: int, *rest: Any, **options: Any) -> Draw:
         if seed % 2:
             raise ValueError("no usable task")
-        return good(seed, *rest)
+        return good(seed, *rest, **options)
 
     monkeypatch.setattr(evolution_jobs, "draw", draw)
     trainer = EvolutionTrainer(replace(SMALL, validation_every=9, meta_steps=2), tmp_path)
@@ -301,7 +327,7 @@ def test_recipes(tmp_path: Path) -> None:
     recipe = load_recipe("general-3")
     assert isinstance(recipe, EvolutionRecipe)
     assert (recipe.meta_steps, recipe.tasks_per_meta_step, recipe.pairs) == (500, 10, 3)
-    assert (recipe.sigma, recipe.meta_lr, recipe.meta_lr_final) == (0.03, 1e-2, 8e-4)
+    assert (recipe.sigma, recipe.meta_lr, recipe.meta_lr_final) == (0.03, 8e-3, 5e-4)
     assert recipe_from_json(json.loads(json.dumps(SMALL.to_json()))) == SMALL
     path = tmp_path / "mine.toml"
     path.write_text(

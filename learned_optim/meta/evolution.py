@@ -35,8 +35,7 @@ from learned_optim.rules import UpdateRule, rule_for
 __all__ = ["EvolutionRecipe", "EvolutionTrainConfig", "EvolutionTrainer"]
 
 _BETA, _SQUARE_BETA, _EPS = 0.9, 0.99, 1e-8
-# The moving average is a plain mean of the weights until this share of it.
-_AVERAGE_SHARE = 0.02
+_AVERAGE_SHARE = 0.02  # the moving average is a plain mean until a step has this share of it
 _STATE = ("theta", "m", "v", "ema")
 
 
@@ -155,10 +154,10 @@ class EvolutionTrainer:
     def _validated(self) -> list[dict[str, Any]]:
         return [line for line in self.history if "validation" in line]
 
-    def kept(self) -> UpdateRule:
-        """The rule with the averaged weights."""
+    def kept(self, weights: Tensor | None = None) -> UpdateRule:
+        """The rule with these weights, or with the averaged ones."""
         rule = rule_for(self.recipe.rule)
-        vector_to_parameters(self.ema.clone(), rule.parameters())
+        vector_to_parameters((self.ema if weights is None else weights).clone(), rule.parameters())
         return rule
 
     def last_validation(self) -> dict[str, Any] | None:
@@ -183,13 +182,14 @@ class EvolutionTrainer:
         }
 
     def finish(self, output: Path | None = None) -> Path:
-        """Write the finished checkpoint: the averaged weights and how they were made.
+        """Write the finished checkpoint: averaged weights, the start's share in them, the record.
 
         Args:
             output: where to; into the run folder, and named after it, if not given.
         """
         path = output or self.files.finished
-        save_rule(self.kept(), path, self.record())
+        start = initial_weights(self.rule, self.recipe.seed)
+        save_rule(self.kept(self.ema.lerp(start, self.recipe.start_share)), path, self.record())
         return path
 
     # ---- training

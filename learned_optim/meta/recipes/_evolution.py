@@ -47,6 +47,8 @@ class EvolutionRecipe:
     large_from: int = 1_000_000
     """Meta-steps with tasks of all sizes; later ones draw widths and batches from the upper part of
     their ranges: small networks teach the most per second, and users' are larger."""
+    start_share: float = 0.0
+    """Share of the weights before training in the finished ones, which are a mean of both."""
     validation_tasks: int = 64
     """Tasks, always the same, on which weights are held against tuned AdamW."""
     validation_every: int = 50
@@ -64,6 +66,8 @@ class EvolutionRecipe:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= self.start_share < 1:
+            raise ValueError(f"start_share must be in [0, 1), got {self.start_share}")
         for name in ("meta_lr", "sigma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -81,6 +85,7 @@ class EvolutionRecipe:
 EVOLUTION_GROUPS = {
     "how long": ("meta_steps",),
     "meta-gradients": ("tasks_per_meta_step", "pairs", "sigma", "large_from"),
+    "what is kept": ("start_share",),
     "meta-optimizer": ("meta_lr", "meta_lr_final"),
     "validation": ("validation_tasks", "validation_every"),
     "randomness": ("seed",),
