@@ -33,7 +33,7 @@ OUTPUT = Path(__file__).parent.parent / "docs" / "results" / "backbone.json"
 CHECKPOINT = "general-3"
 # Far from the seeds of training and validation.
 FIRST_SEED, SHORTEST, LONGEST = 20_000_000, 100, 500
-STEPS, FLOORS = (0.025, 0.05, 0.1, 0.2, 0.4), (1.0, 0.25)
+STEPS, FLOORS = (0.05, 0.1, 0.2), (1.0, 0.25)
 LARGEST_EXCESS = 1.5
 SHARES = (0.25, 0.5, 0.75)  # of the weights before training
 

@@ -48,12 +48,37 @@ def page(groups: Iterable[str]) -> str:
     for name, body in field_sections().items():
         text = text.replace(f"{{field-{name}}}", body)
     text = text.replace("{lightbench}", light_bench_table())
+    text = text.replace("{warmup}", _warmup())
     for name in groups:
         body = _tables(summaries[name]) if name in summaries else NOT_MEASURED
         text = text.replace(f"{{{name}}}", body)
         plots = _plots(summaries[name]) if name in summaries else ""
         text = text.replace(f"{{{name}-plots}}", plots)
     return text
+
+
+def _warmup() -> str:
+    """What the warm-up of the older checkpoints costs networks from scratch."""
+    path = DOCS / "results" / "warmup.json"
+    if not path.exists():
+        return NOT_MEASURED
+    found = json.loads(path.read_text())
+    rows = [
+        [
+            f"`{name}`",
+            warmup,
+            *(f"{cell['mean']:.3f} ± {cell['std']:.3f}" for cell in cells.values()),
+            *(f"{cell['its']:.2f} ({cell['dearest']})" for cell in cells.values()),
+        ]
+        for name, warmups in found["checkpoints"].items()
+        for warmup, cells in warmups.items()
+    ]
+    head = ["", "steps of warm-up", "100 steps", "200 steps", "dearest task, 100", "200"]
+    return (
+        f"Over {len(found['tasks'])} tasks (the thesis's networks in both initializations, digits, "
+        f"regression), geometric mean ± standard deviation over {found['seeds']} seeds:\n\n"
+        f"{table(head, rows)}"
+    )
 
 
 def field_sections() -> dict[str, str]:

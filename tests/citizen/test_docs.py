@@ -49,7 +49,7 @@ def checkpoints(tmp_path: Path) -> Path:
 
 
 def test_the_page_covers_every_trainer_and_sharding() -> None:
-    assert len(HERE) == 12
+    assert len(HERE) == 13
     assert len(TORCHRUN) == 2
     for name in ("Lightning", "Accelerate", "Trainer", "ZeRO", "FSDP2", "Hub", "torch.compile"):
         assert any(name in heading for heading in SNIPPETS), name
