@@ -25,8 +25,11 @@ CHECKPOINT = "default"
 unsolved = pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="general-2 was meta-trained without this kind of training: waits for the next default",
+    reason="steps of the default are too long for this kind of training",
 )
+
+# Cases by name that fail; strict, so that a checkpoint that mends one is noticed.
+UNSOLVED: set[str] = set()
 
 Make = Callable[[Sequence[Tensor], int], Optimizer]
 
@@ -34,6 +37,8 @@ Make = Callable[[Sequence[Tensor], int], Optimizer]
 @pytest.fixture(params=["unknown length", "known length"])
 def learned(request: pytest.FixtureRequest) -> Make:
     """The default optimizer, told the length of the run or not."""
+    if request.node.name in UNSOLVED:
+        request.applymarker(unsolved)
 
     def make(params: Sequence[Tensor], steps: int) -> Optimizer:
         told = steps if request.param == "known length" else None
@@ -156,7 +161,6 @@ def trained_perceptron() -> nn.Module:
     return copy.deepcopy(_trained_perceptron())
 
 
-@unsolved
 def test_further_training_keeps_what_is_known(learned: Make) -> None:
     """The same data again: after no step is the accuracy more than .03 below the start's."""
     inputs, targets = digits()
@@ -196,7 +200,6 @@ def test_thawed_layers_keep_what_is_known(learned: Make) -> None:
     assert min(seen) >= start - 0.03
 
 
-@unsolved
 def test_low_rank_adapters(learned: Make) -> None:
     """A hundred examples of a shifted task: never 1.1 times the first loss, and AdamW's last."""
     inputs, targets = digits()
