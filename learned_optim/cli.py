@@ -559,7 +559,7 @@ def _evaluate(args: list[str]) -> int:
             measured = field.FieldEvaluation(config, show)
             check_writable(config.output / "table.md")
             summary = measured.execute()
-        print(field_report.markdown(summary))
+        print(field_report.brief(summary))
         written = field_report.write_report(summary, config.output)
     else:
         chosen = _options(EvaluateConfig, args, "evaluate")
@@ -568,7 +568,7 @@ def _evaluate(args: list[str]) -> int:
             evaluation = Evaluation(chosen, show)
             check_writable(chosen.output / "table.md")
             summary = evaluation.execute()
-        print(report.markdown(summary))
+        print(report.brief(summary))
         written = report.write_report(summary, chosen.output)
     for path in written:
         print(f"wrote {path}")

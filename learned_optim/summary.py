@@ -37,6 +37,22 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def brief(summary: dict[str, Any]) -> str:
+    """A row per task, horizon and optimizer, narrow enough for a terminal."""
+    parts = []
+    for horizon in summary["protocol"]["horizons"]:
+        rows = []
+        for task, entry in summary["tasks"].items():
+            cell = entry["horizons"][str(horizon)]
+            for name, row in cell["optimizers"].items():
+                ratio = ratio_text(row.get("ratio")) if row["kind"] == "learned" else ""
+                mark = " (best)" if name == cell["best_baseline"] else ""
+                rows.append([task, name + mark, lr_text(row), _sum(row), ratio])
+        head = ["task", "optimizer", "lr", "summed loss", "over the best baseline's"]
+        parts.append(f"Summed loss over {horizon:,} steps:\n\n" + table(head, rows))
+    return "\n\n".join(parts) + "\n"
+
+
 def _marks(summary: dict[str, Any]) -> set[str]:
     """The marks that some learning rate of a summary carries."""
     cells = [cell for task in summary["tasks"].values() for cell in task["horizons"].values()]
@@ -218,6 +234,7 @@ def _set_log_axis(axes: Any, optimizers: dict[str, Any]) -> None:
     curves = [[m for m in row["curve"]["mean"] if m] for row in optimizers.values()]
     curves = [curve for curve in curves if curve]
     if not curves:  # everything diverged at once
+        axes.text(0.5, 0.5, "no loss was finite", transform=axes.transAxes, ha="center")
         return
     axes.set_yscale("log")
     # Not the excursions far above the start: they would flatten everything else.

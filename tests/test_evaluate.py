@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from learned_optim.hub import _plot_curves
 from learned_optim.meta import DataOptions, EvaluateConfig, Evaluation, build_tasks, runs
 from learned_optim.meta import evaluate as evaluate_module
 from learned_optim.meta.baselines import BASELINES, LR_GRID, make_baseline
-from learned_optim.meta.report import markdown, table, write_report
+from learned_optim.meta.report import brief, markdown, plot, table, write_report
 from learned_optim.meta.runs import Run, RunSpec
 from learned_optim.meta.statistics import curve, interval, median, ratio_interval, smooth
 from learned_optim.rules.classical import AdamConfig, AdamRule
@@ -780,3 +781,56 @@ def test_an_optimizer_that_anneals_runs_to_each_horizon(tmp_path: Path, scripted
     for horizon, expected in ((10, 11.0), (20, 21.0)):
         row = summary["tasks"]["quadratic"]["horizons"][str(horizon)]["optimizers"]["annealing"]
         assert row["sum"]["mean"] == pytest.approx(expected)
+
+
+OWN_RULE = """
+from dataclasses import dataclass
+from learned_optim.rules import RuleConfig, UpdateRule
+
+@dataclass(frozen=True)
+class OwnConfig(RuleConfig):
+    lr: float = 0.01
+
+class OwnRule(UpdateRule):
+    name = "own-of-the-evaluation"
+    Config = OwnConfig
+
+    def forward(self, grad, state, param, segments, context):
+        return -self.config.lr * grad, {}
+"""
+
+
+def test_workers_know_rules_of_ones_own(tmp_path: Path) -> None:
+    """In processes of its own: a rule that is registered stays so, and a script is run again."""
+    (tmp_path / "own_rule_of_the_evaluation.py").write_text(OWN_RULE)
+    save = (
+        "import own_rule_of_the_evaluation as own; from learned_optim import save_rule; "
+        "save_rule(own.OwnRule(), 'own.safetensors')"
+    )
+    evaluate = [
+        *("-m", "learned_optim", "--rules", "own_rule_of_the_evaluation", "evaluate"),
+        *("--checkpoints", "own.safetensors", "--tasks", "quadratic", "--baselines", "sgd"),
+        *("--horizons", "10", "--seeds", "2", "--tuning-seeds", "1", "--workers", "2"),
+    ]
+    for arguments in (["-c", save], evaluate):
+        found = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert found.returncode == 0, found.stderr
+    assert "| quadratic | own | 1 |" in found.stdout
+
+
+def test_what_is_printed_fits_a_terminal(tmp_path: Path, scripted, adam_checkpoint: Path) -> None:
+    scripted(lambda spec: [1.0] * spec.steps)
+    config = replace(NOTHING_LEARNED, checkpoints=(str(adam_checkpoint),), output=tmp_path / "out")
+    text = brief(Evaluation(config).execute())
+    assert "| quadratic | handmade | 1 | 20.0" in text
+    assert "(best)" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_plot_of_nothing_finite_says_so(tmp_path: Path, scripted) -> None:
+    scripted(lambda spec: [math.nan] * spec.steps)
+    summary = Evaluation(replace(NOTHING_LEARNED, output=tmp_path / "out")).execute()
+    plot(summary, "quadratic", 20, tmp_path / "plot.svg")
+    assert "no loss was finite" in (tmp_path / "plot.svg").read_text()

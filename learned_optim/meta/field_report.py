@@ -26,6 +26,24 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def brief(summary: dict[str, Any]) -> str:
+    """How everybody did over all tasks, narrow enough for a terminal."""
+    rows = []
+    for name in (*summary["protocol"]["untuned"], *summary["protocol"]["tuned"]):
+        row = summary["overall"][name]
+        best = summary["profiles"]["untuned"].get(name, [None])[0]
+        rows.append(
+            [
+                name,
+                ratio_text(row["ratio"]) if "ratio" in row else "",
+                ratio_text(row["test_ratio"]) if "test_ratio" in row else "",
+                "" if best is None else f"{100 * best:.0f}%",
+            ]
+        )
+    head = ["optimizer", "final loss / best tuned", "held-out loss", "best untuned on"]
+    return "\n\n".join(part for part in (in_words(summary), table(head, rows)) if part) + "\n"
+
+
 def describe(summary: dict[str, Any]) -> str:
     """What was run, in a paragraph, and who could not take part."""
     protocol = summary["protocol"]

@@ -6,9 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from learned_optim.checkpoint import write_text
-from learned_optim.summary import curve_file, lr_text, markdown, plot, ratio_text, table, value_text
+from learned_optim.summary import (
+    brief,
+    curve_file,
+    lr_text,
+    markdown,
+    plot,
+    ratio_text,
+    table,
+    value_text,
+)
 
-__all__ = ["lr_text", "markdown", "plot", "ratio_text", "table", "value_text", "write_report"]
+__all__ = [
+    "brief",
+    "lr_text",
+    "markdown",
+    "plot",
+    "ratio_text",
+    "table",
+    "value_text",
+    "write_report",
+]
 
 
 def write_report(summary: dict[str, Any], folder: Path) -> list[Path]:

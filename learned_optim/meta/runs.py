@@ -6,6 +6,7 @@ all of them run through their public ``torch.optim`` classes, on one thread.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import time
@@ -29,7 +30,7 @@ from learned_optim.meta.statistics import finite
 from learned_optim.meta.tasks import Params, TaskOptions, build_tasks
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.pretrained import checkpoint_path, load_rule
-from learned_optim.rules import UpdateRule
+from learned_optim.rules import UpdateRule, rule_class, rule_names
 
 Progress = Callable[[int, int, str], None]
 
@@ -290,6 +291,17 @@ def _number(x: float | None) -> float:
     return math.inf if x is None else x
 
 
+def _modules_of_own_rules() -> list[str]:
+    """Modules outside of the package that define rules: workers have to import them, too."""
+    modules = {rule_class(name).__module__ for name in rule_names()}
+    return sorted(m for m in modules if not m.startswith("learned_optim.") and m != "__main__")
+
+
+def _import_modules(modules: list[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
+
+
 @dataclass
 class Runner:
     """Does the runs that a log lacks, in this process or in several.
@@ -307,7 +319,12 @@ class Runner:
 
     def __enter__(self) -> Runner:
         if self.workers > 1:  # processes start when first needed
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+            self._pool = ProcessPoolExecutor(
+                self.workers,
+                mp_context=get_context("spawn"),
+                initializer=_import_modules,
+                initargs=(_modules_of_own_rules(),),
+            )
         return self
 
     def __exit__(self, *exc: object) -> None:
