@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, load_rule
 from learned_optim.meta.data import DataOptions, halves, load_images
 
 LEARNING_RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
@@ -107,13 +107,12 @@ def compare(
     print(f"{how} initialization: tuning Adam's and SGD's learning rates ...", file=sys.stderr)
     adam_lr = tuned(lambda params, lr: torch.optim.Adam(params, lr=lr), args, data, how)
     sgd_lr = tuned(lambda params, lr: torch.optim.SGD(params, lr=lr), args, data, how)
+    rule = load_rule(args.rule)
+    # A rule that anneals wants the length of the run; the ramp that others have by default would
+    # only cost steps of a fresh perceptron.
+    told = {"total_steps": args.steps if rule.reads_horizon else None, "warmup": 0}
     optimizers: dict[str, MakeOptimizer] = {
-        f"LearnedOptimizer({Path(args.rule).stem!r})": lambda p: LearnedOptimizer(
-            # A fresh perceptron on a short run: the warm-up would only cost steps.
-            p,
-            args.rule,
-            warmup=0,
-        ),
+        f"LearnedOptimizer({Path(args.rule).stem!r})": lambda p: LearnedOptimizer(p, rule, **told),
         f"Adam(lr={adam_lr:g})": lambda params: torch.optim.Adam(params, lr=adam_lr),
         f"SGD(lr={sgd_lr:g})": lambda params: torch.optim.SGD(params, lr=sgd_lr),
     }
