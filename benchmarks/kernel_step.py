@@ -104,9 +104,8 @@ def one_each() -> dict[str, float]:
     return built | in_turns(steps, 60)
 
 
-def markdown(section: dict[str, Any]) -> str:
+def markdown(found: dict[str, Any]) -> str:
     """The tables of the page."""
-    found = section["found"]
     rows = [
         [
             row["name"],
@@ -136,8 +135,7 @@ def markdown(section: dict[str, Any]) -> str:
 def main() -> None:
     """Command line."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    section = {"machine": machine(), "found": measure()}
-    print(section["machine"], kernels.status(), markdown(section), sep="\n")
+    print(machine(), kernels.status(), markdown(measure()), sep="\n")
 
 
 if __name__ == "__main__":
