@@ -392,7 +392,9 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert "| task | handmade | handmade / best baseline | sgd |" in captured.out
+    assert "| task | optimizer | lr | summed loss | over the best baseline's |" in captured.out
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert "| task | handmade | handmade / best baseline | sgd |" in written
     assert f"wrote {tmp_path / 'out' / 'quadratic-10.png'}\n" in captured.out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "protocol.json", "quadratic-10.png", "runs.jsonl", "summary.json", "table.md",

@@ -468,7 +468,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert "1 task (quick tier), 2 test seeds" in captured.out
+    assert (
+        "| optimizer | final loss / best tuned | held-out loss | best untuned on |" in captured.out
+    )
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert "1 task (quick tier), 2 test seeds" in written
     assert f"wrote {tmp_path / 'out' / 'profile.png'}\n" in captured.out
     assert "left" in captured.err
     assert main(["evaluate", "--suite", "nonesuch"]) == 1
