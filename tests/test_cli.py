@@ -399,7 +399,6 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "protocol.json", "quadratic-10.png", "runs.jsonl", "summary.json", "table.md",
     ]  # fmt: skip
-    assert (tmp_path / "out" / "table.md").read_text() in captured.out
     # Again: every run is in the log, and the figures are the same.
     assert main(command) == 0
     assert capsys.readouterr().out == captured.out
