@@ -12,6 +12,7 @@ docs/results/backbone.json. Only MNIST's meta-training half and synthetic data a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ LARGEST_EXCESS = 1.5
 SHARES = (0.25, 0.5, 0.75)  # of the weights before training
 
 
+@functools.cache  # once per worker
 def rules() -> dict[str, tuple[HorizonRule, bool]]:
     """Rules by label, and whether they may know the length of the run."""
     found: dict[str, tuple[HorizonRule, bool]] = {

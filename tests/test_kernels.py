@@ -50,7 +50,7 @@ def kernel_step_(
 ) -> bool:
     """The kernel alone."""
     return kernels.step_(
-        rule._network(), params, grads, states, config=rule._kernel_config(), **keywords
+        rule._network(), params, grads, states, config=rule.kernel_config(), **keywords
     )
 
 
@@ -236,7 +236,7 @@ def test_each_tensor_may_have_a_network_and_a_rate_of_its_own() -> None:
     stacked = [torch.stack(weights) for weights in zip(*(r._network() for r in rules), strict=True)]
     for seed in range(3):
         _, grads = problem([(30, 20), (7,), (7,)], seed)
-        config = rules[0]._kernel_config()
+        config = rules[0].kernel_config()
         assert kernels.step_(
             stacked, params, grads, states, config=config, lr=2.0, lr_scales=scales, decay=1e-2
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
+from learned_optim._shapes import fan_in, init_scale
 from learned_optim.kernels._library import SIZES, library
 
 _POINTERS, _CONSTANTS, _SETTINGS, STATS, _MOST_UNITS = SIZES
@@ -195,9 +196,8 @@ def _layout(
     weights = list(map(math.prod, network))
     constants: list[float] = []
     for shape in shapes:
-        fan_in = max(1, math.prod(shape[1:]))
-        scale = 0.1 if len(shape) < 2 else fan_in**-0.5
-        constants += [min(scale, largest_scale), math.log(fan_in), float(len(shape) < 2), 1.0]
+        natural = min(init_scale(shape), largest_scale)
+        constants += [natural, math.log(fan_in(shape)), float(len(shape) < 2), 1.0]
     codes = [_PARAM_CODES[p] + _STATE_CODES[s] for p, s in zip(params, fast, strict=True)]
     return _Layout(
         numels=[*sizes * 5, *[STATS] * m, *[1] * m, *weights],

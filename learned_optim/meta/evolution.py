@@ -261,8 +261,8 @@ class EvolutionTrainer:
     def _follow(self, gradient: Tensor, meta_lr: float) -> None:
         """Adam's step number :attr:`meta_steps`, and the average."""
         step = self.meta_steps
-        self.m = self.m.lerp(gradient, 0.1)
-        self.v = (self.v * _SQUARE_BETA).addcmul(gradient, gradient, value=0.01)
+        self.m = self.m.lerp(gradient, 1 - _BETA)
+        self.v = (self.v * _SQUARE_BETA).addcmul(gradient, gradient, value=1 - _SQUARE_BETA)
         mean, square = self.m / (1 - _BETA**step), self.v / (1 - _SQUARE_BETA**step)
         self.theta = self.theta - meta_lr * mean / (square.sqrt() + _EPS)
         self.ema = self.ema.lerp(self.theta, max(_AVERAGE_SHARE, 1 / (step + 1)))

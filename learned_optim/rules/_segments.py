@@ -12,23 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from learned_optim._shapes import fan_in, init_scale
+
 # A product of two tensors of coordinates to be averaged; ``None`` stands for ones.
 Product = tuple[Tensor, Tensor | None]
 
-# Initial scale of vectors (biases, norm gains): a fan-in says nothing about them.
-VECTOR_SCALE = 0.1
 # Mean tensor length above which a call per tensor is cheaper than an index per coordinate.
 _LONG = 1 << 10
-
-
-def init_scale(shape: Sequence[int]) -> float:
-    """Scale at which a tensor of this shape is drawn: ``1 / sqrt(fan_in)``, 0.1 for vectors."""
-    return VECTOR_SCALE if len(shape) < 2 else fan_in(shape) ** -0.5
-
-
-def fan_in(shape: Sequence[int]) -> int:
-    """Inputs per output, as torch counts them for linear and convolutional weights."""
-    return max(1, math.prod(shape[1:]))
 
 
 class Segments:
@@ -45,7 +35,7 @@ class Segments:
     Attributes:
         sizes: coordinates of each tensor at hand, ``m`` integers.
         numel: coordinates of each whole tensor, at least 1, shape ``(m,)``.
-        init_scale: see :func:`init_scale`, shape ``(m,)``.
+        init_scale: see :func:`~learned_optim._shapes.init_scale`, shape ``(m,)``.
         log_fan_in: log of the inputs per output, shape ``(m,)``.
         log_size: log of ``numel``, shape ``(m,)``.
         is_vector: 1 for tensors of fewer than two dimensions, else 0, shape ``(m,)``.

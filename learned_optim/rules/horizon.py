@@ -115,10 +115,8 @@ class HorizonRule(UpdateRule):
     def init_state(self, param: Tensor) -> State:
         like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
         moments = {key: like.unsqueeze(-1).clone() for key in ("fast", "slow", "square")}
-        return {
-            **moments,
-            "stats": torch.zeros(history.STATS, dtype=self.dtype, device=param.device),
-        }
+        stats = torch.zeros(history.STATS, dtype=self.dtype, device=param.device)
+        return {**moments, "stats": stats}
 
     @property
     def longest_step(self) -> float:
@@ -213,7 +211,7 @@ class HorizonRule(UpdateRule):
     ) -> None:
         """See :meth:`UpdateRule.step_`: the compiled kernel where it can, else the pure form."""
         if shard_groups or needs_sync(lr) or not kernels.step_(
-            self._network(), params, grads, states, config=self._kernel_config(), lr=lr,
+            self._network(), params, grads, states, config=self.kernel_config(), lr=lr,
             decay=DECAY_UNIT * weight_decay, maximize=maximize, warmup=warmup,
             total_steps=total_steps, shapes=shapes,
         ):  # fmt: skip
@@ -232,7 +230,8 @@ class HorizonRule(UpdateRule):
         biased = [hidden["weight"], hidden["bias"], readout["weight"], readout["bias"]]
         return [*biased, direct["weight"]]
 
-    def _kernel_config(self) -> tuple[float, ...]:
+    def kernel_config(self) -> tuple[float, ...]:
+        """What the kernel takes as ``config``."""
         cfg = self.config
         return (
             cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,

@@ -12,6 +12,7 @@ from torch.nn.utils import vector_to_parameters
 from learned_optim import kernels
 from learned_optim.meta.populations._base import Params
 from learned_optim.rules import State, UpdateRule
+from learned_optim.rules.horizon import HorizonRule
 
 
 class CopiesOptimizer:
@@ -97,14 +98,11 @@ def step(
         states: of their shapes; see :meth:`UpdateRule.step_`.
         total_steps: length of the run, if the rule is to know it.
     """
-    if rule.name != "horizon":  # the one rule that has a kernel
+    if not isinstance(rule, HorizonRule):  # the one rule that has a kernel
         return False
-    cfg = rule.config
-    config = (
-        cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
-        cfg.smallest_share, cfg.warmup_share, cfg.warmup_steps,
-    )  # fmt: skip
-    return kernels.step_(networks, params, grads, states, config=config, total_steps=total_steps)
+    return kernels.step_(
+        networks, params, grads, states, config=rule.kernel_config(), total_steps=total_steps
+    )
 
 
 def _with_weights(rule: UpdateRule, vector: Tensor) -> UpdateRule:

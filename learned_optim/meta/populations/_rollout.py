@@ -107,8 +107,8 @@ def _adamw(params: list[Tensor], lrs: Tensor, run: Draw) -> Callable[[Sequence[T
         correction, square_correction = 1 - beta ** (done + 1), 1 - square_beta ** (done + 1)
         for param, grad, mean, square in zip(params, grads, means, squares, strict=True):
             lr = (lrs * schedule).view(-1, *[1] * (param.dim() - 1))
-            mean.lerp_(grad, 0.1)
-            square.mul_(square_beta).addcmul_(grad, grad, value=0.001)
+            mean.lerp_(grad, 1 - beta)
+            square.mul_(square_beta).addcmul_(grad, grad, value=1 - square_beta)
             root = (square / square_correction).sqrt() + _ADAMW_EPS
             param.mul_(1 - lr * _ADAMW_DECAY).sub_(lr * (mean / correction) / root)
         done += 1
