@@ -32,6 +32,7 @@ uint64_t filled(Memory& memory, int64_t bytes, bool any_bits) {
 void run(int round) {
   const int64_t sizes_of[] = {0, 1, 2, 15, 16, 17, 1023, 1024, 1025, 5000, 32768, 32769, 200000};
   const int64_t m = 1 + below(5), units = 1 + below(20);
+  const int inputs = kInputs - int(below(2));
   Memory memory;
   std::vector<int64_t> sizes;
   std::vector<uint8_t> types;
@@ -52,15 +53,16 @@ void run(int round) {
     for (Pointer row : {kFast, kSlow, kSquare}) put(row, size * kStateSize[type], wild);
     put(kStatsOf, kStats * 4, wild);
     put(kStepOf, 4, false);
-    put(kHidden, units * kInputs * 4, wild);
+    put(kHidden, units * inputs * 4, wild);
     put(kHiddenBias, units * 4, wild);
     put(kReadout, units * kOutputs * 4, wild);
     put(kReadoutBias, kOutputs * 4, wild);
-    put(kDirect, kOutputs * kInputs * 4, wild);
+    put(kDirect, kOutputs * inputs * 4, wild);
   }
   const double total = below(2) ? 100.0 : 0.0;
-  const double settings[kSettings] = {1,   1,    1e-3, total, double(below(3)), double(units), 0.9,
-                                      .99, 0.99, 0.05, 0.1,   0.05,             50};
+  const double settings[kSettings] = {1,   1,    1e-3, total, double(below(3)), double(units),
+                                      double(inputs), 0.9, .99, 0.99, 0.05, 0.1, 0.25, 0.05, 50,
+                                      -3, 2};
   const auto step = [&] {
     return lo_step(m, sizes.data(), types.data(), pointers.data(), constants.data(), settings,
                    int32_t(1 + below(3)));

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from learned_optim import load_rule
+from learned_optim.checkpoint import save_rule
 from learned_optim.cli import main
 from learned_optim.hub import model_card
 from learned_optim.meta import evolution, evolution_jobs
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.evolution import EvolutionTrainConfig, EvolutionTrainer, initial_weights
 from learned_optim.meta.evolution_jobs import TaskResult, meta_gradient, perturbations, worker_map
-from learned_optim.meta.populations import Draw, Sampler
+from learned_optim.meta.populations import MIXTURES, TRAINED_FOR, Draw, Sampler
 from learned_optim.meta.populations.quadratics import Quadratic
 from learned_optim.meta.recipes import EvolutionRecipe, Recipe, load_recipe, recipe_from_json
 from learned_optim.meta.trainer import TrainingError
@@ -43,7 +44,7 @@ SMALL = EvolutionRecipe(
 def _quadratics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short runs on quadratics in the place of the mixture, and no data."""
 
-    def draw(seed: int, data: DataOptions, shortest: int = 100, large: bool = False) -> Draw:
+    def draw(seed: int, data: DataOptions, *rest: Any, **options: Any) -> Draw:
         sampler = Sampler(torch.Generator().manual_seed(seed))
         return Draw(Quadratic(sampler, data), steps=8, known=seed % 2 == 0)
 
@@ -179,7 +180,7 @@ def test_validation_is_against_tuned_adamw(tmp_path: Path) -> None:
     told.clear()
     trainer.train(report=lambda *progress: told.append(progress))
     assert {what for what, _, _ in told} == {"validation"}
-    job = evolution_jobs.ValidationJob(0, trainer.ema[None], SMALL.rule, trainer.data)
+    job = evolution_jobs.ValidationJob(0, SMALL.task, trainer.ema[None], SMALL.rule, trainer.data)
     excess = [
         evolution_jobs.validate_task(replace(job, index=i))[0] - min(references[i].scores)
         for i in range(2)
@@ -232,6 +233,12 @@ def test_tasks_grow_from_the_meta_step_that_is_named(
     monkeypatch.setattr(trainer, "_validate", lambda *_: {"average": {"mean": 0.0}})
     trainer.train()
     assert asked == [False] * 4 + [True] * 2
+    asked.clear()
+    share = replace(SMALL, large_from=2, large_share=0.5, validation_every=9)
+    trainer = EvolutionTrainer(share, tmp_path / "share")
+    monkeypatch.setattr(trainer, "_validate", lambda *_: {"average": {"mean": 0.0}})
+    trainer.train()
+    assert asked == [False] * 4 + [True, False]
 
 
 def test_tasks_that_fail_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,12 +342,16 @@ def test_recipes(tmp_path: Path) -> None:
         "meta_lr_final = 1e-3\n"
     )
     assert load_recipe(str(path)) == EvolutionRecipe(HorizonConfig(), 2, 1e-2, 1e-3)
+    assert (
+        get_args(get_type_hints(EvolutionRecipe)["task"]) == tuple(MIXTURES) == tuple(TRAINED_FOR)
+    )
     for changes, message in (
         ({"method": "revolution"}, "unknown method 'revolution'; known: evolution"),
-        ({"task": "mnist"}, "trains on the task 'populations' alone, got 'mnist'"),
+        ({"task": "mnist"}, "task must be one of 'populations', 'populations-2', got 'mnist'"),
         ({"epochs": 2}, "unknown field 'epochs'"),
         ({"pairs": 0}, "pairs must be at least 1, got 0"),
         ({"sigma": 0.0}, "sigma must be positive"),
+        ({"large_share": 1.5}, r"large_share must be in \[0, 1\], got 1.5"),
         ({"meta_steps": "many"}, "meta_steps must be int"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -399,3 +410,28 @@ def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "general-3", "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--sigma FLOAT", "--warmup-share FLOAT", "--workers INT"))
+
+
+# ---- starting from a checkpoint
+
+
+def test_start_from_a_rule_with_fewer_inputs(tmp_path: Path) -> None:
+    """The old weights with zeros for the trust; other shapes and kinds are refused."""
+    old = HorizonRule(HorizonConfig(hidden_size=3))
+    for weight in old.parameters():
+        torch.nn.init.normal_(weight)
+    save_rule(old, tmp_path / "old.safetensors", {})
+    config = HorizonConfig(hidden_size=3, trust_start=-3.0, trust_gain=1.5)
+    recipe = replace(SMALL, rule=config, start=str(tmp_path / "old.safetensors"))
+    trainer = EvolutionTrainer(recipe, tmp_path / "run")
+    new = dict(trainer.kept().named_parameters())
+    for name, weight in old.named_parameters():
+        inputs = weight.shape[-1]
+        assert torch.equal(new[name][..., :inputs], weight)
+        assert not new[name][..., inputs:].any()
+    for rule, message in (
+        (HorizonConfig(hidden_size=4), "only further inputs can be added"),
+        (SteeredConfig(), "holds the rule 'horizon', not 'steered'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EvolutionTrainer(replace(recipe, rule=rule), tmp_path / rule.__class__.__name__)

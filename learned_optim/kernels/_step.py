@@ -19,7 +19,7 @@ from learned_optim.kernels._library import SIZES, library
 
 _POINTERS, _CONSTANTS, _SETTINGS, STATS, _MOST_UNITS = SIZES
 _LR_SCALE = 3  # its place among the constants
-_INPUTS, _OUTPUTS = 21, 5
+_INPUTS, _OUTPUTS = (21, 22), 5  # without and with the trust
 # Type codes: of the parameter, plus that of the moments.
 _PARAM_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_CODES = {torch.float32: 0, torch.bfloat16: 4}
@@ -47,15 +47,16 @@ def step_(
     """One step of all tensors in place; false, and nothing done, where the kernel cannot.
 
     Args:
-        network: float32; weight and bias of the hidden layer, ``(u, 21)`` and ``(u,)``, of the
-            readout, ``(5, u)`` and ``(5,)``, and the direct weight, ``(5, 21)``. Each with a
-            leading ``m`` gives every tensor a network of its own.
+        network: float32; weight and bias of the hidden layer, ``(u, i)`` and ``(u,)``, of the
+            readout, ``(5, u)`` and ``(5,)``, and the direct weight, ``(5, i)``, with 21 or 22
+            inputs ``i``. Each with a leading ``m`` gives every tensor a network of its own.
         params: ``m`` contiguous tensors on the CPU, float32, float64, bfloat16 or float16.
         grads: of the parameters' dtypes and sizes.
         states: ``fast``, ``slow`` and ``square``, float32 or bfloat16, of the parameters' sizes;
             ``stats``, ``(14,)``, and ``step``, ``()``, float32.
         config: decays of the fast and the slow momentum and of the mean square, base step, largest
-            scale and smallest share of it, warm-up share and warm-up steps of the rule's schedule.
+            scale and smallest share of it, warm-up share and warm-up steps of the rule's schedule,
+            start and gain of the trust.
         lr: multiplier of the updates.
         lr_scales: further multiplier of each tensor.
         decay: ``param *= 1 - decay * lr`` before the update.
@@ -100,10 +101,12 @@ def step_(
         constants = array("d", constants)
         constants[_LR_SCALE::_CONSTANTS] = array("d", lr_scales)
     sign = -1.0 if maximize else 1.0
-    settings = array("d", (sign, float(lr), decay, total, warmup, layout.units, *config))
+    settings = array(
+        "d", (sign, float(lr), decay, total, warmup, layout.units, layout.inputs, *config)
+    )
     pointers = array("Q", addresses)
     if len(settings) != _SETTINGS:
-        raise ValueError(f"the kernel takes {_SETTINGS - 6} entries of config, got {len(config)}")
+        raise ValueError(f"the kernel takes {_SETTINGS - 7} entries of config, got {len(config)}")
     failed = kernel.lo_step(
         m,
         *layout.sizes_and_types,
@@ -149,6 +152,7 @@ class _Layout:
     Attributes:
         numels: sizes of all tensors in the order of the call.
         units: hidden units of the network.
+        inputs: of the network.
         network_strides: bytes from one tensor's weights to the next one's, 0 for shared ones.
         constants: those of each tensor.
         arrays: keeps what the addresses in ``sizes_and_types`` point to.
@@ -156,6 +160,7 @@ class _Layout:
 
     numels: list[int]
     units: int
+    inputs: int
     network_strides: list[int]
     constants: array[float]
     arrays: tuple[array[int], array[int]]
@@ -188,9 +193,13 @@ def _layout(
         return None
     if not ({*params} <= _PARAM_CODES.keys() and {*fast} <= _STATE_CODES.keys()):
         return None
-    lead, units = network[0][:-2], network[1][-1]
-    parts = [(units, _INPUTS), (units,), (_OUTPUTS, units), (_OUTPUTS,), (_OUTPUTS, _INPUTS)]
-    if lead not in ((), (m,)) or network != tuple(torch.Size((*lead, *part)) for part in parts):
+    lead, units, inputs = network[0][:-2], network[1][-1], network[0][-1]
+    parts = [(units, inputs), (units,), (_OUTPUTS, units), (_OUTPUTS,), (_OUTPUTS, inputs)]
+    if (
+        inputs not in _INPUTS
+        or lead not in ((), (m,))
+        or network != tuple(torch.Size((*lead, *part)) for part in parts)
+    ):
         return None
     sizes = list(map(math.prod, shapes))
     weights = list(map(math.prod, network))
@@ -202,6 +211,7 @@ def _layout(
     return _Layout(
         numels=[*sizes * 5, *[STATS] * m, *[1] * m, *weights],
         units=units,
+        inputs=inputs,
         network_strides=[4 * math.prod(part) if lead else 0 for part in parts],
         constants=array("d", constants),
         arrays=(array("q", sizes), array("B", codes)),

@@ -73,6 +73,7 @@ enum Input {
   kLive,            // log share of coordinates whose gradient is not zero
   kMoved,           // log root mean square of the parameters over that at the first step
   kLevel,           // log mean square of the gradient over its average
+  kTrust,           // log of the trust; not an input of rules without it
   kInputs
 };
 
@@ -93,7 +94,7 @@ enum Stat {
   kStatMeanCorrelation,
   kStatSlowCorrelation,
   kStatLive,
-  kStatSpare,
+  kStatTrust,
   kStats
 };
 
@@ -139,6 +140,7 @@ enum Setting {
   kTotalSteps,     // 0: unknown
   kWarmUp,         // steps of the optimizer's own warm-up; 0: none
   kUnits,          // of the hidden layer
+  kUsedInputs,     // of the network: all, or all but the last
   kFastBeta,
   kSlowBeta,
   kSquareBeta,
@@ -147,6 +149,8 @@ enum Setting {
   kSmallestShare,
   kWarmUpShare,    // of the rule's schedule
   kWarmUpSteps,
+  kTrustStart,     // log of the trust at a tensor's first step
+  kTrustGain,      // what a correlation of 1 adds to it
   kSettings
 };
 enum Code { kOk = 0, kBadPointer = 1, kOverlap = 2, kBadType = 3, kNoMemory = 4 };
@@ -476,19 +480,20 @@ void inputs_of(const Tensor& tensor, const double* settings, double rms, double 
   x[kLive] = seen(std::log(average(kStatLive, kShort) + 1e-3) / 4);
   x[kMoved] = float(std::log(std::max(rms, 1e-8) / std::max(first, 0.01 * natural)) / 2);
   x[kLevel] = seen((double(z[kStatLevel]) - z[kStatMeanLevel]) / 4);
+  x[kTrust] = z[kStatTrust] / 4;
 }
 
-void respond(const Tensor& tensor, int units, const float* x, float* outputs) {
+void respond(const Tensor& tensor, int units, int inputs, const float* x, float* outputs) {
   float hidden[kMostUnits];
   for (int u = 0; u < units; ++u) {
     float sum = tensor.hidden_bias[u];
-    for (int j = 0; j < kInputs; ++j) sum += tensor.hidden[u * kInputs + j] * x[j];
+    for (int j = 0; j < inputs; ++j) sum += tensor.hidden[u * inputs + j] * x[j];
     hidden[u] = std::tanh(sum);
   }
   for (int o = 0; o < kOutputs; ++o) {
     float sum = tensor.readout_bias[o];
     for (int u = 0; u < units; ++u) sum += tensor.readout[o * units + u] * hidden[u];
-    for (int j = 0; j < kInputs; ++j) sum += tensor.direct[o * kInputs + j] * x[j];
+    for (int j = 0; j < inputs; ++j) sum += tensor.direct[o * inputs + j] * x[j];
     outputs[o] = sum;
   }
 }
@@ -512,12 +517,13 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double at_first = t > 0 ? tensor.stats[kStatFirstRms] : first_rms(tensor, k.decay);
   const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
   inputs_of(tensor, settings, rms, at_first, x);
-  respond(tensor, int(settings[kUnits]), x, out);
+  respond(tensor, int(settings[kUnits]), int(settings[kUsedInputs]), x, out);
   const double scale =
       std::max(std::min(rms, settings[kLargestScale]), settings[kSmallestShare] * natural);
   const double ramp = settings[kWarmUp] > 0 ? std::min(1.0, (t + 1) / settings[kWarmUp]) : 1.0;
   const double size = -lr * ramp * settings[kBaseStep] * schedule(t, settings) * scale *
-                      std::exp(kStepBound * std::tanh(out[kStepSize] / kStepBound));
+                      std::exp(kStepBound * std::tanh(out[kStepSize] / kStepBound) +
+                               tensor.stats[kStatTrust]);
   const auto bounded = [](double gain) { return kMixBound * std::tanh(gain / kMixBound); };
   const double fast_beta = settings[kFastBeta], slow_beta = settings[kSlowBeta];
   k.sign = float(settings[kSign]);
@@ -536,7 +542,7 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   return k;
 }
 
-void update_stats(const Tensor& tensor, const double* sums) {
+void update_stats(const Tensor& tensor, const double* settings, const double* sums) {
   float* z = tensor.stats;
   const bool started = *tensor.step > 0;
   const double n = double(std::max<int64_t>(1, tensor.size));
@@ -564,6 +570,8 @@ void update_stats(const Tensor& tensor, const double* sums) {
     average(kStatMeanCorrelation, kLong, with_fast);
     average(kStatSlowCorrelation, kShort, with_slow);
     average(kStatLive, kShort, mean[kSumLive]);
+    z[kStatTrust] = float(clamp(z[kStatTrust] + settings[kTrustGain] * with_fast,
+                                settings[kTrustStart], 0));
   }
   *tensor.step += 1;
 }
@@ -587,7 +595,7 @@ bool overlapping(std::vector<Range>& ranges) {
   return false;
 }
 
-int check(const std::vector<Tensor>& tensors, int units) {
+int check(const std::vector<Tensor>& tensors, int units, int inputs) {
   std::vector<Range> ranges;
   ranges.reserve(kPointers * tensors.size());
   const auto take = [&](const void* pointer, int64_t bytes, int64_t aligned, bool written) {
@@ -607,11 +615,11 @@ int check(const std::vector<Tensor>& tensors, int units) {
         !take(t.step, kFloat, kFloat, true))
       return kBadPointer;
     if (i > 0 && tensors[i - 1].hidden == t.hidden) continue;  // most tensors share a network
-    if (!take(t.hidden, units * kInputs * kFloat, kFloat, false) ||
+    if (!take(t.hidden, units * inputs * kFloat, kFloat, false) ||
         !take(t.hidden_bias, units * kFloat, kFloat, false) ||
         !take(t.readout, kOutputs * units * kFloat, kFloat, false) ||
         !take(t.readout_bias, kOutputs * kFloat, kFloat, false) ||
-        !take(t.direct, kOutputs * kInputs * kFloat, kFloat, false))
+        !take(t.direct, kOutputs * inputs * kFloat, kFloat, false))
       return kBadPointer;
   }
   return overlapping(ranges) ? kOverlap : kOk;
@@ -638,6 +646,8 @@ LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
                           const double* settings, int32_t threads) try {
   const double units = settings[kUnits];
   if (!(units >= 1 && units <= kMostUnits)) return kBadType;
+  const double inputs = settings[kUsedInputs];
+  if (inputs != kInputs && inputs != kInputs - 1) return kBadType;
   std::vector<Tensor> tensors;
   tensors.reserve(size_t(m));
   int64_t coordinates = 0, chunk_count = 0;
@@ -654,7 +664,7 @@ LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
     coordinates += sizes[i];
     chunk_count += (sizes[i] + kChunk - 1) / kChunk;
   }
-  if (const int code = check(tensors, int(units))) return code;
+  if (const int code = check(tensors, int(units), int(inputs))) return code;
 
   std::vector<Gains> gains(static_cast<size_t>(m));
   std::vector<Chunk> chunks;
@@ -671,7 +681,7 @@ LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
     double sums[kSums] = {};
     for (; chunk != chunks.end() && chunk->tensor == &tensor; ++chunk)
       for (int q = 0; q < kSums; ++q) sums[q] += chunk->sums[q];
-    update_stats(tensor, sums);
+    update_stats(tensor, settings, sums);
   }
   return kOk;
 } catch (...) {  // out of memory, before anything was written

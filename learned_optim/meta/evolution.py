@@ -30,6 +30,7 @@ from learned_optim.meta.populations import TRAINED_FOR
 from learned_optim.meta.recipes import EvolutionRecipe
 from learned_optim.meta.run_folder import RunFolder, source_modules
 from learned_optim.meta.trainer import Report, TrainingError, source_version
+from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
 
 __all__ = ["EvolutionRecipe", "EvolutionTrainConfig", "EvolutionTrainer"]
@@ -60,12 +61,17 @@ class EvolutionTrainConfig:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
 
 
-def initial_weights(rule: UpdateRule, seed: int) -> Tensor:
+def initial_weights(rule: UpdateRule, seed: int, start: str = "") -> Tensor:
     """Weights before training as one vector, float32, in the order of ``rule.parameters()``.
 
     Those of the horizon rule's hidden layer are normal and all others zero; those of other rules
-    are what their constructors draw.
+    are what their constructors draw. With a checkpoint to start from, they are its.
+
+    Raises:
+        ValueError: the checkpoint's rule is of another kind, or larger.
     """
+    if start:
+        return _extended(load_rule(start), rule, start)
     if rule.name == "horizon":
         first = next(rule.parameters())  # (units, features)
         weights = torch.zeros(sum(p.numel() for p in rule.parameters()))
@@ -75,6 +81,23 @@ def initial_weights(rule: UpdateRule, seed: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return parameters_to_vector(rule_for(rule.config).parameters()).detach().clone()
+
+
+def _extended(old: UpdateRule, rule: UpdateRule, source: str) -> Tensor:
+    """The weights of ``old`` as those of ``rule``, whose further inputs have weights of zero."""
+    wanted = dict(rule.named_parameters())
+    if old.name != rule.name or any(p.dim() != wanted[n].dim() for n, p in old.named_parameters()):
+        raise ValueError(f"start {source!r} holds the rule {old.name!r}, not {rule.name!r}")
+    weights = []
+    for name, weight in old.named_parameters():
+        missing = [b - a for a, b in zip(weight.shape, wanted[name].shape, strict=True)]
+        if any(missing[:-1]) or (missing and missing[-1] < 0):
+            raise ValueError(
+                f"start {source!r} has {name} of shape {tuple(weight.shape)}, which does not "
+                f"extend to {tuple(wanted[name].shape)}: only further inputs can be added"
+            )
+        weights.append(torch.nn.functional.pad(weight.detach().float(), (0, missing[-1])))
+    return parameters_to_vector(weights)
 
 
 class EvolutionTrainer:
@@ -112,7 +135,7 @@ class EvolutionTrainer:
         self.files = RunFolder(self.folder)
         self.rule = _trainable(rule_for(recipe.rule))
         # Adam's notation: weights, first and second moments; and the average of the weights.
-        self.theta = initial_weights(self.rule, recipe.seed)
+        self.theta = initial_weights(self.rule, recipe.seed, recipe.start)
         self.m, self.v = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         self.ema = self.theta.clone()
         self.meta_steps = 0
@@ -176,8 +199,8 @@ class EvolutionTrainer:
             "skipped_tasks": sum(len(line["skipped"]) for line in self.history),
             # Mean log of the final loss minus that of tuned AdamW.
             "behind_adamw": self.last_validation(),
-            "data": "mixture of populations; MNIST's meta-training half is all real data in it",
-            "trained_for": TRAINED_FOR,
+            "data": f"mixture {self.recipe.task}; MNIST's meta half is all real data in it",
+            "trained_for": TRAINED_FOR[self.recipe.task],
             "torch": torch.__version__.split("+")[0],
         }
 
@@ -188,7 +211,7 @@ class EvolutionTrainer:
             output: where to; into the run folder, and named after it, if not given.
         """
         path = output or self.files.finished
-        start = initial_weights(self.rule, self.recipe.seed)
+        start = initial_weights(self.rule, self.recipe.seed, self.recipe.start)
         save_rule(self.kept(self.ema.lerp(start, self.recipe.start_share)), path, self.record())
         return path
 
@@ -227,8 +250,8 @@ class EvolutionTrainer:
         recipe, started = self.recipe, time.perf_counter()
         first = 100_000 * (recipe.seed + 1) + self.meta_steps * recipe.tasks_per_meta_step
         todo = [
-            jobs.TaskJob(seed, self.theta, recipe, self.data, self.meta_steps >= recipe.large_from)
-            for seed in range(first, first + recipe.tasks_per_meta_step)
+            jobs.TaskJob(first + index, self.theta, recipe, self.data, self._is_large(index))
+            for index in range(recipe.tasks_per_meta_step)
         ]
         results = list(run(jobs.run_task, todo))
         gradient, used = jobs.meta_gradient(results, recipe.pairs, len(self.theta))
@@ -251,6 +274,12 @@ class EvolutionTrainer:
             "skipped": [result.failure() for result in skipped],
             "seconds": time.perf_counter() - started,
         }
+
+    def _is_large(self, index: int) -> bool:
+        """Whether the task with this index in the next meta-step is a larger one."""
+        recipe = self.recipe
+        large = recipe.large_share * recipe.tasks_per_meta_step
+        return self.meta_steps >= recipe.large_from and index < round(large)
 
     def _meta_lr(self) -> float:
         """Of the next meta-step: a cosine over all of them."""
@@ -276,12 +305,14 @@ class EvolutionTrainer:
             return self._references(run, report)
 
     def _references(self, run: jobs.Map, report: Report | None) -> list[jobs.Reference]:
-        return references(self.folder, self.recipe.validation_tasks, self.data, run, report)
+        return references(
+            self.folder, self.recipe.validation_tasks, self.recipe.task, self.data, run, report
+        )
 
     def _validate(self, run: jobs.Map, report: Report | None) -> dict[str, Excess]:
         found = self._references(run, report)
         weights = {"last": self.theta, "average": self.ema}
-        return validate(weights, self.recipe.rule, found, self.data, run, report)
+        return validate(weights, self.recipe.rule, self.recipe.task, found, self.data, run, report)
 
 
 def _trainable(rule: UpdateRule) -> UpdateRule:

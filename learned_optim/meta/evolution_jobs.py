@@ -88,6 +88,7 @@ class ValidationJob:
     """One run of validation task ``index`` for every row of ``weights``, ``(B, n)``."""
 
     index: int
+    mixture: str
     weights: Tensor
     rule: RuleConfig
     data: DataOptions
@@ -121,7 +122,7 @@ def run_task(job: TaskJob) -> TaskResult:
     """Run a task under all perturbed weights, side by side on the same batches."""
     started, family, recipe = time.perf_counter(), "", job.recipe
     try:
-        run = draw(job.seed, job.data, large=job.large)
+        run = draw(job.seed, job.data, large=job.large, mixture=recipe.task)
         family = type(run.task).__name__
         change = perturbations(job.seed, recipe.pairs, len(job.weights)) * recipe.sigma
         weights = torch.cat((job.weights + change, job.weights - change))
@@ -166,16 +167,16 @@ def meta_gradient(
 def validate_task(job: ValidationJob) -> list[float]:
     """Log of the final over the first loss, of every row of weights."""
     seed = FIRST_VALIDATION_SEED + job.index
-    run = draw(seed, job.data, SHORTEST_VALIDATION)
+    run = draw(seed, job.data, SHORTEST_VALIDATION, mixture=job.mixture)
     final: list[float] = scores(roll(_rule(job.rule), job.weights, run, seed))[0].tolist()
     return final
 
 
-def reference_task(job: tuple[int, DataOptions]) -> Reference:
-    """AdamW on validation task ``job[0]``, at every peak learning rate."""
-    index, data = job
+def reference_task(job: tuple[int, str, DataOptions]) -> Reference:
+    """AdamW on validation task ``job[0]`` of mixture ``job[1]``, at every peak learning rate."""
+    index, mixture, data = job
     seed = FIRST_VALIDATION_SEED + index
-    run = draw(seed, data, SHORTEST_VALIDATION)
+    run = draw(seed, data, SHORTEST_VALIDATION, mixture=mixture)
     final = scores(roll_adamw(ADAMW_LRS, run, seed))[0]
     return Reference(index, run.task.name, run.steps, run.known, tuple(final.tolist()))
 

@@ -27,13 +27,19 @@ Excess: TypeAlias = dict[str, float | None]
 
 
 def references(
-    folder: Path, tasks: int, data: DataOptions, run: jobs.Map, report: Report | None = None
+    folder: Path,
+    tasks: int,
+    mixture: str,
+    data: DataOptions,
+    run: jobs.Map,
+    report: Report | None = None,
 ) -> list[jobs.Reference]:
     """Tuned AdamW on the first validation tasks; runs what is missing in the folder and keeps it.
 
     Args:
         folder: where ``references.json`` is or will be, rewritten after every task.
         tasks: how many.
+        mixture: of which.
         data: where MNIST is.
         run: maps a function over jobs.
         report: told ``("references", runs done, runs in all)``.
@@ -43,7 +49,7 @@ def references(
     """
     path = folder / REFERENCES
     found = {reference.index: reference for reference in _read(path)}
-    missing = [(index, data) for index in range(tasks) if index not in found]
+    missing = [(index, mixture, data) for index in range(tasks) if index not in found]
     for done, reference in enumerate(run(jobs.reference_task, missing), 1):
         found[reference.index] = reference
         lines = [json.dumps(asdict(found[index])) for index in sorted(found)]
@@ -68,6 +74,7 @@ def _read(path: Path) -> list[jobs.Reference]:
 def validate(
     weights: Mapping[str, Tensor],
     rule: RuleConfig,
+    mixture: str,
     against: list[jobs.Reference],
     data: DataOptions,
     run: jobs.Map,
@@ -78,6 +85,7 @@ def validate(
     Args:
         weights: vectors of shape ``(n,)`` by name.
         rule: whose weights they are.
+        mixture: of the tasks.
         against: what :func:`references` gave.
         data: where MNIST is.
         run: maps a function over jobs.
@@ -91,7 +99,7 @@ def validate(
     import numpy as np  # of an extra: see populations._rollout
 
     stacked = torch.stack(list(weights.values()))
-    todo = [jobs.ValidationJob(reference.index, stacked, rule, data) for reference in against]
+    todo = [jobs.ValidationJob(found.index, mixture, stacked, rule, data) for found in against]
     rows = []
     for reference, score in zip(against, run(jobs.validate_task, todo), strict=True):
         rows.append(np.array(score) - jobs.best_score(reference))

@@ -33,10 +33,10 @@ TIME_INPUTS, MEASUREMENTS = slice(3, 12), slice(12, None)
     MEAN_CORRELATION,  # the same, averaged over 100 steps
     SLOW_CORRELATION,  # of the gradient with the slow momentum before it, averaged over 10 steps
     LIVE,  # share of coordinates whose gradient is not zero, averaged over 10 steps
-    _SPARE,  # keeps the size even
+    TRUST,  # log of the trust
 ) = range(14)
 STATS = 14
-INPUTS = 21
+INPUTS = 21  # without the trust
 
 # Decays of the averages in ``stats``.
 _SHORT, _LONG = 0.9, 0.99
@@ -74,12 +74,13 @@ def scale_of(seen: Tensor, stats: Tensor, entry: int = RMS) -> Tensor:
     return torch.where(seen[:, STEP] > 0, stats[:, entry], seen[:, MEASUREMENTS][:, 0])
 
 
-def network_inputs(seen: Tensor, stats: Tensor) -> Tensor:
-    """The network's inputs, ``(m, 21)``.
+def network_inputs(seen: Tensor, stats: Tensor, trust: bool = False) -> Tensor:
+    """The network's inputs, ``(m, 21)``, or ``(m, 22)`` with the trust.
 
     Args:
         seen: the step, ``(m, f)``.
         stats: of the steps before, ``(m, 14)``.
+        trust: whether the network reads it.
     """
     step, natural = seen[:, STEP], seen[:, NATURAL]
     rms, first = scale_of(seen, stats), scale_of(seen, stats, FIRST_RMS)
@@ -100,14 +101,19 @@ def network_inputs(seen: Tensor, stats: Tensor) -> Tensor:
         started * live,
         moved,
         started * (of[LEVEL] - of[MEAN_LEVEL]) / 4,
+        *([of[TRUST] / 4] if trust else []),
     )
     return torch.stack(inputs, dim=-1)
 
 
-def next_stats(seen: Tensor, stats: Tensor) -> Tensor:
+def next_stats(
+    seen: Tensor, stats: Tensor, trust_start: float = 0.0, trust_gain: float = 0.0
+) -> Tensor:
     """``stats`` after the step, ``(m, 14)``.
 
-    Entries that describe gradients stay as they are until the tensor has had one.
+    Entries that describe gradients stay as they are until the tensor has had one. The log of the
+    trust moves by ``trust_gain`` times the correlation of the gradient with the fast momentum
+    before it, within ``[trust_start, 0]``.
     """
     step, old = seen[:, STEP], stats.unbind(-1)
     rms, level, *logs, with_fast, with_slow, live, any_gradient = seen[:, MEASUREMENTS].unbind(-1)
@@ -122,6 +128,7 @@ def next_stats(seen: Tensor, stats: Tensor) -> Tensor:
         MEAN_CORRELATION: torch.lerp(with_fast, old[MEAN_CORRELATION], _LONG),
         SLOW_CORRELATION: torch.lerp(with_slow, old[SLOW_CORRELATION], _SHORT),
         LIVE: torch.lerp(live, old[LIVE], _SHORT),
+        TRUST: (old[TRUST] + trust_gain * with_fast).clamp(trust_start, 0.0),
     }
     for entry, value in measured.items():
         new[entry] = torch.where(any_gradient > 0, value, old[entry])

@@ -66,10 +66,23 @@ class HorizonConfig(RuleConfig):
     """Warm-up, in units of the run's length: between 10 and 250 steps."""
     warmup_steps: int = 50
     """Warm-up where the length of the run is unknown."""
+    trust_start: float = 0.0
+    """Log of the trust at a tensor's first step; 0 for none."""
+    trust_gain: float = 0.0
+    """What a correlation of 1 between a gradient and the momentum before it adds to that log."""
 
     def __post_init__(self) -> None:
         if self.hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {self.hidden_size}")
+        if self.trust_start > 0:
+            raise ValueError(f"trust_start must be at most 0, got {self.trust_start}")
+        if self.trust_gain < 0:
+            raise ValueError(f"trust_gain must be at least 0, got {self.trust_gain}")
+
+    @property
+    def trusts(self) -> bool:
+        """Whether there is a trust, which the network then reads."""
+        return self.trust_start < 0
 
 
 class HorizonRule(UpdateRule):
@@ -78,7 +91,8 @@ class HorizonRule(UpdateRule):
     With ``f``, ``s`` the bias-corrected momenta, ``g`` the gradient and ``r`` the coordinate's root
     mean square,
 
-        update = -rate * scale * exp(a) * (f/r + b_1 f/r + b_2 s/r + b_3 g/r + b_4 [f g > 0] f/r)
+        update = -rate * scale * exp(a + z)
+                 * (f/r + b_1 f/r + b_2 s/r + b_3 g/r + b_4 [f g > 0] f/r)
 
     where ``rate`` is ``base_step`` times the schedule, and ``a``, bounded by 3, and ``b``, bounded
     by 2, are the network's. The scale is the root mean square of the parameters, at most 0.1, or,
@@ -86,13 +100,22 @@ class HorizonRule(UpdateRule):
     and of 0.1 for vectors. The last direction is the cautious one (Liang et al. 2024,
     arXiv 2411.16085).
 
+    The trust ``exp(z)`` starts at ``exp(trust_start)`` and grows, to 1 at most, as far as gradients
+    go on pointing where the momentum points: at once in a fresh network, and not where weights are
+    trained and gradients are noise, which the first long steps would destroy. It is a bounded
+    hypergradient descent on the log of the step, per tensor (after Baydin et al. 2018,
+    arXiv 1703.04782).
+
     State per coordinate: ``fast``, ``slow`` and ``square``, each ``(*S, 1)``; per tensor:
     ``stats``, ``(14,)``.
     """
 
     name = "horizon"
     Config = HorizonConfig
-    test_configs = (HorizonConfig(), HorizonConfig(hidden_size=5, warmup_steps=3))
+    test_configs = (
+        HorizonConfig(),
+        HorizonConfig(hidden_size=5, warmup_steps=3, trust_start=-3.0, trust_gain=1.5),
+    )
     rows = "tensors"
     coordinatewise = False
     zero_preserving = True
@@ -102,11 +125,11 @@ class HorizonRule(UpdateRule):
 
     def __init__(self, config: HorizonConfig | None = None) -> None:
         super().__init__(config)
-        units = self.config.hidden_size
-        self.hidden = nn.Linear(history.INPUTS, units)
+        units, inputs = self.config.hidden_size, history.INPUTS + self.config.trusts
+        self.hidden = nn.Linear(inputs, units)
         self.readout = nn.Linear(units, 1 + DIRECTIONS)
-        self.direct = nn.Linear(history.INPUTS, 1 + DIRECTIONS, bias=False)
-        nn.init.normal_(self.hidden.weight, std=history.INPUTS**-0.5)
+        self.direct = nn.Linear(inputs, 1 + DIRECTIONS, bias=False)
+        nn.init.normal_(self.hidden.weight, std=inputs**-0.5)
         nn.init.zeros_(self.hidden.bias)
         # The untrained rule is the schedule on Adam's direction.
         for weight in (*self.readout.parameters(), *self.direct.parameters()):
@@ -116,6 +139,7 @@ class HorizonRule(UpdateRule):
         like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
         moments = {key: like.unsqueeze(-1).clone() for key in ("fast", "slow", "square")}
         stats = torch.zeros(history.STATS, dtype=self.dtype, device=param.device)
+        stats[history.TRUST] = self.config.trust_start
         return {**moments, "stats": stats}
 
     @property
@@ -181,15 +205,16 @@ class HorizonRule(UpdateRule):
         return None, torch.stack((s_fast, slow / r, ratio, cautious)).t()
 
     def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
-        stats, gains = state["stats"], []
+        cfg, stats, gains = self.config, state["stats"], []
         for now in features.unbind():  # (m, f)
-            inputs = history.network_inputs(now, stats)
+            inputs = history.network_inputs(now, stats, cfg.trusts)
             out = self.readout(torch.tanh(self.hidden(inputs))) + self.direct(inputs)  # (m, 5)
-            step = (_STEP_BOUND * torch.tanh(out[:, :1] / _STEP_BOUND)).exp()
+            factor = _STEP_BOUND * torch.tanh(out[:, :1] / _STEP_BOUND)
+            step = (factor + stats[:, history.TRUST].unsqueeze(-1)).exp()
             mix = _MIX_BOUND * torch.tanh(out[:, 1:] / _MIX_BOUND)
             mix = mix + torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=mix.dtype, device=mix.device)
             gains.append(-self._rate(now, stats) * step * mix)
-            stats = history.next_stats(now, stats)
+            stats = history.next_stats(now, stats, cfg.trust_start, cfg.trust_gain)
         return torch.stack(gains), {"stats": stats}
 
     # ---- the step in place
@@ -235,7 +260,8 @@ class HorizonRule(UpdateRule):
         cfg = self.config
         return (
             cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
-            cfg.smallest_share, cfg.warmup_share, cfg.warmup_steps,
+            cfg.smallest_share, cfg.warmup_share, cfg.warmup_steps, cfg.trust_start,
+            cfg.trust_gain,
         )  # fmt: skip
 
     # ---- what is computed of whole tensors

@@ -8,12 +8,20 @@ from learned_optim.meta.populations._base import (
     UnusableTaskError,
 )
 from learned_optim.meta.populations._driver import CopiesOptimizer
-from learned_optim.meta.populations._mixture import FAMILIES, TRAINED_FOR, Draw, draw, sample
+from learned_optim.meta.populations._mixture import (
+    FAMILIES,
+    MIXTURES,
+    TRAINED_FOR,
+    Draw,
+    draw,
+    sample,
+)
 from learned_optim.meta.populations._rollout import ADAMW_LRS, fitness, roll, roll_adamw, scores
 
 __all__ = [
     "ADAMW_LRS",
     "FAMILIES",
+    "MIXTURES",
     "TRAINED_FOR",
     "Batch",
     "CopiesOptimizer",

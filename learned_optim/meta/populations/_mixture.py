@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import Generator
 
+from learned_optim._discovery import unknown_name
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations._base import Population, Sampler
 from learned_optim.meta.populations.autoencoders import Autoencoder
 from learned_optim.meta.populations.boundary import BoundaryValue
-from learned_optim.meta.populations.classification import Classification
+from learned_optim.meta.populations.classification import Classification, WideClassification
 from learned_optim.meta.populations.convolutions import ConvNet
 from learned_optim.meta.populations.coordinates import Coordinates
 from learned_optim.meta.populations.embeddings import MatrixFactorization, SkipGram
@@ -20,8 +21,7 @@ from learned_optim.meta.populations.restarts import Restart
 from learned_optim.meta.populations.sequences import Sequences
 from learned_optim.meta.populations.tabular import Teacher
 
-#: The families and how often each is drawn, relative to the others. The order matters to the draws.
-FAMILIES: dict[type[Population], int] = {
+_FIRST: dict[type[Population], int] = {
     Classification: 20,
     Teacher: 13,
     Quadratic: 3,
@@ -34,6 +34,15 @@ FAMILIES: dict[type[Population], int] = {
     Autoencoder: 9,
     Restart: 20,
 }
+#: Mixtures by name: families and how often each is drawn, relative to the others. The order matters
+#: to the draws. A mixture never changes under its name, because a seed stands for a task of it.
+MIXTURES: dict[str, dict[type[Population], int]] = {
+    "populations": _FIRST,
+    "populations-2": {**_FIRST, Sequences: 22, ConvNet: 8, Restart: 26, WideClassification: 6},
+}
+#: All families.
+FAMILIES = tuple({family: None for mixture in MIXTURES.values() for family in mixture})
+DEFAULT_MIXTURE = "populations"
 
 ATTEMPTS = 50
 SCALED_SHARE, UNKNOWN_SHARE = 0.2, 0.3
@@ -45,12 +54,21 @@ _PER_STEP, _PER_PARAMETER, _PRODUCTS_PER_SECOND = 1.5e-3, 2.5e-9, 4e10
 _COPIES = 8
 
 
-#: What the rule has seen, and what lies beyond, for the records of checkpoints.
-TRAINED_FOR = (
-    "runs of 100 to 3,000 steps, widths to 512 in up to 3 hidden layers and to 192 in up to 8, "
+_BEYOND = (
     "transformers to width 96 and 3 layers, batches of 4 to 512; longer runs follow the schedule "
     "of the rule with what was learned at 3,000 steps, larger networks are extrapolation"
 )
+#: What a rule trained on a mixture has seen, and what lies beyond, for the records of checkpoints.
+TRAINED_FOR = {
+    "populations": (
+        "runs of 100 to 3,000 steps, widths to 512 in up to 3 hidden layers and to 192 in up to 8, "
+        + _BEYOND
+    ),
+    "populations-2": (
+        "runs of 100 to 3,000 steps, widths to 2,048 in one hidden layer, to 512 in up to 3 and to "
+        "192 in up to 8, " + _BEYOND
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -68,21 +86,28 @@ class Draw:
     known: bool
 
 
-def sample(seed: int, data: DataOptions) -> Population:
+def sample(seed: int, data: DataOptions, mixture: str = DEFAULT_MIXTURE) -> Population:
     """The task of a seed.
 
     Args:
         seed: the same seed gives the same task, with the same release of torch.
         data: where MNIST is.
+        mixture: a key of :data:`MIXTURES`.
 
     Raises:
         FileNotFoundError: the task needs images and they are not there.
-        ValueError: none of fifty draws was usable.
+        ValueError: unknown mixture, or none of fifty draws was usable.
     """
-    return _sample(seed, data)[0]
+    return _sample(seed, data, mixture)[0]
 
 
-def draw(seed: int, data: DataOptions, shortest: int = SHORTEST_RUN, large: bool = False) -> Draw:
+def draw(
+    seed: int,
+    data: DataOptions,
+    shortest: int = SHORTEST_RUN,
+    large: bool = False,
+    mixture: str = DEFAULT_MIXTURE,
+) -> Draw:
     """The task of a seed, the length of its run and whether that is known to the rule.
 
     Args:
@@ -90,8 +115,9 @@ def draw(seed: int, data: DataOptions, shortest: int = SHORTEST_RUN, large: bool
         data: where MNIST is.
         shortest: steps that runs have at least, where they are not too costly for that.
         large: take widths and batches from the upper part of their ranges.
+        mixture: a key of :data:`MIXTURES`.
     """
-    task, sampler = _sample(seed, data, large)
+    task, sampler = _sample(seed, data, mixture, large)
     longest = longest_run(task)
     steps = sampler.log_integer(min(shortest, longest - 1), longest)
     return Draw(task, steps, known=not sampler.chance(UNKNOWN_SHARE))
@@ -105,11 +131,16 @@ def longest_run(task: Population) -> int:
     return int(min(task.longest_run, max(ALWAYS, SECONDS / seconds)))
 
 
-def _sample(seed: int, data: DataOptions, large: bool = False) -> tuple[Population, Sampler]:
+def _sample(
+    seed: int, data: DataOptions, mixture: str, large: bool = False
+) -> tuple[Population, Sampler]:
     """The task of a seed, and the sampler from which the draws about its run go on."""
+    if mixture not in MIXTURES:
+        raise unknown_name("mixture of tasks", mixture, list(MIXTURES))
+    families = MIXTURES[mixture]
     for attempt in range(ATTEMPTS):
         sampler = Sampler(Generator().manual_seed(seed * 1000 + attempt), large)
-        family = sampler.choice(list(FAMILIES), list(FAMILIES.values()))
+        family = sampler.choice(list(families), list(families.values()))
         try:
             task = family(sampler, data)  # type: ignore[call-arg]
         except ValueError:  # UnusableTaskError, or sizes that do not go together

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations._base import Batch, Params, Population, Sampler, draw_index
 from learned_optim.meta.populations._layers import cross_entropy, meta_images
-from learned_optim.meta.populations._perceptron import draw_perceptron
+from learned_optim.meta.populations._perceptron import Perceptron, draw_perceptron
 
 CLASSES = 10
 
@@ -65,3 +65,23 @@ class Classification(Population):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         pixels, labels, masks = batch
         return cross_entropy(self.net(params, pixels, masks), labels, self.smoothing)
+
+
+class WideClassification(Classification):
+    """The same by perceptrons with a hidden layer of 512 to 2,048 units, alone or before one less
+    wide: how far a step may go in a layer that sums over so many is not to be learned from others.
+    """
+
+    longest_run = 1000
+
+    def __init__(self, draw: Sampler, data: DataOptions) -> None:
+        super().__init__(draw, data)
+        inputs = self.pixels.shape[1]
+        hidden = [draw.log_integer(512, 2049)]
+        if draw.chance(0.3):
+            hidden.append(draw.log_integer(16, 129))
+        activation = draw.choice(["relu", "tanh", "gelu"], [3, 1, 1])
+        init = draw.choice(["torch", "he", "xavier", "small"], [4, 1, 1, 1])
+        norm = draw.choice(["none", "layer"], [3, 1])
+        self.net = Perceptron(inputs, CLASSES, hidden, activation, init, norm)
+        self.name = f"wide {self.net} batch={self.batch_size} wrong={self.wrong_share}"

@@ -217,13 +217,7 @@ def recipe_from_json(data: dict[str, Any]) -> AnyRecipe:
         return _from_json(Recipe, data)
     if method != METHOD:
         raise ValueError(f"not a recipe: unknown method {method!r}; known: {METHOD}")
-    task = data.get("task", EvolutionRecipe.task)
-    if task != EvolutionRecipe.task:
-        raise ValueError(
-            f"not a recipe: method {METHOD!r} trains on the task {EvolutionRecipe.task!r} alone, "
-            f"got {task!r}"
-        )
-    values = {key: value for key, value in data.items() if key not in ("method", "task")}
+    values = {key: value for key, value in data.items() if key != "method"}
     return _from_json(EvolutionRecipe, values)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 from learned_optim._fields import check_fields
 from learned_optim.rules import RuleConfig
@@ -26,7 +26,7 @@ _AT_LEAST = {
 class EvolutionRecipe:
     """What to meta-train by antithetic evolution strategies, and how.
 
-    See :class:`~learned_optim.meta.evolution.EvolutionTrainer`. The tasks are the mixture of
+    See :class:`~learned_optim.meta.evolution.EvolutionTrainer`. The tasks are a mixture of
     :mod:`learned_optim.meta.populations`.
     """
 
@@ -47,6 +47,11 @@ class EvolutionRecipe:
     large_from: int = 1_000_000
     """Meta-steps with tasks of all sizes; later ones draw widths and batches from the upper part of
     their ranges: small networks teach the most per second, and users' are larger."""
+    large_share: float = 1.0
+    """Share of their tasks that are larger ones."""
+    start: str = ""
+    """Checkpoint from whose weights the training starts (random ones if not given): a shipped name,
+    a file or a Hub id, of the same rule. Inputs that it lacks begin with weights of zero."""
     start_share: float = 0.0
     """Share of the weights before training in the finished ones, which are a mean of both."""
     validation_tasks: int = 64
@@ -55,9 +60,8 @@ class EvolutionRecipe:
     """Meta-steps from one validation to the next."""
     seed: int = 0
     """Seed of everything random in the training."""
-
-    #: The name of the mixture of tasks, in the records of checkpoints.
-    task: ClassVar[str] = "populations"
+    task: Literal["populations", "populations-2"] = "populations"
+    """Mixture of tasks, see :data:`~learned_optim.meta.populations.MIXTURES`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -68,6 +72,8 @@ class EvolutionRecipe:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= self.start_share < 1:
             raise ValueError(f"start_share must be in [0, 1), got {self.start_share}")
+        if not 0 <= self.large_share <= 1:
+            raise ValueError(f"large_share must be in [0, 1], got {self.large_share}")
         for name in ("meta_lr", "sigma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -78,13 +84,14 @@ class EvolutionRecipe:
 
         data = dataclasses.asdict(self)
         data["rule"] = {"name": rule_reference(self.rule), "config": data["rule"]}
-        return {"method": METHOD, "task": self.task, **data}
+        return {"method": METHOD, **data}
 
 
 #: Fields of a recipe by what they are about, for help.
 EVOLUTION_GROUPS = {
     "how long": ("meta_steps",),
-    "meta-gradients": ("tasks_per_meta_step", "pairs", "sigma", "large_from"),
+    "what is trained": ("task", "start"),
+    "meta-gradients": ("tasks_per_meta_step", "pairs", "sigma", "large_from", "large_share"),
     "what is kept": ("start_share",),
     "meta-optimizer": ("meta_lr", "meta_lr_final"),
     "validation": ("validation_tasks", "validation_every"),
