@@ -230,8 +230,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tests", nargs="*", metavar="TEST", help="modules of lightbench")
-    parser.add_argument("--steps", type=int, default=2000, help="of every attempt")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of the processor")
+    parser.add_argument("--steps", type=int, default=1000, help="of every attempt")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of the processor")
     args = parser.parse_args()
     try:
         measure(args.tests, args.steps, args.seconds)

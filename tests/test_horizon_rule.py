@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import Segments, StepContext
+from learned_optim.rules import _history as history
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
 
@@ -124,9 +125,55 @@ def test_its_first_momenta_count_for_nothing_and_its_silent_tensors_for_no_stati
     assert torch.count_nonzero(new["stats"][0, 2:]) == 0
 
 
-def test_sizes_are_checked() -> None:
-    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
-        HorizonConfig(hidden_size=0)
+def trusts(grads: torch.Tensor, start: float, gain: float) -> list[float]:
+    """A plain account: log of the trust before each step."""
+    fast, square, z, found = torch.zeros(grads.shape[1:]), torch.zeros(grads.shape[1:]), start, []
+    for t, grad in enumerate(grads.float(), start=1):
+        found.append(z)
+        square = 0.99 * square + 0.01 * grad**2
+        r = (square / (1 - 0.99**t)).sqrt()
+        ratio, old = (grad / r).clamp(-3, 3), fast / r
+        if t > 1:
+            cosine = (ratio * old).mean() / (ratio.square().mean() * old.square().mean()).sqrt()
+            z = min(0.0, max(start, z + gain * cosine.item()))
+        fast = 0.9 * fast + 0.1 * grad
+    return found
+
+
+@pytest.mark.parametrize(("kind", "grows"), [("signal", True), ("noise", False), ("turns", False)])
+def test_the_trust_grows_where_gradients_agree(kind: str, grows: bool) -> None:
+    """The untrained rule's steps are the backbone's times the trust; noise never earns it."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(60, 30, 20, generator=generator, dtype=torch.float64)
+    signal = torch.ones(60, 1, 1).double() * torch.randn(30, 20, generator=generator).double()
+    turning = signal * torch.tensor([1.0, -1.0]).double().repeat(30).view(60, 1, 1)
+    grads = {"signal": noise + signal, "noise": noise, "turns": noise + turning}[kind]
+    rule = HorizonRule(HorizonConfig(trust_start=-3.0, trust_gain=1.5)).double()
+    expected = trusts(grads, -3.0, 1.5)
+    param = torch.zeros(30, 20, dtype=torch.float64)  # zero, so that the scale is the shape's
+    plain, own = (trajectory(each, grads[:2], param) for each in (HorizonRule().double(), rule))
+    torch.testing.assert_close(own[0], plain[0] * math.exp(-3.0))
+    state = pack(rule, [rule.init_state(param)])
+    segments, found = Segments([param.shape], dtype=torch.float64), []
+    for step, grad in enumerate(grads):
+        found.append(state["stats"][0, history.TRUST].item())
+        context = StepContext(torch.tensor([float(step)]).double(), None, None)
+        with torch.no_grad():
+            _, new = rule(grad.reshape(-1), state, param.reshape(-1), segments, context)
+        state = {**state, **new}
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert (found[20] > -0.5) == grows
+    assert grows or max(found) < -1.5
+
+
+def test_values_are_checked() -> None:
+    for values, message in (
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"trust_start": 1.0}, "trust_start must be at most 0, got 1.0"),
+        ({"trust_gain": -1.0}, "trust_gain must be at least 0, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HorizonConfig(**values)
 
 
 def test_its_updates_depend_on_the_weights_everywhere() -> None:
