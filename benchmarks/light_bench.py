@@ -230,7 +230,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tests", nargs="*", metavar="TEST", help="modules of lightbench")
-    parser.add_argument("--steps", type=int, default=1000, help="of every attempt")
+    parser.add_argument("--steps", type=int, default=3000, help="of every attempt")
     parser.add_argument("--seconds", type=float, default=5.0, help="of the processor")
     args = parser.parse_args()
     try:

@@ -75,7 +75,7 @@ def test_table_of_light_bench(tmp_path: Path) -> None:
     }
     path.write_text(json.dumps(found))
     text = light_bench.table(path)
-    assert "lightbench 0.1.1, 1 tests, at most 5,000 steps and 20 seconds each." in text
+    assert "lightbench 0.1.1, 1 tests, at most 5,000 steps and 20 processor seconds each." in text
     assert "Tests that could not be run: memory." in text
     assert "| AdamW at 1e-3 | 1 of 2 | 1 of 1 | 0 of 1 |" in text
 
