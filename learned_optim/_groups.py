@@ -110,10 +110,12 @@ class HorizonMonitor:
         lrs = [group["lr"] for group in groups if isinstance(group["lr"], (int, float))]
         if not any(lrs):
             return
-        if self._lrs is not None and lrs != self._lrs:
+        # Groups that were added meanwhile have no earlier rate.
+        changes = zip(self._lrs or (), lrs, strict=False)
+        for before, after in (pair for pair in changes if pair[0] != pair[1]):
             self._warn(
                 "schedule",
-                f"lr went from {self._lrs} to {lrs} while total_steps is given: the rule "
+                f"lr went from {before:g} to {after:g} while total_steps is given: the rule "
                 f"{rule.name!r} anneals by itself, and a scheduler on top anneals twice. Leave "
                 f"out one of them",
                 stacklevel=4,
