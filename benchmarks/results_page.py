@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.light_bench import table as light_bench_table
 from benchmarks.unknown_length import table as unknown_length_table
+from benchmarks.widths import table as widths_table
 from learned_optim.meta import field_report
 from learned_optim.summary import lr_text, plot, ratio_text, table, value_text
 
@@ -50,6 +51,7 @@ def page(groups: Iterable[str]) -> str:
         text = text.replace(f"{{field-{name}}}", body)
     text = text.replace("{lightbench}", light_bench_table())
     text = text.replace("{unknown-length}", unknown_length_table())
+    text = text.replace("{widths}", widths_table())
     text = text.replace("{warmup}", _warmup())
     for name in groups:
         body = _tables(summaries[name]) if name in summaries else NOT_MEASURED

@@ -1,0 +1,103 @@
+"""Layers wider than any of meta-training's, against AdamW with a cosine tuned per network.
+
+    python -m benchmarks.widths [--workers 2]     # resumable; docs/results/widths.json
+
+Perceptrons learn what a random tanh network of 32 units says of 64 inputs, with a little noise:
+a step that suits a layer of 100 inputs is not one that suits 4,096.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+
+from learned_optim.checkpoint import write_text
+from learned_optim.cli import ProgressBar
+from learned_optim.meta import field_report
+from learned_optim.meta.field import FieldConfig, FieldEvaluation
+from learned_optim.meta.tasks import FixedTask, ModuleTask, TaskFamily, TaskOptions
+from learned_optim.meta.tasks._base import Horizon
+from learned_optim.pretrained import ALIASES
+
+RESULT = Path(__file__).parent.parent / "docs" / "results" / "widths.json"
+INPUTS, TEACHER_UNITS, NOISE, BATCH_SIZE = 64, 32, 0.1, 64
+NETWORKS = {"128": [128], "1024": [1024], "4096": [4096], "1024x1024": [1024, 1024]}
+
+
+def _teacher() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first, last = nn.Linear(INPUTS, TEACHER_UNITS), nn.Linear(TEACHER_UNITS, 1)
+        for layer, scale in ((first, 2.0), (last, 1.0)):
+            nn.init.normal_(layer.weight, std=scale * layer.in_features**-0.5)
+    return nn.Sequential(first, nn.Tanh(), last).requires_grad_(False)
+
+
+def _family(hidden: list[int], options: TaskOptions) -> TaskFamily:
+    teacher = _teacher()
+
+    def build() -> nn.Module:
+        sizes = [INPUTS, *hidden]
+        layers: list[nn.Module] = []
+        for fan_in, width in zip(sizes, hidden, strict=False):
+            layers += [nn.Linear(fan_in, width), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+
+    def batches(generator: Generator, count: int = BATCH_SIZE) -> tuple[Tensor, Tensor]:
+        inputs = torch.randn(count, INPUTS, generator=generator)
+        noise = NOISE * torch.randn(count, 1, generator=generator)
+        return inputs, teacher(inputs) + noise
+
+    def tests() -> tuple[Tensor, Tensor]:
+        return batches(Generator().manual_seed(1), 4096)
+
+    return FixedTask(ModuleTask(build, batches, nn.functional.mse_loss, tests=tests))
+
+
+FAMILIES = {name: partial(_family, hidden) for name, hidden in NETWORKS.items()}
+FIELD = {name: Horizon(2000, 500) for name in NETWORKS}
+
+
+def measure(checkpoint: str, output: Path, workers: int) -> None:
+    """Run what is missing in ``output``, and write the summary."""
+    config = FieldConfig(
+        checkpoints=(checkpoint,),
+        tasks=tuple(f"benchmarks.widths:{name}" for name in NETWORKS),
+        baselines=("adamw-cosine",),
+        seeds=3,
+        output=output,
+        workers=workers,
+    )
+    with ProgressBar("widths") as show:
+        summary = FieldEvaluation(config, show).execute()
+    write_text(RESULT, json.dumps(summary, separators=(",", ":")) + "\n")
+    print(table())
+
+
+def table(path: Path | None = None) -> str:
+    """Final losses relative to those of tuned AdamW, network by network."""
+    path = path or RESULT
+    if not path.exists():
+        return "Not measured yet."
+    return field_report.ratios_table(json.loads(path.read_text())).replace("benchmarks.widths:", "")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", default=ALIASES["default"])
+    parser.add_argument("--output", type=Path, default=Path("runs/results-widths"))
+    parser.add_argument("--workers", type=int, default=1)
+    args = parser.parse_args()
+    measure(args.checkpoint, args.output, args.workers)
+
+
+if __name__ == "__main__":
+    main()
