@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from learned_optim.kernels import _checks, _cpu, triton_step
+from learned_optim.kernels import _checks, _cpu, _operator, triton_step
 
 
 def step_(
@@ -48,7 +48,8 @@ def step_(
         total_steps: length of the run; ``None`` if it is unknown.
         shapes: of the parameters, if they are flattened.
     """
-    if torch.compiler.is_compiling() or _checks.under_a_mode():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _checks.under_a_mode():
         return False
     m, total = len(params), 0.0 if total_steps is None else total_steps
     if m == 0:
@@ -58,7 +59,9 @@ def step_(
     if len(grads) != m or len(states) != m:
         raise ValueError(f"{m} parameters need as many gradients and states")
     # On devices without a kernel nobody misses one, and nothing is said of it.
-    if params[0].is_cpu:
+    if compiling:
+        kernel = _operator.step_
+    elif params[0].is_cpu:
         kernel = _cpu.step_
     elif params[0].is_cuda:
         kernel = triton_step.step_
