@@ -1,6 +1,9 @@
 """``meta_train``: a user's own modules, batches and rules, resumed to the same bits."""
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+import learned_optim
 from learned_optim import LearnedOptimizer, load_record, load_rule
 from learned_optim.meta import (
     EvaluateConfig,
@@ -413,6 +417,11 @@ def test_other_tasks_for_the_test_figures(tmp_path: Path) -> None:
     tested = meta_train(regression(), folder=tmp_path / "far", test_tasks=far, **SHORT)
     assert tested.rule.fingerprint() == near.rule.fingerprint()
     assert tested.record["test"]["mean"] > 20 * near.record["test"]["mean"]
+    with pytest.raises(ValueError, match=r"\(test\)': there are no batches"):
+        meta_train(
+            regression(), folder=tmp_path / "never", test_tasks=regression(batches=[]), **SHORT
+        )
+    assert not (tmp_path / "never").exists()
 
 
 # ---- recipes and rules
@@ -491,6 +500,38 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[2].startswith("meta_train: untrained: validation ")
     assert f"validation {trained.history[1].validation:.4g}" in lines[4]
     assert lines[-1] == f"meta_train: wrote {trained.path}"
+
+
+RANKS = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_meta_train import SHORT, meta_train, normalized, regression
+trained = meta_train(
+    regression(normalized), folder=sys.argv[1], **{**SHORT, "tasks_per_meta_step": 2}
+)
+print(trained.record["validation"])
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """Dropout masks and batches belong to the task of a meta-step, whichever rank computes it."""
+    (tmp_path / "rank.py").write_text(RANKS)
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    here = str(Path(__file__).parent)
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(tmp_path / "rank.py"), str(tmp_path / "two"), here],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    fields = {**SHORT, "tasks_per_meta_step": 2}
+    one = meta_train(regression(normalized), folder=tmp_path / "one", **fields)
+    two = load_rule(tmp_path / "two")
+    for a, b in zip(two.parameters(), one.rule.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    found = [float(line) for line in launched.stdout.split()]
+    assert found == [pytest.approx(one.record["validation"], rel=1e-5)] * 2
 
 
 # ---- evaluation of one's own tasks

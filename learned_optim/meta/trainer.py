@@ -162,6 +162,8 @@ class MetaTrainer:
         if self.rank == 0:
             self.meet()
         check_family(self.family, recipe.task)
+        if self._test_family not in (None, family):  # now, not after the training
+            check_family(self._test_family, f"{recipe.task} (test)")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
