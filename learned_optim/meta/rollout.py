@@ -78,7 +78,9 @@ class Optimizees:
         self.segments = Segments([tensor.shape for tensor in tensors], dtype=dtype)
         self.state = _pack_states(rule, [rule.init_state(tensor) for tensor in tensors])
         self.step = 0
-        self._buffers: list[Params] = []  # before the present step's forward pass
+        # Of the tasks, before the forward pass of step `_buffered`, and after it.
+        self._buffers = self._updated = [task.buffers() for task in self._tasks]
+        self._buffered = 0
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -121,7 +123,6 @@ class Optimizees:
         pairs = zip(self._tasks, self._generators, strict=True)
         drawn = [task.batch(generator) for task, generator in pairs]
         if not self._stacked:
-            self._buffers = [_cloned(task.buffers()) for task in self._tasks]
             return [tuple(map(self._converted, batch)) for batch in drawn]
         try:
             return [tuple(self._converted(torch.stack(x)) for x in zip(*drawn, strict=True))]
@@ -145,13 +146,17 @@ class Optimizees:
         return torch.vmap(loss)(named, stack)
 
     def _losses_one_by_one(self, packed: Tensor, batches: list[Batch]) -> Tensor:
-        losses = []
+        if self.step > self._buffered:
+            self._buffers, self._buffered = self._updated, self.step
+        losses, updated = [], []
         each = zip(self._tasks, self._generators, self._unpack_each(packed), batches, strict=True)
         for index, (task, generator, params, batch) in enumerate(each):
-            if self._buffers:
-                task.load_buffers(_cloned(self._buffers[index]))
+            # Clones, because forward passes update buffers in place.
+            task.load_buffers({name: b.clone() for name, b in self._buffers[index].items()})
             with global_generator_seeded("forward", generator.initial_seed(), self.step):
                 losses.append(task.loss(params, batch))
+            updated.append(task.buffers())
+        self._updated = updated
         return torch.stack(losses)
 
     def losses_and_grad(
@@ -214,10 +219,6 @@ class Optimizees:
         self.packed = self.packed + rule.mix(directions, torch.cat(gains), self.segments)
         self.step += 1
         return StepRecord(losses, grad, features, directions)
-
-
-def _cloned(buffers: Params) -> Params:
-    return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
 def _pack_states(rule: UpdateRule, states: Sequence[State]) -> State:
