@@ -48,10 +48,5 @@ def test_meta_train_your_own(tmp_path: Path) -> None:
     assert {name for name, _, _ in rows} == {"my-optimizer", "adam", "adamw"}
     assert all(0 < float(summed) < 12 * 3.5 for _, _, summed in rows)
     assert re.search(r"in a training loop of 12 steps: loss \d\.\d{3} over the last ten", output)
-    folder = tmp_path / "runs" / "my-optimizer"
-    assert (folder / "my-optimizer.safetensors").exists()
+    assert (tmp_path / "runs" / "my-optimizer" / "my-optimizer.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    # Again, nothing is left to do but the training loop, with the same outcome.
-    metrics = (folder / "metrics.jsonl").read_text()
-    assert run(tmp_path, *tiny, example="meta_train_your_own.py") == output
-    assert (folder / "metrics.jsonl").read_text() == metrics
