@@ -113,7 +113,7 @@ def main() -> None:
     print("tuning Adam and AdamW, and comparing ...", file=sys.stderr)
 
     config = EvaluateConfig(
-        checkpoints=(str(trained.path),),
+        checkpoints=(str(trained.path), "general-2-fast"),  # and one that ships, of the same rule
         tasks=("network",),
         baselines=("adam", "adamw"),
         horizons=(args.steps,),

@@ -70,7 +70,7 @@ class TaskFamily(ABC):
     """
 
     stackable: bool = True
-    #: What an error says of a family that is not stackable.
+    #: Why not, of a family that is not stackable.
     alone_because: str = "its tasks differ in structure"
 
     @abstractmethod
