@@ -159,6 +159,14 @@ def test_any_loss_of_module_and_batch() -> None:
     torch.testing.assert_close(losses[0], losses[1] + 1)
 
 
+def test_a_network_in_double_precision_trains_in_single(tmp_path: Path) -> None:
+    task = regression(lambda: network().double())
+    trained = meta_train(task, folder=tmp_path, **SHORT)
+    single = meta_train(regression(), folder=tmp_path / "single", **SHORT)
+    # The same seeds draw the same weights, up to rounding.
+    assert trained.record["validation"] == pytest.approx(single.record["validation"], rel=1e-3)
+
+
 def test_a_recurrent_network_with_tied_weights_trains(tmp_path: Path) -> None:
     class Language(nn.Module):
         def __init__(self) -> None:

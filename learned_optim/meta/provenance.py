@@ -67,8 +67,10 @@ def conditions_of_given(name: str, family: TaskFamily) -> dict[str, str]:
 def _computed(family: TaskFamily, index: int) -> str:
     generator = seeded("identity", index)
     task: Task = family.sample(generator).separate()
-    params = {name: p.detach().requires_grad_() for name, p in task.init(generator).items()}
-    batch = task.batch(generator)
+    initial = task.init(generator)  # whatever their dtype, optimizees are trained in float32
+    params = {name: p.detach().float().requires_grad_() for name, p in initial.items()}
+    drawn = task.batch(generator)
+    batch = tuple(part.float() if part.is_floating_point() else part for part in drawn)
     with torch.enable_grad(), global_generator_seeded("identity", index, "forward"):
         loss = task.loss(params, batch)
     grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
