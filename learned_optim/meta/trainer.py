@@ -102,7 +102,7 @@ def summed_losses(
     for low in range(0, len(seeds), together):
         generators = [seeded(*parts) for parts in seeds[low : low + together]]
         tasks = [family.sample(generator) for generator in generators]
-        optimizees = Optimizees(rule, tasks, generators)
+        optimizees = Optimizees(rule, tasks, generators, stacked=family.stackable)
         with global_generator_seeded(*seeds[low], "forward"):
             sums.append(torch.stack([optimizees.advance(rule) for _ in range(horizon)]).sum(0))
         if on_runs is not None:
@@ -125,6 +125,9 @@ class MetaTrainer:
         folder: the run folder, created if needed.
         data: where image sets are looked for.
         tensorboard: also write the metrics as TensorBoard events into the folder.
+        family: the tasks, if ``recipe.task`` is no registered name: see
+            :func:`~learned_optim.meta.meta_train`.
+        test_family: those for the figures in the checkpoint; ``family`` if not given.
 
     Raises:
         ValueError: the task cannot be meta-trained on (:func:`check_family`); the folder belongs to
@@ -138,6 +141,9 @@ class MetaTrainer:
         folder: Path,
         data: DataOptions | None = None,
         tensorboard: bool = False,
+        *,
+        family: TaskFamily | None = None,
+        test_family: TaskFamily | None = None,
     ) -> None:
         self.recipe, self.folder, self.tensorboard = recipe, Path(folder), tensorboard
         self.data = data or DataOptions()
@@ -150,16 +156,14 @@ class MetaTrainer:
                 f"{self.world} ranks: make it a multiple"
             )
         if self.rank > 0:
-            self._meet()  # rank 0 downloads what is missing, alone
-        self.family = build_tasks(recipe.task, TaskOptions("meta", self.data))
+            self.meet()  # rank 0 downloads what is missing, alone
+        self._given, self._test_family = family, test_family or family
+        self.family = family or build_tasks(recipe.task, TaskOptions("meta", self.data))
         if self.rank == 0:
-            self._meet()
+            self.meet()
         check_family(self.family, recipe.task)
-        if recipe.tasks_per_meta_step > self.world and not self.family.stackable:
-            raise ValueError(
-                f"tasks of {recipe.task!r} cannot share a meta-step on one rank: "
-                f"{self.family.alone_because}. Set tasks_per_meta_step={self.world}"
-            )
+        if self._test_family not in (None, family):  # now, not after the training
+            check_family(self._test_family, f"{recipe.task} (test)")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
@@ -193,7 +197,7 @@ class MetaTrainer:
         """The epoch with the smallest validation."""
         return min(self.history, key=lambda m: m.validation, default=None)
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
             dist.all_reduce(torch.zeros(1))
@@ -202,8 +206,12 @@ class MetaTrainer:
 
     def _open_folder(self) -> None:
         recipe = self.recipe
-        modules = source_modules(type(self.rule), type(recipe.rule))
-        conditions = provenance.conditions([recipe.task], self.data, modules)
+        classes = (type(self.rule), type(recipe.rule))
+        named = [recipe.task] if self._given is None else []
+        conditions = provenance.conditions(named, self.data, source_modules(*classes))
+        conditions |= provenance.conditions_of_main(*classes)
+        if self._given is not None:
+            conditions |= provenance.conditions_of_given(recipe.task, self._given)
         if self._start is not None:
             conditions["weights of start"] = self._start
         conditions = self.files.check(recipe, conditions)
@@ -287,7 +295,9 @@ class MetaTrainer:
             for name, weight in rule.state_dict().items():
                 weight.lerp_(self._first[name], self.recipe.start_share)
             record["validation"] = self.validate(rule, report)
-        family = build_tasks(self.recipe.task, TaskOptions("evaluation", self.data))
+        family = self._test_family
+        if family is None:
+            family = build_tasks(self.recipe.task, TaskOptions("evaluation", self.data))
         seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
         sums = self._summed(rule, family, list(seeds), "test", report)
         logs = sums.log()
@@ -300,12 +310,18 @@ class MetaTrainer:
         record |= {
             "epochs_run": self.epoch,
             "meta_steps": self.meta_steps,
-            "data": f"task family {self.recipe.task!r}, meta-training split alone",
+            "data": self._data_read(),
             "torch": torch.__version__.split("+")[0],
         }
         path = output or self.files.finished
         save_rule(rule, path, record)
         return path
+
+    def _data_read(self) -> str | dict[str, str]:
+        """What the meta-training has read, for the checkpoint's header."""
+        if self._given is None:
+            return f"task family {self.recipe.task!r}, meta-training split alone"
+        return provenance.conditions_of_given(self.recipe.task, self._given)
 
     def _best_rule(self) -> tuple[UpdateRule, dict[str, Any]]:
         try:
@@ -408,7 +424,7 @@ class MetaTrainer:
         share = range(self.rank, recipe.tasks_per_meta_step, self.world)
         generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
         tasks = [self.family.sample(generator) for generator in generators]
-        optimizees = Optimizees(self.rule, tasks, generators)
+        optimizees = Optimizees(self.rule, tasks, generators, stacked=self.family.stackable)
         sampler = seeded(recipe.seed, "coordinates", epoch, run, self.rank)
         estimate = ESTIMATORS[recipe.estimator]
         plan = self._plan(seeded(recipe.seed, "plan", epoch, run))
