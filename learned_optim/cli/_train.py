@@ -165,9 +165,11 @@ def _figures(trainer: MetaTrainer, path: Path) -> str:
         tested = f"{_number(test['geometric_mean'])} (geometric means)"
     else:
         tested = f"{_number(test['mean'])} ± {_number(test['std'])}"
+    of = f" of {recipe.test_task}" if recipe.test_task else ""
     return (
         f"loss summed over {steps} steps: validation {_number(record['validation'])} (best epoch "
-        f"{record['epoch']} of {record['epochs_run']}), test on {test['runs']} fresh runs {tested}"
+        f"{record['epoch']} of {record['epochs_run']}), test on {test['runs']} fresh runs{of} "
+        f"{tested}"
     )
 
 

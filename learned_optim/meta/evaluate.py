@@ -22,10 +22,10 @@ from learned_optim.checkpoint import write_text
 from learned_optim.meta import provenance, runs
 from learned_optim.meta.baselines import LR_GRID, baseline
 from learned_optim.meta.data import DataOptions
+from learned_optim.meta.leaks import check_blind
 from learned_optim.meta.results import Result, best_baseline
 from learned_optim.meta.runs import OptimizerSpec, Progress, RunLog, Runner, RunSpec
 from learned_optim.meta.statistics import LAST_STEPS
-from learned_optim.meta.tasks import TaskOptions, build_tasks
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Evaluation:
 
     Raises:
         ValueError: an unknown checkpoint, task or baseline (the message lists those that exist),
-            or the runs in ``output`` were made under another torch, text or source of tasks.
+            a task whose images meta-trained a checkpoint, or the runs in ``output`` were made
+            under another torch, text or source of tasks.
         FileNotFoundError: a checkpoint file or a task's data is not there.
     """
 
@@ -88,8 +89,8 @@ class Evaluation:
         self.config = config
         self._progress = progress or (lambda done, total, what: None)
         self.optimizers = runs.optimizer_specs(config.checkpoints, config.baselines)
-        for name in config.tasks:  # an unknown task or missing data fails here, not hours later
-            build_tasks(name, TaskOptions("evaluation", config.data))
+        # An unknown task, missing data or a leak fails here, not hours later.
+        check_blind(config.checkpoints, config.tasks, config.data)
         self._conditions = provenance.check(
             config.output, provenance.conditions(config.tasks, config.data)
         )

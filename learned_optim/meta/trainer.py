@@ -152,6 +152,8 @@ class MetaTrainer:
         if self.rank > 0:
             self._meet()  # rank 0 downloads what is missing, alone
         self.family = build_tasks(recipe.task, TaskOptions("meta", self.data))
+        if recipe.test_task is not None:  # missing data fails now, not after the training
+            build_tasks(recipe.test_task, TaskOptions("evaluation", self.data))
         if self.rank == 0:
             self._meet()
         check_family(self.family, recipe.task)
@@ -189,6 +191,10 @@ class MetaTrainer:
         self._start = start.fingerprint()
 
     @property
+    def _test_task(self) -> str:
+        return self.recipe.test_task or self.recipe.task
+
+    @property
     def best(self) -> EpochMetrics | None:
         """The epoch with the smallest validation."""
         return min(self.history, key=lambda m: m.validation, default=None)
@@ -203,7 +209,8 @@ class MetaTrainer:
     def _open_folder(self) -> None:
         recipe = self.recipe
         modules = source_modules(type(self.rule), type(recipe.rule))
-        conditions = provenance.conditions([recipe.task], self.data, modules)
+        tasks = list(dict.fromkeys((recipe.task, self._test_task)))
+        conditions = provenance.conditions(tasks, self.data, modules)
         if self._start is not None:
             conditions["weights of start"] = self._start
         conditions = self.files.check(recipe, conditions)
@@ -287,7 +294,7 @@ class MetaTrainer:
             for name, weight in rule.state_dict().items():
                 weight.lerp_(self._first[name], self.recipe.start_share)
             record["validation"] = self.validate(rule, report)
-        family = build_tasks(self.recipe.task, TaskOptions("evaluation", self.data))
+        family = build_tasks(self._test_task, TaskOptions("evaluation", self.data))
         seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
         sums = self._summed(rule, family, list(seeds), "test", report)
         logs = sums.log()
@@ -296,11 +303,13 @@ class MetaTrainer:
             "std": sums.std().item(),
             "geometric_mean": logs.mean().exp().item(),
             "runs": len(sums),
+            "task": self._test_task,
         }
         record |= {
             "epochs_run": self.epoch,
             "meta_steps": self.meta_steps,
             "data": f"task family {self.recipe.task!r}, meta-training split alone",
+            "data_sets": list(self.family.data_sets),
             "torch": torch.__version__.split("+")[0],
         }
         path = output or self.files.finished

@@ -90,6 +90,8 @@ class Recipe:
     """Fresh optimizee runs of the evaluation split for the figures in the checkpoint."""
     patience: int | None = None
     """Stop after this many epochs without a better validation."""
+    test_task: str | None = None
+    """Task family of the test runs, if another than ``task``: what is learned carries over to."""
     seed: int = 0
     """Seed of everything random in the run."""
 
@@ -142,7 +144,7 @@ GROUPS = {
     "meta-gradients": ("estimator", "coordinates", "sampling", "clip_norm", "relative_loss"),
     "meta-optimizer": ("meta_lr", "meta_lr_final", "average"),
     "validation and test": (
-        "validation_runs", "validation_horizon", "validation_mean", "test_runs",
+        "validation_runs", "validation_horizon", "validation_mean", "test_runs", "test_task",
     ),
     "randomness": ("seed",),
 }  # fmt: skip

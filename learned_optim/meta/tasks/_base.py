@@ -54,6 +54,10 @@ class TaskFamily(ABC):
     stackable: bool = True
     #: What an error says of a family that is not stackable.
     alone_because: str = "its tasks differ in structure"
+    #: Image sets that its tasks read, for the record of a checkpoint that was trained on them.
+    data_sets: tuple[str, ...] = ()
+    #: Whether evaluation keeps to the half of these images that never meta-trains.
+    halved: bool = True
 
     @abstractmethod
     def sample(self, generator: Generator) -> Task:
