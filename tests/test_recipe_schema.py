@@ -1,5 +1,6 @@
 """The published schema of recipes agrees with what reads them."""
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +17,13 @@ EVOLUTION: dict[str, Any] = {
 }  # fmt: skip
 
 
+@functools.cache
+def validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(recipe_schema())
+
+
 def valid(data: Mapping[str, Any]) -> bool:
-    return jsonschema.Draft202012Validator(recipe_schema()).is_valid(data)
+    return validator().is_valid(data)
 
 
 def test_the_schema_is_one() -> None:
@@ -54,6 +60,12 @@ def test_shipped_recipes_are_valid(name: str) -> None:
         {"relative_loss": 1},
         {"epochs": 0},
         {"sigma": 0.1},
+        {"horizons": 50},
+        {"horizons": "50"},
+        {"horizons": {"kind": "growing", "first": 1, "last": 9, "epochs": 2}},
+        {"horizons": {"kind": "growing", "first": 1, "last": 9}},
+        {"truncations": {"low": 1, "high": 9}},
+        {"truncations": {"kind": "log-uniform", "low": 1, "high": 9, "middle": 4}},
     ],
     ids=str,
 )

@@ -81,7 +81,7 @@ def _object(cls: type, at_least: Mapping[str, int], partial: bool = False) -> di
         schema = _value(hints[field.name], at_least.get(field.name))
         if field.name in docs:
             schema["description"] = docs[field.name]
-        if field.default is dataclasses.MISSING:
+        if field.default is dataclasses.MISSING or field.name == "kind":
             required += [] if partial else [field.name]
         elif field.default is None or isinstance(field.default, (bool, int, float, str)):
             schema["default"] = field.default
