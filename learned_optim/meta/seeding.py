@@ -10,7 +10,7 @@ from torch import Generator
 
 def seeded(*parts: object) -> Generator:
     """A CPU generator seeded by a hash of ``parts``: the same in every process and version."""
-    return Generator().manual_seed(_seed(parts))
+    return Generator().manual_seed(seed_of(*parts))
 
 
 @contextmanager
@@ -20,10 +20,11 @@ def global_generator_seeded(*parts: object) -> Iterator[None]:
     Dropout and the like draw from the global generator; everything else has one of its own.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(parts))
+        torch.manual_seed(seed_of(*parts))
         yield
 
 
-def _seed(parts: tuple[object, ...]) -> int:
+def seed_of(*parts: object) -> int:
+    """The seed below 2**56 that ``parts`` hash to."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
