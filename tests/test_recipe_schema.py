@@ -2,14 +2,16 @@
 
 import functools
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
 from learned_optim.cli import main
-from learned_optim.meta.recipes import recipe_from_json, recipe_schema, recipes
+from learned_optim.meta.recipes import load_recipe, recipe_from_json, recipe_schema, recipes
 
 TOML_LIKE: dict[str, Any] = {"task": "digits", "rule": "steered", "epochs": 2, "meta_lr": 0.01}
 EVOLUTION: dict[str, Any] = {
@@ -96,3 +98,23 @@ def test_required_fields(missing: str) -> None:
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out) == recipe_schema()
+
+
+PAGES = Path(__file__).parent.parent / "docs"
+TOML = re.compile(r'^```toml title="my-recipe.toml"\n(.*?)^```', re.MULTILINE | re.DOTALL)
+DOCUMENTED = [
+    (page.name, block)
+    for page in (PAGES / "recipes.md", PAGES / "meta-training.md")
+    for block in TOML.findall(page.read_text())
+]
+
+
+@pytest.mark.parametrize(("page", "text"), DOCUMENTED, ids=lambda value: value[:20])
+def test_recipes_in_the_documentation(page: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "my-recipe.toml").write_text(text)
+    recipe = load_recipe(str(tmp_path / "my-recipe.toml"))
+    assert valid(json.loads(json.dumps(recipe.to_json())))
+
+
+def test_the_documentation_has_them() -> None:
+    assert {page for page, _ in DOCUMENTED} == {"recipes.md", "meta-training.md"}
