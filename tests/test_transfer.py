@@ -13,7 +13,7 @@ from learned_optim.meta.data import Images, halves
 from learned_optim.meta.leaks import check_blind
 from learned_optim.meta.recipes import recipe_from_json
 from learned_optim.meta.seeding import seeded
-from learned_optim.meta.tasks import images, transfer
+from learned_optim.meta.tasks import images, residual, transfer
 from learned_optim.rules.classical import SGDRule
 
 NAMES = ("mnist", "fashion", "emnist-letters", "cifar10")
@@ -29,7 +29,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Images]:
             torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2 + index, 2)
         )
         found[name] = Images(pixels, torch.arange(count) % 10, 10)
-    monkeypatch.setattr(images, "load_images", lambda name, train, options: found[name])
+    for module in (images, residual):
+        monkeypatch.setattr(module, "load_images", lambda name, train, options: found[name])
     return found
 
 
@@ -110,6 +111,8 @@ def test_evaluation_on_images_trained_on_is_refused(
     check_blind(["general-3"], ["fashion"], DataOptions())
     with pytest.raises(ValueError, match=r"half of the cifar10 images.*'cifar10-half'"):
         check_blind([path], ["mnist", "cifar10"], DataOptions())
+    with pytest.raises(ValueError, match="the task 'fashion-resnet' draws on all of them"):
+        check_blind([path], ["fashion-resnet"], DataOptions())
     folder = str(tmp_path / "out")
     assert main(["evaluate", "--checkpoints", path, "--tasks", "fashion", "--output", folder]) == 1
     assert "evaluate on 'fashion-half'" in capsys.readouterr().err

@@ -71,16 +71,6 @@ def configure(
 
 
 def _add_arguments(parser: Parser, config: Any, source: str, everything: bool) -> None:
-    from learned_optim.meta.recipes import (
-        COMMON,
-        EVOLUTION_COMMON,
-        EVOLUTION_GROUPS,
-        GROUPS,
-        EvolutionRecipe,
-    )
-
-    recipe, known = config.recipe, bool(source)
-    evolves = isinstance(recipe, EvolutionRecipe)
     parser.add_argument(
         "source",
         metavar="RECIPE",
@@ -89,27 +79,39 @@ def _add_arguments(parser: Parser, config: Any, source: str, everything: bool) -
     )
     parser.add_argument("--help-all", action="help", help="every option, by group")
     add_fields(parser, config, [f.name for f in fields(config) if f.name not in ("recipe", "data")])
+    shown = None if everything else ()
+    _add_recipe(parser, config.recipe, bool(source), everything)
+    if source:
+        group = parser.add_argument_group("the update rule")
+        add_fields(group, config.recipe.rule, path="recipe.rule.", shown=shown)
+    group = parser.add_argument_group("data")
+    add_fields(group, config.data, path="data.", shown=shown)
+
+
+def _add_recipe(parser: Parser, recipe: AnyRecipe, known: bool, everything: bool) -> None:
+    """Options of a recipe's fields: the most common ones in one group, or all in several."""
+    from learned_optim.meta.recipes import (
+        COMMON,
+        EVOLUTION_COMMON,
+        EVOLUTION_GROUPS,
+        GROUPS,
+        EvolutionRecipe,
+    )
+
+    evolves = isinstance(recipe, EvolutionRecipe)
     common = EVOLUTION_COMMON if evolves else COMMON
-    groups: Mapping[str, Sequence[str]]
-    if not everything:
-        groups = {"the recipe": common}
-        rest = [f.name for f in fields(recipe) if f.name not in (*common, "rule")]
-        add_fields(parser, recipe, rest, path="recipe.", shown=())
+    groups: Mapping[str, Sequence[str]] = EVOLUTION_GROUPS if evolves else GROUPS
+    if everything:
+        groups = {"what is trained": (), **groups}
     else:
-        groups = EVOLUTION_GROUPS if evolves else GROUPS
+        groups = {"the recipe": common}
+        hidden = [f.name for f in fields(recipe) if f.name not in (*common, "rule")]
+        add_fields(parser, recipe, hidden, path="recipe.", shown=())
     for title, names in groups.items():
         group = parser.add_argument_group(title)
         add_fields(group, recipe, names, path="recipe.", values=known)
         if title in ("the recipe", "what is trained"):
             _add_rule(group)
-    if everything and evolves:
-        _add_rule(parser.add_argument_group("what is trained"))
-    if known:
-        shown = None if everything else ()
-        group = parser.add_argument_group("the update rule")
-        add_fields(group, recipe.rule, path="recipe.rule.", shown=shown)
-    group = parser.add_argument_group("data")
-    add_fields(group, config.data, path="data.", shown=None if everything else ())
 
 
 def _add_rule(group: Any) -> None:

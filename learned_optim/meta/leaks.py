@@ -24,6 +24,6 @@ def check_blind(checkpoints: Sequence[str], tasks: Sequence[str], data: DataOpti
             if shared and not family.halved:
                 raise ValueError(
                     f"{checkpoint!r} was meta-trained on half of the {', '.join(shared)} images, "
-                    f"and the task {name!r} draws on all of them: evaluate on "
-                    f"'{shared[0]}-half', whose images it has not seen"
+                    f"and the task {name!r} draws on all of them: leave it out, or "
+                    f"evaluate on '{shared[0]}-half', whose images it has not seen"
                 )

@@ -247,17 +247,20 @@ def obstacle_to_stacking(task: Task) -> str | None:
 Builder = Callable[[TaskOptions], TaskFamily]
 
 
-def evaluation_family(name: str, make: Callable[[DataOptions], Task]) -> Builder:
+def evaluation_family(name: str, make: Callable[[DataOptions], Task], *data_sets: str) -> Builder:
     """An entry of ``FAMILIES`` for one task that never meta-trains.
 
     Args:
         name: its registered name.
         make: builds the task; called once per :func:`build_tasks`.
+        *data_sets: image sets of which it reads all training images.
     """
 
     def build(options: TaskOptions) -> TaskFamily:
         evaluation_only(name, options)
-        return FixedTask(make(options.data), stackable=False)
+        family = FixedTask(make(options.data), stackable=False)
+        family.data_sets, family.halved = data_sets, not data_sets
+        return family
 
     return build
 
