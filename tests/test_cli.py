@@ -191,7 +191,9 @@ def test_nearest_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         with pytest.raises(SystemExit):
             main(command)
-        assert f"Did you mean '{near}'?" in said(capsys)
+        message = said(capsys)
+        assert f"Did you mean '{near}'?" in message
+        assert f"\nlearned-optim {command[0]}: error: unrecognized arguments: " in message
     assert main(["tarin"]) == 2
     assert "\nDid you mean 'train'?\n" in said(capsys)
 

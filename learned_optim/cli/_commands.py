@@ -66,7 +66,9 @@ def build_parser(args: Sequence[str] | None) -> Parser:
         metavar="SHELL",
         help="print a script that completes commands, options and names in bash, zsh and others",
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", prog="learned-optim"
+    )
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help)
         sub.set_defaults(parser=sub, run=command.run)

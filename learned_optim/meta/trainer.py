@@ -435,7 +435,7 @@ class MetaTrainer:
                 continue
             weights = loss_weights(recipe, optimizees.step, plan.length)
             options = EstimatorOptions(
-                recipe.coordinates, sampler, recipe.sampling, weights, teacher
+                recipe.coordinates, sampler, recipe.sampling, weights=weights, imitation=teacher
             )
             meta = estimate(self.rule, optimizees, steps, options)
             packed = torch.cat(
