@@ -159,10 +159,10 @@ def test_what_is_imitated_is_adam() -> None:
     rule = random_rule("lstm", torch.float64)
     _, optimizees = estimate(rule, "replay", 1)
     segments = type(optimizees.segments)([param.shape], dtype=torch.float64)
-    for step in range(4):
+    for _ in range(4):
         before = param.detach().clone()
         param.grad = torch.randn(7, dtype=torch.float64)
-        target = teacher.target(param.grad, before, segments, step)
+        target = teacher.target(param.grad, before, segments)
         adam.step()
         torch.testing.assert_close(target, param.detach() - before, rtol=1e-9, atol=1e-12)
 
@@ -219,10 +219,10 @@ def test_a_rule_learns_to_imitate(tmp_path: Path) -> None:
         tasks = [trainer.family.sample(generator) for generator in generators]
         optimizees, teacher = Optimizees(trainer.rule, tasks, generators), Imitation(1.0, 0.02)
         total = 0.0
-        for step in range(8):
+        for _ in range(8):
             before = optimizees.packed.clone()
             record = optimizees.advance_recorded(trainer.rule)
-            target = teacher.target(record.grad, before, optimizees.segments, step)
+            target = teacher.target(record.grad, before, optimizees.segments)
             total += teacher.distance(optimizees.packed - before, target).item()
         return total
 

@@ -95,6 +95,7 @@ def test_record_says_what_was_trained_on_and_tested_on(
     trainer.train()
     record = load_record(trainer.finish())
     assert record["data_sets"] == ["fashion"]
+    assert load_record(tmp_path / "run" / "best.safetensors")["data_sets"] == ["fashion"]
     assert record["test"]["task"] == "mnist"
     family = build_tasks("mnist")
     seeds = [(recipe.seed, "test", i) for i in range(2)]

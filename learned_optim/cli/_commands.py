@@ -15,6 +15,8 @@ EXAMPLES = """examples:
   learned-optim train quick                     meta-train in two minutes
   learned-optim show runs/quick                 look at what came of it
   learned-optim evaluate --checkpoints runs/quick --tasks digits
+
+COMMAND --help shows its most common options, COMMAND --help-all every option, by group.
 """
 
 

@@ -90,7 +90,7 @@ def _backpropagate(
             losses.append(loss)
             update, state = optimizees.forward(rule, grad, seen, loss)
             if options.imitation is not None:
-                target = _imitated(options.imitation, optimizees, grad)
+                target = options.imitation.target(grad, packed, optimizees.segments)
                 distances.append(options.imitation.distance(update, target))
             optimizees.packed = packed + update
             optimizees.state = {**optimizees.state, **state}
@@ -105,11 +105,6 @@ def _backpropagate(
     optimizees.packed = optimizees.packed.detach()
     optimizees.state = {key: value.detach() for key, value in optimizees.state.items()}
     return MetaGradient(stacked.detach(), _zeros_for_none(meta, weights))
-
-
-def _imitated(imitation: Imitation, optimizees: Optimizees, grad: Tensor) -> Tensor:
-    """The update to imitate in the step at hand."""
-    return imitation.target(grad, optimizees.packed, optimizees.segments, optimizees.step)
 
 
 def _zeros_for_none(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -211,7 +206,7 @@ def _imitation_slope(
     imitation: Imitation, optimizees: Optimizees, before: Tensor, step: StepRecord
 ) -> Tensor:
     """The imitation loss's gradient in a step's update, ``(n,)``, for the sum over optimizees."""
-    target = imitation.target(step.grad, before, optimizees.segments, optimizees.step - 1)
+    target = imitation.target(step.grad, before, optimizees.segments)
     return len(optimizees) * imitation.slope(optimizees.packed - before, target)
 
 

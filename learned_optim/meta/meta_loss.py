@@ -68,24 +68,26 @@ class Imitation:
         weight: of the distance beside the loss.
         lr: Adam's learning rate.
         state: Adam's, from one unroll of a run to the next.
+        steps: how many gradients Adam has seen: those of unrolls that end in a meta-step.
     """
 
     weight: float
     lr: float
     state: State = field(default_factory=dict)
+    steps: int = 0
 
-    def target(self, grad: Tensor, packed: Tensor, segments: Segments, step: int) -> Tensor:
-        """Adam's update, and its moments after it; tensors are ``(n,)``."""
+    def target(self, grad: Tensor, packed: Tensor, segments: Segments) -> Tensor:
+        """Adam's update at the next gradient; tensors are ``(n,)``."""
         rule = AdamRule(AdamConfig(lr=self.lr)).to(packed.dtype)
         if not self.state:
             self.state = {
                 key: value.new_zeros(len(packed), value.shape[-1])
                 for key, value in rule.init_state(packed).items()
             }
-        context = StepContext(torch.full((len(segments),), float(step), dtype=packed.dtype))
+        context = StepContext(torch.full((len(segments),), float(self.steps), dtype=packed.dtype))
         with torch.no_grad():
             update, new = rule(grad.detach(), self.state, packed.detach(), segments, context)
-        self.state = {**self.state, **new}
+        self.state, self.steps = {**self.state, **new}, self.steps + 1
         return update
 
     def distance(self, update: Tensor, target: Tensor) -> Tensor:

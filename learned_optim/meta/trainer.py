@@ -312,7 +312,6 @@ class MetaTrainer:
             "epochs_run": self.epoch,
             "meta_steps": self.meta_steps,
             "data": f"task family {self.recipe.task!r}, meta-training split alone",
-            "data_sets": list(self.family.data_sets),
             "torch": torch.__version__.split("+")[0],
         }
         path = output or self.files.finished
@@ -336,6 +335,7 @@ class MetaTrainer:
             "epoch": best.epoch if best else 0,
             "validation": best.validation if best else None,
             "dropped_unrolls": sum(m.dropped for m in self.history),
+            "data_sets": list(self.family.data_sets),
             **({"start": self._start} if self._start else {}),
         }
 
