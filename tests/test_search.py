@@ -294,3 +294,13 @@ def test_diverging_rates_are_results_unless_all_diverge(
     monkeypatch.setattr(MetaTrainer, "train", diverging(0.0))
     with pytest.raises(TrainingError, match=r"every trial diverged .*--low and --high"):
         search(replace(config, folder=tmp_path / "another"))
+
+
+def test_one_search_in_a_folder(tmp_path: Path) -> None:
+    config = SearchConfig(TINY, tmp_path, trials=1, trial_epochs=1)
+
+    def meanwhile(done: int) -> None:
+        with pytest.raises(ValueError, match=f"another process searches in {tmp_path}"):
+            search(config)
+
+    search(config, on_run=meanwhile)

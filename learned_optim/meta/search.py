@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "search.journal"
+LOCK = "search.lock"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def search(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(config.folder / ".lock", timeout=0)
+    lock = FileLock(config.folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
@@ -145,13 +146,14 @@ def search(
             f"folder. One search takes several processes with --workers"
         ) from error
     try:
-        done = _finished(_study(config, 0))
+        study = _study(config, 0)
+        done = _finished(study)
         for trial in done:
             _tell(on_trial, trial)
-        _retry_interrupted(_study(config, 0))
+        _retry_interrupted(study)
         for trial in _do(config, len(done), on_run):
             _tell(on_trial, trial)
-        done = _finished(_study(config, 0))
+        done = _finished(study)
     finally:
         lock.release()
     if all(math.isinf(trial.validation) for trial in done):
@@ -211,7 +213,8 @@ def _study(config: SearchConfig, index: int) -> optuna.Study:
     if config.sampler == "random":
         sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed)
     else:
-        sampler = optuna.samplers.TPESampler(seed=seed)
+        # Trials that run at the same time count as bad ones, lest all be drawn from one place.
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=config.workers > 1)
     pruner = optuna.pruners.MedianPruner() if config.prune else optuna.pruners.NopPruner()
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(config.folder / JOURNAL))),
