@@ -322,6 +322,8 @@ def _training(record: dict[str, Any]) -> str:
         return "The checkpoint holds no record of its training."
     tasks = ", ".join(f"`{task}`" for task in _tasks(recipe)) or "not recorded"
     rows = [f"- Tasks: {tasks}"]
+    if record.get("data_sets"):
+        rows.append(f"- Image sets: {', '.join(map(str, record['data_sets']))}")
     known = {
         "horizon": "Horizon (inner steps of one run)",
         "truncation": "Inner steps per meta-gradient",
@@ -368,6 +370,8 @@ def _results(record: dict[str, Any], evaluation: dict[str, Any] | None, curves: 
     test = record.get("test")
     if isinstance(test, dict):
         runs = f"test, {test.get('runs', '?')} fresh runs"
+        if test.get("task", recipe.get("task")) != recipe.get("task"):
+            runs += f" of {test['task']}"
         if _is_number(test, "mean"):
             spread = f"{test['std']:.4g}" if _is_number(test, "std") else ""
             figures.append((runs, "arithmetic", f"{test['mean']:.4g}", spread))

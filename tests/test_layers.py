@@ -11,7 +11,7 @@ PACKAGE = Path(learned_optim.__file__).parent
 
 #: From the lowest layer up (docs/design.md); a module may import its own layer and those before it.
 LAYERS = (
-    ("_bytes", "_discovery", "_fields", "_options", "_shapes", "guard", "preprocessing"),
+    ("_bytes", "_discovery", "_fields", "_shapes", "guard", "preprocessing"),
     ("kernels",),
     ("rules",),
     ("checkpoint", "summary"),

@@ -170,7 +170,7 @@ class OnlyCore:
         return self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = map(OnlyCore, sys.meta_path)
-for missing in ("numpy", "scipy", "tyro", "torchvision", "matplotlib"):
+for missing in ("numpy", "scipy", "torchvision", "matplotlib"):
     try:
         __import__(missing)
     except ModuleNotFoundError:

@@ -3,7 +3,8 @@
 All estimators share one signature, ``estimator(rule, optimizees, steps, options) ->
 MetaGradient``, and leave ``optimizees`` where the unroll ended, detached. The meta-loss of an
 unroll is the sum over its steps of the loss at the parameters *before* each update (thesis eq.
-3.4 with w_t = 1), averaged over the optimizees.
+3.4 with w_t = 1), averaged over the optimizees; options may weigh the losses otherwise, and add an
+imitation loss.
 
 ``autograd``   truncated backpropagation through time with d grad / d phi = 0: the thesis's.
 ``replay``     the same gradients from a rollout without a graph: see :func:`replay`.
@@ -19,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from learned_optim.meta.rollout import Optimizees
+from learned_optim.meta.meta_loss import Imitation, LossWeights
+from learned_optim.meta.rollout import Optimizees, StepRecord
 from learned_optim.rules import State, UpdateRule
 
 Sampling = Literal["uniform", "stratified"]
@@ -39,11 +41,15 @@ class EstimatorOptions:
         sampling: ``"uniform"`` over all coordinates, or ``"stratified"``: as many of every tensor,
             and all of those that have fewer. A small tensor, an output layer say, can carry most
             of the meta-gradient, and a uniform sample of a large network hardly meets it.
+        weights: of the losses in the meta-loss; ``None``: their plain sum.
+        imitation: an auxiliary meta-loss; ``None``: none.
     """
 
     coordinates: int | None = None
     generator: Generator | None = None
     sampling: Sampling = "uniform"
+    weights: LossWeights | None = None
+    imitation: Imitation | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,13 @@ Estimator = Callable[[UpdateRule, Optimizees, int, EstimatorOptions], MetaGradie
 
 
 def _backpropagate(
-    rule: UpdateRule, optimizees: Optimizees, steps: int, first_order: bool
+    rule: UpdateRule,
+    optimizees: Optimizees,
+    steps: int,
+    options: EstimatorOptions,
+    first_order: bool,
 ) -> MetaGradient:
-    losses = []
+    losses, distances = [], []
     with torch.enable_grad():
         for _ in range(steps):
             batch, packed = optimizees.next_batch(), optimizees.packed
@@ -79,12 +89,19 @@ def _backpropagate(
                 seen = packed
             losses.append(loss)
             update, state = optimizees.forward(rule, grad, seen, loss)
+            if options.imitation is not None:
+                target = options.imitation.target(grad, packed, optimizees.segments)
+                distances.append(options.imitation.distance(update, target))
             optimizees.packed = packed + update
             optimizees.state = {**optimizees.state, **state}
             optimizees.step += 1
         stacked = torch.stack(losses)  # (steps, B)
         weights = list(rule.parameters())
-        meta = torch.autograd.grad(stacked.sum(0).mean(), weights, allow_unused=True)
+        weighed = stacked
+        if options.weights is not None:
+            weighed = stacked * options.weights(stacked.detach())
+        meta_loss = weighed.sum(0).mean() + sum(distances)
+        meta = torch.autograd.grad(meta_loss, weights, allow_unused=True)
     optimizees.packed = optimizees.packed.detach()
     optimizees.state = {key: value.detach() for key, value in optimizees.state.items()}
     return MetaGradient(stacked.detach(), _zeros_for_none(meta, weights))
@@ -99,14 +116,14 @@ def autograd(
     rule: UpdateRule, optimizees: Optimizees, steps: int, options: EstimatorOptions
 ) -> MetaGradient:
     """Truncated backpropagation through the unroll with d grad / d phi = 0 (thesis section 3.2)."""
-    return _backpropagate(rule, optimizees, steps, first_order=True)
+    return _backpropagate(rule, optimizees, steps, options, first_order=True)
 
 
 def full(
     rule: UpdateRule, optimizees: Optimizees, steps: int, options: EstimatorOptions
 ) -> MetaGradient:
     """Backpropagation through the unroll with second derivatives: nothing is dropped."""
-    return _backpropagate(rule, optimizees, steps, first_order=False)
+    return _backpropagate(rule, optimizees, steps, options, first_order=False)
 
 
 def replay(
@@ -141,23 +158,56 @@ def replay(
     else:
         rows, scale = _sample_coordinates(segments.sizes, options)
     start = {key: optimizees.state[key][rows] for key in rule.network_state}
-    record = [optimizees.advance_recorded(rule) for _ in range(steps)]
+    record, imitation = [], []
+    for _ in range(steps):
+        before = optimizees.packed
+        record.append(optimizees.advance_recorded(rule))
+        if options.imitation is not None:
+            imitation.append(_imitation_slope(options.imitation, optimizees, before, record[-1]))
+    losses = torch.stack([step.losses for step in record])
+    grads = _weighted_grads(record, losses, optimizees, options.weights)
 
     future_grads = torch.zeros_like(optimizees.packed if by_tensor else record[0].grad[rows])
     grad_gains = []  # dL / dgains, (r, d) per step, last first
-    for step in reversed(record):
+    for t in reversed(range(steps)):
+        directions, slope = record[t].directions, future_grads
+        if imitation:
+            slope = slope + (imitation[t] if by_tensor else imitation[t][rows])
         if by_tensor:
-            products = [(direction, future_grads) for direction in step.directions.t()]
+            products = [(direction, slope) for direction in directions.t()]
             grad_gains.append(segments.sums(products).t())
-            future_grads = future_grads + step.grad
+            future_grads = future_grads + grads[t]
         else:
-            grad_gains.append(future_grads.unsqueeze(1) * step.directions[rows])
-            future_grads = future_grads + step.grad[rows]
+            grad_gains.append(slope.unsqueeze(1) * directions[rows])
+            future_grads = future_grads + grads[t][rows]
     slopes = torch.stack(grad_gains[::-1])  # (T, r, d)
     slopes = slopes * (scale / len(optimizees)).to(slopes.dtype).unsqueeze(1)
     features = torch.stack([step.features if by_tensor else step.features[rows] for step in record])
     meta = _backpropagate_gains(rule, features, slopes, start)
-    return MetaGradient(torch.stack([step.losses for step in record]), meta)
+    return MetaGradient(losses, meta)
+
+
+def _weighted_grads(
+    record: Sequence[StepRecord],
+    losses: Tensor,
+    optimizees: Optimizees,
+    weights: LossWeights | None,
+) -> list[Tensor]:
+    """Gradients of every step's weighted losses, summed over the optimizees, each ``(n,)``."""
+    if weights is None:
+        return [step.grad for step in record]
+    segments = optimizees.segments
+    names = len(segments) // len(optimizees)  # tensors are ordered by name, then by optimizee
+    factors = segments.expand(weights(losses).repeat(1, names))  # (T, n)
+    return [step.grad * factor for step, factor in zip(record, factors, strict=True)]
+
+
+def _imitation_slope(
+    imitation: Imitation, optimizees: Optimizees, before: Tensor, step: StepRecord
+) -> Tensor:
+    """The imitation loss's gradient in a step's update, ``(n,)``, for the sum over optimizees."""
+    target = imitation.target(step.grad, before, optimizees.segments)
+    return len(optimizees) * imitation.slope(optimizees.packed - before, target)
 
 
 def _backpropagate_gains(

@@ -26,10 +26,11 @@ from learned_optim.meta import provenance, runs
 from learned_optim.meta.baselines import LR_GRID, baseline
 from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
+from learned_optim.meta.leaks import check_blind
 from learned_optim.meta.results import Result, best_baseline
 from learned_optim.meta.runs import OptimizerSpec, Progress, RunLog, Runner, RunSpec
 from learned_optim.meta.statistics import LAST_STEPS
-from learned_optim.meta.tasks import Task, TaskFamily, TaskOptions, as_family, build_tasks
+from learned_optim.meta.tasks import Task, TaskFamily, as_family
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Evaluation:
 
     Raises:
         ValueError: an unknown checkpoint, task or baseline (the message lists those that exist),
-            or the runs in ``output`` were made under another torch, text or source of tasks, or
-            ``tasks`` do not suit ``config``.
+            a task whose images meta-trained a checkpoint, the runs in ``output`` were made under
+            another torch, text or source of tasks, or ``tasks`` do not suit ``config``.
         FileNotFoundError: a checkpoint file or a task's data is not there.
     """
 
@@ -104,8 +105,8 @@ class Evaluation:
         self._progress = progress or (lambda done, total, what: None)
         self.optimizers = runs.optimizer_specs(config.checkpoints, config.baselines)
         registered = [name for name in config.tasks if name not in self._given]
-        for name in registered:  # an unknown task or missing data fails here, not hours later
-            build_tasks(name, TaskOptions("evaluation", config.data))
+        # An unknown task, missing data or a leak fails here, not hours later.
+        check_blind(config.checkpoints, registered, config.data)
         conditions = provenance.conditions(registered, config.data)
         for name, family in self._given.items():
             conditions |= provenance.conditions_of_given(name, family)

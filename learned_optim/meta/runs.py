@@ -303,13 +303,14 @@ def _number(x: float | None) -> float:
     return math.inf if x is None else x
 
 
-def _modules_of_own_rules() -> list[str]:
+def modules_of_own_rules() -> list[str]:
     """Modules outside of the package that define rules: workers have to import them, too."""
     modules = {rule_class(name).__module__ for name in rule_names()}
     return sorted(m for m in modules if not m.startswith("learned_optim.") and m != "__main__")
 
 
-def _import_modules(modules: list[str]) -> None:
+def import_modules(modules: list[str]) -> None:
+    """Import, in a worker, what :func:`modules_of_own_rules` found."""
     for module in modules:
         with suppress(ImportError):  # a rule that no run needs may live in a notebook or a test
             importlib.import_module(module)
@@ -335,8 +336,8 @@ class Runner:
             self._pool = ProcessPoolExecutor(
                 self.workers,
                 mp_context=get_context("spawn"),
-                initializer=_import_modules,
-                initargs=(_modules_of_own_rules(),),
+                initializer=import_modules,
+                initargs=(modules_of_own_rules(),),
             )
         return self
 

@@ -14,7 +14,7 @@ from torch import Generator
 
 def seeded(*parts: object) -> Generator:
     """A CPU generator seeded by a hash of ``parts``: the same in every process and version."""
-    return Generator().manual_seed(_seed(parts))
+    return Generator().manual_seed(seed_of(*parts))
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def global_generator_seeded(*parts: object) -> Iterator[None]:
 
     Dropout and the like draw from the global generator; everything else has one of its own.
     """
-    with default_generator_seeded(_seed(parts)):
+    with default_generator_seeded(seed_of(*parts)):
         yield
 
 
@@ -74,6 +74,7 @@ def _put_back(generators: list[Generator]) -> Iterator[None]:
             generator.set_state(state)
 
 
-def _seed(parts: tuple[object, ...]) -> int:
+def seed_of(*parts: object) -> int:
+    """The seed below 2**56 that ``parts`` hash to."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")

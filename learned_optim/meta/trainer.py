@@ -14,18 +14,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor
+from torch import Tensor
 
 from learned_optim.checkpoint import CheckpointError, read_checkpoint, save_rule
 from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
+from learned_optim.meta.meta_loss import SMALLEST_LOSS, imitation, loss_weights
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.run_folder import RunFolder, source_modules
+from learned_optim.meta.schedules import Plan
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
+from learned_optim.meta.tasks._rescaled import Rescaled
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
 
@@ -34,9 +37,6 @@ Report = Callable[[str, int, int], None]
 
 #: What has helped where training diverged.
 ADVICE = "Lower --meta-lr (learned-optim search tries several), or clip with --clip-norm"
-
-# Mean loss below which `relative_loss` divides no further: such a task is solved.
-SMALLEST_LOSS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class MetaTrainer:
         tensorboard: also write the metrics as TensorBoard events into the folder.
         family: the tasks, if ``recipe.task`` is no registered name: see
             :func:`~learned_optim.meta.meta_train`.
-        test_family: those for the figures in the checkpoint; ``family`` if not given.
+        test_family: those for the figures in the checkpoint; if not given, ``recipe.test_task``'s
+            or, without one, ``family``.
 
     Raises:
         ValueError: the task cannot be meta-trained on (:func:`check_family`); the folder belongs to
@@ -157,13 +158,21 @@ class MetaTrainer:
             )
         if self.rank > 0:
             self.meet()  # rank 0 downloads what is missing, alone
-        self._given, self._test_family = family, test_family or family
+        self._given = family
         self.family = family or build_tasks(recipe.task, TaskOptions("meta", self.data))
+        self.training_family = self.family
+        if recipe.rescale:
+            self.training_family = Rescaled(self.family, recipe.rescale)
+        self._test_family = test_family
+        if test_family is None and recipe.test_task is None:
+            self._test_family = family
+        elif test_family is None:  # missing data fails now, not after the training
+            build_tasks(self._test_task, TaskOptions("evaluation", self.data))
         if self.rank == 0:
             self.meet()
         check_family(self.family, recipe.task)
-        if self._test_family not in (None, family):  # now, not after the training
-            check_family(self._test_family, f"{recipe.task} (test)")
+        if test_family is not None and test_family is not family:  # now, not after the training
+            check_family(test_family, f"{recipe.task} (test)")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
@@ -193,6 +202,10 @@ class MetaTrainer:
         self._start = start.fingerprint()
 
     @property
+    def _test_task(self) -> str:
+        return self.recipe.test_task or self.recipe.task
+
+    @property
     def best(self) -> EpochMetrics | None:
         """The epoch with the smallest validation."""
         return min(self.history, key=lambda m: m.validation, default=None)
@@ -208,6 +221,8 @@ class MetaTrainer:
         recipe = self.recipe
         classes = (type(self.rule), type(recipe.rule))
         named = [recipe.task] if self._given is None else []
+        if self._test_family is None and self._test_task not in named:
+            named.append(self._test_task)
         conditions = provenance.conditions(named, self.data, source_modules(*classes))
         conditions |= provenance.conditions_of_main(*classes)
         if self._given is not None:
@@ -297,7 +312,7 @@ class MetaTrainer:
             record["validation"] = self.validate(rule, report)
         family = self._test_family
         if family is None:
-            family = build_tasks(self.recipe.task, TaskOptions("evaluation", self.data))
+            family = build_tasks(self._test_task, TaskOptions("evaluation", self.data))
         seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
         sums = self._summed(rule, family, list(seeds), "test", report)
         logs = sums.log()
@@ -306,6 +321,7 @@ class MetaTrainer:
             "std": sums.std().item(),
             "geometric_mean": logs.mean().exp().item(),
             "runs": len(sums),
+            "task": self._test_task,
         }
         record |= {
             "epochs_run": self.epoch,
@@ -340,6 +356,7 @@ class MetaTrainer:
             "epoch": best.epoch if best else 0,
             "validation": best.validation if best else None,
             "dropped_unrolls": sum(m.dropped for m in self.history),
+            "data_sets": list(self.family.data_sets),
             **({"start": self._start} if self._start else {}),
         }
 
@@ -423,20 +440,25 @@ class MetaTrainer:
         recipe = self.recipe
         share = range(self.rank, recipe.tasks_per_meta_step, self.world)
         generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
-        tasks = [self.family.sample(generator) for generator in generators]
-        optimizees = Optimizees(self.rule, tasks, generators, stacked=self.family.stackable)
+        tasks = [self.training_family.sample(generator) for generator in generators]
+        stackable = self.training_family.stackable
+        optimizees = Optimizees(self.rule, tasks, generators, stacked=stackable)
         sampler = seeded(recipe.seed, "coordinates", epoch, run, self.rank)
         estimate = ESTIMATORS[recipe.estimator]
-        plan = self._plan(seeded(recipe.seed, "plan", epoch, run))
+        plan = Plan.draw(recipe, epoch, seeded(recipe.seed, "plan", epoch, run))
+        teacher = imitation(recipe, epoch)
         total, done = 0.0, 0
-        unrolls = sum(learns for _, learns in plan)
+        unrolls = sum(learns for _, learns in plan.unrolls)
         runs_before = (epoch - 1) * recipe.runs_per_epoch + run
-        for steps, learns in plan:
+        for steps, learns in plan.unrolls:
             if not learns:
                 for _ in range(steps):
                     total += optimizees.advance(self.rule).mean().item()
                 continue
-            options = EstimatorOptions(recipe.coordinates, sampler, recipe.sampling)
+            weights = loss_weights(recipe, optimizees.step, plan.length)
+            options = EstimatorOptions(
+                recipe.coordinates, sampler, recipe.sampling, weights=weights, imitation=teacher
+            )
             meta = estimate(self.rule, optimizees, steps, options)
             packed = torch.cat(
                 [g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]]
@@ -455,22 +477,7 @@ class MetaTrainer:
             self._meta_step(packed[:-1], (runs_before * unrolls + done) / every)
             done += 1
         # Per horizon, so that runs of different lengths compare.
-        return total * recipe.horizon / sum(steps for steps, _ in plan), 0
-
-    def _plan(self, generator: Generator) -> list[tuple[int, bool]]:
-        """Unrolls of one run: their lengths, and which of them end in a meta-step."""
-        recipe, length = self.recipe, self.recipe.horizon
-        truncation = recipe.truncation
-        u = torch.rand(2, generator=generator)
-        if recipe.long_horizon is not None and u[0] < recipe.long_fraction:
-            length = round(length * (recipe.long_horizon / length) ** u[1].item())
-            truncation = recipe.long_truncation or truncation
-        whole, rest = divmod(length, truncation)
-        steps = [truncation] * whole + [rest] * (rest > 0)
-        limit = recipe.unrolls_per_run or len(steps)
-        chosen = set(torch.randperm(len(steps), generator=generator)[:limit].tolist())
-        last = max(chosen)  # what follows the last meta-step would teach nothing
-        return [(n, i in chosen) for i, n in enumerate(steps[: last + 1])]
+        return total * recipe.horizon / sum(steps for steps, _ in plan.unrolls), 0
 
     def _meta_step(self, flat_grad: Tensor, progress: float) -> None:
         """Clip, step, average; ``progress`` is the share of the whole training done before."""

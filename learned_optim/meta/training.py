@@ -96,7 +96,7 @@ def meta_train(
         threads: of torch while it trains: more change the last bits, and hardly the time, of small
             optimizees.
         progress: print a line per epoch, with the time left, on standard error.
-        **changes: fields of :class:`Recipe` that differ from ``recipe``'s. ``rule`` may be a
+        **changes: fields of :class:`Recipe`, other than its tasks, that differ from ``recipe``'s. ``rule`` may be a
             configuration or a name; with ``start`` alone, the rule is that of the checkpoint. A new
             ``meta_lr`` takes ``meta_lr_final`` along, and a rule that cannot be replayed its
             estimator, unless they are given as well.
@@ -116,11 +116,12 @@ def meta_train(
     label, family = _family(tasks, weights, TaskOptions("meta", options))
     chosen = _recipe(label, recipe, changes)
     test_family = None
-    if test_tasks is not None or family is not None:
-        given = tasks if test_tasks is None else test_tasks
-        shares = weights if test_tasks is None or _names(given) == _names(tasks) else None
-        _, test_family = _family(given, shares, TaskOptions("evaluation", options))
-        test_family = test_family or build_tasks(str(given), TaskOptions("evaluation", options))
+    if test_tasks is not None:
+        shares = weights if _names(test_tasks) == _names(tasks) else None
+        tested, test_family = _family(test_tasks, shares, TaskOptions("evaluation", options))
+        chosen = replace(chosen, test_task=tested)
+    elif family is not None:
+        _, test_family = _family(tasks, weights, TaskOptions("evaluation", options))
     if output is not None:
         check_writable(Path(output))
     with _threads(threads), _process_group():
@@ -201,10 +202,10 @@ def _recipe(task: str, recipe: Recipe | str | Path | None, changes: dict[str, An
             f"meta_train takes recipes of backpropagation through unrolls, and got "
             f"{type(base).__name__}, which trains on a mixture of its own: see EvolutionTrainer"
         )
-    known = [f.name for f in fields(Recipe) if f.name != "task"]
+    known = [f.name for f in fields(Recipe) if f.name not in ("task", "test_task")]
     for name in changes:
         if name not in known:
-            near = did_you_mean(name, known) or f". Fields: {', '.join(known)}"
+            near = did_you_mean(name, [*known, "test_tasks"]) or f". Fields: {', '.join(known)}"
             raise ValueError(f"unknown field {name!r} of a recipe{near}")
     changes = dict(changes)
     if "rule" not in changes and changes.get("start") is not None:
@@ -219,7 +220,7 @@ def _recipe(task: str, recipe: Recipe | str | Path | None, changes: dict[str, An
     if "meta_lr" in changes and base.meta_lr_final is not None:
         ratio = base.meta_lr_final / base.meta_lr
         changes.setdefault("meta_lr_final", ratio * changes["meta_lr"])
-    return replace(base, task=task, **changes)
+    return replace(base, task=task, test_task=None, **changes)
 
 
 def _rule(rule: Any) -> RuleConfig:

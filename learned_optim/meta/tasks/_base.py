@@ -72,6 +72,10 @@ class TaskFamily(ABC):
     stackable: bool = True
     #: Why not, of a family that is not stackable.
     alone_because: str = "its tasks differ in structure"
+    #: Image sets that its tasks read, for the record of a checkpoint that was trained on them.
+    data_sets: tuple[str, ...] = ()
+    #: Whether evaluation keeps to the half of these images that never meta-trains.
+    halved: bool = True
 
     @abstractmethod
     def sample(self, generator: Generator) -> Task:
@@ -344,16 +348,19 @@ def _updated_buffers(task: Task, params: Params, batch: Batch) -> list[str]:
 Builder = Callable[[TaskOptions], TaskFamily]
 
 
-def evaluation_family(name: str, make: Callable[[DataOptions], Task]) -> Builder:
+def evaluation_family(name: str, make: Callable[[DataOptions], Task], *data_sets: str) -> Builder:
     """An entry of ``FAMILIES`` for one task that never meta-trains.
 
     Args:
         name: its registered name.
         make: builds the task; called once per :func:`build_tasks`.
+        *data_sets: image sets of which it reads all training images.
     """
 
     def build(options: TaskOptions) -> TaskFamily:
         evaluation_only(name, options)
-        return FixedTask(make(options.data), stackable=False)
+        family = FixedTask(make(options.data), stackable=False)
+        family.data_sets, family.halved = data_sets, not data_sets
+        return family
 
     return build

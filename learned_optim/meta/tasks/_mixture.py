@@ -48,6 +48,9 @@ class TaskMixture(TaskFamily):
         self.members = {name: as_family(member) for name, member in members.items()}
         total = sum(given.values())
         self.shares = {name: given[name] / total for name in members}
+        families = self.members.values()
+        self.data_sets = tuple(dict.fromkeys(name for f in families for name in f.data_sets))
+        self.halved = all(family.halved for family in families)
 
     def sample(self, generator: Generator) -> Task:
         shares = torch.tensor(list(self.shares.values()), dtype=torch.float64)
