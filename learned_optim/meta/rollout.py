@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ class Optimizees:
         segments: which coordinate belongs to which tensor.
         state: of the rule, entries ``(n, k)`` or ``(m, k)``.
         step: number of inner steps taken.
+        carry: what an estimator keeps from unroll to unroll of these runs; gone with them.
     """
 
     def __init__(
@@ -65,9 +67,21 @@ class Optimizees:
         self.segments = Segments([tensor.shape for tensor in tensors], dtype=dtype)
         self.state = _pack_states(rule, [rule.init_state(tensor) for tensor in tensors])
         self.step = 0
+        self.carry: object | None = None
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    def copy(self) -> Optimizees:
+        """Runs of their own from here, of the same tasks; they share the batch sources.
+
+        Hand them batches, or else they take turns in drawing them. Nothing is carried over.
+        """
+        twin = copy.copy(self)
+        # Parameters are replaced at every step, the network's state is changed in place.
+        twin.state = {key: value.clone() for key, value in self.state.items()}
+        twin.carry = None
+        return twin
 
     @property
     def params(self) -> Params:
@@ -82,6 +96,10 @@ class Optimizees:
             name: part.view(count, *shape)
             for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
+
+    def expand(self, values: Tensor) -> Tensor:
+        """From one value per optimizee, ``(B,)``, to one per coordinate, ``(n,)``."""
+        return self.segments.expand(values.repeat(len(self._shapes)))
 
     def next_batch(self) -> Batch:
         """The next batch of every optimizee, stacked: tensors of shape ``(B, ...)``."""
@@ -124,9 +142,14 @@ class Optimizees:
         return rule(grad, self.state, packed, self.segments, context)
 
     @torch.no_grad()
-    def advance(self, rule: UpdateRule) -> Tensor:
-        """One inner step without a graph; returns the losses before it, ``(B,)``, detached."""
-        losses, grad = self.losses_and_grad(self.packed, self.next_batch())
+    def advance(self, rule: UpdateRule, batch: Batch | None = None) -> Tensor:
+        """One inner step without a graph; returns the losses before it, ``(B,)``, detached.
+
+        Args:
+            batch: one of :meth:`next_batch`, which is called if none is given.
+        """
+        batch = self.next_batch() if batch is None else batch
+        losses, grad = self.losses_and_grad(self.packed, batch)
         losses = losses.detach()
         if rule.rows == "none":
             update, new = self.forward(rule, grad, self.packed, losses)

@@ -118,7 +118,8 @@ class MetaTrainer:
     and ``resume.pt``. A kill loses at most the current epoch, and a resumed run gives the same bits
     as an uninterrupted one.
 
-    Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients.
+    Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients;
+    or, with the estimators ``es`` and ``pes``, the pairs of perturbations, and exchange fitness.
 
     Args:
         recipe: what to train.
@@ -144,7 +145,14 @@ class MetaTrainer:
         self.files = RunFolder(self.folder)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        if recipe.tasks_per_meta_step % self.world:
+        # Ranks share the tasks of a meta-step, or the pairs of perturbed runs of all its tasks.
+        self.task_rank, self.task_world = (0, 1) if recipe.perturbs else (self.rank, self.world)
+        if recipe.perturbs and recipe.pairs < self.world:
+            raise ValueError(
+                f"pairs={recipe.pairs} leave some of {self.world} ranks nothing to do: give each "
+                f"one at least"
+            )
+        if recipe.tasks_per_meta_step % self.task_world:
             raise ValueError(
                 f"tasks_per_meta_step={recipe.tasks_per_meta_step} cannot be shared evenly by "
                 f"{self.world} ranks: make it a multiple"
@@ -155,10 +163,10 @@ class MetaTrainer:
         if self.rank == 0:
             self._meet()
         check_family(self.family, recipe.task)
-        if recipe.tasks_per_meta_step > self.world and not self.family.stackable:
+        if recipe.tasks_per_meta_step > self.task_world and not self.family.stackable:
             raise ValueError(
                 f"tasks of {recipe.task!r} cannot share a meta-step on one rank: "
-                f"{self.family.alone_because}. Set tasks_per_meta_step={self.world}"
+                f"{self.family.alone_because}. Set tasks_per_meta_step={self.task_world}"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -223,7 +231,8 @@ class MetaTrainer:
             self.history = [EpochMetrics(**line) for line in saved["history"]]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise self.files.damaged(error) from error
-        if ranks != self.world and self.recipe.coordinates is not None:
+        sampled = self.recipe.coordinates is not None and not self.recipe.perturbs
+        if ranks != self.world and sampled:
             raise ValueError(
                 f"{self.folder} holds a run of {ranks} ranks, and each draws its own sample of "
                 f"coordinates: resume it with as many, not {self.world}"
@@ -400,16 +409,16 @@ class MetaTrainer:
 
     def _train_run(self, epoch: int, run: int) -> tuple[float, int]:
         """One optimizee run, a meta-step per unroll: its mean summed loss, and unrolls dropped."""
-        with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self.rank):
+        with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self.task_rank):
             return self._unrolls(epoch, run)
 
     def _unrolls(self, epoch: int, run: int) -> tuple[float, int]:
         recipe = self.recipe
-        share = range(self.rank, recipe.tasks_per_meta_step, self.world)
+        share = range(self.task_rank, recipe.tasks_per_meta_step, self.task_world)
         generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
         tasks = [self.family.sample(generator) for generator in generators]
         optimizees = Optimizees(self.rule, tasks, generators)
-        sampler = seeded(recipe.seed, "coordinates", epoch, run, self.rank)
+        options = self._estimator_options(epoch, run)
         estimate = ESTIMATORS[recipe.estimator]
         plan = self._plan(seeded(recipe.seed, "plan", epoch, run))
         total, done = 0.0, 0
@@ -420,14 +429,13 @@ class MetaTrainer:
                 for _ in range(steps):
                     total += optimizees.advance(self.rule).mean().item()
                 continue
-            options = EstimatorOptions(recipe.coordinates, sampler, recipe.sampling)
             meta = estimate(self.rule, optimizees, steps, options)
             packed = torch.cat(
                 [g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]]
             )
-            if self.world > 1:
+            if self.task_world > 1:
                 dist.all_reduce(packed)
-                packed /= self.world
+                packed /= self.task_world
             if not torch.isfinite(packed).all():
                 # Averaging it in would poison the weights, and the optimizee will not recover.
                 return math.inf, 1
@@ -440,6 +448,22 @@ class MetaTrainer:
             done += 1
         # Per horizon, so that runs of different lengths compare.
         return total * recipe.horizon / sum(steps for steps, _ in plan), 0
+
+    def _estimator_options(self, epoch: int, run: int) -> EstimatorOptions:
+        """Of one run; their generator goes on from unroll to unroll."""
+        recipe = self.recipe
+        return EstimatorOptions(
+            coordinates=recipe.coordinates,
+            generator=seeded(recipe.seed, "coordinates", epoch, run, self.task_rank),
+            sampling=recipe.sampling,
+            fitness=recipe.fitness,
+            pairs=recipe.pairs,
+            sigma=recipe.sigma,
+            compression=recipe.compression,
+            compression_unit=recipe.compression_unit,
+            rank=self.rank,
+            world=self.world,
+        )
 
     def _plan(self, generator: Generator) -> list[tuple[int, bool]]:
         """Unrolls of one run: their lengths, and which of them end in a meta-step."""

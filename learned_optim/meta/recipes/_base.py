@@ -24,6 +24,7 @@ _AT_LEAST = {
     "long_truncation": 1,
     "unrolls_per_run": 1,
     "coordinates": 1,
+    "pairs": 1,
     "validation_runs": 2,
     "validation_horizon": 1,
     "test_runs": 2,  # their standard deviation goes into the checkpoint's record
@@ -66,12 +67,22 @@ class Recipe:
     """Inner steps per unroll of the longer runs; ``truncation`` if not given."""
     unrolls_per_run: int | None = None
     """Longer runs learn from this many of their unrolls, drawn at random; from all if not given."""
-    estimator: Literal["replay", "autograd", "full"] = "replay"
-    """How meta-gradients are computed."""
+    estimator: Literal["replay", "autograd", "full", "es", "pes"] = "replay"
+    """How meta-gradients are computed: by backpropagation, or by evolution strategies."""
+    fitness: Literal["sum", "log-final"] = "sum"
+    """What an unroll is judged by: the sum of its losses, or the logarithm of its last."""
     coordinates: int | None = None
     """Coordinates sampled per replay; all of them if not given."""
     sampling: Literal["uniform", "stratified"] = "uniform"
     """How they are drawn: from all alike, or as many from every tensor."""
+    pairs: int = 4
+    """Pairs of opposite perturbations of the weights, of `es` and `pes`."""
+    sigma: float = 0.01
+    """Standard deviation of the perturbations."""
+    compression: Literal["none", "asinh", "sign"] = "none"
+    """What becomes of the difference of fitness in a pair, so that no run outweighs all others."""
+    compression_unit: float = 0.02
+    """Differences well below it pass `asinh` unchanged."""
     meta_lr_final: float | None = None
     """Where a cosine takes the meta-learning rate by the last meta-step; constant if not given."""
     clip_norm: float | None = None
@@ -107,7 +118,7 @@ class Recipe:
                 f"long_fraction={self.long_fraction} needs a long_horizon of at least "
                 f"horizon={self.horizon}, got {self.long_horizon}"
             )
-        for name in ("meta_lr", "clip_norm"):
+        for name in ("meta_lr", "clip_norm", "sigma", "compression_unit"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -117,6 +128,21 @@ class Recipe:
             raise ValueError(f"start_share={self.start_share} needs a start to share in")
         if not 0 <= self.average < 1:
             raise ValueError(f"average must lie in [0, 1), got {self.average}")
+        if self.compression != "none" and not self.perturbs:
+            raise ValueError(
+                f"compression={self.compression!r} is of differences between perturbed runs, and "
+                f"estimator={self.estimator!r} has none: use 'es' or 'pes'"
+            )
+        if self.estimator == "pes" and self.unrolls_per_run is not None:
+            raise ValueError(
+                f"estimator='pes' learns from every unroll of a run, because its particles go "
+                f"through all of them: leave out unrolls_per_run={self.unrolls_per_run}"
+            )
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the estimator compares runs of perturbed weights: ranks then share the pairs."""
+        return self.estimator in ("es", "pes")
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON-ready data; :func:`recipe_from_json` reads it back."""
@@ -139,7 +165,10 @@ GROUPS = {
         "tasks_per_meta_step", "horizon", "truncation", "long_horizon", "long_fraction",
         "long_truncation", "unrolls_per_run",
     ),
-    "meta-gradients": ("estimator", "coordinates", "sampling", "clip_norm", "relative_loss"),
+    "meta-gradients": (
+        "estimator", "fitness", "coordinates", "sampling", "pairs", "sigma", "compression",
+        "compression_unit", "clip_norm", "relative_loss",
+    ),
     "meta-optimizer": ("meta_lr", "meta_lr_final", "average"),
     "validation and test": (
         "validation_runs", "validation_horizon", "validation_mean", "test_runs",
