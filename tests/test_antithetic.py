@@ -1,6 +1,8 @@
 """Evolution strategies on unrolls: against exact gradients, backpropagation and themselves."""
 
 import itertools
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from conftest import random_rule
 from torch import Generator, Tensor, nn
 
+from benchmarks import estimators
 from benchmarks.noisy_quadratic import ExactGradients, NoisyQuadratic, TwoRates, exact_gradients
 from learned_optim.meta import (
     ESTIMATORS,
@@ -92,7 +95,7 @@ def test_backpropagation_is_exact(
 def test_smoothed_gradients_are_means_of_exact_ones() -> None:
     """Of one unroll: the quadrature against a plain sum over a fine grid of weights."""
     exact = exact_gradients(DETERMINISTIC, RATES, 1, 4, 0.1)
-    grid = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    grid = torch.linspace(-5.25, 5.25, 15, dtype=torch.float64)
     density = torch.exp(-0.5 * grid**2)
     density /= density.sum()
     mean = torch.zeros(2, dtype=torch.float64)
@@ -100,39 +103,31 @@ def test_smoothed_gradients_are_means_of_exact_ones() -> None:
         if p * q > 1e-10:
             here = (RATES[0] + 0.1 * x, RATES[1] + 0.1 * y)
             mean += p * q * exact_gradients(DETERMINISTIC, here, 1, 4, 0.0).truncated
-    torch.testing.assert_close(exact.smoothed_truncated, mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(exact.smoothed_whole, mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(exact.smoothed_truncated, mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(exact.smoothed_whole, mean, rtol=1e-5, atol=0)
     assert (exact.truncated - mean).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
-    ("name", "unrolls", "target"),
+    ("name", "unrolls", "target", "other"),
     [
-        ("autograd", UNROLLS, EXACT.first_order),
-        ("full", UNROLLS, EXACT.truncated),
-        ("full", 1, EXACT.whole),
-        ("es", UNROLLS, EXACT.smoothed_truncated),
-        ("pes", UNROLLS, EXACT.smoothed_whole),
+        ("autograd", UNROLLS, EXACT.first_order, EXACT.whole),
+        ("full", UNROLLS, EXACT.truncated, EXACT.whole),
+        ("full", 1, EXACT.whole, EXACT.truncated),
+        ("es", UNROLLS, EXACT.smoothed_truncated, EXACT.smoothed_whole),
+        ("pes", UNROLLS, EXACT.smoothed_whole, EXACT.smoothed_truncated),
     ],
 )
-def test_estimators_are_unbiased(name: str, unrolls: int, target: Tensor) -> None:
-    """Each for its own target: of the unrolls or of the whole run, smoothed or not."""
-    estimates = [
+def test_estimators_are_unbiased_for_their_own_target(
+    name: str, unrolls: int, target: Tensor, other: Tensor
+) -> None:
+    """The unrolls' gradient is a third of the whole run's: only `full` and `pes` can see that."""
+    estimates = torch.stack([
         run(name, unrolls=unrolls, steps=UNROLLS * STEPS // unrolls, seed=s, pairs=24, sigma=SIGMA)
-        for s in range(20)
-    ]
-    assert standard_errors(torch.stack(estimates), target) < 4
-
-
-def test_persistence_removes_the_bias_of_truncation() -> None:
-    """Truncated, the gradient is a third of the whole run's; more unrolls do not mend that."""
-    estimates = {
-        name: torch.stack([run(name, seed=s, pairs=24, sigma=SIGMA) for s in range(16)])
-        for name in ("es", "pes")
-    }
-    assert standard_errors(estimates["es"], EXACT.smoothed_whole) > 20
-    assert standard_errors(estimates["pes"], EXACT.smoothed_truncated) > 6
-    assert standard_errors(estimates["pes"], EXACT.smoothed_whole) < 4
+        for s in range(16)
+    ])  # fmt: skip
+    assert standard_errors(estimates, target) < 4
+    assert standard_errors(estimates, other) > 6
 
 
 @pytest.mark.parametrize("fitness", ["sum", "log-final"])
@@ -258,22 +253,34 @@ def test_log_of_the_final_loss_in_replay_and_backpropagation(name: str) -> None:
 
 
 def test_compressions() -> None:
-    fitness = torch.tensor([[1.002, 1.0], [3.0, 1.0], [torch.inf, 1.0], [torch.nan, torch.inf]])
-    given = EstimatorOptions(compression_unit=0.1, pairs=4)
-    found = {
-        name: antithetic._differences(
-            fitness.double().unsqueeze(2), replace(given, compression=name)
-        ).flatten()
-        for name in antithetic.COMPRESSIONS
-    }
-    assert found["none"][:2].tolist() == pytest.approx([0.002, 2.0], abs=1e-6)
-    assert not found["none"][2:].isfinite().any()
-    assert found["sign"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.0])
-    small, large, diverged, both = found["asinh"].tolist()
-    assert small == pytest.approx(0.002, rel=1e-3)
-    assert large == pytest.approx(0.1 * torch.asinh(torch.tensor(20.0)).item())
-    assert large < diverged < 10
-    assert both == 0
+    difference = torch.tensor([0.002, 2.0, -2.0, 0.0], dtype=torch.float64)
+    found = {name: each(difference, 0.1) for name, each in antithetic.COMPRESSIONS.items()}
+    assert torch.equal(found["none"], difference)
+    assert found["sign"].tolist() == [0.1, 0.1, -0.1, 0.0]
+    large = 0.1 * math.asinh(20.0)
+    assert found["asinh"].tolist() == pytest.approx([0.002, large, -large, 0.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("compression", ["none", "asinh", "sign"])
+def test_diverged_runs_count_as_bad_ones_where_differences_are_compressed(
+    compression: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate of -1e100 overflows float64 in a few steps; that of 0, on the other side, does not."""
+    direction = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    monkeypatch.setattr(antithetic, "_perturbations", lambda rule, options: direction)
+    rule = TwoRates((-5e99, 0.0))
+    task = FromOnes(copies=1, noise=0.0)
+    found = []
+    for sigma in (5e99, -5e99):
+        optimizees = Optimizees(rule, [task], [Generator()], torch.float64)
+        options = EstimatorOptions(pairs=1, sigma=sigma, compression=compression)  # type: ignore[arg-type]
+        meta = ESTIMATORS["es"](rule, optimizees, 4, options)
+        found.append(meta.grads[0][0].item())
+    if compression == "none":
+        assert not any(map(math.isfinite, found))
+        return
+    expected = {"sign": -0.02, "asinh": -0.02 * math.asinh(3e30 / 0.02)}[compression]
+    assert found == pytest.approx([expected / 2 / 5e99] * 2)
 
 
 def test_signs_do_not_depend_on_the_scale_of_the_loss() -> None:
@@ -396,6 +403,7 @@ def test_evolution_strategies_train_without_derivatives_of_the_loss(tmp_path: Pa
         ({"estimator": "pes", "unrolls_per_run": 2}, "leave out unrolls_per_run=2"),
         ({"estimator": "pes", "pairs": 0}, "pairs must be at least 1, got 0"),
         ({"estimator": "es", "sigma": 0.0}, "sigma must be positive, got 0.0"),
+        ({"fitness": "log-final", "relative_loss": True}, "leave one of them out"),
         ({"fitness": "last"}, "fitness must be one of 'sum', 'log-final', got 'last'"),
     ],
 )
@@ -411,3 +419,14 @@ def test_every_rank_needs_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     with pytest.raises(ValueError, match="pairs=2 leave some of 3 ranks nothing to do"):
         MetaTrainer(replace(SMALL, estimator="es"), tmp_path)
+
+
+# ---- the page
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    file = json.loads(estimators.OUTPUT.read_text())
+    assert (estimators.ROOT / "docs" / "estimators.md").read_text() == estimators.page(file)
+    shown = {row["subject"] for row in file["found"]["known"]["rows"]}
+    assert shown == {str(subject) for subject in estimators.SUBJECTS}
+    assert set(file["found"]["cost"]) == set(ESTIMATORS)

@@ -33,7 +33,7 @@ COMPRESSIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sign": lambda difference, unit: unit * torch.sign(difference),
 }
 
-# What compressions take for a run that diverged: larger than the fitness of any other.
+# What compressions take for the loss of a run that diverged.
 _DIVERGED = 1e30
 
 
@@ -142,7 +142,8 @@ def _estimate(
     """
     losses, fitness = _unroll(rule, optimizees, steps, options, fresh, particles)
     losses, fitness = _exchange(losses, fitness, options)
-    difference = _differences(fitness, options)
+    compress = COMPRESSIONS[options.compression]
+    difference = compress(fitness[:, 0] - fitness[:, 1], options.compression_unit)  # (pairs, B)
     slopes = difference.mean(1) / (2 * options.sigma)  # (pairs,)
     # Pair after pair, so that the sum's bits do not depend on how a matrix product is split.
     flat = torch.zeros_like(particles.directions[0])
@@ -153,18 +154,6 @@ def _estimate(
     return MetaGradient(
         losses, [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
     )
-
-
-def _differences(fitness: Tensor, options: EstimatorOptions) -> Tensor:
-    """Compressed differences within the pairs, ``(pairs, B)``, of fitness ``(pairs, 2, B)``.
-
-    To a compression, runs that diverged are all equally bad; without one, they make the estimate
-    infinite, and the trainer drops the unroll.
-    """
-    if options.compression != "none":
-        fitness = fitness.nan_to_num(nan=_DIVERGED).clamp(max=_DIVERGED)
-    difference = fitness[:, 0] - fitness[:, 1]
-    return COMPRESSIONS[options.compression](difference, options.compression_unit)
 
 
 def _unroll(
@@ -195,10 +184,22 @@ def _unroll(
     stacked = torch.stack(losses).unflatten(0, (steps, len(runs)))  # (steps, runs, B)
     fitness = stacked.new_zeros((options.pairs, 2, len(optimizees)), dtype=torch.float64)
     if particles.runs:
-        # In float64: what the two of a pair have in common is much larger than their difference.
-        each = FITNESS[options.fitness](stacked[:, :-1].double())  # (runs of pairs, B)
+        each = _fitness(stacked[:, :-1], options)  # (runs of pairs, B)
         fitness[list(particles.runs)] = each.unflatten(0, (-1, 2))
     return stacked[:, -1], fitness
+
+
+def _fitness(losses: Tensor, options: EstimatorOptions) -> Tensor:
+    """From losses ``(steps, ...)`` of perturbed runs to their fitness ``(...)``, float64.
+
+    To a compression, a run that diverged is worse than all others, and no more than that. Without
+    one it makes the estimate infinite, and the trainer drops the unroll.
+    """
+    # In float64: what the two of a pair have in common is much larger than their difference.
+    losses = losses.double()
+    if options.compression != "none":
+        losses = losses.nan_to_num(nan=_DIVERGED).clamp(max=_DIVERGED)
+    return FITNESS[options.fitness](losses)
 
 
 def _exchange(losses: Tensor, fitness: Tensor, options: EstimatorOptions) -> tuple[Tensor, Tensor]:

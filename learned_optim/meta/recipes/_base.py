@@ -133,6 +133,11 @@ class Recipe:
                 f"compression={self.compression!r} is of differences between perturbed runs, and "
                 f"estimator={self.estimator!r} has none: use 'es' or 'pes'"
             )
+        if self.fitness == "log-final" and self.relative_loss:
+            raise ValueError(
+                "relative_loss would divide by the loss what fitness='log-final' has divided by it "
+                "already: leave one of them out"
+            )
         if self.estimator == "pes" and self.unrolls_per_run is not None:
             raise ValueError(
                 f"estimator='pes' learns from every unroll of a run, because its particles go "
