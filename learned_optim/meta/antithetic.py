@@ -75,9 +75,9 @@ def pes(
 
     As :func:`es`, but both runs of a pair go on from unroll to unroll, each from where its own
     perturbations have led, and the difference of an unroll is credited to the sum of all
-    perturbations so far. Summed over the unrolls of a run this estimates, without bias, the
-    gradient of the sum of their fitness, smoothed by the perturbations. The particles are kept in
-    ``optimizees.carry``, and so begin anew with every run.
+    perturbations so far. Summed over the unrolls of a run this estimates, without bias if the
+    weights stay as they are meanwhile, the gradient of the sum of their fitness, smoothed by the
+    perturbations. The particles are kept in ``optimizees.carry``, and begin anew with every run.
 
     Raises:
         ValueError: other pairs, or another share of them, than in the run's earlier unrolls.
