@@ -1,8 +1,9 @@
-"""Speed and memory against their targets, and the page that shows them.
+"""Speed and memory against their targets, estimators of meta-gradients, and the pages of both.
 
-    python -m benchmarks                  # measure everything: some minutes
+    python -m benchmarks                  # measure everything: half an hour
     python -m benchmarks SECTION ...      # or only some of it
-    python -m benchmarks page             # docs/performance.md from docs/performance/*.json
+    python -m benchmarks page             # docs/performance.md and docs/estimators.md from
+                                          # docs/performance/*.json
 
 Every section leaves its figures in docs/performance/. Meta-training needs MNIST in the folder that
 $LEARNED_OPTIM_DATA names. Seconds until tuned Adam's loss is reached are measured by
@@ -15,7 +16,7 @@ import argparse
 import json
 import time
 
-from benchmarks import kernel_step, meta_training, performance, step
+from benchmarks import estimators, kernel_step, meta_training, performance, step
 from benchmarks.measure import machine
 
 SECTIONS = {
@@ -26,6 +27,7 @@ SECTIONS = {
     "checkpoints": step.checkpoints,
     "scaling": step.scaling,
     "meta-training": meta_training.measure,
+    "estimators": estimators.measure,
 }
 
 
@@ -43,6 +45,7 @@ def main() -> None:
         parser.error(f"unknown section {sorted(unknown)}; known: {', '.join(known)}")
     if sections == ["page"]:
         performance.write_page()
+        estimators.write_page()
         return
     performance.FOLDER.mkdir(exist_ok=True)
     for name in sections or SECTIONS:

@@ -101,7 +101,7 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     groups = ("what is trained", "optimizee runs", "meta-gradients", "the update rule", "data")
     assert all(f"\n{group}:\n" in shown for group in groups)
-    assert "--estimator {replay,autograd,full}" in shown
+    assert "--estimator {replay,autograd,full,es,pes}" in shown
     assert "--hidden-size INT" in shown
     assert "--download, --no-download" in shown
 

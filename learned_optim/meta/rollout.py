@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class Optimizees:
         segments: which coordinate belongs to which tensor.
         state: of the rule, entries ``(n, k)`` or ``(m, k)``.
         step: number of inner steps taken.
+        carry: what an estimator keeps from unroll to unroll of these runs; gone with them.
     """
 
     def __init__(
@@ -81,9 +83,21 @@ class Optimizees:
         # Of the tasks, before the forward pass of step `_buffered`, and after it.
         self._buffers = self._updated = [task.buffers() for task in self._tasks]
         self._buffered = 0
+        self.carry: object | None = None
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    def copy(self) -> Optimizees:
+        """Runs of their own from here, of the same tasks; they share the batch sources.
+
+        Hand them batches, or else they take turns in drawing them. Nothing is carried over.
+        """
+        twin = copy.copy(self)
+        # Parameters are replaced at every step, the network's state is changed in place.
+        twin.state = {key: value.clone() for key, value in self.state.items()}
+        twin.carry = None
+        return twin
 
     @property
     def params(self) -> Params:
@@ -113,6 +127,10 @@ class Optimizees:
             {name: next(parts).view(shape) for name, shape in shapes.items()}
             for shapes in self._shapes
         ]
+
+    def expand(self, values: Tensor) -> Tensor:
+        """From one value per optimizee, ``(B,)``, to one per coordinate, ``(n,)``."""
+        return self.segments.expand(values[self._owners])
 
     def next_batch(self) -> list[Batch]:
         """The next batch of every optimizee; one of tensors ``(B, ...)`` if they are stacked.
@@ -184,9 +202,14 @@ class Optimizees:
         return rule(grad, self.state, packed, self.segments, context)
 
     @torch.no_grad()
-    def advance(self, rule: UpdateRule) -> Tensor:
-        """One inner step without a graph; returns the losses before it, ``(B,)``, detached."""
-        losses, grad = self.losses_and_grad(self.packed, self.next_batch())
+    def advance(self, rule: UpdateRule, batch: list[Batch] | None = None) -> Tensor:
+        """One inner step without a graph; returns the losses before it, ``(B,)``, detached.
+
+        Args:
+            batch: one of :meth:`next_batch`, which is called if none is given.
+        """
+        batch = self.next_batch() if batch is None else batch
+        losses, grad = self.losses_and_grad(self.packed, batch)
         losses = losses.detach()
         if rule.rows == "none":
             update, new = self.forward(rule, grad, self.packed, losses)

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ class MetaTrainer:
     and ``resume.pt``. A kill loses at most the current epoch, and a resumed run gives the same bits
     as an uninterrupted one.
 
-    Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients.
+    Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients;
+    or, with the estimators ``es`` and ``pes``, the pairs of perturbations, and exchange fitness.
 
     Args:
         recipe: what to train.
@@ -151,7 +152,14 @@ class MetaTrainer:
         self.files = RunFolder(self.folder)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        if recipe.tasks_per_meta_step % self.world:
+        # Ranks share the tasks of a meta-step, or the pairs of perturbed runs of all its tasks.
+        self.task_rank, self.task_world = (0, 1) if recipe.perturbs else (self.rank, self.world)
+        if recipe.perturbs and recipe.pairs < self.world:
+            raise ValueError(
+                f"pairs={recipe.pairs} leave some of {self.world} ranks nothing to do: give each "
+                f"one at least"
+            )
+        if recipe.tasks_per_meta_step % self.task_world:
             raise ValueError(
                 f"tasks_per_meta_step={recipe.tasks_per_meta_step} cannot be shared evenly by "
                 f"{self.world} ranks: make it a multiple"
@@ -246,7 +254,8 @@ class MetaTrainer:
             self.history = [EpochMetrics(**line) for line in saved["history"]]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise self.files.damaged(error) from error
-        if ranks != self.world and self.recipe.coordinates is not None:
+        sampled = self.recipe.coordinates is not None and not self.recipe.perturbs
+        if ranks != self.world and sampled:
             raise ValueError(
                 f"{self.folder} holds a run of {ranks} ranks, and each draws its own sample of "
                 f"coordinates: resume it with as many, not {self.world}"
@@ -433,20 +442,19 @@ class MetaTrainer:
 
     def _train_run(self, epoch: int, run: int) -> tuple[float, int]:
         """One optimizee run, a meta-step per unroll: its mean summed loss, and unrolls dropped."""
-        with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self.rank):
+        with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self.task_rank):
             return self._unrolls(epoch, run)
 
     def _unrolls(self, epoch: int, run: int) -> tuple[float, int]:
         recipe = self.recipe
-        share = range(self.rank, recipe.tasks_per_meta_step, self.world)
+        share = range(self.task_rank, recipe.tasks_per_meta_step, self.task_world)
         generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
         tasks = [self.training_family.sample(generator) for generator in generators]
         stackable = self.training_family.stackable
         optimizees = Optimizees(self.rule, tasks, generators, stacked=stackable)
-        sampler = seeded(recipe.seed, "coordinates", epoch, run, self.rank)
+        options = self._estimator_options(epoch, run)
         estimate = ESTIMATORS[recipe.estimator]
         plan = Plan.draw(recipe, epoch, seeded(recipe.seed, "plan", epoch, run))
-        teacher = imitation(recipe, epoch)
         total, done = 0.0, 0
         unrolls = sum(learns for _, learns in plan.unrolls)
         runs_before = (epoch - 1) * recipe.runs_per_epoch + run
@@ -456,16 +464,14 @@ class MetaTrainer:
                     total += optimizees.advance(self.rule).mean().item()
                 continue
             weights = loss_weights(recipe, optimizees.step, plan.length)
-            options = EstimatorOptions(
-                recipe.coordinates, sampler, recipe.sampling, weights=weights, imitation=teacher
-            )
+            options = replace(options, weights=weights)
             meta = estimate(self.rule, optimizees, steps, options)
             packed = torch.cat(
                 [g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]]
             )
-            if self.world > 1:
+            if self.task_world > 1:
                 dist.all_reduce(packed)
-                packed /= self.world
+                packed /= self.task_world
             if not torch.isfinite(packed).all():
                 # Averaging it in would poison the weights, and the optimizee will not recover.
                 return math.inf, 1
@@ -478,6 +484,23 @@ class MetaTrainer:
             done += 1
         # Per horizon, so that runs of different lengths compare.
         return total * recipe.horizon / sum(steps for steps, _ in plan.unrolls), 0
+
+    def _estimator_options(self, epoch: int, run: int) -> EstimatorOptions:
+        """Of one run; their generator, and what is imitated, go on from unroll to unroll."""
+        recipe = self.recipe
+        return EstimatorOptions(
+            coordinates=recipe.coordinates,
+            generator=seeded(recipe.seed, "coordinates", epoch, run, self.task_rank),
+            sampling=recipe.sampling,
+            fitness=recipe.fitness,
+            pairs=recipe.pairs,
+            sigma=recipe.sigma,
+            compression=recipe.compression,
+            compression_unit=recipe.compression_unit,
+            imitation=imitation(recipe, epoch),
+            rank=self.rank,
+            world=self.world,
+        )
 
     def _meta_step(self, flat_grad: Tensor, progress: float) -> None:
         """Clip, step, average; ``progress`` is the share of the whole training done before."""

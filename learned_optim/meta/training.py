@@ -96,10 +96,10 @@ def meta_train(
         threads: of torch while it trains: more change the last bits, and hardly the time, of small
             optimizees.
         progress: print a line per epoch, with the time left, on standard error.
-        **changes: fields of :class:`Recipe`, other than its tasks, that differ from ``recipe``'s. ``rule`` may be a
-            configuration or a name; with ``start`` alone, the rule is that of the checkpoint. A new
-            ``meta_lr`` takes ``meta_lr_final`` along, and a rule that cannot be replayed its
-            estimator, unless they are given as well.
+        **changes: fields of :class:`Recipe`, other than its tasks, that differ from ``recipe``'s.
+            ``rule`` may be a configuration or a name; with ``start`` alone, the rule is that of the
+            checkpoint. A new ``meta_lr`` takes ``meta_lr_final`` along, and a rule that cannot be
+            replayed its estimator, unless they are given as well.
 
     Returns:
         The checkpoint's path, the rule, its record, and the metrics of the epochs.
@@ -283,7 +283,7 @@ class _Lines:
         steps = trainer.recipe.validation_horizon or trainer.recipe.horizon
         self._say(f"{'resuming' if done else 'starting'} in {trainer.folder}: {epochs} epochs")
         alone = None if trainer.family.stackable else trainer.family.alone_because
-        if alone and trainer.recipe.tasks_per_meta_step > trainer.world:
+        if alone and trainer.recipe.tasks_per_meta_step > trainer.task_world:
             self._say(f"forward passes one optimizee after another: {alone}")
         if not done:
             self._say(f"untrained: validation {trainer.validate():.4g}, loss over {steps} steps")

@@ -27,6 +27,7 @@ _AT_LEAST = {
     "unrolls_per_run": 1,
     "imitation_epochs": 1,
     "coordinates": 1,
+    "pairs": 1,
     "validation_runs": 2,
     "validation_horizon": 1,
     "test_runs": 2,  # their standard deviation goes into the checkpoint's record
@@ -80,12 +81,22 @@ class Recipe:
     exp(-rescale) and exp(rescale): a re-parametrisation, with other gradients."""
     unrolls_per_run: int | None = None
     """Longer runs learn from this many of their unrolls, drawn at random; from all if not given."""
-    estimator: Literal["replay", "autograd", "full"] = "replay"
-    """How meta-gradients are computed."""
+    estimator: Literal["replay", "autograd", "full", "es", "pes"] = "replay"
+    """How meta-gradients are computed: by backpropagation, or by evolution strategies."""
+    fitness: Literal["sum", "log-final"] = "sum"
+    """What an unroll is judged by: the sum of its losses, or the logarithm of its last."""
     coordinates: int | None = None
     """Coordinates sampled per replay; all of them if not given."""
     sampling: Literal["uniform", "stratified"] = "uniform"
     """How they are drawn: from all alike, or as many from every tensor."""
+    pairs: int = 4
+    """Pairs of opposite perturbations of the weights, of `es` and `pes`."""
+    sigma: float = 0.01
+    """Standard deviation of the perturbations."""
+    compression: Literal["none", "asinh", "sign"] = "none"
+    """What becomes of the difference of fitness in a pair, so that no run outweighs all others."""
+    compression_unit: float = 0.02
+    """Differences well below it pass `asinh` unchanged."""
     meta_lr_final: float | None = None
     """Where a cosine takes the meta-learning rate by the last meta-step; constant if not given."""
     clip_norm: float | None = None
@@ -136,7 +147,7 @@ class Recipe:
                 f"long_fraction={self.long_fraction} needs a long_horizon of at least "
                 f"horizon={self.horizon}, got {self.long_horizon}"
             )
-        for name in ("meta_lr", "clip_norm", "imitation_lr"):
+        for name in ("meta_lr", "clip_norm", "sigma", "compression_unit", "imitation_lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -157,6 +168,47 @@ class Recipe:
             raise ValueError(f"start_share={self.start_share} needs a start to share in")
         if not 0 <= self.average < 1:
             raise ValueError(f"average must lie in [0, 1), got {self.average}")
+        self._check_estimator()
+
+    def _check_estimator(self) -> None:
+        if self.compression != "none" and not self.perturbs:
+            raise ValueError(
+                f"compression={self.compression!r} is of differences between perturbed runs, and "
+                f"estimator={self.estimator!r} has none: use 'es' or 'pes'"
+            )
+        if self.fitness == "log-final" and self.relative_loss:
+            raise ValueError(
+                "relative_loss would divide by the loss what fitness='log-final' has divided by it "
+                "already: leave one of them out"
+            )
+        weighting = [
+            f"{name}={getattr(self, name)!r}"
+            for name, plain in (("loss_transform", "identity"), ("loss_from", 0), ("loss_power", 0))
+            if getattr(self, name) != plain
+        ]
+        if self.fitness == "log-final" and weighting:
+            raise ValueError(
+                f"fitness='log-final' judges an unroll by its last loss alone, and "
+                f"{', '.join(weighting)} by all: choose one"
+            )
+        if self.imitation:
+            weighting.append(f"imitation={self.imitation}")
+        if self.perturbs and weighting:
+            raise ValueError(
+                f"estimator={self.estimator!r} compares runs by their fitness alone, and "
+                f"{', '.join(weighting)} are of backpropagation: leave them out, or use 'replay', "
+                f"'autograd' or 'full'"
+            )
+        if self.estimator == "pes" and self.unrolls_per_run is not None:
+            raise ValueError(
+                f"estimator='pes' learns from every unroll of a run, because its particles go "
+                f"through all of them: leave out unrolls_per_run={self.unrolls_per_run}"
+            )
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the estimator compares runs of perturbed weights: ranks then share the pairs."""
+        return self.estimator in ("es", "pes")
 
     def _check_schedules(self) -> None:
         for name in ("horizons", "truncations"):
@@ -191,10 +243,13 @@ GROUPS = {
         "long_truncation", "horizons", "truncations", "unrolls_per_run", "rescale",
     ),
     "meta-loss": (
-        "loss_transform", "loss_from", "loss_power", "relative_loss", "imitation", "imitation_lr",
-        "imitation_epochs",
+        "fitness", "loss_transform", "loss_from", "loss_power", "relative_loss", "imitation",
+        "imitation_lr", "imitation_epochs",
     ),
-    "meta-gradients": ("estimator", "coordinates", "sampling", "clip_norm"),
+    "meta-gradients": (
+        "estimator", "coordinates", "sampling", "pairs", "sigma", "compression",
+        "compression_unit", "clip_norm",
+    ),
     "meta-optimizer": ("meta_lr", "meta_lr_final", "average"),
     "validation and test": (
         "validation_runs", "validation_horizon", "validation_mean", "test_runs", "test_task",
