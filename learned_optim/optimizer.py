@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from learned_optim import _groups, _guarded, _saved_state
+from learned_optim import _diagnostics, _groups, _guarded, _saved_state
 from learned_optim._ambient import outliving_inference_mode, plain_arithmetic
 from learned_optim._frozen import FrozenRule, freeze
 from learned_optim._views import (
@@ -83,6 +83,8 @@ class LearnedOptimizer(Optimizer):
         >>> model(torch.ones(8, 4)).square().mean().backward()
         >>> optimizer.step()
     """
+
+    _recorder: _diagnostics.Recorder | None = None
 
     def __init__(
         self,
@@ -307,6 +309,48 @@ class LearnedOptimizer(Optimizer):
         not (0) Adam takes the next step unless the loss of that step says otherwise.
         """
         return None if self.guard is None else _guarded.report(self.param_groups[0])
+
+    # ---- what the last step did
+
+    def diagnose(self, on: bool = True) -> None:
+        """Record what every further step does, for :meth:`diagnostics`; ``False`` stops it.
+
+        A recorded step takes several times as long as another, copies the parameters and, of rules
+        with a network per coordinate, its state, and reads some numbers of every tensor from the
+        device. A step that is not recorded does nothing more than before. A copy of the optimizer
+        records nothing.
+        """
+        if self._recorder is not None:
+            self._recorder.remove()
+        self._recorder = _diagnostics.Recorder(self) if on else None
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """Numbers of the last step, by tensor: its name, or group/position if it has none.
+
+        Names are known if the optimizer was given ``model.named_parameters()`` (torch 2.6 and
+        later). Tensors without a gradient, and frozen ones, have taken no step and are left out.
+
+        Returns:
+            For each tensor, floats: ``step``, the number of its earlier updates; ``grad_rms``,
+            ``param_rms`` and ``step_rms``, root mean squares of gradient, parameter before the
+            step, and what the step added to it, weight decay included; ``step_ratio``, step over
+            parameter; ``effective_lr``, the learning rate with which gradient descent would have
+            gone as far along the gradient; ``cosine`` of the angle between the step and the
+            descent direction; ``schedule``, the factor that warm-up and annealing put on the step.
+            Of rules with momenta ``signal_share``, the mean square of the fast momentum over that
+            of the gradient: 1 if gradients repeat, about .05 if they are noise. And for each
+            direction of the rule ``gain/...``, positive downhill and averaged over the tensor, and
+            ``part/...``, the root mean square of what it contributes to the step at ``lr=1``.
+
+        Raises:
+            RuntimeError: nothing has been recorded.
+        """
+        if self._recorder is None or not self._recorder.stepped:
+            raise RuntimeError(
+                "no step has been recorded: call optimizer.diagnose() before optimizer.step(), "
+                "and optimizer.diagnose(False) when the numbers are no longer wanted"
+            )
+        return self._recorder.found
 
     # ---- saving, copying, loading
 
