@@ -315,32 +315,26 @@ class LearnedOptimizer(Optimizer):
     def diagnose(self, on: bool = True) -> None:
         """Record what every further step does, for :meth:`diagnostics`; ``False`` stops it.
 
-        A recorded step takes several times as long as another, copies the parameters and, of rules
-        with a network per coordinate, its state, and reads some numbers of every tensor from the
-        device. A step that is not recorded does nothing more than before. A copy of the optimizer
-        records nothing.
+        A recorded step takes several times as long, copies the parameters and the network's state,
+        and synchronizes with the device. Others are as before. Copies of the optimizer record
+        nothing.
         """
         if self._recorder is not None:
             self._recorder.remove()
         self._recorder = _diagnostics.Recorder(self) if on else None
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
-        """Numbers of the last step, by tensor: its name, or group/position if it has none.
-
-        Names are known if the optimizer was given ``model.named_parameters()`` (torch 2.6 and
-        later). Tensors without a gradient, and frozen ones, have taken no step and are left out.
+        """Numbers of the last step by tensor: its name if it has one, else group/position.
 
         Returns:
-            For each tensor, floats: ``step``, the number of its earlier updates; ``grad_rms``,
-            ``param_rms`` and ``step_rms``, root mean squares of gradient, parameter before the
-            step, and what the step added to it, weight decay included; ``step_ratio``, step over
-            parameter; ``effective_lr``, the learning rate with which gradient descent would have
-            gone as far along the gradient; ``cosine`` of the angle between the step and the
-            descent direction; ``schedule``, the factor that warm-up and annealing put on the step.
-            Of rules with momenta ``signal_share``, the mean square of the fast momentum over that
-            of the gradient: 1 if gradients repeat, about .05 if they are noise. And for each
-            direction of the rule ``gain/...``, positive downhill and averaged over the tensor, and
-            ``part/...``, the root mean square of what it contributes to the step at ``lr=1``.
+            Floats: ``step``, earlier updates of the tensor; ``grad_rms``, ``param_rms`` (before the
+            step) and ``step_rms`` (weight decay included), root mean squares; ``step_ratio``, step
+            over parameter; ``effective_lr``, with which gradient descent would have gone as far
+            along the gradient; ``cosine`` of step and descent direction; ``schedule``, the factor
+            of warm-up and annealing; of rules with momenta ``signal_share``, mean square of the
+            fast momentum over that of the gradient; and for each direction of the rule ``gain/*``,
+            positive downhill, and ``part/*``, the root mean square it adds to the step at ``lr=1``.
+            Tensors without a gradient and frozen ones took no step and are left out.
 
         Raises:
             RuntimeError: nothing has been recorded.
