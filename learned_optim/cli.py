@@ -31,6 +31,7 @@ commands:
   train RECIPE         meta-train an update rule
   evaluate             compare learned with tuned hand-written optimizers; with --suite field, on
                        real training runs, against tuned schedules and rivals that need no tuning
+  explain CHECKPOINT   a report with plots on what an update rule does
 
   COMMAND --help       its most common options; --help-all: every option, by group
   --rules MODULE       with any command: import a module of your own that defines update rules
@@ -110,6 +111,7 @@ def _run(args: list[str]) -> int:
         "search": _search,
         "train": _train,
         "evaluate": _evaluate,
+        "explain": _explain,
     }
     if args == ["--version"]:
         from learned_optim import __version__
@@ -573,6 +575,12 @@ def _evaluate(args: list[str]) -> int:
     for path in written:
         print(f"wrote {path}")
     return 0
+
+
+def _explain(args: list[str]) -> int:
+    from learned_optim.explain.command import run
+
+    return run(args)
 
 
 def _options(kind: type[T], args: list[str], command: str, default: T | None = None) -> T:
