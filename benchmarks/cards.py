@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from learned_optim import list_pretrained, load_record, load_rule, model_card
 from learned_optim.pretrained import ALIASES
@@ -31,6 +34,7 @@ def write_cards(folder: Path = DOCS / "checkpoints") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in shipped():
         (folder / f"{name}.md").write_text(card(name))
+    (folder / "index.md").write_text(choosing())
 
 
 def card(name: str, results: Path = DOCS / "results") -> str:
@@ -74,18 +78,11 @@ def write_reports(names: list[str], folder: Path = DOCS / "explain") -> None:
 def _measured(fingerprint: str, results: Path) -> str:
     """Tables from the summaries that hold the checkpoint; empty if none does."""
     rows, parts = [], []
-    for path in sorted(results.glob("*.json")):
-        summary = json.loads(path.read_text())
-        if not isinstance(summary, dict) or "protocol" not in summary:
-            continue
-        known = summary["protocol"].get("checkpoints", {})
-        names = [name for name, own in known.items() if own == fingerprint]
-        if not names:
-            continue
+    for summary, name in _with(fingerprint, results):
         if summary["protocol"].get("suite") == "field":
-            parts.append(_field(summary, names[0]))
+            parts.append(_field(summary, name))
         else:
-            rows += _rows(path.stem, summary, names[0])
+            rows += _rows(summary["group"], summary, name)
     if rows:
         head = ["group", "steps", "ahead on", "geometric mean", "worst"]
         parts.append(
@@ -145,3 +142,55 @@ def _rows(group: str, summary: dict[str, Any], name: str) -> list[list[str]]:
              f"{worst} ({shown})"]
         )  # fmt: skip
     return rows
+
+
+def choosing(results: Path = DOCS / "results") -> str:
+    """The page that compares the checkpoints, Markdown."""
+    head = ["checkpoint", "rule", "weights", "floats of state per parameter"]
+    head += ["field", "short", "long"]
+    rows = []
+    for name in shipped():
+        rule = load_rule(name)
+        also = [f"`{alias}`" for alias, target in ALIASES.items() if target == name]
+        state = rule.init_state(torch.zeros(8, 8))
+        floats = sum(v.numel() for k, v in state.items() if k not in rule.tensor_state) / 64
+        rows.append(
+            [
+                f"[`{name}`]({name}.md)" + (f" ({', '.join(also)})" if also else ""),
+                f"`{rule.name}`",
+                f"{sum(p.numel() for p in rule.parameters()):,}",
+                f"{floats:.0f}",
+                *_means(rule.fingerprint(), results),
+            ]
+        )
+    text = (Path(__file__).parent / "choosing_template.md").read_text()
+    return text.replace("{table}", table(head, rows))
+
+
+def _means(fingerprint: str, results: Path) -> list[str]:
+    """Geometric means over the field, over short and over long groups; dashes if not measured."""
+    field = "-"
+    logs: dict[str, list[float]] = {"short": [], "long": []}
+    for summary, name in _with(fingerprint, results):
+        if summary["protocol"].get("suite") == "field":
+            field = f"{summary['overall'][name]['ratio']['mean']:.2f}"
+            continue
+        for entry in summary["tasks"].values():
+            for horizon, cell in entry["horizons"].items():
+                ratio = cell["optimizers"][name]["ratio"]["mean"]
+                if ratio is not None:
+                    logs["short" if int(horizon) <= 200 else "long"].append(math.log(ratio))
+    means = [f"{math.exp(sum(v) / len(v)):.2f} ({len(v)})" if v else "-" for v in logs.values()]
+    return [field, *means]
+
+
+def _with(fingerprint: str, results: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Summaries that hold a checkpoint, and its name there."""
+    for path in sorted(results.glob("*.json")):
+        summary = json.loads(path.read_text())
+        if not isinstance(summary, dict) or "protocol" not in summary:
+            continue
+        for name, own in summary["protocol"].get("checkpoints", {}).items():
+            if own == fingerprint:
+                yield {**summary, "group": path.stem}, name
+                break

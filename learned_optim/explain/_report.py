@@ -12,9 +12,9 @@ from learned_optim import load_rule
 from learned_optim.checkpoint import save_rule, write_text
 from learned_optim.explain import _figures, _words
 from learned_optim.explain._ablation import ablate
-from learned_optim.explain._dependence import dependence, responses
+from learned_optim.explain._dependence import Dependence, dependence, responses
 from learned_optim.explain._fit import Fidelity, fit, judge
-from learned_optim.explain._histories import curves
+from learned_optim.explain._histories import Curve, curves
 from learned_optim.explain._network import has_network
 from learned_optim.explain._runs import QUICK_STEPS, WATCHED_STEPS, watch_digits
 from learned_optim.rules import UpdateRule
@@ -56,27 +56,32 @@ def explain(
     rule = load_rule(checkpoint)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    parts: list[Callable[[], str]] = [
-        lambda: _histories(rule, folder),
-        lambda: _run(rule, folder),
-        lambda: _dependence(rule, folder),
+    started = time.perf_counter()
+
+    def said(section: str) -> str:
+        title = section.partition("\n")[0].lstrip("# ")
+        progress(f"[{time.perf_counter() - started:4.0f} s] {title}")
+        return section
+
+    after, about = curves(rule), dependence(rule)
+    short_words = f"## In short\n\n{_bullets(_words.in_short(after, about))}"
+    sections = [
+        _head(rule, os.fspath(checkpoint), short),
+        said(short_words),
+        said(_histories(after, folder)),
+        said(_run(rule, folder)),
+        said(_dependence(about, folder)),
     ]
     if not short:
-        parts.append(lambda: _responses(rule, folder))
+        sections.append(said(_responses(rule, folder)))
         if has_network(rule):
-            parts.append(lambda: _ablation(rule, folder))
+            sections.append(said(_ablation(rule, folder)))
         if isinstance(rule, HorizonRule) and not isinstance(rule, ClosedFormRule):
             path = folder / FORMULA if formula is None else Path(formula)
-            parts.append(lambda: _closed_form(rule, str(checkpoint), path))
-    sections = [_head(rule, os.fspath(checkpoint), short)]
-    for part in parts:
-        started = time.perf_counter()
-        sections.append(part())
-        title = sections[-1].partition("\n")[0].lstrip("# ")
-        progress(f"{title}: {time.perf_counter() - started:.0f} s")
-    path = folder / REPORT
-    write_text(path, "\n\n".join(sections) + "\n")
-    return path
+            sections.append(said(_closed_form(rule, os.fspath(checkpoint), path)))
+    report = folder / REPORT
+    write_text(report, "\n\n".join(sections) + "\n")
+    return report
 
 
 def _head(rule: UpdateRule, name: str, short: bool) -> str:
@@ -97,8 +102,7 @@ def _bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _histories(rule: UpdateRule, folder: Path) -> str:
-    found = curves(rule)
+def _histories(found: dict[str, Curve], folder: Path) -> str:
     _figures.plot_histories(found, folder / "histories.png")
     names = list(next(iter(found.values())).size)
     rows = [
@@ -143,8 +147,7 @@ def _run(rule: UpdateRule, folder: Path) -> str:
     return text
 
 
-def _dependence(rule: UpdateRule, folder: Path) -> str:
-    found = dependence(rule)
+def _dependence(found: Dependence, folder: Path) -> str:
     _figures.plot_dependence(found, folder / "dependence.png")
     return (
         "## Scale, shape, noise, progress\n\nSizes of the step after a hundred typical gradients, "

@@ -18,36 +18,63 @@ def times(ratio: float) -> str:
     return f"{ratio:.2g} times as large as"
 
 
-def of_histories(curves: dict[str, Curve]) -> list[str]:
-    """What differs from Adam, history by history."""
-    lines = []
-    for name in ("a constant", "an alternating", "a noisy", "a decaying"):
-        size = curves[name.partition(" ")[2]].size
+def in_short(curves: dict[str, Curve], found: Dependence) -> list[str]:
+    """What the rule does, and where it differs from Adam."""
+    sizes = {name: curve.size["learned"] / curve.size["Adam"] for name, curve in curves.items()}
+    ratio = _slope(curves["noisy"], "learned") / _slope(curves["noisy"], "Adam")
+    growth = found.scale[3.0] / found.scale[0.3]
+    lines = [
+        f"Beside an Adam whose steps are as large on typical gradients, it takes "
+        f"{_longer(sizes['constant'])} steps where gradients repeat, {_longer(sizes['noisy'])} "
+        f"ones where they are noise and {_longer(sizes['alternating'])} ones where they alternate.",
+        f"On noise, the gradient of this very step counts {_more(ratio)} in Adam; the rest of the "
+        f"step is the history's.",
+        f"Steps {'grow' if growth > _LEVEL else 'do not grow'} with the tensor: about its usual "
+        f"scale, by a factor of {growth:.2g} where the tensor's is 10. Adam's do not.",
+    ]
+    if found.known:
         lines.append(
-            f"After {name} history its steps are {times(size['learned'] / size['Adam'])} Adam's, "
-            f"at the learning rate that makes both equal on typical gradients."
+            f"It anneals by itself: told a length of {found.horizon} steps, the last is "
+            f"{found.known[-1] / max(found.known):.2g} of the longest."
         )
-    lines.append(_reaction(curves["noisy"]))
-    large = curves["suddenly large"]
-    learned, adam = (large.at(rule, 30.0) / large.at(rule, 3.0) for rule in ("learned", "Adam"))
-    lines.append(
-        f"A gradient that is suddenly thirty times the usual one moves a coordinate {learned:.2g} "
-        f"times as far as one three times the usual; with Adam the factor is {adam:.2g}."
-    )
     return lines
 
 
-def _reaction(curve: Curve) -> str:
-    """How much of a step is decided by the gradient of this very step."""
+def _longer(ratio: float) -> str:
+    if 1 / _LEVEL < ratio < _LEVEL:
+        return "equal"
+    return f"longer ({ratio:.2g} times)" if ratio > 1 else f"shorter ({ratio:.2g} times)"
 
-    def slope(rule: str) -> float:
-        return (curve.at(rule, 1.0) - curve.at(rule, -1.0)) / 2 / curve.size[rule]
 
-    learned, adam = slope("learned"), slope("Adam")
-    return (
+def _more(ratio: float) -> str:
+    if 1 / _LEVEL < ratio < _LEVEL:
+        return "as much as"
+    return f"{ratio:.2g} times as much as"
+
+
+def _slope(curve: Curve, rule: str) -> float:
+    """Change of the step per unit of the current gradient, in usual steps."""
+    return (curve.at(rule, 1.0) - curve.at(rule, -1.0)) / 2 / curve.size[rule]
+
+
+def of_histories(curves: dict[str, Curve]) -> list[str]:
+    """What differs from Adam, history by history."""
+    sizes = [
+        f"{curves[name].size['learned'] / curves[name].size['Adam']:.2g} after {article} {name} one"
+        for name, article in (("constant", "a"), ("alternating", "an"), ("decaying", "a"))
+    ]
+    noisy = curves["noisy"]
+    large = curves["suddenly large"]
+    learned, adam = (large.at(rule, 30.0) / large.at(rule, 3.0) for rule in ("learned", "Adam"))
+    return [
+        f"At the end of the history its steps are "
+        f"{noisy.size['learned'] / noisy.size['Adam']:.2g} times Adam's after a noisy history, "
+        f"{', '.join(sizes)}.",
         f"After noise, a gradient one standard deviation larger lengthens the step by "
-        f"{learned:.2g} usual steps; with Adam by {adam:.2g}."
-    )
+        f"{_slope(noisy, 'learned'):.2g} usual steps; with Adam by {_slope(noisy, 'Adam'):.2g}.",
+        f"A gradient that is suddenly thirty times the usual one moves a coordinate {learned:.2g} "
+        f"times as far as one three times the usual; with Adam the factor is {adam:.2g}.",
+    ]
 
 
 def of_dependence(found: Dependence) -> list[str]:
@@ -57,9 +84,9 @@ def of_dependence(found: Dependence) -> list[str]:
     (small, least), (large, most) = shapes[0], shapes[-1]
     noise, adam = (s[0.05] / s[1.0] for s in (found.signal, found.signal_adam))
     lines = [
-        f"Three times above its usual scale, a tensor is given steps {high / low:.2g} times as large "
-        f"as three times below it (Adam: 1; in proportion: 10). At a thousandth of it, steps are "
-        f"{found.scale[0.001] / 0.001:.2g} times the tensor, at ten times the usual scale "
+        f"Three times above its usual scale a tensor is given steps {high / low:.2g} times as "
+        f"large as three times below it (Adam: 1; in proportion: 10). At a thousandth of it, steps "
+        f"are {found.scale[0.001] / 0.001:.2g} times the tensor, at ten times the usual scale "
         f"{found.scale[10.0] / 10:.2g} times.",
         f"By shape, steps go from {least:.2g} of the scale ({small}) to {most:.2g} ({large}).",
         f"Where nearly all of the gradient is noise, steps are {noise:.2g} of those on gradients "
