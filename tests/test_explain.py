@@ -230,7 +230,7 @@ def test_a_formula_that_is_the_network_keeps_everything(monkeypatch: pytest.Monk
         formula.coefficients.fill_(0.9)
     found = _fit.judge(rule, formula)
     assert found.quick[0] == pytest.approx(1.0, abs=1e-3)
-    assert found.kept == pytest.approx(1.0, abs=1e-2)
+    assert found.kept == pytest.approx((1.0, 1.0), abs=1e-2)
     assert found.untrained[0] > 1.01  # longer steps are better here
 
 
@@ -350,7 +350,10 @@ def test_a_card_says_what_the_record_and_the_results_say() -> None:
     assert "Also called `default`" in text
     assert load_record("general-3")["commit"] in text
     assert "<details>" not in text
-    assert "## Limits" in text
+    limits = text.partition("## Limits")[2]
+    assert load_record("general-3")["trained_for"] in limits
+    assert "trained by evolution strategies on whole runs" in text
+    assert "trained by gradient descent" in cards.card("mnist")
 
 
 @pytest.mark.parametrize("name", cards.shipped())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from learned_optim.explain._network import Recorded, record
 from learned_optim.explain._runs import Trial, population_trials, quick_trials
-from learned_optim.rules import UpdateRule
+from learned_optim.rules import UpdateRule, horizon
 from learned_optim.rules.closed_form import (
     OUTPUT_NAMES,
     ClosedFormConfig,
@@ -32,7 +32,8 @@ STEP_TERMS, SHARE_TERMS = 6, 2
 #: Runs that are fitted, and others on which fit and losses are judged.
 FITTED_RUNS, HELD_OUT_RUNS = 40, 20
 _FIRST_FITTED, _FIRST_HELD_OUT = 3_000_000, 4_000_000
-_BOUNDS = (3.0, 2.0, 2.0, 2.0, 2.0)
+# Of the outputs, as the rule bounds them.
+_BOUNDS = (horizon._STEP_BOUND, *[horizon._MIX_BOUND] * (len(OUTPUT_NAMES) - 1))
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,15 @@ class Fidelity:
             digits, regression and quadratics.
         held_out: the same on held-out runs of the meta-training mixture.
         untrained: the same of the rule without its network, on the same runs: quick, held-out.
-        kept: of the log loss that the network gains on the untrained rule over all these runs, the
-            share that the formula keeps; ``nan`` if it gains nothing.
+        kept: of the log loss that the network gains on the untrained rule, the share that the
+            formula keeps, in quick and in held-out runs; ``nan`` where it gains nothing.
     """
 
     explained: dict[str, float]
     quick: tuple[float, float, float]
     held_out: tuple[float, float, float]
     untrained: tuple[float, float]
-    kept: float
+    kept: tuple[float, float]
 
 
 def fit(
@@ -137,16 +138,13 @@ def judge(rule: HorizonRule, formula: ClosedFormRule, seeds: int = 2) -> Fidelit
         ]
         for name, own in logs.items()
     }
-    gained = [x for part in ratios["untrained"] for x in part]
-    lost = [x for part in ratios["formula"] for x in part]
-    total = sum(gained)
     quick_ratio, held_out_ratio = (_summary(part) for part in ratios["formula"])
     return Fidelity(
         explained=explained(formula, record(rule, held_out)),
         quick=quick_ratio,
         held_out=held_out_ratio,
         untrained=(_summary(ratios["untrained"][0])[0], _summary(ratios["untrained"][1])[0]),
-        kept=1.0 - sum(lost) / total if total > 0 else math.nan,
+        kept=(_kept(ratios, 0), _kept(ratios, 1)),
     )
 
 
@@ -160,6 +158,11 @@ def explained(formula: ClosedFormRule, seen: Recorded) -> dict[str, float]:
         own, wanted = (bound * torch.tanh(x[:, index] / bound) for x in (answers, seen.outputs))
         found[name] = 1.0 - float((own - wanted).square().mean() / wanted.var().clamp(min=1e-12))
     return found
+
+
+def _kept(ratios: dict[str, list[list[float]]], part: int) -> float:
+    gained, lost = (sum(ratios[name][part]) for name in ("untrained", "formula"))
+    return 1.0 - lost / gained if gained > 0 else math.nan
 
 
 def _logs(rule: UpdateRule, trials: Sequence[Trial]) -> list[float]:

@@ -195,6 +195,10 @@ def _closed_form(rule: HorizonRule, name: str, path: Path) -> str:
     return _formula_text(formula, fidelity)
 
 
+def _share(kept: float) -> str:
+    return f"{kept:.0%}" if math.isfinite(kept) else "nothing, there being none,"
+
+
 def _formula_text(formula: ClosedFormRule, fidelity: Fidelity) -> str:
     lines = [f"{output:<8} = {text}" for output, text in formula.formula().items()]
     explained = ", ".join(f"{name} {value:.2f}" for name, value in fidelity.explained.items())
@@ -203,10 +207,8 @@ def _formula_text(formula: ClosedFormRule, fidelity: Fidelity) -> str:
         for mean, low, high in (fidelity.quick, fidelity.held_out)
     )
     kept = (
-        f"Of what the network gains on the untrained rule in log loss on all these runs, the "
-        f"formula keeps {fidelity.kept:.0%}."
-        if math.isfinite(fidelity.kept)
-        else "The network gains nothing on the untrained rule on these runs."
+        f"Of what the network gains on the untrained rule in log loss, the formula keeps "
+        f"{_share(fidelity.kept[0])} on the former and {_share(fidelity.kept[1])} on the latter."
     )
     return (
         "## As a formula\n\nFitted to what the network answers on runs of the meta-training "
