@@ -155,6 +155,9 @@ def plot_dependence(found: Dependence, path: Path) -> None:
     figure, grid = _grid(1, 4, width=2.9)
     scale, shape, signal, progress = grid[0]
     scale.loglog(list(found.scale), list(found.scale.values()), "o-", color="C3", ms=3)
+    least, most = min(found.scale.values()), max(found.scale.values())
+    if most < 2 * least:  # rounding is not to fill the picture
+        scale.set_ylim(least / 2, 2 * most)
     _label(scale, "tensor's scale", "scale / usual scale of the shape", "step / usual scale")
     shape.barh(list(found.shape), list(found.shape.values()), color="C3")
     _label(shape, "shape", "step / scale")

@@ -182,7 +182,7 @@ def _closed_form(rule: HorizonRule, name: str, path: Path) -> str:
     formula = fit(rule)
     fidelity = judge(rule, formula)
     record = {
-        "trained_for": f"fitted to {name}, fingerprint {rule.fingerprint()}",
+        "fitted_to": {"checkpoint": name, "fingerprint": rule.fingerprint()},
         "formula": formula.formula(),
         "explained": fidelity.explained,
         "final_loss_over_network": {
