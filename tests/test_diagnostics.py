@@ -183,3 +183,25 @@ def test_weight_decay_and_maximize() -> None:
         assert numbers["step_rms"] == pytest.approx(rms(moved), rel=1e-5)
         parts = sum(value for key, value in numbers.items() if key.startswith("part/"))
         assert numbers["step_rms"] <= parts + rms(0.01 * old) + 1e-9
+
+
+def test_guarded_half_precision_and_complex_parameters() -> None:
+    torch.manual_seed(3)
+    params = [
+        nn.Parameter(torch.randn(5, 4)),
+        nn.Parameter(torch.randn(6, dtype=torch.complex64)),
+        nn.Parameter(torch.randn(8).bfloat16()),
+    ]
+    optimizer = LearnedOptimizer(params, guard=True, state_dtype=torch.bfloat16)
+    optimizer.diagnose()
+    for param in params:
+        param.grad = torch.randn_like(param)
+    before = [param.detach().clone() for param in params]
+    optimizer.step(lambda: 1.0)
+    found = optimizer.diagnostics()
+    assert list(found) == ["0/0", "0/1", "0/2"]
+    for old, param, numbers in zip(before, params, found.values(), strict=True):
+        moved = param.detach() - old
+        moved = torch.view_as_real(moved) if moved.is_complex() else moved.float()
+        assert numbers["step_rms"] == pytest.approx(rms(moved), rel=1e-4)
+        assert "gain/fast" in numbers
