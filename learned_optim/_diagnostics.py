@@ -87,7 +87,7 @@ class Recorder:
                 # A frozen group, or a guard that went back, takes no step.
                 if param.grad is None or known is None:
                     continue
-                if float(optimizer.state[param]["step"]) == known[0] + 1:
+                if float(optimizer.state.get(param, {}).get("step", -1.0)) == known[0] + 1:
                     self.found[name] = _tensor_numbers(optimizer, group, param, known)
         self._before = {}
 
@@ -109,7 +109,8 @@ def _tensor_numbers(
         real(local_grad(param.grad, param)).reshape(-1), rule.dtype, group["maximize"]
     )
     old = before.reshape(-1).to(rule.dtype)
-    moved = real(local(param)).reshape(-1).to(rule.dtype) - old
+    # In the parameter's own dtype first, which may be wider than the rule's.
+    moved = (real(local(param)) - before).reshape(-1).to(rule.dtype)
     segments = Segments(
         [real_shape(param)], dtype=rule.dtype, device=grad.device, sizes=[len(grad)],
         shard_groups=shard_groups(param),

@@ -29,8 +29,7 @@ def in_short(curves: dict[str, Curve], found: Dependence) -> list[str]:
         f"ones where they are noise and {_longer(sizes['alternating'])} ones where they alternate.",
         f"On noise, the gradient of this very step counts {_more(ratio)} in Adam; the rest of the "
         f"step is the history's.",
-        f"Steps {'grow' if growth > _LEVEL else 'do not grow'} with the tensor: about its usual "
-        f"scale, by a factor of {growth:.2g} where the tensor's is 10. Adam's do not.",
+        _scaling(growth),
     ]
     if found.known:
         lines.append(
@@ -38,6 +37,15 @@ def in_short(curves: dict[str, Curve], found: Dependence) -> list[str]:
             f"{found.known[-1] / max(found.known):.2g} of the longest."
         )
     return lines
+
+
+def _scaling(growth: float) -> str:
+    if growth > _LEVEL:
+        return (
+            f"Steps grow with the tensor: about its usual scale, by a factor of {growth:.2g} where "
+            f"the tensor's is 10. Adam's do not."
+        )
+    return f"Where a tensor grows by 10, its steps grow by a factor of {growth:.2g}; Adam's stay."
 
 
 def _longer(ratio: float) -> str:
