@@ -16,8 +16,10 @@ LAYERS = (
     ("rules",),
     ("checkpoint", "summary"),
     ("hub", "pretrained"),
-    ("_ambient", "_frozen", "_groups", "_guarded", "_saved_state", "_views", "optimizer"),
+    ("_ambient", "_frozen", "_views"),
+    ("_diagnostics", "_groups", "_guarded", "_saved_state", "optimizer"),
     ("meta",),
+    ("explain",),
     ("cli",),
     ("__main__",),
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from learned_optim._discovery import did_you_mean
-from learned_optim.cli import _completion, _evaluate, _list, _search, _show, _train
+from learned_optim.cli import _completion, _evaluate, _explain, _list, _search, _show, _train
 from learned_optim.cli._parser import Parser
 
 EXAMPLES = """examples:
@@ -44,6 +44,7 @@ COMMANDS: dict[str, Command] = {
     "search": Command(_search.HELP, _search.configure, _search.run),
     "train": Command(_train.HELP, _train.configure, _train.run),
     "evaluate": Command(_evaluate.HELP, _evaluate.configure, _evaluate.run),
+    "explain": Command(_explain.HELP, _explain.configure, _explain.run),
 }
 
 
