@@ -396,6 +396,39 @@ def test_evolution_strategies_train_without_derivatives_of_the_loss(tmp_path: Pa
     assert trainer.history[0].validation < 0.9 * before
 
 
+def test_copies_of_optimizees_with_buffers_and_dropout_are_apart() -> None:
+    """In turns on the same batches, two copies have the losses that one alone has."""
+    layers = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)
+    inputs = torch.randn(32, 3, generator=seeded("inputs"))
+
+    def batch(generator: Generator) -> tuple[Tensor, Tensor]:
+        index = torch.randint(32, (8,), generator=generator)
+        return inputs[index], (inputs[index, 0] > 0).long()
+
+    task = ModuleTask(lambda: nn.Sequential(nn.Linear(3, 4), *layers), batch)
+    rule, other = random_rule("lstm"), random_rule("lstm")
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+
+    def losses(together: bool) -> Tensor:
+        optimizees = Optimizees(rule, [task, task], [seeded(1), seeded(2)], stacked=False)
+        optimizees.advance(rule)
+        twin, found = optimizees.copy(), []
+        for _ in range(4):
+            batches = optimizees.next_batch()
+            if together:
+                twin.advance(other, batches)
+            found.append(optimizees.advance(rule, batches))
+        if together:
+            last = optimizees.next_batch()
+            own = optimizees.losses(optimizees.packed, last)
+            assert not torch.equal(twin.losses(twin.packed, last), own)
+        return torch.stack(found)
+
+    assert torch.equal(losses(together=True), losses(together=False))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -404,9 +437,13 @@ def test_evolution_strategies_train_without_derivatives_of_the_loss(tmp_path: Pa
         ({"estimator": "pes", "pairs": 0}, "pairs must be at least 1, got 0"),
         ({"estimator": "es", "sigma": 0.0}, "sigma must be positive, got 0.0"),
         ({"fitness": "log-final", "relative_loss": True}, "leave one of them out"),
+        ({"fitness": "log-final", "loss_from": 0.5}, "last loss alone, and loss_from=0.5 by"),
+        ({"estimator": "es", "loss_power": 1.0}, "compares runs by .*, and loss_power=1.0 are"),
+        ({"estimator": "pes", "loss_transform": "log", "imitation": 0.1},
+         "and loss_transform='log', imitation=0.1 are of backpropagation"),
         ({"fitness": "last"}, "fitness must be one of 'sum', 'log-final', got 'last'"),
     ],
-)
+)  # fmt: skip
 def test_recipes_of_evolution_strategies_are_checked(
     changes: dict[str, object], message: str
 ) -> None:

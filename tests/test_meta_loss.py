@@ -14,13 +14,14 @@ from torch import Tensor
 from learned_optim.meta import (
     ESTIMATORS,
     EstimatorOptions,
+    FixedTask,
     MetaGradient,
     MetaTrainer,
     ModuleTask,
     Optimizees,
     build_tasks,
 )
-from learned_optim.meta.estimators import Estimator
+from learned_optim.meta.estimators import Estimator, Fitness
 from learned_optim.meta.meta_loss import Imitation, LossWeights, imitation, loss_weights
 from learned_optim.meta.recipes import recipe_from_json
 from learned_optim.meta.seeding import seeded
@@ -123,6 +124,29 @@ def test_replay_weighs_as_autograd_does(name: str, kind: str) -> None:
     for a, b in zip(replayed.grads, reference.grads, strict=True):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max()
     torch.testing.assert_close(replayed.losses, plain.losses, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fitness", ["sum", "log-final"])
+def test_losses_of_optimizees_of_different_structure_are_weighed(fitness: Fitness) -> None:
+    """Each by its own: coordinates lie optimizee by optimizee where these are not stacked."""
+    rule, weights = random_rule("lstm", torch.float64), WEIGHTS["all"]
+    families = [build_tasks(name) for name in ("quadratic", "digits")]
+
+    def found(estimator: str, options: EstimatorOptions) -> list[Tensor]:
+        generators = [seeded("structure", i) for i in range(2)]
+        pairs = zip(families, generators, strict=True)
+        tasks = [family.sample(generator) for family, generator in pairs]
+        optimizees = Optimizees(rule, tasks, generators, torch.float64, stacked=False)
+        for _ in range(4):
+            optimizees.advance(rule)
+        return ESTIMATORS[estimator](rule, optimizees, 6, options).grads
+
+    options = EstimatorOptions(weights=weights, fitness=fitness)
+    plain = found("replay", EstimatorOptions(fitness=fitness))
+    replayed, reference = found("replay", options), found("autograd", options)
+    for a, b, c in zip(replayed, reference, plain, strict=True):
+        assert (a - b).abs().max() <= 1e-7 * b.abs().max()
+        assert (a - c).abs().max() > 1e-2 * b.abs().max()
 
 
 def test_the_part_before_the_beginning_teaches_nothing() -> None:
@@ -299,6 +323,27 @@ def test_rescaled_tasks_side_by_side_keep_their_own_units() -> None:
     together = run([0, 1])
     for index in (0, 1):
         torch.testing.assert_close(together[index], run([index])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_rescaled_tasks_keep_buffers_of_their_own() -> None:
+    inputs = torch.randn(6, 3, generator=seeded("inputs"))
+    task = ModuleTask(
+        lambda: torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)),
+        lambda g: (inputs * torch.rand((), generator=g), torch.arange(6) % 2),
+        loss=lambda m, batch: m.eval()(batch[0]).square().mean() + m.train()(batch[0]).abs().mean(),
+    )
+    rule, family = random_rule("lstm"), Rescaled(FixedTask(task), 1.0)
+    assert not family.stackable
+
+    def run(indices: list[int]) -> Tensor:
+        generators = [seeded("buffers", i) for i in indices]
+        tasks = [family.sample(generator) for generator in generators]
+        optimizees = Optimizees(rule, tasks, generators, stacked=False)
+        return torch.stack([optimizees.advance(rule) for _ in range(4)], 1)
+
+    together = run([0, 1])
+    for index in (0, 1):
+        torch.testing.assert_close(together[index], run([index])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_training_is_rescaled_and_validation_is_not(tmp_path: Path) -> None:

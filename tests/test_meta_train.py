@@ -315,6 +315,11 @@ def test_other_tasks_for_the_test_figures(tmp_path: Path) -> None:
     tested = meta_train(regression(), folder=tmp_path / "far", test_tasks=far, **SHORT)
     assert tested.rule.fingerprint() == near.rule.fingerprint()
     assert tested.record["test"]["mean"] > 20 * near.record["test"]["mean"]
+    assert tested.record["test"]["task"] == tested.record["recipe"]["test_task"]
+    assert near.record["recipe"]["test_task"] is None
+    named = meta_train(regression(), folder=tmp_path / "named", test_tasks="quadratic", **SHORT)
+    assert named.record["test"]["task"] == "quadratic"
+    assert named.record["test"]["mean"] != near.record["test"]["mean"]
     with pytest.raises(ValueError, match=r"\(test\)': there are no batches"):
         meta_train(
             regression(), folder=tmp_path / "never", test_tasks=regression(batches=[]), **SHORT
@@ -369,6 +374,7 @@ def test_fields_of_the_recipe(tmp_path: Path) -> None:
 
     refused(r"unknown field 'horizn' of a recipe. Did you mean 'horizon'\?", horizn=3)
     refused("unknown field 'task' of a recipe", task="digits")
+    refused(r"unknown field 'test_task' .* Did you mean 'test_tasks'\?", test_task="digits")
     refused("rule must be a configuration, .* and is a SGDRule", rule=SGDRule())
     refused("got EvolutionRecipe, which trains on a mixture of its own", recipe="general-3")
     refused("unknown update rule 'steerd'", rule="steerd")

@@ -48,7 +48,9 @@ def explain(
         The report, ``README.md`` in the folder.
 
     Raises:
-        See :func:`learned_optim.load_rule`.
+        ValueError: there is no such checkpoint, or it is not one.
+        OSError: a file cannot be read or written.
+        ImportError: no matplotlib, which the ``meta`` extra brings.
 
     Example:
         >>> explain("general-3", "runs/explain", short=True)  # doctest: +SKIP
