@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import random_rule
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks import estimators
 from benchmarks.noisy_quadratic import ExactGradients, NoisyQuadratic, TwoRates, exact_gradients
@@ -405,7 +406,11 @@ def test_copies_of_optimizees_with_buffers_and_dropout_are_apart() -> None:
         index = torch.randint(32, (8,), generator=generator)
         return inputs[index], (inputs[index, 0] > 0).long()
 
-    task = ModuleTask(lambda: nn.Sequential(nn.Linear(3, 4), *layers), batch)
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:  # reads the buffers, too
+        x, y = batch
+        return F.cross_entropy(model.train()(x), y) + F.cross_entropy(model.eval()(x), y)
+
+    task = ModuleTask(lambda: nn.Sequential(nn.Linear(3, 4), *layers), batch, loss=loss)
     rule, other = random_rule("lstm"), random_rule("lstm")
     with torch.no_grad():
         for weight in other.parameters():
