@@ -51,6 +51,7 @@ def card(name: str, results: Path = DOCS / "results") -> str:
     )
     also = [alias for alias, target in ALIASES.items() if target == name]
     aliases = f" Also called {' and '.join(f'`{alias}`' for alias in also)}." if also else ""
+    text = text.replace("```python", "<!-- not run: model is the reader's -->\n```python", 1)
     intro, _, rest = text.partition("\n\n## Use")
     text = f"{intro}{aliases} Fingerprint `{rule.fingerprint()}`.\n\n## Use{rest}"
     measured = _measured(rule.fingerprint(), results)

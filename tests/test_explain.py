@@ -289,6 +289,7 @@ def test_in_short() -> None:
     assert "told a length of 4 steps, the last is 0.1 of the longest" in length
 
 
+@pytest.mark.slow
 def test_a_short_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up = {history.name: made_up_curve(0.25) for history in _histories.HISTORIES}
     monkeypatch.setattr(_report, "curves", lambda _: made_up)
