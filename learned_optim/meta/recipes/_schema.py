@@ -33,7 +33,6 @@ def recipe_schema() -> dict[str, Any]:
         definitions[name]["properties"]["rule"] = {"$ref": "#/$defs/rule"}
     properties = definitions["evolution"]["properties"]
     properties["method"] = {"const": _evolution.METHOD}
-    properties["task"] = {"const": _evolution.EvolutionRecipe.task}
     definitions["evolution"]["required"].append("method")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
