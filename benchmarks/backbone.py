@@ -2,11 +2,12 @@
 
     python -m benchmarks.backbone --tasks 100 --workers 2    # ten minutes, $LEARNED_OPTIM_DATA
 
-Compares the untrained rule at several base steps and floors of its scale with the shipped weights,
-whole, partly back to the untrained rule, and never told the length of the run. Figures are logs of
-the final loss minus that of AdamW tuned over six learning rates (with warm-up, and a cosine where
-the length of the run is known), and how far the loss rose above the first. Writes
-docs/results/backbone.json. Only MNIST's meta-training half and synthetic data are read.
+Compares the untrained rule at two base steps, with the trust and without, and the shipped weights
+of `general-3`, of `general-3` with a trust it was not trained for, and of `general-4`, told the
+length of the run and not. Figures are logs of the final loss minus that of AdamW tuned over six
+learning rates (with warm-up, and a cosine where the length of the run is known), and how far the
+loss rose above the first. Writes docs/results/backbone.json. Only MNIST's meta-training half and
+synthetic data are read.
 """
 
 from __future__ import annotations
@@ -31,36 +32,32 @@ from learned_optim.pretrained import list_pretrained
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "results" / "backbone.json"
-CHECKPOINT = "general-3"
+CHECKPOINTS = ("general-3", "general-4")
+TRUST = {"trust_start": -3.0, "trust_gain": 1.5}
+MIXTURE = "populations-2"
 # Far from the seeds of training and validation.
 FIRST_SEED, SHORTEST, LONGEST = 20_000_000, 100, 500
-STEPS, FLOORS = (0.05, 0.1, 0.2), (1.0, 0.25)
+STEPS = (0.1, 0.2)
 LARGEST_EXCESS = 1.5
-SHARES = (0.25, 0.5, 0.75)  # of the weights before training
 
 
 @functools.cache  # once per worker
 def rules() -> dict[str, tuple[HorizonRule, bool]]:
     """Rules by label, and whether they may know the length of the run."""
     found: dict[str, tuple[HorizonRule, bool]] = {
-        f"untrained, step {step:g}, floor {floor:g}": (
-            HorizonRule(HorizonConfig(base_step=step, smallest_share=floor)),
-            True,
-        )
-        for floor in FLOORS
+        f"untrained, step {step:g}{name}": (HorizonRule(HorizonConfig(base_step=step, **own)), True)
+        for name, own in (("", {}), (", trust", TRUST))
         for step in STEPS
     }
-    if CHECKPOINT in list_pretrained():
-        rule = load_rule(CHECKPOINT)
-        assert isinstance(rule, HorizonRule)
-        found[CHECKPOINT] = rule, True
-        found[f"{CHECKPOINT}, never told the length"] = rule, False
-        start = initial_weights(rule, 0)
-        for share in SHARES:
-            nearer = HorizonRule(rule.config)
-            weights = parameters_to_vector(rule.parameters()).detach().lerp(start, share)
-            vector_to_parameters(weights, nearer.parameters())
-            found[f"{CHECKPOINT}, {share:.0%} of the start"] = nearer, True
+    begun = HorizonRule(HorizonConfig(**TRUST))
+    vector_to_parameters(initial_weights(begun, 0, "general-3"), begun.parameters())
+    found["general-3 with a trust"] = begun, True
+    for name in CHECKPOINTS:
+        if name in list_pretrained():
+            rule = load_rule(name)
+            assert isinstance(rule, HorizonRule)
+            found[name] = rule, True
+            found[f"{name}, never told the length"] = rule, False
     return found
 
 
@@ -68,7 +65,7 @@ def measure(job: tuple[int, bool, DataOptions]) -> dict[str, Any]:
     """One task: of every rule, the excess over tuned AdamW and the rise."""
     index, large, data = job
     seed = FIRST_SEED + index
-    run = draw(seed, data, SHORTEST, large)
+    run = draw(seed, data, SHORTEST, large, mixture=MIXTURE)
     run = Draw(run.task, min(run.steps, LONGEST), run.known)
     best = float(np.nanmin(scores(roll_adamw(ADAMW_LRS, run, seed))[0]))
     figures = {}

@@ -104,6 +104,23 @@ def one_each() -> dict[str, float]:
     return built | in_turns(steps, 60)
 
 
+def in_graphs() -> dict[str, float]:
+    """Seconds of ``torch.compile``d steps on the 784-20-10 network, and of the eager ones."""
+    rule, adam = HorizonRule().requires_grad_(False), torch.optim.Adam
+    learned = [LearnedOptimizer(parameters(THESIS), r, total_steps=TOTAL_STEPS).step
+               for r in (rule, rule, Pure())]  # fmt: skip
+    found: dict[str, Callable[[], Any]] = {
+        "adam": adam(parameters(THESIS), fused=True).step,
+        "eager": learned[0],
+        "graph": torch.compile(learned[1], fullgraph=True),
+        "pure graph": torch.compile(learned[2], fullgraph=True),
+    }
+    for step in found.values():  # traces
+        step()
+        step()
+    return in_turns(found, 300)
+
+
 def markdown(found: dict[str, Any]) -> str:
     """The tables of the page."""
     rows = [
@@ -136,6 +153,8 @@ def main() -> None:
     """Command line."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     print(machine(), kernels.status(), markdown(measure()), sep="\n")
+    print("784-20-10 network, microseconds of a step, in graphs of torch.compile and out of them:")
+    print({name: round(1e6 * seconds) for name, seconds in in_graphs().items()})
 
 
 if __name__ == "__main__":

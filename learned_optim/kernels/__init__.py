@@ -1,11 +1,22 @@
-"""The compiled CPU step of the rule ``horizon``; ``status()`` says whether it is used.
+"""The compiled steps of the rule ``horizon``; ``status()`` says whether they are used.
 
-The library is plain C behind ctypes, built from ``step.cpp`` when the package is installed with a
-C++ compiler at hand. Where it is missing, or tensors do not suit it, callers use the pure form,
-which it equals up to rounding. ``LEARNED_OPTIM_KERNELS=0`` in the environment switches it off.
+On the CPU a library in plain C behind ctypes, built from ``step.cpp`` when the package is installed
+with a C++ compiler at hand; on a GPU kernels in Triton, which comes with torch there. Where they
+are missing, or tensors do not suit them, callers use the pure form, which they equal up to
+rounding. ``LEARNED_OPTIM_KERNELS=0`` in the environment switches them off.
 """
 
-from learned_optim.kernels._library import status
+from learned_optim.kernels import _library, triton_step
 from learned_optim.kernels._step import step_
+
+
+def status(device_type: str = "cpu") -> str:
+    """Whether the kernel for ``"cpu"`` or ``"cuda"`` tensors is used and, if not, why not."""
+    if device_type == "cpu":
+        return _library.loaded()[1]
+    if device_type == "cuda":
+        return triton_step.loaded()[1]
+    return f"missing: no kernel for {device_type!r}"
+
 
 __all__ = ["status", "step_"]

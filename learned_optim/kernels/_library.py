@@ -66,8 +66,3 @@ def _warn(why: str) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
-
-
-def status() -> str:
-    """Whether the compiled kernel is used and, if not, why not."""
-    return loaded()[1]

@@ -32,7 +32,7 @@ from learned_optim.rules._base import State, StepContext, UpdateRule
 from learned_optim.rules._config import RuleConfig
 from learned_optim.rules._features import TINY, bias_correction, largest_momentum, momentum_before
 from learned_optim.rules._segments import Product, Segments
-from learned_optim.rules._step import DECAY_UNIT, needs_sync
+from learned_optim.rules._step import DECAY_UNIT
 
 DIRECTIONS = 4
 # The gradient in units of r is cut off here; the momenta need no such bound.
@@ -234,8 +234,8 @@ class HorizonRule(UpdateRule):
         shapes: Sequence[torch.Size] | None = None,
         shard_groups: tuple[Any, ...] = (),
     ) -> None:
-        """See :meth:`UpdateRule.step_`: the compiled kernel where it can, else the pure form."""
-        if shard_groups or needs_sync(lr) or not kernels.step_(
+        """See :meth:`UpdateRule.step_`: the device's kernel where it can, else the pure form."""
+        if shard_groups or not kernels.step_(
             self._network(), params, grads, states, config=self.kernel_config(), lr=lr,
             decay=DECAY_UNIT * weight_decay, maximize=maximize, warmup=warmup,
             total_steps=total_steps, shapes=shapes,

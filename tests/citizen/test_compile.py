@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.testing import assert_close
 
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, kernels
 from learned_optim.rules import UpdateRule
+from learned_optim.rules.horizon import HorizonRule
 
 from .common import flat, make_rule
 
@@ -133,3 +134,43 @@ def test_non_finite_gradients_count_as_zero_in_the_graph() -> None:
         step()
         results.append(param.detach())
     assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.skipif(
+    not kernels.status().startswith("compiled"), reason=f"no kernel: {kernels.status()}"
+)
+@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["state32", "state16"])
+def test_the_graph_calls_the_kernel_and_gives_its_bits(
+    lr: float | Tensor, dtype: torch.dtype
+) -> None:
+    calls: list[int] = []
+
+    class Backend(CountingBackend):
+        def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+            calls.append(sum("horizon_step_" in str(node.target) for node in graph.graph.nodes))
+            return super().__call__(graph, inputs)
+
+    settings: dict[str, Any] = {"steps": 6, "state_dtype": dtype, "weight_decay": 1.0}
+    rates = [lr.clone() if isinstance(lr, Tensor) else lr for _ in range(2)]
+    compiled, opt = run(HorizonRule(), Backend("aot_eager"), rates[0], **settings)
+    eager, other = run(HorizonRule(), None, rates[1], **settings)
+    assert calls == ([1] if isinstance(lr, Tensor) else [1, 1])
+    assert torch.equal(compiled, eager)
+    for state, wanted in zip(opt.state.values(), other.state.values(), strict=True):
+        assert all(torch.equal(state[key], value) for key, value in wanted.items())
+
+
+def test_what_the_kernel_does_not_take_is_traced() -> None:
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(4, 6).t())  # not contiguous
+    before = param.detach().clone()
+    opt = LearnedOptimizer([param], HorizonRule())
+    param.grad = torch.randn(6, 4)
+    torch.compile(opt.step, backend="aot_eager", fullgraph=True)()
+    twin = nn.Parameter(before.clone())
+    reference = LearnedOptimizer([twin], HorizonRule())
+    twin.grad = param.grad.clone()
+    reference.step()
+    assert not torch.equal(before, param)
+    assert_close(param, twin, rtol=0, atol=1e-6)

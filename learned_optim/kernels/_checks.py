@@ -1,0 +1,92 @@
+"""Which tensors a kernel takes, whichever it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from operator import attrgetter, itemgetter
+
+import torch
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
+
+from learned_optim._shapes import fan_in, init_scale
+
+PARAM_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STATE_TYPES = (torch.float32, torch.bfloat16)
+OUTPUTS = 5
+INPUTS = (21, 22)  # without and with the trust
+_PLAIN = {Tensor, nn.Parameter}
+
+is_cpu, is_cuda, dtype_of = attrgetter("is_cpu"), attrgetter("is_cuda"), attrgetter("dtype")
+state_entries = itemgetter("fast", "slow", "square", "stats", "step")
+
+
+def addresses_of(
+    tensors: list[Tensor], m: int, is_here: Callable[[Tensor], bool]
+) -> list[int] | None:
+    """Where the tensors begin, ``m`` parameters and gradients first; ``None`` for unusual ones.
+
+    Args:
+        tensors: all tensors of a call.
+        m: number of parameters.
+        is_here: whether a tensor is on the kernel's kind of device.
+    """
+    if not {*map(type, tensors)} <= _PLAIN:
+        return None
+    try:
+        addresses = list(map(Tensor.data_ptr, tensors))
+        usual = all(map(is_here, tensors)) and all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # a layout without strides
+        return None
+    # Anybody may make parameters and gradients, so these may have any of torch's peculiarities.
+    if any(map(Tensor.is_neg, tensors[: 2 * m])) or any(map(Tensor.is_inference, tensors[:m])):
+        return None
+    return addresses if usual else None
+
+
+def under_a_mode() -> bool:
+    """Whether operations are intercepted: fake tensors, functorch, function and dispatch modes."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return True
+    modes = range(torch._C._len_torch_function_stack())
+    # A default device is a mode, too, but tells only where new tensors go.
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
+
+
+def takes_dtypes(m: int, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether the kernels know the dtypes of a call of ``m`` tensors, in its order."""
+    params, grads, own = dtypes[:m], dtypes[m : 2 * m], dtypes[5 * m :]
+    fast, slow, square = (dtypes[i * m : (i + 1) * m] for i in (2, 3, 4))
+    same = params == grads and fast == slow == square and {*own} == {torch.float32}
+    return same and {*params} <= {*PARAM_TYPES} and {*fast} <= {*STATE_TYPES}
+
+
+def takes_network(m: int, network: Sequence[torch.Size], most_units: int) -> bool:
+    """Whether the weights have shapes that go together, shared or one network per tensor."""
+    lead, units, inputs = network[0][:-2], network[1][-1], network[0][-1]
+    parts = [(units, inputs), (units,), (OUTPUTS, units), (OUTPUTS,), (OUTPUTS, inputs)]
+    return (
+        inputs in INPUTS
+        and 1 <= units <= most_units
+        and lead in ((), (m,))
+        and tuple(network) == tuple(torch.Size((*lead, *part)) for part in parts)
+    )
+
+
+def constants_of(shapes: Sequence[torch.Size], largest_scale: float) -> list[float]:
+    """What the shape of each tensor says of it, four numbers, the last a multiplier of ``lr``."""
+    constants: list[float] = []
+    for shape in shapes:
+        natural = min(init_scale(shape), largest_scale)
+        constants += [natural, math.log(fan_in(shape)), float(len(shape) < 2), 1.0]
+    return constants
+
+
+def increment_versions(params: Sequence[Tensor]) -> None:
+    """A graph that saved a parameter must notice that it changed."""
+    try:
+        torch._C._increment_version(params)
+    except TypeError:  # before torch 2.5, one tensor at a time
+        for param in params:
+            torch._C._increment_version(param)

@@ -1,0 +1,123 @@
+"""The CPU's step as an operator of torch, which compiled graphs call instead of tracing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim.kernels import _checks, _cpu, _library
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _usable() -> bool:
+    return _library.library() is not None
+
+
+# A constant of the graph: what torch.compiler.assume_constant_result does, without importing the
+# tracer, which takes a second.
+_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    fast: list[Tensor],
+    slow: list[Tensor],
+    square: list[Tensor],
+    stats: list[Tensor],
+    steps: list[Tensor],
+    network: list[Tensor],
+    lr: Tensor,
+    config: list[float],
+    decay: float,
+    maximize: bool,
+    warmup: int,
+    total_steps: float,
+) -> None:
+    rate = float(lr)
+    if rate == 0:  # known here alone; nothing may change
+        return
+    states = [
+        dict(zip(("fast", "slow", "square", "stats", "step"), own, strict=True))
+        for own in zip(fast, slow, square, stats, steps, strict=True)
+    ]
+    if not _cpu.step_(
+        network,
+        params,
+        [grad.contiguous() for grad in grads],  # inside a graph they may have any strides
+        states,
+        config=config,
+        lr=rate,
+        lr_scales=None,
+        decay=decay,
+        maximize=maximize,
+        warmup=warmup,
+        total_steps=total_steps,
+        shapes=None,
+    ):
+        raise RuntimeError(
+            "the compiled step refuses these tensors, whose memory overlaps or is not aligned: "
+            "call the optimizer's step() outside of torch.compile, or set LEARNED_OPTIM_KERNELS=0"
+        )
+
+
+_operator: Any = torch.library.custom_op(
+    "learned_optim::horizon_step_",
+    _step_,
+    mutates_args=("params", "fast", "slow", "square", "stats", "steps"),
+    device_types="cpu",
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] fast, Tensor(c!)[] slow, "
+    "Tensor(d!)[] square, Tensor(e!)[] stats, Tensor(f!)[] steps, Tensor[] network, Tensor lr, "
+    "float[] config, float decay, bool maximize, int warmup, float total_steps) -> ()",
+)
+_operator.register_fake(lambda *_: None)
+
+
+def step_(
+    network: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    *,
+    config: Sequence[float],
+    lr: float | Tensor,
+    lr_scales: Sequence[float] | None,
+    decay: float,
+    maximize: bool,
+    warmup: int,
+    total_steps: float,
+    shapes: Sequence[torch.Size] | None,
+) -> bool:
+    """See :func:`learned_optim.kernels.step_`, while a graph is traced."""
+    columns = [
+        [state[key] for state in states] for key in ("fast", "slow", "square", "stats", "step")
+    ]
+    tensors = [*params, *grads, *(tensor for column in columns for tensor in column), *network]
+    m = len(params)
+    if not all(type(t) in _PLAIN and t.device.type == "cpu" for t in tensors):
+        return False
+    if not all(t.layout is torch.strided for t in tensors):
+        return False
+    if not all(t.is_contiguous() for t in [*params, *tensors[2 * m :]]):
+        return False
+    if any(param.shape != grad.shape for param, grad in zip(params, grads, strict=True)):
+        return False
+    if lr_scales is not None or (shapes is not None and [p.shape for p in params] != list(shapes)):
+        return False
+    if isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1):
+        return False
+    if not _checks.takes_dtypes(m, [t.dtype for t in tensors]) or len(config) != 10:
+        return False
+    if not _checks.takes_network(m, [weight.shape for weight in network], 1024) or not _usable():
+        return False
+    if not isinstance(lr, Tensor):  # one graph for all of them
+        lr = torch.ones((), dtype=torch.float64, device="cpu") * lr
+    _operator(
+        list(params), list(grads), *columns, list(network), lr, [float(c) for c in config],
+        float(decay), bool(maximize), int(warmup), float(total_steps),
+    )  # fmt: skip
+    return True
