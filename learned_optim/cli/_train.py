@@ -72,22 +72,14 @@ def _run_training(config: TrainConfig) -> int:
     import torch.distributed as dist
 
     from learned_optim.checkpoint import check_writable
+    from learned_optim.meta.ranks import process_group
     from learned_optim.meta.trainer import MetaTrainer
 
     torch.set_num_threads(config.threads)
     if config.output is not None:
         check_writable(config.output)
-    under_torchrun = dist.is_torchelastic_launched()
-    if under_torchrun:
-        # Optimizers import this; were the group there already, default arguments in it would keep
-        # the group, and its threads, past destroy_process_group. A thread that lets go of a tensor
-        # while the interpreter ends aborts the process.
-        import torch.distributed.nn
-
-        # Meta-gradients live on the CPU, whatever else there is.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        first = not under_torchrun or dist.get_rank() == 0
+    with process_group():
+        first = not dist.is_initialized() or dist.get_rank() == 0
         with ProgressBar("meta-training") if first else nullcontext() as show:
             trainer = MetaTrainer(config.recipe, config.folder, config.data, config.tensorboard)
             path = None
@@ -100,9 +92,6 @@ def _run_training(config: TrainConfig) -> int:
         if path is not None:
             print(_figures(trainer, path))
             print(f"wrote {path}")
-    finally:
-        if under_torchrun:
-            dist.destroy_process_group()
     return 0
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 
 from learned_optim._discovery import did_you_mean
 from learned_optim.checkpoint import CheckpointError, check_writable, read_checkpoint
 from learned_optim.meta.data import DataOptions
+from learned_optim.meta.ranks import process_group
 from learned_optim.meta.recipes import Recipe, load_recipe, rule_config
 from learned_optim.meta.recipes.quick import RECIPE as QUICK
 from learned_optim.meta.tasks import (
@@ -124,7 +124,7 @@ def meta_train(
         _, test_family = _family(tasks, weights, TaskOptions("evaluation", options))
     if output is not None:
         check_writable(Path(output))
-    with _threads(threads), _process_group():
+    with _threads(threads), process_group():
         trainer = MetaTrainer(
             chosen, Path(folder), options, tensorboard, family=family, test_family=test_family
         )
@@ -255,23 +255,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _process_group() -> Iterator[None]:
-    """Under ``torchrun``, a process group, unless the script has begun one."""
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
-        yield
-        return
-    # Optimizers import this; were the group there already, default arguments in it would keep the
-    # group, and its threads, past its end.
-    import torch.distributed.nn  # noqa: F401
-
-    dist.init_process_group("gloo")  # meta-gradients live on the CPU
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 class _Lines:
