@@ -59,7 +59,6 @@ def test_a_dead_rank_is_started_again(tmp_path: Path) -> None:
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
     assert (tmp_path / "died").exists()
-    assert "exitcode: -9" in launched.stderr
     one, two = (MetaTrainer(recipe, tmp_path / folder) for folder in ("one", "two"))
     one.train()
     assert two.epoch == 3
