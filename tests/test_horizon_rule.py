@@ -131,7 +131,7 @@ def trusts(grads: torch.Tensor, start: float, gain: float) -> list[float]:
     for t, grad in enumerate(grads.float(), start=1):
         found.append(z)
         square = 0.99 * square + 0.01 * grad**2
-        r = (square / (1 - 0.99**t)).sqrt()
+        r = (square / (1 - 0.99**t)).sqrt() + 1e-15
         ratio, old = (grad / r).clamp(-3, 3), fast / r
         if t > 1:
             cosine = (ratio * old).mean() / (ratio.square().mean() * old.square().mean()).sqrt()
