@@ -3,8 +3,8 @@
     python -m benchmarks.backbone --tasks 100 --workers 2    # ten minutes, $LEARNED_OPTIM_DATA
 
 Compares the untrained rule at two base steps, with the trust and without, and the shipped weights
-of `general-3`, of `general-3` with a trust it was not trained for, and of `general-4`, told the
-length of the run and not. Figures are logs of the final loss minus that of AdamW tuned over six
+of `general-3`, of `general-3` with a trust it was not trained for, which `general-4` starts as, and
+of `general-4`, also on the way there, told the length of the run and not. Figures are logs of the final loss minus that of AdamW tuned over six
 learning rates (with warm-up, and a cosine where the length of the run is known), and how far the
 loss rose above the first. Writes docs/results/backbone.json. Only MNIST's meta-training half and
 synthetic data are read.
@@ -39,6 +39,7 @@ MIXTURE = "populations-2"
 FIRST_SEED, SHORTEST, LONGEST = 20_000_000, 100, 500
 STEPS = (0.1, 0.2)
 LARGEST_EXCESS = 1.5
+SHARES = (0.25, 0.5, 0.75)
 
 
 @functools.cache  # once per worker
@@ -52,6 +53,15 @@ def rules() -> dict[str, tuple[HorizonRule, bool]]:
     begun = HorizonRule(HorizonConfig(**TRUST))
     vector_to_parameters(initial_weights(begun, 0, "general-3"), begun.parameters())
     found["general-3 with a trust"] = begun, True
+    if CHECKPOINTS[-1] in list_pretrained():
+        start, end = (
+            parameters_to_vector(each.parameters()).detach()
+            for each in (begun, load_rule(CHECKPOINTS[-1]))
+        )
+        for share in SHARES:
+            nearer = HorizonRule(begun.config)
+            vector_to_parameters(end.lerp(start, share), nearer.parameters())
+            found[f"{CHECKPOINTS[-1]}, {share:.0%} of the start"] = nearer, True
     for name in CHECKPOINTS:
         if name in list_pretrained():
             rule = load_rule(name)

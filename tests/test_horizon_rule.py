@@ -131,23 +131,32 @@ def trusts(grads: torch.Tensor, start: float, gain: float) -> list[float]:
     for t, grad in enumerate(grads.float(), start=1):
         found.append(z)
         square = 0.99 * square + 0.01 * grad**2
-        r = (square / (1 - 0.99**t)).sqrt()
+        r = (square / (1 - 0.99**t)).sqrt() + 1e-15
         ratio, old = (grad / r).clamp(-3, 3), fast / r
         if t > 1:
             cosine = (ratio * old).mean() / (ratio.square().mean() * old.square().mean()).sqrt()
-            z = min(0.0, max(start, z + gain * cosine.item()))
+            live = cosine / (grad != 0).float().mean().sqrt()
+            z = 0.0 if z == 0 else min(0.0, max(start, z + gain * live.clamp(-1, 1).item()))
         fast = 0.9 * fast + 0.1 * grad
     return found
 
 
-@pytest.mark.parametrize(("kind", "grows"), [("signal", True), ("noise", False), ("turns", False)])
+@pytest.mark.parametrize(
+    ("kind", "grows"), [("signal", True), ("rows", True), ("noise", False), ("turns", False)]
+)
 def test_the_trust_grows_where_gradients_agree(kind: str, grows: bool) -> None:
     """The untrained rule's steps are the backbone's times the trust; noise never earns it."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(60, 30, 20, generator=generator, dtype=torch.float64)
     signal = torch.ones(60, 1, 1).double() * torch.randn(30, 20, generator=generator).double()
     turning = signal * torch.tensor([1.0, -1.0]).double().repeat(30).view(60, 1, 1)
-    grads = {"signal": noise + signal, "noise": noise, "turns": noise + turning}[kind]
+    touched = torch.rand(60, 30, 1, generator=generator).double() < 0.3  # as of an embedding
+    grads = {
+        "signal": noise + signal,
+        "rows": touched * (noise + 2 * signal),
+        "noise": noise,
+        "turns": noise + turning,
+    }[kind]
     rule = HorizonRule(HorizonConfig(trust_start=-3.0, trust_gain=1.5)).double()
     expected = trusts(grads, -3.0, 1.5)
     param = torch.zeros(30, 20, dtype=torch.float64)  # zero, so that the scale is the shape's

@@ -286,7 +286,9 @@ def _finish(stats, step, partials, first, count, size, trust_start, trust_gain):
     new = tl.where(q == 10, _average(z, LONG, with_fast), new)
     new = tl.where(q == 11, _average(z, SHORT, with_slow), new)
     new = tl.where(q == 12, _average(z, SHORT, _pick(mean, 12)), new)
-    new = tl.where(q == 13, _clamp(z + trust_gain * with_fast, trust_start, 0.0), new)
+    agreement = _clamp(with_fast / tl.sqrt(tl.maximum(_pick(mean, 12), 1e-3)), -1.0, 1.0)
+    grown = _clamp(z + trust_gain * agreement, trust_start, 0.0)
+    new = tl.where(q == 13, tl.where(z < 0, grown, z), new)  # once it has reached 0 it stays
     new = tl.where(square > 0, new, z)  # nothing to tell where there never was a gradient
     new = tl.where(q == 1, rms, new)
     new = tl.where(q == 0, tl.where(t > 0, z, rms), new)

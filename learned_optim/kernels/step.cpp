@@ -570,8 +570,11 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
     average(kStatMeanCorrelation, kLong, with_fast);
     average(kStatSlowCorrelation, kShort, with_slow);
     average(kStatLive, kShort, mean[kSumLive]);
-    z[kStatTrust] = float(clamp(z[kStatTrust] + settings[kTrustGain] * with_fast,
-                                settings[kTrustStart], 0));
+    const double agreement =
+        clamp(with_fast / std::sqrt(std::max(mean[kSumLive], 1e-3)), -1, 1);
+    if (z[kStatTrust] < 0)  // once it has reached 0 it stays
+      z[kStatTrust] = float(clamp(z[kStatTrust] + settings[kTrustGain] * agreement,
+                                  settings[kTrustStart], 0));
   }
   *tensor.step += 1;
 }

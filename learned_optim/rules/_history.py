@@ -113,13 +113,16 @@ def next_stats(
 
     Entries that describe gradients stay as they are until the tensor has had one. The log of the
     trust moves by ``trust_gain`` times the correlation of the gradient with the fast momentum
-    before it, within ``[trust_start, 0]``.
+    before it, about that of the coordinates with a gradient: over the root of their share. It
+    starts at ``trust_start``, below which it never falls, and stays at 0 once it has reached it.
     """
     step, old = seen[:, STEP], stats.unbind(-1)
     rms, level, *logs, with_fast, with_slow, live, any_gradient = seen[:, MEASUREMENTS].unbind(-1)
     new = list(old)
     new[FIRST_RMS] = torch.where(step > 0, old[FIRST_RMS], rms)
     new[RMS] = rms
+    agreement = (with_fast / live.clamp(min=1e-3).sqrt()).clamp(-1.0, 1.0)
+    grown = old[TRUST] + trust_gain * agreement
     measured = {
         LEVEL: level,
         MEAN_LEVEL: torch.where(step > 0, torch.lerp(level, old[MEAN_LEVEL], _LONG), level),
@@ -128,7 +131,7 @@ def next_stats(
         MEAN_CORRELATION: torch.lerp(with_fast, old[MEAN_CORRELATION], _LONG),
         SLOW_CORRELATION: torch.lerp(with_slow, old[SLOW_CORRELATION], _SHORT),
         LIVE: torch.lerp(live, old[LIVE], _SHORT),
-        TRUST: (old[TRUST] + trust_gain * with_fast).clamp(trust_start, 0.0),
+        TRUST: torch.where(old[TRUST] < 0, grown.clamp(trust_start, 0.0), old[TRUST]),
     }
     for entry, value in measured.items():
         new[entry] = torch.where(any_gradient > 0, value, old[entry])
