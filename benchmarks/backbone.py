@@ -4,10 +4,10 @@
 
 Compares the untrained rule at two base steps, with the trust and without, and the shipped weights
 of `general-3`, of `general-3` with a trust it was not trained for, which `general-4` starts as, and
-of `general-4`, also on the way there, told the length of the run and not. Figures are logs of the final loss minus that of AdamW tuned over six
-learning rates (with warm-up, and a cosine where the length of the run is known), and how far the
-loss rose above the first. Writes docs/results/backbone.json. Only MNIST's meta-training half and
-synthetic data are read.
+of `general-4`, also on the way there, told the length of the run and not. Figures are logs of the
+final loss minus that of AdamW tuned over six learning rates (with warm-up, and a cosine where the
+length of the run is known), and how far the loss rose above the first. Writes
+docs/results/backbone.json. Only MNIST's meta-training half and synthetic data are read.
 """
 
 from __future__ import annotations

@@ -102,9 +102,9 @@ class HorizonRule(UpdateRule):
 
     The trust ``exp(z)`` starts at ``exp(trust_start)`` and grows, to 1 at most, as far as gradients
     go on pointing where the momentum points: at once in a fresh network, and not where weights are
-    trained and gradients are noise, which the first long steps would destroy. Once it is 1 it stays.
-    It is a bounded hypergradient descent on the log of the step, per tensor (after Baydin et al.
-    2018, arXiv 1703.04782).
+    trained and gradients are noise, which the first long steps would destroy. Once it is 1 it
+    stays. It is a bounded hypergradient descent on the log of the step, per tensor (after Baydin et
+    al. 2018, arXiv 1703.04782).
 
     State per coordinate: ``fast``, ``slow`` and ``square``, each ``(*S, 1)``; per tensor:
     ``stats``, ``(14,)``.
