@@ -240,4 +240,4 @@ print(main(["train", "quick"]))
 """
     lines = core(installed, tmp_path, program).splitlines()
     assert lines[-1] == "1"
-    assert lines[-2] == "learned-optim: train needs sklearn: pip install 'learned-optim[meta]'"
+    assert lines[-2].endswith("scikit-learn: pip install 'learned-optim[meta]'")
