@@ -1,8 +1,11 @@
-"""Speed and memory against their targets, and the page that shows them.
+"""Speed and memory against their targets, estimators of meta-gradients, and the pages of both.
 
-    python -m benchmarks                  # measure everything: some minutes
+    python -m benchmarks                  # measure everything: half an hour
     python -m benchmarks SECTION ...      # or only some of it
-    python -m benchmarks page             # docs/performance.md from docs/performance/*.json
+    python -m benchmarks page             # docs/performance.md and docs/estimators.md from
+                                          # docs/performance/*.json
+    python -m benchmarks cards            # docs/checkpoints/: a model card of every checkpoint
+    python -m benchmarks explain [NAME ...]   # docs/explain/: what every checkpoint does
 
 Every section leaves its figures in docs/performance/. Meta-training needs MNIST in the folder that
 $LEARNED_OPTIM_DATA names. Seconds until tuned Adam's loss is reached are measured by
@@ -15,7 +18,7 @@ import argparse
 import json
 import time
 
-from benchmarks import kernel_step, meta_training, performance, step
+from benchmarks import cards, estimators, kernel_step, meta_training, performance, step
 from benchmarks.measure import machine
 
 SECTIONS = {
@@ -26,6 +29,7 @@ SECTIONS = {
     "checkpoints": step.checkpoints,
     "scaling": step.scaling,
     "meta-training": meta_training.measure,
+    "estimators": estimators.measure,
 }
 
 
@@ -36,13 +40,20 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = [*SECTIONS, "page"]
+    known = [*SECTIONS, "page", "cards", "explain"]
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(known))
     sections = parser.parse_args().sections
+    if sections[:1] == ["explain"]:
+        cards.write_reports(sections[1:])
+        return
+    if sections == ["cards"]:
+        cards.write_cards()
+        return
     if unknown := set(sections) - set(known):
         parser.error(f"unknown section {sorted(unknown)}; known: {', '.join(known)}")
     if sections == ["page"]:
         performance.write_page()
+        estimators.write_page()
         return
     performance.FOLDER.mkdir(exist_ok=True)
     for name in sections or SECTIONS:

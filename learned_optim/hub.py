@@ -8,6 +8,7 @@ card). Only safetensors are ever read, strictly; nothing is unpickled.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -276,8 +277,8 @@ def model_card(
     sections = [
         f"# {name.rsplit('/', 1)[-1]}",
         f"A learned optimizer for PyTorch: an update rule of type `{rule.name}` with "
-        f"{sum(w.numel() for w in rule.parameters()):,} weights, trained by gradient descent, "
-        f"used in place of `torch.optim.Adam`.",
+        f"{sum(w.numel() for w in rule.parameters()):,} weights{_method(record)}, used in place of "
+        f"`torch.optim.Adam`.",
         f"## Use\n\n{_usage(rule, name)}",
         f"## Training\n\n{_training(record)}",
         f"## Evaluation\n\n{_results(record, evaluation, curves or [])}",
@@ -285,6 +286,15 @@ def model_card(
         f"## Licence\n\n{license}",
     ]
     return _front_matter(license) + "\n\n".join(sections) + "\n"
+
+
+def _method(record: dict[str, Any]) -> str:
+    recipe = record.get("recipe")
+    if not recipe:
+        return ""
+    if recipe.get("method") == "evolution":
+        return ", trained by evolution strategies on whole runs"
+    return ", trained by gradient descent"
 
 
 def _front_matter(license: str) -> str:
@@ -322,6 +332,8 @@ def _training(record: dict[str, Any]) -> str:
         return "The checkpoint holds no record of its training."
     tasks = ", ".join(f"`{task}`" for task in _tasks(recipe)) or "not recorded"
     rows = [f"- Tasks: {tasks}"]
+    if record.get("data_sets"):
+        rows.append(f"- Image sets: {', '.join(map(str, record['data_sets']))}")
     known = {
         "horizon": "Horizon (inner steps of one run)",
         "truncation": "Inner steps per meta-gradient",
@@ -360,6 +372,12 @@ def _results(record: dict[str, Any], evaluation: dict[str, Any] | None, curves: 
         # The report's headings go one level down, under the card's own.
         parts.append(re.sub(r"^#", "##", markdown(evaluation).strip(), flags=re.MULTILINE))
     parts += [f"![Learning curves: {Path(curve).stem}]({curve})" for curve in curves]
+    behind = (record.get("behind_adamw") or {}).get("last")
+    if isinstance(behind, dict) and _is_number(behind, "mean"):
+        parts.append(
+            f"On validation tasks of its meta-training mixture, the final loss is "
+            f"{math.exp(behind['mean']):.3f} times tuned AdamW's (geometric mean)."
+        )
     recipe = record.get("recipe") or {}
     kind = recipe.get("validation_mean", "arithmetic")
     figures = []
@@ -368,6 +386,8 @@ def _results(record: dict[str, Any], evaluation: dict[str, Any] | None, curves: 
     test = record.get("test")
     if isinstance(test, dict):
         runs = f"test, {test.get('runs', '?')} fresh runs"
+        if test.get("task", recipe.get("task")) != recipe.get("task"):
+            runs += f" of {test['task']}"
         if _is_number(test, "mean"):
             spread = f"{test['std']:.4g}" if _is_number(test, "std") else ""
             figures.append((runs, "arithmetic", f"{test['mean']:.4g}", spread))
@@ -396,9 +416,11 @@ def _limits(rule: UpdateRule, record: dict[str, Any], evaluation: dict[str, Any]
     tested = f"{longest:,}" if longest else unknown
     state = rule.init_state(torch.zeros(64, 64)).values()
     size = sum(entry.numel() * entry.element_size() for entry in state if entry.dim() > 1) / 64**2
+    seen = f"runs of {trained} steps and tested on runs of {tested}"
+    if not _is_number(recipe, "horizon") and record.get("trained_for"):
+        seen = record["trained_for"]
     rows = [
-        f"- Trained on runs of {trained} steps and tested on runs of {tested}; what it does "
-        f"beyond is unknown.",
+        f"- Trained on {seen}; what it does beyond is unknown.",
         "- Tasks unlike those it was trained on may train slowly or diverge: compare with a tuned "
         "Adam first.",
         f"- State takes {size:,.0f} bytes per parameter in float32 (Adam: 8).",

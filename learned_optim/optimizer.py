@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from learned_optim import _groups, _guarded, _saved_state
+from learned_optim import _diagnostics, _groups, _guarded, _saved_state
 from learned_optim._ambient import outliving_inference_mode, plain_arithmetic
 from learned_optim._frozen import FrozenRule, freeze
 from learned_optim._views import (
@@ -83,6 +83,8 @@ class LearnedOptimizer(Optimizer):
         >>> model(torch.ones(8, 4)).square().mean().backward()
         >>> optimizer.step()
     """
+
+    _recorder: _diagnostics.Recorder | None = None
 
     def __init__(
         self,
@@ -307,6 +309,42 @@ class LearnedOptimizer(Optimizer):
         not (0) Adam takes the next step unless the loss of that step says otherwise.
         """
         return None if self.guard is None else _guarded.report(self.param_groups[0])
+
+    # ---- what the last step did
+
+    def diagnose(self, on: bool = True) -> None:
+        """Record what every further step does, for :meth:`diagnostics`; ``False`` stops it.
+
+        A recorded step takes several times as long, copies the parameters and the network's state,
+        and synchronizes with the device. Others are as before. Copies of the optimizer record
+        nothing.
+        """
+        if self._recorder is not None:
+            self._recorder.remove()
+        self._recorder = _diagnostics.Recorder(self) if on else None
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """Numbers of the last step by tensor: its name if it has one, else group/position.
+
+        Returns:
+            Floats: ``step``, earlier updates of the tensor; ``grad_rms``, ``param_rms`` (before the
+            step) and ``step_rms`` (weight decay included), root mean squares; ``step_ratio``, step
+            over parameter; ``effective_lr``, with which gradient descent would have gone as far
+            along the gradient; ``cosine`` of step and descent direction; ``schedule``, the factor
+            of warm-up and annealing; of rules with momenta ``signal_share``, mean square of the
+            fast momentum over that of the gradient; and for each direction of the rule ``gain/*``,
+            positive downhill, and ``part/*``, the root mean square it adds to the step at ``lr=1``.
+            Tensors without a gradient and frozen ones took no step and are left out.
+
+        Raises:
+            RuntimeError: nothing has been recorded.
+        """
+        if self._recorder is None or not self._recorder.stepped:
+            raise RuntimeError(
+                "no step has been recorded: call optimizer.diagnose() before optimizer.step(), "
+                "and optimizer.diagnose(False) when the numbers are no longer wanted"
+            )
+        return self._recorder.found
 
     # ---- saving, copying, loading
 

@@ -1,5 +1,6 @@
 """Tasks that meta-training can do nothing with are refused before it begins; the others train."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import random_rule
 from test_trainer import SMALL
 from torch import Generator, Tensor, nn
 
-from learned_optim.meta import FixedTask, MetaTrainer, ModuleTask, Task
+from learned_optim.meta import (
+    ESTIMATORS,
+    EstimatorOptions,
+    FixedTask,
+    MetaGradient,
+    MetaTrainer,
+    ModuleTask,
+    Optimizees,
+    Task,
+)
 from learned_optim.meta.checks import check_family
-from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import seeded
 from learned_optim.rules.classical import SGDRule
 
@@ -67,6 +77,8 @@ USELESS = [
     ({"init": lambda g: {"w": torch.ones(3), "idle": torch.ones(2)}}, "does not use .* idle"),
     ({"loss": lambda p, b: (p["w"] * 0).sqrt().sum()}, "the gradient of 'w' is not finite"),
     ({"loss": Counting()}, r"keeps state that init\(\) does not reset"),
+    ({"loss": lambda p, b: p["w"] @ torch.ones(2)}, "the loss cannot be computed: .*size"),
+    ({"init": lambda g: {"w": torch.ones(3, device="meta")}}, "is on meta, and meta-training"),
 ]  # fmt: skip
 
 
@@ -155,7 +167,7 @@ def test_networks_train_and_give_the_same_figures_again(
 
 
 def test_dropout_draws_anew_at_every_step_and_for_every_run() -> None:
-    """The seed of a run is the seed of its masks: neither always the same nor never."""
+    """The seed of a run and the step are the seed of its masks: never the same, and repeatable."""
     ones = ModuleTask(
         lambda: nn.Sequential(nn.Linear(1, 64, bias=False), nn.Dropout(0.5)),
         lambda g: (torch.ones(1, 1), torch.zeros(1, 64)),
@@ -164,25 +176,82 @@ def test_dropout_draws_anew_at_every_step_and_for_every_run() -> None:
     seen: list[int] = []
     loss = ones.loss
     ones.loss = lambda p, b: (seen.append(torch.initial_seed()), loss(p, b))[1]  # type: ignore
+    family = FixedTask(ones, stackable=False)
     from learned_optim.meta.trainer import summed_losses
 
-    first = summed_losses(SGDRule(), FixedTask(ones), 3, [("run", 0), ("run", 1)], together=1)
-    assert len(set(seen)) == 2
-    again = summed_losses(SGDRule(), FixedTask(ones), 3, [("run", 0), ("run", 1)], together=1)
+    first = summed_losses(SGDRule(), family, 3, [("run", 0), ("run", 1)], together=1)
+    assert len(set(seen)) == 6
+    again = summed_losses(SGDRule(), family, 3, [("run", 0), ("run", 1)], together=2)
     assert torch.equal(first, again)
     draws = seeded("w")
     masked = {loss({"0.weight": torch.ones(64, 1)}, ones.batch(draws)).item() for _ in range(6)}
     assert len(masked) > 1
 
 
+@pytest.mark.parametrize("estimator", ["replay", "autograd", "full"])
 @pytest.mark.parametrize("name", ALONE)
-def test_several_in_a_meta_step_gives_the_true_reason(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_several_in_a_meta_step_have_buffers_and_masks_of_their_own(
+    name: str, estimator: str
 ) -> None:
-    family = FixedTask(ModuleTask(ALONE[name], images))
-    monkeypatch.setattr("learned_optim.meta.trainer.build_tasks", lambda *_: family)
-    with pytest.raises(ValueError, match=r"its loss cannot be computed .*tasks_per_meta_step=1"):
-        MetaTrainer(SMALL, tmp_path)
+    """The meta-gradient of four is the mean of those of each alone, to float64 precision."""
+    rule = random_rule("steered", torch.float64)
+
+    def build() -> nn.Module:
+        # No bias: before batch norm, its gradient is rounding noise, which the rule enlarges.
+        convolution = nn.Conv2d(1, 4, 3, stride=2, bias=False)
+        rest = copy.deepcopy(ALONE[name]()[1:])
+        return nn.Sequential(convolution, *rest).double()
+
+    task = ModuleTask(build, images)
+
+    def estimated(*runs: int) -> tuple[MetaGradient, Optimizees]:
+        generators = [seeded("several", run) for run in runs]
+        optimizees = Optimizees(
+            rule, [task for _ in runs], generators, torch.float64, stacked=False
+        )
+        return ESTIMATORS[estimator](rule, optimizees, 4, EstimatorOptions()), optimizees
+
+    together, optimizees = estimated(0, 1, 2, 3)
+    each = [estimated(run) for run in range(4)]
+    torch.testing.assert_close(
+        together.losses, torch.cat([meta.losses for meta, _ in each], 1), rtol=1e-12, atol=0
+    )
+    for index, grad in enumerate(together.grads):
+        mean = torch.stack([meta.grads[index] for meta, _ in each]).mean(0)
+        torch.testing.assert_close(grad, mean, rtol=1e-9, atol=1e-12 * float(mean.abs().max()))
+    packed = torch.cat([alone.packed for _, alone in each])
+    torch.testing.assert_close(optimizees.packed, packed, rtol=1e-10, atol=1e-13)
+
+
+def test_autograd_and_replay_agree_where_buffers_change_the_loss() -> None:
+    """Two forward passes in a step, as autograd needs, see the same buffers and the same masks."""
+
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+            self.register_buffer("mean", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean()  # assigned anew, not updated in place
+            return self.layer(x) + self.mean
+
+    def batches(generator: Generator) -> tuple[Tensor, Tensor]:
+        return torch.randn(8, 3, generator=generator), torch.ones(8, 1)
+
+    rule = random_rule("steered", torch.float64)
+    found = []
+    for estimator in ("replay", "autograd"):
+        task = ModuleTask(lambda: Drifting().double(), batches, nn.functional.mse_loss)
+        assert FixedTask(task).stackable is False
+        optimizees = Optimizees(
+            rule, [task, task], [seeded(1), seeded(2)], torch.float64, stacked=False
+        )
+        found.append(ESTIMATORS[estimator](rule, optimizees, 5, EstimatorOptions()))
+        assert task.module.mean.item() == 0.0  # a trial or a run leaves nothing in the original
+    torch.testing.assert_close(found[0].losses, found[1].losses, rtol=1e-12, atol=0)
+    for a, b in zip(found[0].grads, found[1].grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -3,21 +3,25 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import tyro
 from conftest import random_rule
 from test_trainer import SMALL
 
 import learned_optim
 from learned_optim import list_pretrained, load_record, load_rule, save_rule
 from learned_optim.cli import ProgressBar, TrainingProgress, main
-from learned_optim.meta import EvaluateConfig, MetaTrainer, Recipe
+from learned_optim.cli._commands import build_parser
+from learned_optim.cli._options import with_values
+from learned_optim.meta import DataOptions, EvaluateConfig, MetaTrainer, Recipe, load_recipe
 from learned_optim.meta.baselines import BASELINES
+from learned_optim.meta.evolution import EvolutionTrainConfig
+from learned_optim.meta.field import FieldConfig
 from learned_optim.meta.recipes import COMMON, GROUPS, recipe_from_json, recipes
 from learned_optim.meta.search import SearchConfig
 from learned_optim.meta.tasks import task_names
@@ -34,7 +38,9 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     usage = capsys.readouterr().out
-    assert all(f"\n  {command} " in usage for command in ("list", "show", "train", "evaluate"))
+    assert all(
+        f"\n    {name} " in usage for name in ("list", "show", "search", "train", "evaluate")
+    )
     assert main([]) == 2
     assert capsys.readouterr().out == usage
 
@@ -55,10 +61,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "module"),
     [
-        (["train", "quadratic"], "tyro"),
         (["train", "quadratic"], "tqdm"),
-        (["search", "quadratic"], "tyro"),
-        (["evaluate", "--tasks", "quadratic"], "tyro"),
         (["evaluate", "--tasks", "quadratic"], "scipy"),
         (["evaluate", "--tasks", "quadratic"], "matplotlib"),
     ],
@@ -84,7 +87,7 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert all(f"\n  {name} " in shown for name in recipes())
     assert "--folder PATH" in shown
-    assert len(shown.splitlines()) < 60
+    assert len(shown.splitlines()) < 75
     assert main(["train"]) == 2
     assert capsys.readouterr().out == shown
     assert main(["train", "quadratic", "--help"]) == 0
@@ -98,35 +101,101 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     groups = ("what is trained", "optimizee runs", "meta-gradients", "the update rule", "data")
     assert all(f"\n{group}:\n" in shown for group in groups)
-    assert "--estimator {replay,autograd,full}" in shown
+    assert "--estimator {replay,autograd,full,es,pes}" in shown
     assert "--hidden-size INT" in shown
-    assert "--[no-]download             Let torchvision download a set" in shown
+    assert "--download, --no-download" in shown
 
 
-def flags(text: str) -> set[str]:
-    """Options by their positive names."""
-    found = re.findall(r"(?<![\w-])--[a-z][a-z-]*", text.replace("--[no-]", "--"))
-    return {flag.replace("--no-", "--") for flag in found} - {"--help", "--help-all", "--rules"}
-
-
-@pytest.mark.parametrize("command", ["train", "search", "evaluate"])
-def test_help_shows_the_options_that_there_are(
-    command: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (TrainConfig, ["train", "general-2"]),
+        (EvolutionTrainConfig, ["train", "general-3"]),
+        (SearchConfig, ["search", "general-2"]),
+        (EvaluateConfig, ["evaluate"]),
+        (FieldConfig, ["evaluate", "--suite", "field"]),
+    ],
+)
+def test_every_field_is_an_option_and_in_the_help(
+    kind: type, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Help is written here, and options are parsed by tyro: they agree."""
-    recipe = recipes()["general-2"]
-    kind, arguments = {
-        "train": (TrainConfig, ["general-2"]),
-        "search": (SearchConfig, ["general-2"]),
-        "evaluate": (EvaluateConfig, []),
-    }[command]
-    config = EvaluateConfig() if command == "evaluate" else kind(recipe=recipe)
-    with pytest.raises(SystemExit):
-        tyro.cli(kind, args=["--help"], default=config, config=(tyro.conf.OmitArgPrefixes,))
-    parsed = flags(capsys.readouterr().out)
-    assert main([command, *arguments, "--help-all"]) == 0
-    shown = flags(capsys.readouterr().out) - {"--rule"}
-    assert shown == parsed
+    """Those of the nested configurations, too, under names that do not collide."""
+    recipe = load_recipe(arguments[1]) if arguments[0] != "evaluate" else None
+    nested = [] if recipe is None else [type(recipe), type(recipe.rule)]
+    names = [f.name for cls in (kind, DataOptions, *nested) for f in fields(cls)]
+    expected = {f"--{name.replace('_', '-')}" for name in names} - {"--recipe", "--data"}
+    assert len(set(names) - {"rule"}) == len(names) - names.count("rule")
+    assert main([*arguments, "--help-all"]) == 0
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", capsys.readouterr().out))
+    assert expected <= shown
+
+
+def test_values_of_options_reach_every_level(tmp_path: Path) -> None:
+    """Each type of field from text, in nested configurations."""
+    args = ["quadratic", "--folder", "here", "--tensorboard", "--patience", "3", "--no-download"]
+    args += ["--preprocessing", "log_sign", "--p", "5", "--estimator=autograd", "--start", "mnist"]
+    args += ["--clip-norm", "None"]
+    options, unknown = build_parser(["train", *args]).parse_known_args(["train", *args])
+    assert unknown == []
+    config = with_values(options.template, options)
+    recipe = recipes()["quadratic"]
+    rule = replace(recipe.rule, preprocessing="log_sign", p=5.0)
+    recipe = replace(recipe, rule=rule, patience=3, estimator="autograd", start="mnist")
+    recipe = replace(recipe, clip_norm=None)
+    data = DataOptions(download=False)
+    assert config == TrainConfig(recipe, Path("here"), tensorboard=True, data=data)
+    args = ["--horizons", "10", "20", "--horizons", "30", "--checkpoints", "--seeds", "4"]
+    options, _ = build_parser(["evaluate", *args]).parse_known_args(["evaluate", *args])
+    expected = EvaluateConfig(horizons=(10, 20, 30), checkpoints=(), seeds=4)
+    assert with_values(options.template, options) == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--print-completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("evaluate", "--meta-lr", "--tuning-seeds", "general-2-fast", "nesterov"):
+        assert word in script
+    assert main(["--print-completion", "cmd"]) == 1
+    assert "unknown shell 'cmd'; known: bash" in said(capsys)
+
+
+def test_completion_in_a_shell() -> None:
+    """What bash offers after the beginnings of a command, an option and a recipe."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("needs bash")
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    command = [sys.executable, "-m", "learned_optim", "--print-completion", "bash"]
+    script = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+    def offered(*words: str) -> set[str]:
+        line = " ".join(["learned-optim", *words])
+        quoted = " ".join(f"'{word}'" for word in ("learned-optim", *words))
+        code = f"""{script}
+        COMP_WORDS=({quoted}); COMP_CWORD={len(words)}; COMP_LINE='{line}'
+        COMP_POINT={len(line)}; _shtab_learned_optim 2> /dev/null; echo "${{COMPREPLY[@]}}" """
+        done = subprocess.run([bash, "-c", code], capture_output=True, text=True, check=False)
+        return set(done.stdout.split())
+
+    assert offered("tr") == {"train"}
+    assert offered("train", "quick", "--meta") == {"--meta-lr", "--meta-lr-final"}
+    assert offered("train", "quad") == {"quadratic"}
+
+
+def test_nearest_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, near in (
+        (["evaluate", "--seed", "3"], "--seeds"),
+        (["train", "quadratic", "--metalr=3"], "--meta-lr"),
+        (["train", "quadratic", "--hiden-size", "3"], "--hidden-size"),
+    ):
+        with pytest.raises(SystemExit):
+            main(command)
+        message = said(capsys)
+        assert f"Did you mean '{near}'?" in message
+        assert f"\nlearned-optim {command[0]}: error: unrecognized arguments: " in message
+    assert main(["tarin"]) == 2
+    assert "\nDid you mean 'train'?\n" in said(capsys)
 
 
 def test_every_field_of_a_recipe_is_in_a_group() -> None:
@@ -149,7 +218,7 @@ def test_help_of_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_needs_no_extra(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("tyro", "tqdm", "scipy", "matplotlib"):
+    for module in ("tqdm", "scipy", "matplotlib", "shtab"):
         monkeypatch.setitem(sys.modules, module, None)
     assert main([command, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: learned-optim {command}")

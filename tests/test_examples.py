@@ -1,4 +1,4 @@
-"""The example of the README, as a user runs it."""
+"""The examples, as a user runs them."""
 
 import re
 import subprocess
@@ -10,11 +10,12 @@ from PIL import Image
 
 from learned_optim.meta.data import DataOptions
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_classifier.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, str(EXAMPLE), "--steps", "30", "--seeds", "2", *arguments]
+def run(folder: Path, *arguments: str, example: str = "train_classifier.py") -> str:
+    script = str(EXAMPLES / example)
+    command = [sys.executable, script, "--steps", "30", "--seeds", "2", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -37,3 +38,15 @@ def test_digits_in_an_empty_folder(tmp_path: Path) -> None:
 def test_mnist(tmp_path: Path, image_data: DataOptions) -> None:
     output = run(tmp_path, "--dataset", "mnist", "--data-dir", str(image_data.root()))
     assert "mnist, 30 steps, mean of 2 seeds" in output
+
+
+@pytest.mark.slow
+def test_meta_train_your_own(tmp_path: Path) -> None:
+    tiny = ("--steps", "12", "--epochs", "1", "--runs-per-epoch", "2")
+    output = run(tmp_path, *tiny, example="meta_train_your_own.py")
+    rows = re.findall(r"^\| network \| (\S+).*? \| (\S+) \| (\S+) ±", output, re.M)
+    assert {name for name, _, _ in rows} == {"my-optimizer", "general-2-fast", "adam", "adamw"}
+    assert all(0 < float(summed) < 12 * 3.5 for _, _, summed in rows)
+    assert re.search(r"in a training loop of 12 steps: loss \d\.\d{3} over the last ten", output)
+    assert (tmp_path / "runs" / "my-optimizer" / "my-optimizer.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -270,7 +270,7 @@ PINNED = {
 def test_pinned_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Final losses after fifty steps; another processor may differ in the last digits."""
     short = {name: replace(found, quick=50) for name, found in field_tasks().items()}
-    monkeypatch.setattr("learned_optim.meta.tasks._base.field_tasks", lambda: short)
+    monkeypatch.setattr("learned_optim.meta.tasks._registry.field_tasks", lambda: short)
     found = measure(
         {"adamw-cosine": "baseline:adamw-cosine@0.01", "prodigy-cosine": "baseline:prodigy-cosine"},
         ["regression", "matrix-factorization", "physics-informed", "tabular-cancer"],

@@ -11,13 +11,15 @@ PACKAGE = Path(learned_optim.__file__).parent
 
 #: From the lowest layer up (docs/design.md); a module may import its own layer and those before it.
 LAYERS = (
-    ("_bytes", "_discovery", "_fields", "_options", "_shapes", "guard", "preprocessing"),
+    ("_bytes", "_discovery", "_fields", "_shapes", "guard", "preprocessing"),
     ("kernels",),
     ("rules",),
     ("checkpoint", "summary"),
     ("hub", "pretrained"),
-    ("_ambient", "_frozen", "_groups", "_guarded", "_saved_state", "_views", "optimizer"),
+    ("_ambient", "_frozen", "_views"),
+    ("_diagnostics", "_groups", "_guarded", "_saved_state", "optimizer"),
     ("meta",),
+    ("explain",),
     ("cli",),
     ("__main__",),
 )

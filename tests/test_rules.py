@@ -5,7 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learned_optim.rules import Segments, UpdateRule, build_rule, rule_class, rule_names
+from learned_optim.rules import RuleConfig, Segments, UpdateRule, build_rule, rule_class, rule_names
+from learned_optim.rules._config import ADDED, ConfiguredModule
 from learned_optim.rules.equivariant import EquivariantConfig, EquivariantRule
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
@@ -225,6 +226,25 @@ def test_fingerprint_tells_weights_and_configurations_apart() -> None:
     scaled = LSTMRule(LSTMConfig(output_scale=0.2))
     scaled.load_state_dict(rule.state_dict())
     assert scaled.fingerprint() != rule.fingerprint()
+
+
+def test_a_field_that_was_added_leaves_fingerprints_as_they_were() -> None:
+    @dataclass(frozen=True)
+    class Published(RuleConfig):
+        gain: float = 1.0
+
+    @dataclass(frozen=True)
+    class Grown(Published):
+        trust: float = field(default=0.0, metadata=ADDED)
+
+    def fingerprint(config: RuleConfig) -> str:
+        module = type("Module", (ConfiguredModule,), {"name": "module", "Config": type(config)})
+        found: str = module(config).fingerprint()
+        return found
+
+    assert fingerprint(Grown(gain=2.0)) == fingerprint(Published(gain=2.0))
+    assert fingerprint(Grown(gain=2.0, trust=0.5)) != fingerprint(Published(gain=2.0))
+    assert fingerprint(Grown(gain=3.0)) != fingerprint(Published(gain=2.0))
 
 
 def test_unknown_rule_lists_the_known() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from learned_optim.meta import ModuleTask, TaskOptions, build_tasks, task_names
 from learned_optim.meta.data import DATA_VARIABLE, DataOptions, Images, halves, load_images
 from learned_optim.meta.seeding import seeded
+from learned_optim.meta.tasks import transfer
 from learned_optim.meta.tasks.images import META_SETS
 
 THESIS = {
@@ -365,7 +366,8 @@ def test_splits_differ_or_are_refused(name: str, image_data: DataOptions) -> Non
     if name.startswith("svhn"):
         pytest.skip("SVHN's images are not in the folder; its refusal is tested without them")
     evaluation = build_tasks(name, TaskOptions("evaluation", image_data))
-    if not name.startswith(("mnist", "digits", "quadratic", "general")):
+    halved = ("mnist", "digits", "quadratic", "general", *transfer.FAMILIES)
+    if not name.startswith(halved):
         with pytest.raises(ValueError, match="for evaluation only"):
             build_tasks(name, TaskOptions("meta", image_data))
         return

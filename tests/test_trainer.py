@@ -496,12 +496,10 @@ sys.exit(main(["train", sys.argv[1], "--folder", sys.argv[2]]))
 """
 
 
-@pytest.mark.slow
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """Two ranks share the tasks of each meta-step; one rank does them all."""
-    recipe = replace(SMALL, epochs=2, coordinates=None)
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_json()))
-    (tmp_path / "rank.py").write_text(RANKS)
+def on_two_ranks(recipe: Recipe, folder: Path, script: str = RANKS) -> MetaTrainer:
+    """A recipe trained under ``torchrun``, loaded from its folder."""
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    (folder / "rank.py").write_text(script)
     env = {
         **os.environ,
         "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent),
@@ -509,18 +507,57 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     }
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(tmp_path / "rank.py"), str(tmp_path / "recipe.json"), str(tmp_path / "two")],
+         str(folder / "rank.py"), str(folder / "recipe.json"), str(folder / "two")],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
+    trainer = MetaTrainer(recipe, folder / "two")
+    assert trainer.epoch == recipe.epochs
+    return trainer
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """Two ranks share the tasks of each meta-step; one rank does them all."""
+    recipe = replace(SMALL, epochs=2, coordinates=None)
+    two = on_two_ranks(recipe, tmp_path)
     one = MetaTrainer(recipe, tmp_path / "one")
     one.train()
-    two = MetaTrainer(recipe, tmp_path / "two")
-    assert two.epoch == 2
     for a, b in zip(two.kept.parameters(), one.kept.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     validations = [[m.validation for m in t.history] for t in (one, two)]
     assert validations[0] == pytest.approx(validations[1], rel=1e-4)
+
+
+# Whatever travels between ranks is written to a file.
+SIZES = """
+import os
+reduce, sizes = dist.all_reduce, []
+def counting(tensor, *rest, **options):
+    sizes.append(tensor.numel())
+    with open(sys.argv[2] + os.environ["RANK"] + ".txt", "w") as file:
+        print(*sizes, file=file)
+    return reduce(tensor, *rest, **options)
+dist.all_reduce = counting
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_pairs_of_evolution_strategies(tmp_path: Path) -> None:
+    """The same bits as of one rank, also of a number of pairs that is no multiple of the ranks."""
+    recipe = replace(SMALL, epochs=2, estimator="pes", pairs=3, tasks_per_meta_step=1)
+    script = RANKS.replace("sys.exit", f"{SIZES}sys.exit")
+    two = on_two_ranks(recipe, tmp_path, script)
+    one = MetaTrainer(recipe, tmp_path / "one")
+    one.train()
+    assert all(torch.equal(a, b) for a, b in zip(bits(two), bits(one), strict=True))
+    weights = sum(p.numel() for p in one.rule.parameters())
+    for rank in (0, 1):
+        sizes = [int(size) for size in (tmp_path / f"two{rank}.txt").read_text().split()]
+        # Of each unroll of 4, 4 and 2 steps, its losses and the fitness of two runs per pair; less
+        # for meeting and validating.
+        assert max(sizes) == 4 + 2 * 3 < weights
+        assert len([size for size in sizes if size > 1]) == 2 * 3 * 3
 
 
 TOML = """
@@ -606,7 +643,10 @@ def test_bad_recipes(tmp_path: Path) -> None:
         ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
         ({"meta_lr": float("nan")}, "meta_lr must be positive, got nan"),
         ({"long_fraction": 1.5}, r"long_fraction must lie in \[0, 1\], got 1.5"),
-        ({"estimator": "guess"}, "estimator must be one of 'replay', 'autograd', 'full', got 'g"),
+        (
+            {"estimator": "guess"},
+            "estimator must be one of 'replay', 'autograd', 'full', 'es', 'pes', g",
+        ),
         ({"validation_mean": "median"}, "validation_mean must be one of 'arithmetic', 'geometric'"),
         ({"epochs": "ten"}, "epochs must be int, got 'ten'"),
         ({"patience": 1.5}, r"patience must be int \| None, got 1.5"),

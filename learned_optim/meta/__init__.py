@@ -11,11 +11,13 @@ from learned_optim.meta.tasks import (
     ModuleTask,
     Task,
     TaskFamily,
+    TaskMixture,
     TaskOptions,
     build_tasks,
     task_names,
 )
 from learned_optim.meta.trainer import MetaTrainer
+from learned_optim.meta.training import MetaTrained, meta_train
 
 __all__ = [
     "ESTIMATORS",
@@ -27,15 +29,18 @@ __all__ = [
     "EvolutionTrainer",
     "FixedTask",
     "MetaGradient",
+    "MetaTrained",
     "MetaTrainer",
     "ModuleTask",
     "Optimizees",
     "Recipe",
     "Task",
     "TaskFamily",
+    "TaskMixture",
     "TaskOptions",
     "build_tasks",
     "load_recipe",
+    "meta_train",
     "recipes",
     "task_names",
 ]

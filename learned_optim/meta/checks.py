@@ -13,6 +13,7 @@ from learned_optim.meta.tasks import (
     Params,
     Task,
     TaskFamily,
+    TaskMixture,
     obstacle_to_stacking,
 )
 
@@ -23,16 +24,23 @@ BATCHES = 3
 def check_family(family: TaskFamily, name: str, samples: int = 2) -> None:
     """Draw tasks of a family and try what every step of meta-training does.
 
+    Of a mixture, every member is tried.
+
     Args:
         family: the family.
         name: what the errors call it.
         samples: tasks to draw.
 
     Raises:
-        ValueError: a task without parameters, batches that are no tuples of tensors, a loss that is
-            no finite scalar or does not depend on the parameters, one that keeps state from one
-            optimizee to the next, or a stackable family whose loss does not run under ``vmap``.
+        ValueError: a task without parameters, a source without batches, batches that are no tuples
+            of tensors, a loss that fails, is no finite scalar or does not depend on the parameters,
+            one that keeps state from one optimizee to the next, or a stackable family whose loss
+            does not run under ``vmap``.
     """
+    if isinstance(family, TaskMixture):
+        for member, tasks in family.members.items():
+            check_family(tasks, member, samples)
+        return
     for index in range(samples):
         task = family.sample(seeded("check", index))
         check_task(task, name, alone=not family.stackable)
@@ -50,10 +58,11 @@ def check_task(task: Task, name: str, *, alone: bool = False) -> None:
     Args:
         alone: no two optimizees share a forward pass.
     """
+    task = task.separate()
     params = _parameters(task, name)
     generator = seeded("check", "batches")
     batches = [_batch(task, name, generator) for _ in range(BATCHES)]
-    loss = _loss(task, params, batches[0])
+    loss = _loss(task, params, batches[0], name)
     _check_scalar(loss, name)
     _check_gradients(loss, params, name)
     if not alone:
@@ -74,11 +83,20 @@ def _parameters(task: Task, name: str) -> Params:
             raise ValueError(
                 f"task {name!r}: parameter {key!r} is a {kind}, and parameters are floating tensors"
             )
-    return {key: value.detach().requires_grad_() for key, value in params.items()}
+        if value.device.type != "cpu":
+            raise ValueError(
+                f"task {name!r}: parameter {key!r} is on {value.device}, and meta-training "
+                f"computes on the CPU: let init(), or the module of a ModuleTask, stay there"
+            )
+    # What optimizees are trained in.
+    return {key: value.detach().float().requires_grad_() for key, value in params.items()}
 
 
 def _batch(task: Task, name: str, generator: torch.Generator) -> Batch:
-    batch = task.batch(generator)
+    try:
+        batch = task.batch(generator)
+    except ValueError as error:
+        raise ValueError(f"task {name!r}: {error}") from error
     if not isinstance(batch, (tuple, list)) or not all(isinstance(x, Tensor) for x in batch):
         if isinstance(batch, dict):
             found = f"a dict with {', '.join(map(repr, batch))}: return tuple(batch.values())"
@@ -87,12 +105,16 @@ def _batch(task: Task, name: str, generator: torch.Generator) -> Batch:
         else:
             found = f"a {type(batch).__name__}: return (x,) for a single tensor"
         raise ValueError(f"task {name!r}: a batch must be a tuple of tensors, and is {found}")
-    return tuple(batch)
+    return tuple(part.float() if part.is_floating_point() else part for part in batch)
 
 
-def _loss(task: Task, params: Params, batch: Batch) -> Tensor:
-    with torch.enable_grad(), global_generator_seeded("check", "forward"):
-        return task.loss(params, batch)
+def _loss(task: Task, params: Params, batch: Batch, name: str) -> Tensor:
+    try:
+        with torch.enable_grad(), global_generator_seeded("check", "forward"):
+            return task.loss(params, batch)
+    except Exception as error:  # whatever a loss of the user's raises
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"task {name!r}: the loss cannot be computed: {cause}") from error
 
 
 def _check_scalar(loss: Tensor, name: str) -> None:
@@ -151,8 +173,8 @@ def _check_state(task: Task, batch: Batch, name: str, alone: bool) -> None:
     """Compute the loss twice from the same initialization, and all that once more."""
 
     def twice() -> list[float]:
-        params = task.init(seeded("check", "parameters"))
-        return [_loss(task, params, batch).item() for _ in range(2)]
+        params = _parameters(task, name)
+        return [_loss(task, params, batch, name).item() for _ in range(2)]
 
     first, second = twice(), twice()
     if first != second:

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,13 @@ import torch
 from learned_optim.checkpoint import write_text
 from learned_optim.meta import provenance, runs
 from learned_optim.meta.baselines import LR_GRID, baseline
+from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
+from learned_optim.meta.leaks import check_blind
 from learned_optim.meta.results import Result, best_baseline
 from learned_optim.meta.runs import OptimizerSpec, Progress, RunLog, Runner, RunSpec
 from learned_optim.meta.statistics import LAST_STEPS
-from learned_optim.meta.tasks import TaskOptions, build_tasks
+from learned_optim.meta.tasks import Task, TaskFamily, as_family
 
 
 @dataclass(frozen=True)
@@ -77,22 +82,35 @@ class Evaluation:
     Args:
         config: what to evaluate.
         progress: told ``(runs done, runs in all, what)``.
+        tasks: tasks of one's own, by the names that ``config.tasks`` has for them. With several
+            workers they must be fit for pickling.
 
     Raises:
         ValueError: an unknown checkpoint, task or baseline (the message lists those that exist),
-            or the runs in ``output`` were made under another torch, text or source of tasks.
+            a task whose images meta-trained a checkpoint, the runs in ``output`` were made under
+            another torch, text or source of tasks, or ``tasks`` do not suit ``config``.
         FileNotFoundError: a checkpoint file or a task's data is not there.
     """
 
-    def __init__(self, config: EvaluateConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        progress: Progress | None = None,
+        *,
+        tasks: Mapping[str, Task | TaskFamily] | None = None,
+    ) -> None:
         self.config = config
+        self._given = {name: as_family(task) for name, task in (tasks or {}).items()}
+        _check_given(self._given, config)
         self._progress = progress or (lambda done, total, what: None)
         self.optimizers = runs.optimizer_specs(config.checkpoints, config.baselines)
-        for name in config.tasks:  # an unknown task or missing data fails here, not hours later
-            build_tasks(name, TaskOptions("evaluation", config.data))
-        self._conditions = provenance.check(
-            config.output, provenance.conditions(config.tasks, config.data)
-        )
+        registered = [name for name in config.tasks if name not in self._given]
+        # An unknown task, missing data or a leak fails here, not hours later.
+        check_blind(config.checkpoints, registered, config.data)
+        conditions = provenance.conditions(registered, config.data)
+        for name, family in self._given.items():
+            conditions |= provenance.conditions_of_given(name, family)
+        self._conditions = provenance.check(config.output, conditions)
         self._log = RunLog(config.output / "runs.jsonl")
 
     def execute(self) -> dict[str, Any]:
@@ -208,7 +226,8 @@ class Evaluation:
 
     def _runner(self) -> Runner:
         config = self.config
-        return Runner(self._log, config.data, config.workers, self._progress, runs.run)
+        perform = partial(runs.run, families=self._given) if self._given else runs.run
+        return Runner(self._log, config.data, config.workers, self._progress, perform)
 
     # ---- choosing learning rates, and the figures
 
@@ -297,6 +316,23 @@ class Evaluation:
                 "best_final_baseline": best_final.optimizer.label if best_final else None,
             }
         return {"horizons": by_horizon}
+
+
+def _check_given(tasks: Mapping[str, TaskFamily], config: EvaluateConfig) -> None:
+    idle = [name for name in tasks if name not in config.tasks]
+    if idle:
+        raise ValueError(f"tasks has {', '.join(idle)}, which config.tasks does not name")
+    for name, family in tasks.items():
+        check_family(family, name)
+    if config.workers > 1:
+        try:
+            pickle.dumps(tasks)
+        except Exception as error:  # whatever an object of the user's raises
+            raise ValueError(
+                f"workers={config.workers} need tasks that can be sent to other processes, and "
+                f"these cannot ({error}): make them of functions and classes of a module, or set "
+                f"workers=1"
+            ) from error
 
 
 def _grid(optimizer: OptimizerSpec) -> tuple[float, ...]:

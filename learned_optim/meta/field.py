@@ -23,6 +23,7 @@ from learned_optim.meta import provenance, runs
 from learned_optim.meta.baselines import BASELINES, baseline, make_baseline, why_missing
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.field_summary import Figures, final_loss, summarize
+from learned_optim.meta.leaks import check_blind
 from learned_optim.meta.runs import (
     MakeOptimizer,
     OptimizerSpec,
@@ -151,6 +152,7 @@ class FieldEvaluation:
         for index, task in enumerate(config.tasks):
             self._show(index, len(config.tasks), f"checking {task}")
             check_task(task, config.data)
+        check_blind(config.checkpoints, config.tasks, config.data)
         self._conditions = provenance.check(
             config.output, provenance.conditions(config.tasks, config.data)
         )

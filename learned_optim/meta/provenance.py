@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 
 from learned_optim.checkpoint import write_text
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks import embeddings, finetuning, language
+from learned_optim.meta.seeding import global_generator_seeded, seeded
+from learned_optim.meta.tasks import Task, TaskFamily, TaskMixture, embeddings, finetuning, language
 
 FILE = "protocol.json"
 
@@ -43,6 +45,53 @@ def conditions(
         source = importlib.import_module(module).__file__ if module else None
         if source is not None:
             found[f"source of {module}"] = _digest(Path(source).read_bytes())
+    return found
+
+
+def conditions_of_given(name: str, family: TaskFamily) -> dict[str, str]:
+    """:func:`conditions` of tasks that have no registered name: what they compute.
+
+    Their source is no identity: it may lie in a script of which other lines change, and it does not
+    tell the data. So shapes, first losses and gradients stand for them, to four digits, for another
+    processor may round otherwise.
+    """
+    if isinstance(family, TaskMixture):
+        found = {f"share of {n}": f"{share:.4g}" for n, share in family.shares.items()}
+        for member, tasks in family.members.items():
+            found |= conditions_of_given(member, tasks)
+        return found
+    said = [_computed(family, index) for index in range(2)]
+    return {f"task {name}": said[0] if said[0] == said[1] else "; ".join(said)}
+
+
+def _computed(family: TaskFamily, index: int) -> str:
+    generator = seeded("identity", index)
+    task: Task = family.sample(generator).separate()
+    initial = task.init(generator)  # whatever their dtype, optimizees are trained in float32
+    params = {name: p.detach().float().requires_grad_() for name, p in initial.items()}
+    drawn = task.batch(generator)
+    batch = tuple(part.float() if part.is_floating_point() else part for part in drawn)
+    with torch.enable_grad(), global_generator_seeded("identity", index, "forward"):
+        loss = task.loss(params, batch)
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    norm = sum(grad.double().square().sum().item() for grad in grads if grad is not None) ** 0.5
+    shapes = " ".join(str(tuple(part.shape)).replace(" ", "") for part in batch)
+    return (
+        f"{len(params)} tensors of {sum(p.numel() for p in params.values())} parameters, batches "
+        f"{shapes}, loss {loss.item():.4g} with gradient {norm:.4g}"
+    )
+
+
+def conditions_of_main(*classes: type) -> dict[str, str]:
+    """Digests of classes that the running script or notebook defines, by what to call them."""
+    found = {}
+    for cls in classes:
+        if cls.__module__ == "__main__":
+            try:
+                source = inspect.getsource(cls)
+            except (OSError, TypeError):  # typed into an interpreter
+                continue
+            found[f"source of {cls.__qualname__}"] = _digest(source.encode())
     return found
 
 

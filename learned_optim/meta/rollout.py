@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
+from learned_optim.meta.seeding import global_generator_seeded
 from learned_optim.meta.tasks import Batch, Params, Task
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
 from learned_optim.rules._pieces import NETWORK_BLOCK
@@ -31,10 +33,10 @@ class StepRecord:
 
 
 class Optimizees:
-    """Parameters, rule state and batch sources of B optimizees of the same structure.
+    """Parameters, rule state and batch sources of B optimizees.
 
-    All tensors of all optimizees are packed into one vector, ordered by name and then by
-    optimizee.
+    All tensors of all optimizees are packed into one vector: ordered by name and then by optimizee
+    if stacked, and by optimizee and then by name otherwise.
 
     Args:
         rule: the update rule whose state is kept.
@@ -42,12 +44,17 @@ class Optimizees:
         generators: one per task; draws initial parameters and then batches, so a run does not
             depend on which other runs it shares a batch with.
         dtype: the optimizees' dtype; batches are converted to it where floating.
+        stacked: compute all losses in one forward pass, under ``vmap``: the tasks share shapes and
+            loss, which draws nothing at random and updates no buffers. Otherwise one after another,
+            each with buffers of its own, and with random numbers (dropout) that follow from its
+            generator and the step.
 
     Attributes:
         packed: all parameters, shape ``(n,)``.
         segments: which coordinate belongs to which tensor.
         state: of the rule, entries ``(n, k)`` or ``(m, k)``.
         step: number of inner steps taken.
+        carry: what an estimator keeps from unroll to unroll of these runs; gone with them.
     """
 
     def __init__(
@@ -56,18 +63,41 @@ class Optimizees:
         tasks: Sequence[Task],
         generators: Sequence[Generator],
         dtype: torch.dtype = torch.float32,
+        *,
+        stacked: bool = True,
     ) -> None:
-        self._tasks, self._generators, self._dtype = tasks, generators, dtype
-        initial = [task.init(g) for task, g in zip(tasks, generators, strict=True)]
-        self._shapes = {name: value.shape for name, value in initial[0].items()}
-        tensors = [params[name].to(dtype) for name in self._shapes for params in initial]
+        self._tasks = [task.separate() for task in tasks]
+        self._generators, self._dtype, self._stacked = generators, dtype, stacked
+        initial = [task.init(g) for task, g in zip(self._tasks, generators, strict=True)]
+        self._shapes = [{name: p.shape for name, p in params.items()} for params in initial]
+        if stacked:
+            order = [(b, name) for name in self._shapes[0] for b in range(len(initial))]
+        else:
+            order = [(b, name) for b, shapes in enumerate(self._shapes) for name in shapes]
+        tensors = [initial[b][name].to(dtype) for b, name in order]
+        self._owners = torch.tensor([b for b, _ in order])  # (m,)
         self.packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
         self.segments = Segments([tensor.shape for tensor in tensors], dtype=dtype)
         self.state = _pack_states(rule, [rule.init_state(tensor) for tensor in tensors])
         self.step = 0
+        # Of the tasks, before the forward pass of step `_buffered`, and after it.
+        self._buffers = self._updated = [task.buffers() for task in self._tasks]
+        self._buffered = 0
+        self.carry: object | None = None
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    def copy(self) -> Optimizees:
+        """Runs of their own from here, of the same tasks; they share the batch sources.
+
+        Hand them batches, or else they take turns in drawing them. Nothing is carried over.
+        """
+        twin = copy.copy(self)
+        # Parameters are replaced at every step, the network's state is changed in place.
+        twin.state = {key: value.clone() for key, value in self.state.items()}
+        twin.carry = None
+        return twin
 
     @property
     def params(self) -> Params:
@@ -75,32 +105,80 @@ class Optimizees:
         return self.unpack(self.packed)
 
     def unpack(self, packed: Tensor) -> Params:
-        """Packed values, ``(n,)``, by the task's own names, each ``(B, *shape)``, as views."""
-        count = len(self)
-        parts = packed.split([count * shape.numel() for shape in self._shapes.values()])
+        """Packed values, ``(n,)``, by the task's own names, each ``(B, *shape)``, as views.
+
+        Raises:
+            ValueError: several optimizees that are not stacked.
+        """
+        count, (shapes, *others) = len(self), self._shapes
+        if others and not self._stacked:
+            raise ValueError(f"{count} optimizees that are not stacked have no stacked parameters")
+        parts = packed.split([count * shape.numel() for shape in shapes.values()])
         return {
             name: part.view(count, *shape)
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
 
-    def next_batch(self) -> Batch:
-        """The next batch of every optimizee, stacked: tensors of shape ``(B, ...)``."""
+    def _unpack_each(self, packed: Tensor) -> list[Params]:
+        """Packed values of optimizees that are not stacked, by each one's names, as views."""
+        sizes = [shape.numel() for shapes in self._shapes for shape in shapes.values()]
+        parts = iter(packed.split(sizes))
+        return [
+            {name: next(parts).view(shape) for name, shape in shapes.items()}
+            for shapes in self._shapes
+        ]
+
+    def expand(self, values: Tensor) -> Tensor:
+        """From one value per optimizee, ``(B,)``, to one per coordinate, ``(n,)``."""
+        return self.segments.expand(values[self._owners])
+
+    def next_batch(self) -> list[Batch]:
+        """The next batch of every optimizee; one of tensors ``(B, ...)`` if they are stacked.
+
+        Raises:
+            ValueError: batches of stacked optimizees differ in shape.
+        """
         pairs = zip(self._tasks, self._generators, strict=True)
         drawn = [task.batch(generator) for task, generator in pairs]
-        return tuple(
-            torch.stack(parts).to(self._dtype if parts[0].is_floating_point() else parts[0].dtype)
-            for parts in zip(*drawn, strict=True)
-        )
+        if not self._stacked:
+            return [tuple(map(self._converted, batch)) for batch in drawn]
+        try:
+            return [tuple(self._converted(torch.stack(x)) for x in zip(*drawn, strict=True))]
+        except RuntimeError as error:
+            shapes = "; ".join(str([tuple(x.shape) for x in batch]) for batch in drawn)
+            raise ValueError(
+                f"the batches of optimizees side by side differ in shape ({shapes}): drop the "
+                f"smaller ones, or declare the task with FixedTask(task, stackable=False)"
+            ) from error
 
-    def losses(self, packed: Tensor, batch: Batch) -> Tensor:
-        """Loss of every optimizee, shape ``(B,)``."""
-        loss, named = self._tasks[0].loss, self.unpack(packed)
+    def _converted(self, part: Tensor) -> Tensor:
+        return part.to(self._dtype) if part.is_floating_point() else part
+
+    def losses(self, packed: Tensor, batch: list[Batch]) -> Tensor:
+        """Loss of every optimizee, shape ``(B,)``: the same for every call within a step."""
+        if not self._stacked:
+            return self._losses_one_by_one(packed, batch)
+        loss, named, (stack,) = self._tasks[0].loss, self.unpack(packed), batch
         if len(self) == 1:  # vmap costs more than the whole step of a small network
-            return loss({n: p[0] for n, p in named.items()}, tuple(b[0] for b in batch))[None]
-        return torch.vmap(loss)(named, batch)
+            return loss({n: p[0] for n, p in named.items()}, tuple(b[0] for b in stack))[None]
+        return torch.vmap(loss)(named, stack)
+
+    def _losses_one_by_one(self, packed: Tensor, batches: list[Batch]) -> Tensor:
+        if self.step > self._buffered:
+            self._buffers, self._buffered = self._updated, self.step
+        losses, updated = [], []
+        each = zip(self._tasks, self._generators, self._unpack_each(packed), batches, strict=True)
+        for index, (task, generator, params, batch) in enumerate(each):
+            # Clones, because forward passes update buffers in place.
+            task.load_buffers({name: b.clone() for name, b in self._buffers[index].items()})
+            with global_generator_seeded("forward", generator.initial_seed(), self.step):
+                losses.append(task.loss(params, batch))
+            updated.append(task.buffers())
+        self._updated = updated
+        return torch.stack(losses)
 
     def losses_and_grad(
-        self, packed: Tensor, batch: Batch, create_graph: bool = False
+        self, packed: Tensor, batch: list[Batch], create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Losses ``(B,)`` and their gradient, ``(n,)``."""
         if not create_graph:
@@ -113,7 +191,7 @@ class Optimizees:
     def context(self, rule: UpdateRule, losses: Tensor) -> StepContext:
         """The rule's context of the present step."""
         step = torch.full((len(self.segments),), float(self.step), dtype=self._dtype)
-        loss = losses.repeat(len(self._shapes)) if rule.needs_loss else None
+        loss = losses[self._owners] if rule.needs_loss else None
         return StepContext(step, loss)
 
     def forward(
@@ -124,9 +202,14 @@ class Optimizees:
         return rule(grad, self.state, packed, self.segments, context)
 
     @torch.no_grad()
-    def advance(self, rule: UpdateRule) -> Tensor:
-        """One inner step without a graph; returns the losses before it, ``(B,)``, detached."""
-        losses, grad = self.losses_and_grad(self.packed, self.next_batch())
+    def advance(self, rule: UpdateRule, batch: list[Batch] | None = None) -> Tensor:
+        """One inner step without a graph; returns the losses before it, ``(B,)``, detached.
+
+        Args:
+            batch: one of :meth:`next_batch`, which is called if none is given.
+        """
+        batch = self.next_batch() if batch is None else batch
+        losses, grad = self.losses_and_grad(self.packed, batch)
         losses = losses.detach()
         if rule.rows == "none":
             update, new = self.forward(rule, grad, self.packed, losses)

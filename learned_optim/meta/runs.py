@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from learned_optim.meta.baselines import make_baseline
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.statistics import finite
-from learned_optim.meta.tasks import Params, TaskOptions, build_tasks
+from learned_optim.meta.tasks import Params, TaskFamily, TaskOptions, build_tasks
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.pretrained import checkpoint_path, load_rule
 from learned_optim.rules import UpdateRule, rule_class, rule_names
@@ -166,25 +166,37 @@ class Run:
 MakeOptimizer = Callable[[list[Tensor], int], Optimizer]
 
 
-def run(spec: RunSpec, data: DataOptions) -> Run:
-    """Train one optimizee with one optimizer, on one thread of torch."""
+def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | None = None) -> Run:
+    """Train one optimizee with one optimizer, on one thread of torch.
+
+    Args:
+        families: tasks that have no registered name, by the name that ``spec`` has for them.
+    """
 
     def make(params: list[Tensor], total_steps: int) -> Optimizer:
         return spec.optimizer.make(params, spec.lr, total_steps)
 
-    return train(spec.task, make, spec.phase, spec.seed, spec.steps, data)
+    given = (families or {}).get(spec.task)
+    return train(spec.task, make, spec.phase, spec.seed, spec.steps, data, given)
 
 
 def train(
-    name: str, make: MakeOptimizer, phase: str, seed: int, steps: int, data: DataOptions
+    name: str,
+    make: MakeOptimizer,
+    phase: str,
+    seed: int,
+    steps: int,
+    data: DataOptions,
+    family: TaskFamily | None = None,
 ) -> Run:
     """Train the task ``name`` from one seed, on one thread of torch.
 
     Args:
         make: ``(parameters, total steps) -> optimizer``.
         phase: ``"tune"`` or ``"test"``.
+        family: the task, if ``name`` is no registered one.
     """
-    family = build_tasks(name, TaskOptions("evaluation", data))
+    family = family or build_tasks(name, TaskOptions("evaluation", data))
     # Initial parameters and batches follow from task, phase and seed alone: the same for everybody.
     generator = seeded(phase, name, seed)
     task = family.sample(generator)
@@ -291,13 +303,14 @@ def _number(x: float | None) -> float:
     return math.inf if x is None else x
 
 
-def _modules_of_own_rules() -> list[str]:
+def modules_of_own_rules() -> list[str]:
     """Modules outside of the package that define rules: workers have to import them, too."""
     modules = {rule_class(name).__module__ for name in rule_names()}
     return sorted(m for m in modules if not m.startswith("learned_optim.") and m != "__main__")
 
 
-def _import_modules(modules: list[str]) -> None:
+def import_modules(modules: list[str]) -> None:
+    """Import, in a worker, what :func:`modules_of_own_rules` found."""
     for module in modules:
         with suppress(ImportError):  # a rule that no run needs may live in a notebook or a test
             importlib.import_module(module)
@@ -323,8 +336,8 @@ class Runner:
             self._pool = ProcessPoolExecutor(
                 self.workers,
                 mp_context=get_context("spawn"),
-                initializer=_import_modules,
-                initargs=(_modules_of_own_rules(),),
+                initializer=import_modules,
+                initargs=(modules_of_own_rules(),),
             )
         return self
 

@@ -1,7 +1,11 @@
 """Generators whose seeds are stable hashes of what they are for."""
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +14,7 @@ from torch import Generator
 
 def seeded(*parts: object) -> Generator:
     """A CPU generator seeded by a hash of ``parts``: the same in every process and version."""
-    return Generator().manual_seed(_seed(parts))
+    return Generator().manual_seed(seed_of(*parts))
 
 
 @contextmanager
@@ -19,11 +23,58 @@ def global_generator_seeded(*parts: object) -> Iterator[None]:
 
     Dropout and the like draw from the global generator; everything else has one of its own.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(parts))
+    with default_generator_seeded(seed_of(*parts)):
         yield
 
 
-def _seed(parts: tuple[object, ...]) -> int:
+@contextmanager
+def default_generator_seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator of the CPU inside, and put it back afterwards."""
+    with _put_back([torch.default_generator]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def every_generator_seeded(seed: int, more: Iterable[Generator] = ()) -> Iterator[None]:
+    """Seed whatever data pipelines draw from inside, and put it back afterwards.
+
+    That is the global generators of torch (on the CPU), of Python's ``random`` and, if it is
+    imported, of numpy.
+
+    Args:
+        seed: non-negative.
+        more: further generators of torch, such as that of a data loader.
+    """
+    generators = [torch.default_generator, *more]
+    numpy = sys.modules.get("numpy")
+    python = random.getstate()
+    legacy = numpy.random.get_state() if numpy is not None else None
+    with _put_back(generators):
+        for generator in generators:
+            generator.manual_seed(seed)
+        random.seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(legacy)
+
+
+@contextmanager
+def _put_back(generators: list[Generator]) -> Iterator[None]:
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def seed_of(*parts: object) -> int:
+    """The seed below 2**56 that ``parts`` hash to."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")

@@ -8,24 +8,27 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor
+from torch import Tensor
 
 from learned_optim.checkpoint import CheckpointError, read_checkpoint, save_rule
 from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
+from learned_optim.meta.meta_loss import SMALLEST_LOSS, imitation, loss_weights
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.run_folder import RunFolder, source_modules
+from learned_optim.meta.schedules import Plan
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
+from learned_optim.meta.tasks._rescaled import Rescaled
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
 
@@ -34,9 +37,6 @@ Report = Callable[[str, int, int], None]
 
 #: What has helped where training diverged.
 ADVICE = "Lower --meta-lr (learned-optim search tries several), or clip with --clip-norm"
-
-# Mean loss below which `relative_loss` divides no further: such a task is solved.
-SMALLEST_LOSS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def summed_losses(
     for low in range(0, len(seeds), together):
         generators = [seeded(*parts) for parts in seeds[low : low + together]]
         tasks = [family.sample(generator) for generator in generators]
-        optimizees = Optimizees(rule, tasks, generators)
+        optimizees = Optimizees(rule, tasks, generators, stacked=family.stackable)
         with global_generator_seeded(*seeds[low], "forward"):
             sums.append(torch.stack([optimizees.advance(rule) for _ in range(horizon)]).sum(0))
         if on_runs is not None:
@@ -118,13 +118,18 @@ class MetaTrainer:
     and ``resume.pt``. A kill loses at most the current epoch, and a resumed run gives the same bits
     as an uninterrupted one.
 
-    Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients.
+    Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients;
+    or, with the estimators ``es`` and ``pes``, the pairs of perturbations, and exchange fitness.
 
     Args:
         recipe: what to train.
         folder: the run folder, created if needed.
         data: where image sets are looked for.
         tensorboard: also write the metrics as TensorBoard events into the folder.
+        family: the tasks, if ``recipe.task`` is no registered name: see
+            :func:`~learned_optim.meta.meta_train`.
+        test_family: those for the figures in the checkpoint; if not given, ``recipe.test_task``'s
+            or, without one, ``family``.
 
     Raises:
         ValueError: the task cannot be meta-trained on (:func:`check_family`); the folder belongs to
@@ -138,28 +143,44 @@ class MetaTrainer:
         folder: Path,
         data: DataOptions | None = None,
         tensorboard: bool = False,
+        *,
+        family: TaskFamily | None = None,
+        test_family: TaskFamily | None = None,
     ) -> None:
         self.recipe, self.folder, self.tensorboard = recipe, Path(folder), tensorboard
         self.data = data or DataOptions()
         self.files = RunFolder(self.folder)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        if recipe.tasks_per_meta_step % self.world:
+        # Ranks share the tasks of a meta-step, or the pairs of perturbed runs of all its tasks.
+        self.task_rank, self.task_world = (0, 1) if recipe.perturbs else (self.rank, self.world)
+        if recipe.perturbs and recipe.pairs < self.world:
+            raise ValueError(
+                f"pairs={recipe.pairs} leave some of {self.world} ranks nothing to do: give each "
+                f"one at least"
+            )
+        if recipe.tasks_per_meta_step % self.task_world:
             raise ValueError(
                 f"tasks_per_meta_step={recipe.tasks_per_meta_step} cannot be shared evenly by "
                 f"{self.world} ranks: make it a multiple"
             )
         if self.rank > 0:
-            self._meet()  # rank 0 downloads what is missing, alone
-        self.family = build_tasks(recipe.task, TaskOptions("meta", self.data))
+            self.meet()  # rank 0 downloads what is missing, alone
+        self._given = family
+        self.family = family or build_tasks(recipe.task, TaskOptions("meta", self.data))
+        self.training_family = self.family
+        if recipe.rescale:
+            self.training_family = Rescaled(self.family, recipe.rescale)
+        self._test_family = test_family
+        if test_family is None and recipe.test_task is None:
+            self._test_family = family
+        elif test_family is None:  # missing data fails now, not after the training
+            build_tasks(self._test_task, TaskOptions("evaluation", self.data))
         if self.rank == 0:
-            self._meet()
+            self.meet()
         check_family(self.family, recipe.task)
-        if recipe.tasks_per_meta_step > self.world and not self.family.stackable:
-            raise ValueError(
-                f"tasks of {recipe.task!r} cannot share a meta-step on one rank: "
-                f"{self.family.alone_because}. Set tasks_per_meta_step={self.world}"
-            )
+        if test_family is not None and test_family is not family:  # now, not after the training
+            check_family(test_family, f"{recipe.task} (test)")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
@@ -189,11 +210,15 @@ class MetaTrainer:
         self._start = start.fingerprint()
 
     @property
+    def _test_task(self) -> str:
+        return self.recipe.test_task or self.recipe.task
+
+    @property
     def best(self) -> EpochMetrics | None:
         """The epoch with the smallest validation."""
         return min(self.history, key=lambda m: m.validation, default=None)
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
             dist.all_reduce(torch.zeros(1))
@@ -202,8 +227,14 @@ class MetaTrainer:
 
     def _open_folder(self) -> None:
         recipe = self.recipe
-        modules = source_modules(type(self.rule), type(recipe.rule))
-        conditions = provenance.conditions([recipe.task], self.data, modules)
+        classes = (type(self.rule), type(recipe.rule))
+        named = [recipe.task] if self._given is None else []
+        if self._test_family is None and self._test_task not in named:
+            named.append(self._test_task)
+        conditions = provenance.conditions(named, self.data, source_modules(*classes))
+        conditions |= provenance.conditions_of_main(*classes)
+        if self._given is not None:
+            conditions |= provenance.conditions_of_given(recipe.task, self._given)
         if self._start is not None:
             conditions["weights of start"] = self._start
         conditions = self.files.check(recipe, conditions)
@@ -223,7 +254,8 @@ class MetaTrainer:
             self.history = [EpochMetrics(**line) for line in saved["history"]]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise self.files.damaged(error) from error
-        if ranks != self.world and self.recipe.coordinates is not None:
+        sampled = self.recipe.coordinates is not None and not self.recipe.perturbs
+        if ranks != self.world and sampled:
             raise ValueError(
                 f"{self.folder} holds a run of {ranks} ranks, and each draws its own sample of "
                 f"coordinates: resume it with as many, not {self.world}"
@@ -287,7 +319,9 @@ class MetaTrainer:
             for name, weight in rule.state_dict().items():
                 weight.lerp_(self._first[name], self.recipe.start_share)
             record["validation"] = self.validate(rule, report)
-        family = build_tasks(self.recipe.task, TaskOptions("evaluation", self.data))
+        family = self._test_family
+        if family is None:
+            family = build_tasks(self._test_task, TaskOptions("evaluation", self.data))
         seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
         sums = self._summed(rule, family, list(seeds), "test", report)
         logs = sums.log()
@@ -296,16 +330,23 @@ class MetaTrainer:
             "std": sums.std().item(),
             "geometric_mean": logs.mean().exp().item(),
             "runs": len(sums),
+            "task": self._test_task,
         }
         record |= {
             "epochs_run": self.epoch,
             "meta_steps": self.meta_steps,
-            "data": f"task family {self.recipe.task!r}, meta-training split alone",
+            "data": self._data_read(),
             "torch": torch.__version__.split("+")[0],
         }
         path = output or self.files.finished
         save_rule(rule, path, record)
         return path
+
+    def _data_read(self) -> str | dict[str, str]:
+        """What the meta-training has read, for the checkpoint's header."""
+        if self._given is None:
+            return f"task family {self.recipe.task!r}, meta-training split alone"
+        return provenance.conditions_of_given(self.recipe.task, self._given)
 
     def _best_rule(self) -> tuple[UpdateRule, dict[str, Any]]:
         try:
@@ -324,6 +365,7 @@ class MetaTrainer:
             "epoch": best.epoch if best else 0,
             "validation": best.validation if best else None,
             "dropped_unrolls": sum(m.dropped for m in self.history),
+            "data_sets": list(self.family.data_sets),
             **({"start": self._start} if self._start else {}),
         }
 
@@ -400,34 +442,36 @@ class MetaTrainer:
 
     def _train_run(self, epoch: int, run: int) -> tuple[float, int]:
         """One optimizee run, a meta-step per unroll: its mean summed loss, and unrolls dropped."""
-        with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self.rank):
+        with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self.task_rank):
             return self._unrolls(epoch, run)
 
     def _unrolls(self, epoch: int, run: int) -> tuple[float, int]:
         recipe = self.recipe
-        share = range(self.rank, recipe.tasks_per_meta_step, self.world)
+        share = range(self.task_rank, recipe.tasks_per_meta_step, self.task_world)
         generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
-        tasks = [self.family.sample(generator) for generator in generators]
-        optimizees = Optimizees(self.rule, tasks, generators)
-        sampler = seeded(recipe.seed, "coordinates", epoch, run, self.rank)
+        tasks = [self.training_family.sample(generator) for generator in generators]
+        stackable = self.training_family.stackable
+        optimizees = Optimizees(self.rule, tasks, generators, stacked=stackable)
+        options = self._estimator_options(epoch, run)
         estimate = ESTIMATORS[recipe.estimator]
-        plan = self._plan(seeded(recipe.seed, "plan", epoch, run))
+        plan = Plan.draw(recipe, epoch, seeded(recipe.seed, "plan", epoch, run))
         total, done = 0.0, 0
-        unrolls = sum(learns for _, learns in plan)
+        unrolls = sum(learns for _, learns in plan.unrolls)
         runs_before = (epoch - 1) * recipe.runs_per_epoch + run
-        for steps, learns in plan:
+        for steps, learns in plan.unrolls:
             if not learns:
                 for _ in range(steps):
                     total += optimizees.advance(self.rule).mean().item()
                 continue
-            options = EstimatorOptions(recipe.coordinates, sampler, recipe.sampling)
+            weights = loss_weights(recipe, optimizees.step, plan.length)
+            options = replace(options, weights=weights)
             meta = estimate(self.rule, optimizees, steps, options)
             packed = torch.cat(
                 [g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]]
             )
-            if self.world > 1:
+            if self.task_world > 1:
                 dist.all_reduce(packed)
-                packed /= self.world
+                packed /= self.task_world
             if not torch.isfinite(packed).all():
                 # Averaging it in would poison the weights, and the optimizee will not recover.
                 return math.inf, 1
@@ -439,22 +483,24 @@ class MetaTrainer:
             self._meta_step(packed[:-1], (runs_before * unrolls + done) / every)
             done += 1
         # Per horizon, so that runs of different lengths compare.
-        return total * recipe.horizon / sum(steps for steps, _ in plan), 0
+        return total * recipe.horizon / sum(steps for steps, _ in plan.unrolls), 0
 
-    def _plan(self, generator: Generator) -> list[tuple[int, bool]]:
-        """Unrolls of one run: their lengths, and which of them end in a meta-step."""
-        recipe, length = self.recipe, self.recipe.horizon
-        truncation = recipe.truncation
-        u = torch.rand(2, generator=generator)
-        if recipe.long_horizon is not None and u[0] < recipe.long_fraction:
-            length = round(length * (recipe.long_horizon / length) ** u[1].item())
-            truncation = recipe.long_truncation or truncation
-        whole, rest = divmod(length, truncation)
-        steps = [truncation] * whole + [rest] * (rest > 0)
-        limit = recipe.unrolls_per_run or len(steps)
-        chosen = set(torch.randperm(len(steps), generator=generator)[:limit].tolist())
-        last = max(chosen)  # what follows the last meta-step would teach nothing
-        return [(n, i in chosen) for i, n in enumerate(steps[: last + 1])]
+    def _estimator_options(self, epoch: int, run: int) -> EstimatorOptions:
+        """Of one run; their generator, and what is imitated, go on from unroll to unroll."""
+        recipe = self.recipe
+        return EstimatorOptions(
+            coordinates=recipe.coordinates,
+            generator=seeded(recipe.seed, "coordinates", epoch, run, self.task_rank),
+            sampling=recipe.sampling,
+            fitness=recipe.fitness,
+            pairs=recipe.pairs,
+            sigma=recipe.sigma,
+            compression=recipe.compression,
+            compression_unit=recipe.compression_unit,
+            imitation=imitation(recipe, epoch),
+            rank=self.rank,
+            world=self.world,
+        )
 
     def _meta_step(self, flat_grad: Tensor, progress: float) -> None:
         """Clip, step, average; ``progress`` is the share of the whole training done before."""

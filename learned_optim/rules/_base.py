@@ -139,7 +139,8 @@ class UpdateRule(ConfiguredModule):
             grad: shape ``(n,)``.
             state: with the new :meth:`moments`.
             param: shape ``(n,)``, in the rule's dtype.
-            segments, context: those of the tensors at hand, which may be pieces of whole ones.
+            segments: the tensors at hand, which may be pieces of whole ones.
+            context: theirs.
 
         Returns:
             ``k`` pairs ``(a, b)`` of shapes ``(n,)``; ``(a, None)`` averages ``a`` itself.

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from learned_optim._bytes import tensor_bytes
 
+#: Metadata of a field that a configuration gained after rules had been published. Its default does
+#: what was done before, and leaves the fingerprints of these rules as they were.
+ADDED = {"added": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class RuleConfig:
@@ -81,7 +85,11 @@ class ConfiguredModule(nn.Module):
     def fingerprint(self) -> str:
         """Identity of this rule: 16 hex digits over its name, configuration and weight bits."""
         digest = hashlib.sha256(self.name.encode())
-        digest.update(json.dumps(self.config_dict(), sort_keys=True).encode())
+        config = self.config_dict()
+        for field in dataclasses.fields(self.config):
+            if field.metadata == ADDED and config[field.name] == field.default:
+                del config[field.name]
+        digest.update(json.dumps(config, sort_keys=True).encode())
         for key, weight in sorted(self.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor_bytes(weight))

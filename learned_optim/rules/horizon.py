@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from learned_optim import kernels
 from learned_optim.rules import _history as history
 from learned_optim.rules._base import State, StepContext, UpdateRule
-from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._config import ADDED, RuleConfig
 from learned_optim.rules._features import TINY, bias_correction, largest_momentum, momentum_before
 from learned_optim.rules._segments import Product, Segments
 from learned_optim.rules._step import DECAY_UNIT
@@ -66,9 +66,9 @@ class HorizonConfig(RuleConfig):
     """Warm-up, in units of the run's length: between 10 and 250 steps."""
     warmup_steps: int = 50
     """Warm-up where the length of the run is unknown."""
-    trust_start: float = 0.0
+    trust_start: float = field(default=0.0, metadata=ADDED)
     """Log of the trust at a tensor's first step; 0 for none."""
-    trust_gain: float = 0.0
+    trust_gain: float = field(default=0.0, metadata=ADDED)
     """What a correlation of 1 between a gradient and the momentum before it adds to that log."""
 
     def __post_init__(self) -> None:

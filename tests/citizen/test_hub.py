@@ -248,6 +248,14 @@ def test_the_card_states_the_record() -> None:
         assert line in body, line
 
 
+def test_the_card_states_other_data_than_that_tested_on() -> None:
+    test = {"mean": 60.0, "std": 3.0, "runs": 50, "task": "mnist"}
+    record = {"recipe": {"task": "cifar10-half"}, "data_sets": ["cifar10"], "test": test}
+    card = model_card(descending_lstm(), "user/mine", record=record)
+    assert "\n- Tasks: `cifar10-half`\n- Image sets: cifar10\n" in card
+    assert "| test, 50 fresh runs of mnist | arithmetic | 60 | 3 |" in card
+
+
 def test_the_card_admits_what_is_not_known() -> None:
     card = model_card(make_rule("adam"), "user/adam", license="apache-2.0")
     assert "The checkpoint holds no record of its training." in card

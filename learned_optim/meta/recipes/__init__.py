@@ -17,6 +17,7 @@ from learned_optim.meta.recipes._evolution import (
     EVOLUTION_GROUPS,
     EvolutionRecipe,
 )
+from learned_optim.meta.recipes._schema import recipe_schema
 
 __all__ = [
     "COMMON",
@@ -30,6 +31,7 @@ __all__ = [
     "load_recipe",
     "recipe_descriptions",
     "recipe_from_json",
+    "recipe_schema",
     "recipes",
     "rule_config",
 ]

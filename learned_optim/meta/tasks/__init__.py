@@ -9,15 +9,20 @@ from learned_optim.meta.tasks._base import (
     Task,
     TaskFamily,
     TaskOptions,
+    obstacle_to_stacking,
+)
+from learned_optim.meta.tasks._mixture import TaskMixture, as_family
+from learned_optim.meta.tasks._registry import (
+    GIVEN,
     build_tasks,
     described_families,
     field_horizon,
     field_tasks,
-    obstacle_to_stacking,
     task_names,
 )
 
 __all__ = [
+    "GIVEN",
     "Batch",
     "FixedTask",
     "Horizon",
@@ -25,7 +30,9 @@ __all__ = [
     "Params",
     "Task",
     "TaskFamily",
+    "TaskMixture",
     "TaskOptions",
+    "as_family",
     "build_tasks",
     "described_families",
     "field_horizon",

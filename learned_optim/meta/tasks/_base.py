@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
-from learned_optim._discovery import import_submodules, unknown_name
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.seeding import global_generator_seeded, seeded
+from learned_optim.meta.seeding import default_generator_seeded, global_generator_seeded, seeded
+from learned_optim.meta.tasks._batches import BatchSource, Source, flatten, unflatten
 
 #: Examples per forward pass when a held-out set is tested.
 TEST_SLICE = 1000
@@ -24,7 +24,12 @@ Batch = tuple[Tensor, ...]
 
 
 class Task(ABC):
-    """One thing to optimize. Stateless: all randomness comes from the generators passed in."""
+    """One thing to optimize. All randomness comes from the generators passed in.
+
+    A task may keep state of the optimizee that it serves, if :meth:`init` resets it: buffers, which
+    :meth:`loss` updates, and a position in its data. Optimizees side by side then each have a task
+    of their own, by :meth:`separate`.
+    """
 
     @abstractmethod
     def init(self, generator: Generator) -> Params:
@@ -42,6 +47,19 @@ class Task(ABC):
         """Held-out figures, such as ``{"accuracy": 0.91}``; empty where there is no such set."""
         return {}
 
+    def separate(self) -> Task:
+        """The same task for another optimizee; itself, if it keeps no state of one."""
+        return self
+
+    def buffers(self) -> Params:
+        """What :meth:`loss` updates besides the parameters, such as running statistics."""
+        return {}
+
+    def load_buffers(self, buffers: Params) -> None:
+        """Replace the buffers by others of the same names."""
+        if buffers:
+            raise NotImplementedError(f"{type(self).__name__} has buffers and cannot load them")
+
 
 class TaskFamily(ABC):
     """A distribution of tasks.
@@ -52,8 +70,12 @@ class TaskFamily(ABC):
     """
 
     stackable: bool = True
-    #: What an error says of a family that is not stackable.
+    #: Why not, of a family that is not stackable.
     alone_because: str = "its tasks differ in structure"
+    #: Image sets that its tasks read, for the record of a checkpoint that was trained on them.
+    data_sets: tuple[str, ...] = ()
+    #: Whether evaluation keeps to the half of these images that never meta-trains.
+    halved: bool = True
 
     @abstractmethod
     def sample(self, generator: Generator) -> Task:
@@ -80,46 +102,57 @@ class ModuleTask(Task):
         ... )
 
     Args:
-        build: makes the module; called under a seeded global generator, so its own initialization
-            is reproducible.
-        batches: ``generator -> (inputs, targets)``.
-        criterion: ``(outputs, targets) -> loss`` of shape ``()``.
+        build: makes the module, a class for example; called under a seeded global generator, so
+            that every optimizee starts from fresh weights, which follow from its seed. A module
+            instead of a function: every optimizee starts from its weights, as in fine-tuning.
+        batches: a data loader, another iterable of batches, or a function that returns a batch:
+            of a generator, or of nothing, and then it may draw from the global generators. A batch
+            is a tuple (or dict) of tensors; a function of a generator is the fastest.
+        criterion: ``(outputs, targets) -> loss`` of shape ``()``, for batches of ``(inputs,
+            targets)``.
+        loss: ``(module, batch) -> loss`` of shape ``()``, for any other; instead of ``criterion``.
         init_std: weights ~ N(0, init_std^2) and biases 0 (one-dimensional parameters), as in the
             thesis; ``None`` keeps the module's own initialization.
         tests: held-out ``(inputs, targets)``, or ``None``. Their loss is reported and, where the
             targets are classes, the accuracy.
 
-    Buffers (running statistics of batch norm) belong to the module: :meth:`init` resets them and
-    :meth:`loss` updates them. Optimizees of such a module, and of one with dropout, are trained one
-    after another: see :class:`FixedTask`. Parameters with ``requires_grad=False`` stay as ``build``
-    made them the first time, under a fixed seed.
+    Buffers (running statistics of batch norm) belong to the optimizee: :meth:`init` resets them and
+    :meth:`loss` updates them. Parameters with ``requires_grad=False`` stay as ``build`` made them
+    the first time, under a fixed seed.
+
+    Raises:
+        ValueError: ``build`` gives no module, or one whose parameters have no shape yet, or
+            ``batches`` is no source of batches.
     """
 
     def __init__(
         self,
-        build: Callable[[], nn.Module],
-        batches: Callable[[Generator], Batch],
+        build: nn.Module | Callable[[], nn.Module],
+        batches: Source,
         criterion: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
         *,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
         init_std: float | None = None,
         tests: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self._build = build
-        self._batches = batches
-        self._criterion = criterion
+        self._build = partial(copy.deepcopy, build) if isinstance(build, nn.Module) else build
+        self._source = BatchSource(batches)
+        self._keys: tuple[Any, ...] | None = None  # how the source names the parts of a batch
+        self._criterion = criterion if loss is None else None
         self._init_std = init_std
         self._tests = tests
         with global_generator_seeded("module"):  # frozen parameters: the same in every process
-            self.module = build()
-        self._buffers = {name: b.clone() for name, b in self.module.named_buffers()}
+            self.module = self._build()
+        _check_module(self.module)
+        self._objective = _Objective(self.module, loss or _Supervised(criterion))
+        self._first_buffers = {name: b.clone() for name, b in self.module.named_buffers()}
+        self._buffers = {name: b.clone() for name, b in self._first_buffers.items()}
 
     def init(self, generator: Generator) -> Params:
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(self._buffers[name])
+        self._buffers = {name: b.clone() for name, b in self._first_buffers.items()}
+        self._source.reset()
         if self._init_std is None:
-            seed = int(torch.randint(2**62, (), generator=generator))
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with default_generator_seeded(int(torch.randint(2**62, (), generator=generator))):
                 fresh = self._build()
             return {name: p.detach().clone() for name, p in _trainable(fresh)}
         return {
@@ -130,12 +163,30 @@ class ModuleTask(Task):
         }
 
     def batch(self, generator: Generator) -> Batch:
-        return self._batches(generator)
+        batch, self._keys = flatten(self._source.draw(generator))
+        return batch
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        inputs, targets = batch
-        outputs = torch.func.functional_call(self.module, params, (inputs,))
-        return self._criterion(outputs, targets)
+        return self._loss(params, unflatten(batch, self._keys))
+
+    def _loss(self, params: Params, batch: Any) -> Tensor:
+        given = {f"module.{name}": p for name, p in (*params.items(), *self._buffers.items())}
+        loss = torch.func.functional_call(self._objective, given, (batch,))
+        # A buffer that forward() assigned anew is in `given`, perhaps with a graph.
+        self._buffers = {name: given[f"module.{name}"].detach() for name in self._buffers}
+        return loss
+
+    def separate(self) -> ModuleTask:
+        other = copy.copy(self)
+        other._source = self._source.separate()
+        other._buffers = {name: b.clone() for name, b in self._buffers.items()}
+        return other
+
+    def buffers(self) -> Params:
+        return self._buffers
+
+    def load_buffers(self, buffers: Params) -> None:
+        self._buffers = buffers
 
     @torch.no_grad()
     def test(self, params: Params) -> dict[str, float]:
@@ -148,8 +199,12 @@ class ModuleTask(Task):
             slices = zip(inputs.split(TEST_SLICE), targets.split(TEST_SLICE), strict=True)
             weights, losses, correct = [], [], []
             for x, y in slices:
-                outputs = torch.func.functional_call(self.module, params, (x,))
                 weights.append(float(len(x)))
+                if self._criterion is None:
+                    losses.append(self._loss(params, (x, y)).item() * len(x))
+                    continue
+                given = {**params, **self._buffers}
+                outputs = torch.func.functional_call(self.module, given, (x,))
                 losses.append(self._criterion(outputs, y).item() * len(x))
                 if not y.is_floating_point():
                     correct.append((outputs.argmax(-1) == y).float().mean().item() * len(x))
@@ -159,6 +214,45 @@ class ModuleTask(Task):
         if correct:
             figures["accuracy"] = sum(correct) / sum(weights)
         return figures
+
+
+class _Objective(nn.Module):
+    """The loss of a batch as a module's forward pass, which ``functional_call`` needs."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.module, batch)
+
+
+@dataclass(frozen=True)
+class _Supervised:
+    """A criterion of outputs and targets as a loss of module and batch."""
+
+    criterion: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, module: nn.Module, batch: Any) -> Tensor:
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            parts = f"of {len(batch)} tensors" if isinstance(batch, tuple) else type(batch).__name__
+            raise ValueError(
+                f"a criterion of (outputs, targets) needs batches of (inputs, targets), and a "
+                f"batch is one {parts}: give loss=, a function of (module, batch), instead"
+            )
+        inputs, targets = batch
+        return self.criterion(module(inputs), targets)
+
+
+def _check_module(module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"build must return an nn.Module, and returned a {type(module).__name__}")
+    lazy = [name for name, p in module.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"{', '.join(lazy)} of {type(module).__name__} have no shape before a first forward "
+            f"pass: let build run one, or give the sizes"
+        )
 
 
 def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -203,8 +297,8 @@ class FixedTask(TaskFamily):
     Args:
         task: the member.
         stackable: whether its loss runs under ``vmap``; found out by trying if not given. It does
-            not with dropout, batch norm that tracks statistics, or batches of changing shapes: its
-            optimizees then train one after another.
+            not with dropout, batch norm that tracks statistics, or batches of changing shapes: the
+            forward passes of its optimizees are then computed one after another.
     """
 
     def __init__(self, task: Task, *, stackable: bool | None = None) -> None:
@@ -227,9 +321,13 @@ class FixedTask(TaskFamily):
 def obstacle_to_stacking(task: Task) -> str | None:
     """Why two optimizees of ``task`` cannot share a forward pass, in a line, or ``None``."""
     generators = [seeded("stacking", index) for index in range(2)]
+    task = task.separate()  # what a forward pass leaves behind must not stay in the original
     try:
         initial = [task.init(generator) for generator in generators]
         batches = [task.batch(generator) for generator in generators]
+        updated = _updated_buffers(task, initial[0], batches[0])
+        if updated:
+            return f"it updates the buffers {', '.join(updated)}"
         params = {name: torch.stack([p[name] for p in initial]) for name in initial[0]}
         batch = tuple(torch.stack(parts) for parts in zip(*batches, strict=True))
         with torch.no_grad(), global_generator_seeded("stacking"):
@@ -240,101 +338,29 @@ def obstacle_to_stacking(task: Task) -> str | None:
     return None if torch.equal(together, again) else "it keeps state from call to call"
 
 
+def _updated_buffers(task: Task, params: Params, batch: Batch) -> list[str]:
+    before = {name: buffer.clone() for name, buffer in task.buffers().items()}
+    with torch.no_grad(), global_generator_seeded("stacking"):
+        task.loss(params, batch)
+    return [name for name, b in task.buffers().items() if not torch.equal(b, before[name])]
+
+
 Builder = Callable[[TaskOptions], TaskFamily]
 
 
-def evaluation_family(name: str, make: Callable[[DataOptions], Task]) -> Builder:
+def evaluation_family(name: str, make: Callable[[DataOptions], Task], *data_sets: str) -> Builder:
     """An entry of ``FAMILIES`` for one task that never meta-trains.
 
     Args:
         name: its registered name.
         make: builds the task; called once per :func:`build_tasks`.
+        *data_sets: image sets of which it reads all training images.
     """
 
     def build(options: TaskOptions) -> TaskFamily:
         evaluation_only(name, options)
-        return FixedTask(make(options.data), stackable=False)
+        family = FixedTask(make(options.data), stackable=False)
+        family.data_sets, family.halved = data_sets, not data_sets
+        return family
 
     return build
-
-
-def field_tasks() -> dict[str, Horizon]:
-    """The field: tasks that people recognise, by name, from the ``FIELD`` table of every module."""
-    found: dict[str, Horizon] = {}
-    for module in import_submodules("learned_optim.meta.tasks"):
-        found.update(getattr(module, "FIELD", {}))
-    return found
-
-
-def _families() -> dict[str, Builder]:
-    """Every module of this package contributes its ``FAMILIES``."""
-    found: dict[str, Builder] = {}
-    for module in import_submodules("learned_optim.meta.tasks"):
-        found.update(module.FAMILIES)
-    return found
-
-
-def described_families() -> dict[str, list[str]]:
-    """Names of the task families by what their module says of them in its first line."""
-    found: dict[str, list[str]] = {}
-    for module in import_submodules("learned_optim.meta.tasks"):
-        about = (module.__doc__ or "").strip().partition("\n")[0]
-        found[about.rstrip(".")] = sorted(module.FAMILIES)
-    return found
-
-
-def task_names() -> list[str]:
-    """Names of all registered task families."""
-    return sorted(_families())
-
-
-def build_tasks(name: str, options: TaskOptions | None = None) -> TaskFamily:
-    """The task family registered under ``name``.
-
-    Args:
-        name: a registered name, or ``"module:name"`` for an entry of the ``FAMILIES`` table of any
-            importable module: your own tasks, in recipes and on the command line too.
-        options: which split, and where data is.
-
-    Raises:
-        ValueError: unknown name (the message lists those that exist), or the family has no
-            images that may meta-train.
-        FileNotFoundError: its data is not there.
-    """
-    module, _, own = name.rpartition(":")
-    families = _own_table(module, "FAMILIES") if module else _families()
-    if own not in families:
-        raise unknown_name("task", name, [f"{module}:{n}" if module else n for n in families])
-    return families[own](options or TaskOptions())
-
-
-def field_horizon(name: str) -> Horizon:
-    """For how many steps a task of the field is trained.
-
-    Args:
-        name: a registered name, or ``"module:name"`` for an entry of one's own ``FIELD`` table.
-
-    Raises:
-        ValueError: the task has no stated number of steps.
-    """
-    module, _, own = name.rpartition(":")
-    table: dict[str, Horizon] = _own_table(module, "FIELD") if module else field_tasks()
-    if own not in table:
-        raise ValueError(
-            f"the task {name!r} is not of the field: the FIELD table of its module states no "
-            f"number of steps for it. Known: {', '.join(sorted(table)) or 'none'}"
-        )
-    return table[own]
-
-
-def _own_table(module: str, table: str) -> dict[str, Any]:
-    """``FAMILIES`` or ``FIELD`` of a module of the user's."""
-    try:
-        found: dict[str, Any] = getattr(importlib.import_module(module), table)
-    except (ModuleNotFoundError, AttributeError) as error:
-        content = {"FAMILIES": "functions of TaskOptions", "FIELD": "numbers of steps (Horizon)"}
-        raise ValueError(
-            f"no tasks from module {module!r} ({error}): it must be importable (PYTHONPATH) and "
-            f"define {table}, a table from names to {content[table]}"
-        ) from error
-    return found

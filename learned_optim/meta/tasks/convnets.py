@@ -12,7 +12,7 @@ from torch import nn
 
 from learned_optim.meta.data import load_images
 from learned_optim.meta.tasks._base import FixedTask, ModuleTask, TaskFamily, TaskOptions
-from learned_optim.meta.tasks.images import check_split, image_batches, image_test_set
+from learned_optim.meta.tasks.images import check_split, image_batches, image_test_set, of_images
 
 
 def convnet(
@@ -49,7 +49,7 @@ def image_convnet(
         tests=partial(image_test_set, image_set, options.data),
     )
     # Running statistics live in the module, which several optimizees would share.
-    return FixedTask(task, stackable=not batch_norm)
+    return of_images(FixedTask(task, stackable=not batch_norm), image_set)
 
 
 FAMILIES = {

@@ -161,7 +161,7 @@ def _language_model(adapters: bool, data: DataOptions) -> ModuleTask:
 
 
 FAMILIES = {
-    "finetune-convnet": evaluation_family("finetune-convnet", _finetune_convnet),
+    "finetune-convnet": evaluation_family("finetune-convnet", _finetune_convnet, "fashion"),
     "finetune-lm": evaluation_family("finetune-lm", partial(_language_model, False)),
     "lora-lm": evaluation_family("lora-lm", partial(_language_model, True)),
 }

@@ -354,6 +354,7 @@ class General(TaskFamily):
     """The mixture. Its members differ in structure and cannot be stacked."""
 
     stackable = False
+    data_sets = ("mnist",)
 
     def __init__(self, images: Images, mixture: Mixture) -> None:
         self._mixture, self._images = mixture, ImageTasks(images, mixture)

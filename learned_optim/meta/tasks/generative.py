@@ -112,8 +112,10 @@ def _denoiser(data: DataOptions) -> ModuleTask:
 
 
 FAMILIES = {
-    "autoencoder": evaluation_family("autoencoder", _autoencoder),
-    "variational-autoencoder": evaluation_family("variational-autoencoder", _variational),
+    "autoencoder": evaluation_family("autoencoder", _autoencoder, "fashion"),
+    "variational-autoencoder": evaluation_family(
+        "variational-autoencoder", _variational, "fashion"
+    ),
     "denoiser": evaluation_family("denoiser", _denoiser),
 }
 FIELD = {

@@ -72,7 +72,7 @@ def _rare_classes(data: DataOptions) -> ModuleTask:
 
 
 FAMILIES = {
-    "noisy-labels": evaluation_family("noisy-labels", _noisy_labels),
+    "noisy-labels": evaluation_family("noisy-labels", _noisy_labels, "fashion"),
     "heavy-tails": evaluation_family("heavy-tails", _heavy_tails),
     "rare-classes": evaluation_family("rare-classes", _rare_classes),
 }

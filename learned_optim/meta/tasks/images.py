@@ -19,8 +19,8 @@ from learned_optim.meta.tasks._base import Batch, FixedTask, ModuleTask, TaskFam
 THESIS_STD = 0.001
 BATCH_SIZE = 128
 
-# Sets with a half set apart for meta-training; every other set only ever evaluates. Shipped
-# checkpoints use MNIST's alone.
+# Sets with a half set apart for meta-training; every other set only evaluates, unless a family's
+# name asks for its half (transfer.py). Shipped checkpoints use MNIST's alone.
 META_SETS = ("mnist", "digits")
 
 
@@ -49,16 +49,23 @@ def check_split(image_set: str, options: TaskOptions) -> None:
 
 
 def image_batches(
-    image_set: str, options: TaskOptions, batch_size: int = BATCH_SIZE
+    image_set: str, options: TaskOptions, batch_size: int = BATCH_SIZE, halved: bool = False
 ) -> Callable[[Generator], Batch]:
     """A source of random training batches from the images that ``options.split`` allows.
+
+    Args:
+        image_set: which images.
+        options: which split, and where data is.
+        batch_size: images per batch.
+        halved: split the set in halves even if it is none of :data:`META_SETS`.
 
     Raises:
         ValueError: the meta-training split of a set that only evaluates.
     """
-    check_split(image_set, options)
+    if not halved:
+        check_split(image_set, options)
     images = load_images(image_set, True, options.data)
-    if image_set in META_SETS:
+    if halved or image_set in META_SETS:
         meta, evaluation = halves(images)
         images = meta if options.split == "meta" else evaluation
 
@@ -75,17 +82,25 @@ def image_mlp(
     init_std: float | None,
     options: TaskOptions,
     batch_size: int = BATCH_SIZE,
+    halved: bool = False,
 ) -> TaskFamily:
-    """The family of one network on one image set."""
-    check_split(image_set, options)
+    """The family of one network on one image set; ``halved`` as :func:`image_batches` takes it."""
+    if not halved:
+        check_split(image_set, options)
     first = load_images(image_set, True, options.data)
     task = ModuleTask(
         build=partial(mlp, math.prod(first.shape), hidden, first.classes, activation),
-        batches=image_batches(image_set, options, batch_size),
+        batches=image_batches(image_set, options, batch_size, halved),
         init_std=init_std,
         tests=partial(image_test_set, image_set, options.data),
     )
-    return FixedTask(task)
+    return of_images(FixedTask(task), image_set, halved)
+
+
+def of_images(family: FixedTask, image_set: str, halved: bool = False) -> FixedTask:
+    """``family``, which says now what images it reads."""
+    family.data_sets, family.halved = (image_set,), halved or image_set in META_SETS
+    return family
 
 
 def image_test_set(

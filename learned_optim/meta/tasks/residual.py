@@ -59,7 +59,7 @@ def _resnet(image_set: str, data: DataOptions) -> ModuleTask:
 
 
 FAMILIES = {
-    f"{name}-resnet": evaluation_family(f"{name}-resnet", partial(_resnet, name))
+    f"{name}-resnet": evaluation_family(f"{name}-resnet", partial(_resnet, name), name)
     for name in ("cifar10", "fashion")
 }
 FIELD = {"cifar10-resnet": Horizon(2000, 400), "fashion-resnet": Horizon(2000, 400)}

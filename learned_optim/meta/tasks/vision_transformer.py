@@ -49,7 +49,7 @@ def _transformer(image_set: str, data: DataOptions) -> ModuleTask:
 
 
 FAMILIES = {
-    f"{name}-vit": evaluation_family(f"{name}-vit", partial(_transformer, name))
+    f"{name}-vit": evaluation_family(f"{name}-vit", partial(_transformer, name), name)
     for name in ("cifar10", "fashion")
 }
 FIELD = {"cifar10-vit": Horizon(2000, 400), "fashion-vit": Horizon(2000, 400)}

@@ -1,0 +1,202 @@
+"""What one optimizer step did, tensor by tensor, as plain numbers.
+
+Step hooks do it: a step pays nothing unless somebody asked. Before the step the parameters and the
+network's state are copied; after it the pure form of the rule, which the compiled kernel follows,
+is run once more on what is there, for the gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from learned_optim._views import first_row, local, local_grad, real, real_shape, shard_groups
+from learned_optim.rules import Segments, State, StepContext, UpdateRule
+from learned_optim.rules import _history as history
+from learned_optim.rules._features import TINY, bias_correction
+from learned_optim.rules._pieces import as_rows
+from learned_optim.rules._step import DECAY_UNIT, sanitize_grad
+from learned_optim.rules.horizon import HorizonRule
+
+if TYPE_CHECKING:
+    from learned_optim.optimizer import LearnedOptimizer
+
+#: Directions by rule. A rule of another kind has them numbered.
+DIRECTION_NAMES = {
+    "horizon": ("fast", "slow", "gradient", "cautious"),
+    "closed_form": ("fast", "slow", "gradient", "cautious"),
+    "steered": ("fast", "slow", "gradient", "fast_by_tensor", "slow_by_tensor", "fast_slow"),
+    "equivariant": ("fast", "slow", "gradient"),
+    "lstm": ("update",),
+}
+
+
+def direction_names(rule: UpdateRule, count: int) -> tuple[str, ...]:
+    """Names of a rule's ``count`` directions."""
+    names = DIRECTION_NAMES.get(rule.name, ())
+    return names if len(names) == count else tuple(f"direction_{i}" for i in range(count))
+
+
+class Recorder:
+    """Step hooks of one optimizer, and what the last step's found.
+
+    Attributes:
+        found: by tensor, see :meth:`learned_optim.LearnedOptimizer.diagnostics`.
+        stepped: whether there has been a step.
+    """
+
+    def __init__(self, optimizer: LearnedOptimizer) -> None:
+        self.found: dict[str, dict[str, float]] = {}
+        self.stepped = False
+        self._before: dict[Tensor, tuple[float, Tensor, State]] = {}
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._copy),
+            optimizer.register_step_post_hook(self._measure),
+        )
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def _copy(self, optimizer: Any, *_: Any) -> None:
+        self._before = {}
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                rule, state = optimizer._frozen.on(param), optimizer.state.get(param, {})
+                own = real(local(param)).detach().clone()
+                entries = state if "step" in state else rule.init_state(own)
+                network = {
+                    key: _entry(rule, key, entries, param).clone() for key in rule.network_state
+                }
+                self._before[param] = float(state.get("step", 0.0)), own, network
+
+    @torch.no_grad()
+    def _measure(self, optimizer: Any, *_: Any) -> None:
+        self.found, self.stepped = {}, True
+        for number, group in enumerate(optimizer.param_groups):
+            names = group.get("param_names") or [
+                f"{number}/{i}" for i in range(len(group["params"]))
+            ]
+            for name, param in zip(names, group["params"], strict=True):
+                known = self._before.get(param)
+                # A frozen group, or a guard that went back, takes no step.
+                if param.grad is None or known is None:
+                    continue
+                if float(optimizer.state.get(param, {}).get("step", -1.0)) == known[0] + 1:
+                    self.found[name] = _tensor_numbers(optimizer, group, param, known)
+        self._before = {}
+
+
+def _entry(rule: UpdateRule, key: str, state: Mapping[str, Tensor], param: Tensor) -> Tensor:
+    """A state entry of one parameter as the pure form takes it: ``(n, k)``, or ``(1, k)``."""
+    value = local(state[key]).to(rule.dtype)
+    if key in rule.tensor_state:
+        return first_row(value, real_shape(param)).reshape(1, -1)
+    return as_rows(value)
+
+
+def _tensor_numbers(
+    optimizer: Any, group: dict[str, Any], param: Tensor, known: tuple[float, Tensor, State]
+) -> dict[str, float]:
+    step, before, network = known
+    rule: UpdateRule = optimizer._frozen.on(param)
+    grad = sanitize_grad(
+        real(local_grad(param.grad, param)).reshape(-1), rule.dtype, group["maximize"]
+    )
+    old = before.reshape(-1).to(rule.dtype)
+    # In the parameter's own dtype first, which may be wider than the rule's.
+    moved = (real(local(param)) - before).reshape(-1).to(rule.dtype)
+    segments = Segments(
+        [real_shape(param)], dtype=rule.dtype, device=grad.device, sizes=[len(grad)],
+        shard_groups=shard_groups(param),
+    )  # fmt: skip
+    squares = segments.mean(torch.stack((grad**2, old**2, moved**2, -grad * moved)))[:, 0]
+    grad_square, square, moved_square, along = squares.tolist()
+    warmup = group["warmup"]
+    numbers = {
+        "step": step,
+        "grad_rms": grad_square**0.5,
+        "param_rms": square**0.5,
+        "step_rms": moved_square**0.5,
+        "step_ratio": (moved_square / square) ** 0.5 if square else 0.0,
+        "effective_lr": along / grad_square if grad_square else 0.0,
+        "cosine": along / (grad_square * moved_square) ** 0.5 if along else 0.0,
+        "schedule": min(1.0, (step + 1) / warmup) if warmup else 1.0,
+    }
+    if optimizer._by_adam or type(rule).forward is not UpdateRule.forward:
+        return numbers
+    shrunk = old * (1.0 - DECAY_UNIT * float(group["lr"]) * group["weight_decay"])
+    moments = {
+        key: _entry(rule, key, optimizer.state[param], param)
+        for key in rule.state_keys
+        if key not in rule.network_state
+    }
+    context = StepContext(
+        torch.full((1,), step, dtype=rule.dtype, device=grad.device),
+        total_steps=group["total_steps"],
+    )
+    numbers.update(_signal_share(rule, moments, context, segments))
+    if not rule.needs_loss:
+        numbers.update(
+            _gains(rule, grad, {**moments, **network}, shrunk, segments, context, numbers)
+        )
+    return numbers
+
+
+def _gains(
+    rule: UpdateRule,
+    grad: Tensor,
+    state: State,
+    param: Tensor,
+    segments: Segments,
+    context: StepContext,
+    numbers: dict[str, float],
+) -> dict[str, float]:
+    """Gains of the directions, what each adds to the step, and the rule's own schedule."""
+    products = rule.products(grad, state, param, segments, context)
+    means = segments.mean_from_sums(segments.sums(products)) if products else grad[:0]
+    features, stats = rule.tensor_features(means, segments, context)
+    spread = None if stats is None else segments.expand(stats)
+    rows, directions = rule.coordinate_features(grad, state, param, spread)
+    if rule.rows == "none":
+        return {}
+    seen = rows if features is None else features
+    assert seen is not None
+    gains, _ = rule.respond(seen.unsqueeze(0), {key: state[key] for key in rule.network_state})
+    parts = segments.mean(((directions * gains[0]) ** 2).t())[:, 0].sqrt()
+    means = segments.mean(gains[0].expand_as(directions).t())[:, 0]
+    found = {}
+    if isinstance(rule, HorizonRule):
+        found["schedule"] = numbers["schedule"] * float(seen[0, history.SCHEDULE])
+    for name, gain, part in zip(
+        direction_names(rule, len(parts)), means.tolist(), parts.tolist(), strict=True
+    ):
+        found[f"gain/{name}"] = -gain
+        found[f"part/{name}"] = part
+    return found
+
+
+def _signal_share(
+    rule: UpdateRule, state: State, context: StepContext, segments: Segments
+) -> dict[str, float]:
+    """Mean square of the bias-corrected fast momentum over that of the gradient."""
+    cfg = rule.config
+    if {"fast", "square"} <= state.keys():
+        first, second, betas = state["fast"], state["square"], (cfg.fast_beta, cfg.square_beta)
+    elif "moments" in state and hasattr(cfg, "fast_beta"):
+        columns = state["moments"]
+        first, second, betas = columns[:, :1], columns[:, 2:], (cfg.fast_beta, cfg.square_beta)
+    elif {"first_moment", "second_moment"} <= state.keys():
+        first, second = state["first_moment"], state["second_moment"]
+        betas = cfg.beta1, cfg.beta2
+    else:
+        return {}
+    means = segments.mean(torch.cat((first**2, second), 1).t())[:, 0]
+    corrections = bias_correction(context.step + 1, *betas)[:, 0]
+    share = (means[0] / corrections[0] ** 2) / (means[1] / corrections[1] + TINY**2)
+    return {"signal_share": float(share)}

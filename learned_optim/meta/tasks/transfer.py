@@ -1,0 +1,57 @@
+"""Perceptrons on sets that otherwise only evaluate, in halves, and on all sets but one.
+
+For the thesis's wider question, what of a learned optimizer carries over to other data. A name
+that ends in ``-half`` asks for the split that MNIST always has: one half of the training images
+meta-trains, the other evaluates. ``all-but-mnist`` draws its tasks from the halves of every set of
+:data:`SETS` but MNIST, so that a rule trained on it has never seen MNIST. Networks are the
+thesis's, 20 sigmoid units; shipped checkpoints are trained on none of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Generator, nn
+
+from learned_optim.meta.tasks._base import Task, TaskFamily, TaskOptions
+from learned_optim.meta.tasks.images import META_SETS, THESIS_STD, image_mlp
+
+#: The sets of the leave-one-out families.
+SETS = ("mnist", "fashion", "emnist-letters", "cifar10")
+
+
+def half(image_set: str, options: TaskOptions) -> TaskFamily:
+    """The thesis's network on one half of a set: which one, ``options.split`` says."""
+    return image_mlp(image_set, (20,), nn.Sigmoid, THESIS_STD, options, halved=True)
+
+
+class AnyOf(TaskFamily):
+    """Each task is one of several families', drawn with equal probabilities.
+
+    Args:
+        families: what is drawn from.
+    """
+
+    stackable = False
+
+    def __init__(self, families: Sequence[TaskFamily]) -> None:
+        self.families = families
+        self.data_sets = tuple(name for family in families for name in family.data_sets)
+        self.halved = all(family.halved for family in families)
+
+    def sample(self, generator: Generator) -> Task:
+        index = int(torch.randint(len(self.families), (), generator=generator))
+        return self.families[index].sample(generator)
+
+
+def all_but(left_out: str, options: TaskOptions) -> TaskFamily:
+    """The halves of every set but ``left_out``."""
+    return AnyOf([half(name, options) for name in SETS if name != left_out])
+
+
+FAMILIES = {
+    **{f"{name}-half": partial(half, name) for name in SETS if name not in META_SETS},
+    **{f"all-but-{name}": partial(all_but, name) for name in SETS},
+}

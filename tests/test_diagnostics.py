@@ -1,0 +1,207 @@
+"""Diagnostics of a step, held against what the parameters did."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from learned_optim import LearnedOptimizer
+from learned_optim._shapes import init_scale
+from learned_optim.rules import rule_names
+from learned_optim.rules.horizon import HorizonRule
+from tests.conftest import random_rule
+
+SHIPPED = ("general-3", "general-2", "general-2-fast", "mnist")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(16, 6, generator=generator)
+    y = torch.randint(3, (16,), generator=generator)
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+
+
+def rms(value: torch.Tensor) -> float:
+    return float(value.detach().square().mean().sqrt())
+
+
+def trained(rule: Any, steps: int, **options: Any) -> tuple[nn.Module, LearnedOptimizer]:
+    model = network()
+    optimizer = LearnedOptimizer(model.parameters(), rule, **options)
+    for step in range(steps):
+        backward(model, step)
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("checkpoint", SHIPPED)
+@pytest.mark.parametrize("steps", [0, 5])
+def test_numbers_are_those_of_the_step(checkpoint: str, steps: int) -> None:
+    model, optimizer = trained(checkpoint, steps, warmup=0)
+    optimizer.diagnose()
+    backward(model, steps)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    found = optimizer.diagnostics()
+    assert list(found) == ["0/0", "0/1", "0/2", "0/3"]
+    for old, param, numbers in zip(before, model.parameters(), found.values(), strict=True):
+        assert param.grad is not None
+        moved = param.detach() - old
+        assert numbers["step"] == steps
+        assert numbers["step_rms"] == pytest.approx(rms(moved), rel=1e-5)
+        assert numbers["param_rms"] == pytest.approx(rms(old), rel=1e-5)
+        assert numbers["grad_rms"] == pytest.approx(rms(param.grad), rel=1e-5)
+        assert numbers["step_ratio"] == pytest.approx(rms(moved) / rms(old), rel=1e-5)
+        along = -float((param.grad * moved).sum())
+        lr = along / float(param.grad.square().sum())
+        assert numbers["effective_lr"] == pytest.approx(lr, rel=1e-4, abs=1e-7)
+        parts = [value for key, value in numbers.items() if key.startswith("part/")]
+        # The directions' parts span the step, which is their sum.
+        assert max(parts) <= sum(parts) + 1e-9
+        assert numbers["step_rms"] <= sum(parts) * (1 + 1e-4)
+        if len(parts) == 1:
+            assert parts[0] == pytest.approx(numbers["step_rms"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", rule_names())
+def test_every_rule(name: str) -> None:
+    rule = random_rule(name)
+    model, optimizer = trained(rule, 0, warmup=0, weight_decay=0.0)
+    optimizer.diagnose()
+    backward(model, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    for old, param, numbers in zip(
+        before, model.parameters(), optimizer.diagnostics().values(), strict=True
+    ):
+        assert numbers["step_rms"] == pytest.approx(rms(param.detach() - old), rel=1e-4)
+
+
+def test_signal_share_tells_repetition_from_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(0.1 * torch.randn(100, 100, generator=generator))
+    for noisy, expected in ((False, 1.0), (True, 0.1 / 1.9)):
+        optimizer = LearnedOptimizer([param])
+        optimizer.diagnose()
+        grad = torch.randn(100, 100, generator=generator)
+        for _ in range(200):
+            param.grad = torch.randn(100, 100, generator=generator) if noisy else grad
+            optimizer.step()
+        share = optimizer.diagnostics()["0/0"]["signal_share"]
+        assert share == pytest.approx(expected, rel=0.1)
+
+
+def test_gains_of_the_untrained_rule_are_its_schedule_and_scale() -> None:
+    rule = HorizonRule()  # its network answers zero
+    model, optimizer = trained(rule, 4, total_steps=40)
+    optimizer.diagnose()
+    scales = [
+        max(min(rms(p), 0.1), 0.25 * min(init_scale(p.shape), 0.1)) for p in model.parameters()
+    ]
+    backward(model, 4)
+    optimizer.step()
+    for scale, numbers in zip(scales, optimizer.diagnostics().values(), strict=True):
+        gain = 0.1 * numbers["schedule"] * scale
+        # The scale is that of the step before.
+        assert numbers["gain/fast"] == pytest.approx(gain, rel=0.15)
+        assert numbers["part/fast"] == pytest.approx(numbers["step_rms"], rel=1e-4)
+        assert [numbers[f"gain/{name}"] for name in ("slow", "gradient", "cautious")] == [0, 0, 0]
+
+
+def test_schedule_follows_the_run() -> None:
+    model, optimizer = trained("general-3", 0, total_steps=100)
+    optimizer.diagnose()
+    factors = []
+    for step in range(100):
+        backward(model, step)
+        optimizer.step()
+        factors.append(optimizer.diagnostics()["0/0"]["schedule"])
+    assert factors[0] == pytest.approx(0.1, rel=0.01)  # a warm-up of ten steps
+    assert max(factors) > 0.95
+    assert factors[-1] == pytest.approx(0.01, abs=0.01)
+    _, warming = trained("general-2", 0)
+    warming.diagnose()
+    for param in warming.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    warming.step()
+    assert warming.diagnostics()["0/0"]["schedule"] == 1 / 50
+
+
+def test_recording_changes_no_step_and_copies_record_nothing() -> None:
+    plain, _ = trained("general-3", 6)
+    model = network()
+    optimizer = LearnedOptimizer(model.parameters())
+    optimizer.diagnose()
+    for step in range(6):
+        backward(model, step)
+        optimizer.step()
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(RuntimeError, match="no step has been recorded"):
+        copy.deepcopy(optimizer).diagnostics()
+    optimizer.diagnose(False)
+    with pytest.raises(RuntimeError, match="before optimizer"):
+        optimizer.diagnostics()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_names_and_tensors_without_a_step() -> None:
+    model = network()
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = LearnedOptimizer(model.parameters())
+    # What torch 2.6 and later keep of named parameters.
+    optimizer.param_groups[0]["param_names"] = names
+    optimizer.diagnose()
+    backward(model, 0)
+    model[2].bias.grad = None
+    optimizer.step()
+    assert list(optimizer.diagnostics()) == names[:3]
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert optimizer.diagnostics() == {}
+
+
+def test_weight_decay_and_maximize() -> None:
+    model, optimizer = trained("general-3", 3, weight_decay=10.0, maximize=True)
+    optimizer.diagnose()
+    backward(model, 3)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    for old, param, numbers in zip(
+        before, model.parameters(), optimizer.diagnostics().values(), strict=True
+    ):
+        moved = param.detach() - old
+        assert numbers["step_rms"] == pytest.approx(rms(moved), rel=1e-5)
+        parts = sum(value for key, value in numbers.items() if key.startswith("part/"))
+        assert numbers["step_rms"] <= parts + rms(0.01 * old) + 1e-9
+
+
+def test_guarded_half_precision_and_complex_parameters() -> None:
+    torch.manual_seed(3)
+    params = [
+        nn.Parameter(torch.randn(5, 4)),
+        nn.Parameter(torch.randn(6, dtype=torch.complex64)),
+        nn.Parameter(torch.randn(8).bfloat16()),
+    ]
+    optimizer = LearnedOptimizer(params, guard=True, state_dtype=torch.bfloat16)
+    optimizer.diagnose()
+    for param in params:
+        param.grad = torch.randn_like(param)
+    before = [param.detach().clone() for param in params]
+    optimizer.step(lambda: 1.0)
+    found = optimizer.diagnostics()
+    assert list(found) == ["0/0", "0/1", "0/2"]
+    for old, param, numbers in zip(before, params, found.values(), strict=True):
+        moved = param.detach() - old
+        moved = torch.view_as_real(moved) if moved.is_complex() else moved.float()
+        assert numbers["step_rms"] == pytest.approx(rms(moved), rel=1e-4)
+        assert "gain/fast" in numbers

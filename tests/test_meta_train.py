@@ -1,0 +1,472 @@
+"""``meta_train``: a user's own modules, batches and rules, resumed to the same bits."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import learned_optim
+from learned_optim import LearnedOptimizer, load_record, load_rule
+from learned_optim.meta import (
+    EvaluateConfig,
+    Evaluation,
+    FixedTask,
+    MetaTrained,
+    MetaTrainer,
+    ModuleTask,
+    Optimizees,
+    TaskMixture,
+    build_tasks,
+    meta_train,
+)
+from learned_optim.meta.recipes import recipe_from_json
+from learned_optim.meta.seeding import seeded
+from learned_optim.rules import RuleConfig, Segments, State, StepContext, UpdateRule
+from learned_optim.rules._registry import _RULES
+from learned_optim.rules.classical import SGDRule
+from learned_optim.rules.steered import SteeredConfig
+
+INPUTS = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
+TARGETS = (INPUTS[:, :1] * INPUTS[:, 1:2]).tanh()
+DATA = TensorDataset(INPUTS, TARGETS)
+SHORT: dict[str, Any] = {
+    "epochs": 2,
+    "runs_per_epoch": 2,
+    "horizon": 6,
+    "truncation": 3,
+    "average": 0.5,
+    "validation_runs": 2,
+    "test_runs": 2,
+    "progress": False,
+}
+
+
+def network(width: int = 6, *extra: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, width), *extra, nn.Tanh(), nn.Linear(width, 1))
+
+
+def normalized() -> nn.Module:
+    return network(6, nn.BatchNorm1d(6), nn.Dropout(0.2))
+
+
+def loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(DATA, **{"batch_size": 16, "shuffle": True, **options})
+
+
+def regression(build: Any = network, batches: Any = None, **options: Any) -> ModuleTask:
+    return ModuleTask(build, loader() if batches is None else batches, F.mse_loss, **options)
+
+
+def of_a_generator(generator: Generator) -> tuple[Tensor, Tensor]:
+    index = torch.randint(96, (8,), generator=generator)
+    return INPUTS[index], TARGETS[index]
+
+
+# ---- what is refused
+
+
+def counting() -> nn.Module:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.weight = 0, nn.Parameter(torch.ones(4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.calls * x @ self.weight
+
+    return Counting()
+
+
+def constant(module: nn.Module, batch: Any) -> Tensor:
+    return batch[0].square().mean()
+
+
+USELESS: list[tuple[Callable[[], ModuleTask], str]] = [
+    (lambda: regression(batches=loader(batch_size=100, drop_last=True)),
+     "no batches: a DataLoader of 96 examples with batch_size=100 and drop_last=True gives none"),
+    (lambda: regression(batches=[]), "no batches: the list of them is empty"),
+    (lambda: regression(batches=lambda: iter(())), "and is a tuple_iterator"),
+    (lambda: regression(batches=[(INPUTS, [1, 2])]), "its entry 1 is a list: convert it"),
+    (lambda: regression(batches=[(INPUTS, TARGETS, TARGETS)]), "one of 3 tensors: give loss="),
+    (lambda: ModuleTask(network, loader(), loss=constant), "does not depend on the parameters"),
+    (lambda: ModuleTask(network, loader(), lambda o, t: (o - t).square()), r"has shape \(16, 1\)"),
+    (lambda: ModuleTask(network, loader(), lambda o, t: o.mean().log() * 0 + torch.nan), "is nan"),
+    (lambda: regression(counting), "keeps state that init"),
+    (lambda: regression(lambda: network().requires_grad_(False)), "has no parameters to optimize"),
+    (lambda: regression(lambda: nn.Linear(5, 1)), "the loss cannot be computed: mat1 and mat2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), USELESS, ids=[message for _, message in USELESS])
+def test_useless_tasks_fail_before_anything_is_written(
+    make: Callable[[], ModuleTask], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"task .*{message}"):
+        meta_train([regression(), make()], folder=tmp_path / "run", **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_modules_that_are_none() -> None:
+    with pytest.raises(ValueError, match=r"build must return an nn.Module, and returned a int"):
+        regression(lambda: 3)
+    with pytest.raises(ValueError, match=r"0.weight, 0.bias of Sequential have no shape before"):
+        regression(lambda: nn.Sequential(nn.LazyLinear(3)))
+
+
+# ---- modules
+
+
+def test_a_module_keeps_its_weights_and_a_function_makes_fresh_ones() -> None:
+    module = network()
+    fixed, fresh = regression(module), regression(network)
+    start = [fixed.init(seeded(run)) for run in range(2)]
+    assert all(torch.equal(p, start[0][name]) for name, p in module.named_parameters())
+    assert all(torch.equal(start[0][name], start[1][name]) for name in start[0])
+    optimizees = Optimizees(SGDRule(), [fixed], [seeded(0)])
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizees.advance(SGDRule())
+    assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
+    weights = [fresh.init(seeded(run))["0.weight"] for run in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_any_loss_of_module_and_batch() -> None:
+    """A dict of tensors reaches the loss as a dict, side by side under vmap too."""
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return F.mse_loss(module(batch["x"]), batch["y"]) + batch["weight"].mean()
+
+    def batches(generator: Generator) -> dict[str, Tensor]:
+        x, y = of_a_generator(generator)
+        return {"x": x, "y": y, "weight": torch.ones(3)}
+
+    task, plain = ModuleTask(network, batches, loss=loss), regression(batches=of_a_generator)
+    assert FixedTask(task).stackable
+    sides = [Optimizees(SGDRule(), [t, t], [seeded(0), seeded(1)]) for t in (task, plain)]
+    losses = [torch.stack([side.advance(SGDRule()) for _ in range(3)]) for side in sides]
+    torch.testing.assert_close(losses[0], losses[1] + 1)
+
+
+def test_a_network_in_double_precision_trains_in_single(tmp_path: Path) -> None:
+    task = regression(lambda: network().double())
+    trained = meta_train(task, folder=tmp_path, **SHORT)
+    single = meta_train(regression(), folder=tmp_path / "single", **SHORT)
+    # The same seeds draw the same weights, up to rounding.
+    assert trained.record["validation"] == pytest.approx(single.record["validation"], rel=1e-3)
+
+
+def test_a_recurrent_network_with_tied_weights_trains(tmp_path: Path) -> None:
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 4)
+            self.body = nn.LSTM(4, 4, batch_first=True)
+            self.head = nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.body(self.embedding(tokens))[0])
+
+    tokens = torch.randint(5, (32, 6), generator=seeded("tokens"))
+    task = ModuleTask(
+        Language,
+        DataLoader(TensorDataset(tokens), batch_size=8, shuffle=True),
+        loss=lambda m, b: F.cross_entropy(m(b[0])[:, :-1].flatten(0, 1), b[0][:, 1:].flatten()),
+    )
+    trained = meta_train(task, folder=tmp_path, tasks_per_meta_step=2, **SHORT)
+    assert len(task.init(seeded(0))) == 5  # the tied matrix once
+    assert 1.0 < trained.record["validation"] / 6 < 2.5  # log(5) a step, or not far from it
+
+
+# ---- meta-training
+
+
+def test_it_learns_and_the_checkpoint_is_used(tmp_path: Path) -> None:
+    fields = {**SHORT, "runs_per_epoch": 5, "horizon": 20, "truncation": 10, "meta_lr": 0.1}
+    task = regression()
+    trained = meta_train(task, folder=tmp_path / "run", tasks_per_meta_step=4, **fields)
+    recipe = recipe_from_json(trained.record["recipe"])
+    before = MetaTrainer(recipe, tmp_path / "untrained", family=FixedTask(task))
+    untrained, validation = before.validate(), trained.record["validation"]
+    assert untrained == pytest.approx(6.56, rel=0.02)
+    assert validation == pytest.approx(5.57, rel=0.05)
+    assert trained.path == tmp_path / "run" / "run.safetensors"
+    assert load_record(trained.path) == trained.record
+    assert trained.record["test"]["mean"] == pytest.approx(validation, rel=0.4)
+    assert "3 tensors" not in str(trained.record["data"])
+    assert "4 tensors of 37 parameters" in str(trained.record["data"])
+    model = network()
+    optimizer = LearnedOptimizer(model.parameters(), trained.rule, warmup=0)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(INPUTS), TARGETS)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_after_an_interruption_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(folder: str) -> MetaTrained:
+        tasks = {"normalized": regression(normalized), "plain": regression()}
+        fields = {**SHORT, "epochs": 3, "tasks_per_meta_step": 2}
+        return meta_train(
+            tasks, folder=tmp_path / folder, weights={"normalized": 2, "plain": 1}, **fields
+        )
+
+    whole = train("whole")
+    run, calls = MetaTrainer._train_run, []
+
+    def interrupted(self: MetaTrainer, epoch: int, index: int) -> Any:
+        calls.append((epoch, index))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return run(self, epoch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaTrainer, "_train_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts")
+        assert calls[-1] == (2, 1)
+    torch.seed()
+    random.seed()
+    parts = train("parts")
+    assert parts.rule.fingerprint() == whole.rule.fingerprint()
+    assert parts.record == whole.record
+    assert [m.validation for m in parts.history] == [m.validation for m in whole.history]
+    # A third call finds everything done, and the files as they were.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.safetensors")}
+    assert train("parts").record == whole.record
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(before) == 2
+
+
+CHANGED: dict[str, dict[str, Any]] = {
+    "other data": {"batches": [(INPUTS + 0.1, TARGETS)]},
+    "another activation": {
+        "build": lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))
+    },
+    "another width": {"build": lambda: network(7)},
+    "more dropout": {"build": lambda: network(6, nn.Dropout(0.3))},
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_folder_of_other_tasks_is_refused(name: str, tmp_path: Path) -> None:
+    fields = {**SHORT, "epochs": 1, "runs_per_epoch": 1}
+    task = {"build": lambda: network(6), "batches": [(INPUTS, TARGETS)]}
+    meta_train(regression(**task), folder=tmp_path, **fields)
+    meta_train(regression(**task), folder=tmp_path, **fields)
+    with pytest.raises(ValueError, match=r"other conditions \(task .*4 tensors .* then, .* now\)"):
+        meta_train(regression(**{**task, **CHANGED[name]}), folder=tmp_path, **fields)
+    with pytest.raises(ValueError, match="a run of another recipe"):
+        meta_train(regression(**task), folder=tmp_path, **{**fields, "horizon": 11})
+    with pytest.raises(
+        ValueError, match=r"given to meta_train\(\) as an object: go on from Python"
+    ):
+        build_tasks("meta_train:Sequential")
+
+
+def test_weights_are_the_proportion_of_draws() -> None:
+    narrow, wide = regression(), regression(lambda: network(9))
+    mixture = TaskMixture({"narrow": narrow, "wide": wide}, {"narrow": 3, "wide": 1})
+    assert mixture.shares == {"narrow": 0.75, "wide": 0.25}
+    tasks = [mixture.sample(seeded("draw", index)) for index in range(2000)]
+    share = sum(task is narrow for task in tasks) / 2000
+    assert share == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 2000) ** 0.5)
+    with pytest.raises(ValueError, match=r"weight for each and no other, got weights for narrow$"):
+        TaskMixture({"narrow": narrow, "wide": wide}, {"narrow": 1})
+    with pytest.raises(ValueError, match=r"must be positive and finite, got wide: 0"):
+        TaskMixture({"narrow": narrow, "wide": wide}, {"narrow": 1, "wide": 0})
+    with pytest.raises(ValueError, match="2 tasks need as many weights, got 3"):
+        meta_train([narrow, wide], folder="never", weights=[1, 2, 3])
+    with pytest.raises(ValueError, match="for several tasks, and there is one"):
+        meta_train(narrow, folder="never", weights=[1])
+
+
+def test_registered_tasks_and_own_ones_in_a_mixture(tmp_path: Path) -> None:
+    trained = meta_train(["quadratic", regression(), regression()], folder=tmp_path, **SHORT)
+    assert trained.record["recipe"]["task"] == "meta_train:quadratic+Sequential+Sequential-2"
+    shares = {k: v for k, v in trained.record["data"].items() if k.startswith("share")}
+    assert set(shares.values()) == {"0.3333"}
+    by_name = meta_train("quadratic", folder=tmp_path / "named", **SHORT)
+    assert by_name.record["recipe"]["task"] == "quadratic"
+    assert by_name.record["data"] == "task family 'quadratic', meta-training split alone"
+
+
+def test_other_tasks_for_the_test_figures(tmp_path: Path) -> None:
+    far = regression(batches=[(INPUTS, TARGETS + 10)])
+    near = meta_train(regression(), folder=tmp_path / "near", **SHORT)
+    tested = meta_train(regression(), folder=tmp_path / "far", test_tasks=far, **SHORT)
+    assert tested.rule.fingerprint() == near.rule.fingerprint()
+    assert tested.record["test"]["mean"] > 20 * near.record["test"]["mean"]
+    assert tested.record["test"]["task"] == tested.record["recipe"]["test_task"]
+    assert near.record["recipe"]["test_task"] is None
+    named = meta_train(regression(), folder=tmp_path / "named", test_tasks="quadratic", **SHORT)
+    assert named.record["test"]["task"] == "quadratic"
+    assert named.record["test"]["mean"] != near.record["test"]["mean"]
+    with pytest.raises(ValueError, match=r"\(test\)': there are no batches"):
+        meta_train(
+            regression(), folder=tmp_path / "never", test_tasks=regression(batches=[]), **SHORT
+        )
+    assert not (tmp_path / "never").exists()
+
+
+# ---- recipes and rules
+
+
+@dataclass(frozen=True)
+class OwnConfig(RuleConfig):
+    lr: float = 0.01
+
+
+class OwnRule(UpdateRule):
+    """SGD with a learned rate, which does not split into observation and response."""
+
+    name = "own-of-test-meta-train"
+    Config = OwnConfig
+    config: OwnConfig
+
+    def __init__(self, config: OwnConfig | None = None) -> None:
+        super().__init__(config)
+        self.log_lr = nn.Parameter(torch.tensor(self.config.lr).log())
+
+    def init_state(self, param: Tensor) -> State:
+        return {}
+
+    def forward(
+        self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
+    ) -> tuple[Tensor, State]:
+        return -self.log_lr.exp() * grad, {}
+
+
+_RULES.pop(OwnRule.name)  # of this module's tests alone
+
+
+def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_RULES, OwnRule.name, OwnRule)
+    fields = {**SHORT, "rule": OwnConfig(0.02), "meta_lr": 0.3}
+    trained = meta_train(regression(normalized), folder=tmp_path, **fields)
+    assert trained.record["recipe"]["estimator"] == "autograd"
+    assert trained.rule.log_lr.exp().item() > 0.04  # 0.02 is far too slow for ten steps
+    assert type(load_rule(trained.path)) is OwnRule
+
+
+def test_fields_of_the_recipe(tmp_path: Path) -> None:
+    def refused(message: str, **fields: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            meta_train(regression(), folder=tmp_path / "never", **fields)
+
+    refused(r"unknown field 'horizn' of a recipe. Did you mean 'horizon'\?", horizn=3)
+    refused("unknown field 'task' of a recipe", task="digits")
+    refused(r"unknown field 'test_task' .* Did you mean 'test_tasks'\?", test_task="digits")
+    refused("rule must be a configuration, .* and is a SGDRule", rule=SGDRule())
+    refused("got EvolutionRecipe, which trains on a mixture of its own", recipe="general-3")
+    refused("unknown update rule 'steerd'", rule="steerd")
+    with pytest.raises(ValueError, match="must be a Task or a TaskFamily, and is a Linear"):
+        meta_train([nn.Linear(1, 1)], folder=tmp_path)  # type: ignore[list-item]
+    first = meta_train(regression(), folder=tmp_path / "a", meta_lr=0.02, rule="steered", **SHORT)
+    recipe = first.record["recipe"]
+    assert (recipe["meta_lr"], recipe["meta_lr_final"]) == (0.02, pytest.approx(0.002))
+    small = SteeredConfig(hidden_size=4)
+    second = meta_train(regression(), recipe="quick", folder=tmp_path / "b", rule=small, **SHORT)
+    third = meta_train(regression(), folder=tmp_path / "c", start=str(second.path), **SHORT)
+    assert third.rule.config == small
+    assert third.record["start"] == second.rule.fingerprint()
+
+
+def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {**SHORT, "progress": True, "tasks_per_meta_step": 2}
+    trained = meta_train(regression(normalized), folder=tmp_path, **fields)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert len(lines) == 7
+    assert (
+        "one optimizee after another: its loss cannot be computed for several at once" in lines[1]
+    )
+    assert "(it updates the buffers 1.running_mean, " in lines[1]
+    assert lines[2].startswith("meta_train: untrained: validation ")
+    assert f"validation {trained.history[1].validation:.4g}" in lines[4]
+    assert lines[-1] == f"meta_train: wrote {trained.path}"
+
+
+RANKS = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_meta_train import SHORT, meta_train, normalized, regression
+trained = meta_train(
+    regression(normalized), folder=sys.argv[1], **{**SHORT, "tasks_per_meta_step": 2}
+)
+Path(sys.argv[1], os.environ["RANK"]).write_text(str(trained.record["validation"]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """Dropout masks and batches belong to the task of a meta-step, whichever rank computes it."""
+    (tmp_path / "rank.py").write_text(RANKS)
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    here = str(Path(__file__).parent)
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(tmp_path / "rank.py"), str(tmp_path / "two"), here],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    fields = {**SHORT, "tasks_per_meta_step": 2}
+    one = meta_train(regression(normalized), folder=tmp_path / "one", **fields)
+    two = load_rule(tmp_path / "two")
+    for a, b in zip(two.parameters(), one.rule.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    found = [float((tmp_path / "two" / rank).read_text()) for rank in "01"]
+    assert found == [pytest.approx(one.record["validation"], rel=1e-5)] * 2
+
+
+# ---- evaluation of one's own tasks
+
+
+def test_evaluation_of_tasks_without_a_name(tmp_path: Path) -> None:
+    """The figures of a task handed over are those of the same task by its name."""
+    config = EvaluateConfig(
+        checkpoints=("general-fast",), tasks=("quadratic",), baselines=("adam-1e-3",),
+        horizons=(10,), seeds=2, tuning_seeds=1, output=tmp_path / "named",
+    )  # fmt: skip
+    named = Evaluation(config).execute()
+    own = replace(config, output=tmp_path / "own")
+    given = Evaluation(own, tasks={"quadratic": build_tasks("quadratic")}).execute()
+    rows = [s["tasks"]["quadratic"]["horizons"]["10"]["optimizers"] for s in (named, given)]
+    for name in ("adam-1e-3", "general-fast"):
+        assert rows[0][name]["sum"] == rows[1][name]["sum"]
+        assert rows[0][name]["lr"] == rows[1][name]["lr"]
+    mine = replace(config, tasks=("mine",), output=tmp_path / "mine")
+    Evaluation(mine, tasks={"mine": regression()}).execute()
+    with pytest.raises(ValueError, match=r"other conditions \(task mine"):
+        Evaluation(mine, tasks={"mine": regression(lambda: network(9))})
+    with pytest.raises(ValueError, match=r"tasks has other, which config.tasks does not name"):
+        Evaluation(own, tasks={"quadratic": build_tasks("quadratic"), "other": regression()})
+    with pytest.raises(ValueError, match="workers=2 need tasks that can be sent to other proc"):
+        Evaluation(
+            replace(mine, workers=2, output=tmp_path / "two"),
+            tasks={"mine": regression(lambda: network())},
+        )
+    Evaluation(
+        replace(mine, workers=2, output=tmp_path / "three"),
+        tasks={"mine": ModuleTask(network, of_a_generator, F.mse_loss)},
+    )

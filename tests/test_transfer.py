@@ -1,0 +1,129 @@
+"""Tasks and recipes for other data than that trained on: splits, labels, and no leaks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import SMALL
+
+from learned_optim import load_record, save_rule
+from learned_optim.cli import main
+from learned_optim.meta import DataOptions, MetaTrainer, TaskOptions, build_tasks, recipes
+from learned_optim.meta.data import Images, halves
+from learned_optim.meta.leaks import check_blind
+from learned_optim.meta.recipes import recipe_from_json
+from learned_optim.meta.seeding import seeded
+from learned_optim.meta.tasks import images, residual, transfer
+from learned_optim.rules.classical import SGDRule
+
+NAMES = ("mnist", "fashion", "emnist-letters", "cifar10")
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Images]:
+    """Small sets under the real ones' names; every pixel of an image is its number in the set."""
+    found = {}
+    for index, name in enumerate(NAMES):
+        count = 40 + 10 * index  # tells the sets apart by their batches' shapes, too
+        pixels = (
+            torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2 + index, 2)
+        )
+        found[name] = Images(pixels, torch.arange(count) % 10, 10)
+    for module in (images, residual):
+        monkeypatch.setattr(module, "load_images", lambda name, train, options: found[name])
+    return found
+
+
+def drawn(name: str, split: str, draws: int = 20) -> dict[int, set[int]]:
+    """Numbers of the images in batches of a family's tasks, by the images' height."""
+    family = build_tasks(name, TaskOptions(split))  # type: ignore[arg-type]
+    seen: dict[int, set[int]] = {}
+    for index in range(draws):
+        generator = seeded("drawn", index)
+        x, _ = family.sample(generator).batch(generator)
+        numbers = {round(255 * value) for value in x[:, 0, 0, 0].tolist()}
+        seen.setdefault(x.shape[2], set()).update(numbers)
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_halves_are_asked_for_by_name(name: str, made_up: dict[str, Images]) -> None:
+    with pytest.raises(ValueError, match="for evaluation only"):
+        build_tasks(name, TaskOptions("meta"))
+    (meta,) = drawn(f"{name}-half", "meta").values()
+    (evaluation,) = drawn(f"{name}-half", "evaluation").values()
+    count = len(made_up[name])
+    assert meta == {int(i) for i in halves(made_up[name])[0].pixels[:, 0, 0, 0]}
+    assert meta | evaluation == set(range(count))
+    assert not meta & evaluation
+    # The task without "-half" goes on to draw on all images.
+    assert set().union(*drawn(name, "evaluation").values()) == set(range(count))
+
+
+@pytest.mark.parametrize("left_out", NAMES)
+def test_the_set_left_out_is_never_drawn(left_out: str, made_up: dict[str, Images]) -> None:
+    heights = {name: made_up[name].shape[1] for name in NAMES}
+    seen = drawn(f"all-but-{left_out}", "meta", draws=60)
+    assert set(seen) == {heights[name] for name in NAMES if name != left_out}
+    for name in set(NAMES) - {left_out}:
+        meta, _ = halves(made_up[name])
+        assert seen[heights[name]] <= {int(i) for i in meta.pixels[:, 0, 0, 0]}
+    family = build_tasks(f"all-but-{left_out}")
+    assert set(family.data_sets) == set(NAMES) - {left_out}
+    assert family.halved
+
+
+def test_each_set_is_drawn_about_as_often(made_up: dict[str, Images]) -> None:
+    family = build_tasks("all-but-mnist", TaskOptions("meta"))
+    assert isinstance(family, transfer.AnyOf)
+    members = [family.sample(seeded("member", i)) for i in range(300)]
+    assert {id(m) for m in members} == {id(f.sample(seeded(0))) for f in family.families}
+    counts = [sum(m is f.sample(seeded(0)) for m in members) for f in family.families]
+    # Three standard deviations of a binomial with p = 1/3.
+    assert all(abs(count - 100) < 3 * (300 * 2 / 9) ** 0.5 for count in counts)
+
+
+def test_record_says_what_was_trained_on_and_tested_on(
+    made_up: dict[str, Images], tmp_path: Path
+) -> None:
+    changes = {
+        "task": "fashion-half", "test_task": "mnist", "tasks_per_meta_step": 1, "epochs": 1,
+        "runs_per_epoch": 1, "horizon": 10, "validation_runs": 2, "test_runs": 2,
+    }  # fmt: skip
+    recipe = recipe_from_json({**SMALL.to_json(), **changes})
+    trainer = MetaTrainer(recipe, tmp_path / "run")
+    trainer.train()
+    record = load_record(trainer.finish())
+    assert record["data_sets"] == ["fashion"]
+    assert load_record(tmp_path / "run" / "best.safetensors")["data_sets"] == ["fashion"]
+    assert record["test"]["task"] == "mnist"
+    family = build_tasks("mnist")
+    seeds = [(recipe.seed, "test", i) for i in range(2)]
+    sums = trainer._summed(trainer.kept, family, list(seeds), "test", None)
+    assert record["test"]["mean"] == pytest.approx(sums.mean().item(), rel=1e-6)
+
+
+def test_evaluation_on_images_trained_on_is_refused(
+    made_up: dict[str, Images], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "seen.safetensors")
+    save_rule(SGDRule(), path, {"data_sets": ["fashion", "cifar10"]})
+    check_blind([path], ["mnist", "fashion-half", "cifar10-half", "quadratic"], DataOptions())
+    check_blind(["general-3"], ["fashion"], DataOptions())
+    with pytest.raises(ValueError, match=r"half of the cifar10 images.*'cifar10-half'"):
+        check_blind([path], ["mnist", "cifar10"], DataOptions())
+    with pytest.raises(ValueError, match="the task 'fashion-resnet' draws on all of them"):
+        check_blind([path], ["fashion-resnet"], DataOptions())
+    folder = str(tmp_path / "out")
+    assert main(["evaluate", "--checkpoints", path, "--tasks", "fashion", "--output", folder]) == 1
+    assert "evaluate on 'fashion-half'" in capsys.readouterr().err
+
+
+def test_recipes_test_on_what_they_never_train_on(made_up: dict[str, Images]) -> None:
+    chosen = {name: r for name, r in recipes().items() if getattr(r, "test_task", None)}
+    assert set(chosen) == {"cifar10-to-mnist", *(f"all-but-{name}" for name in NAMES)}
+    for recipe in chosen.values():
+        trained = build_tasks(recipe.task, TaskOptions("meta")).data_sets
+        tested = build_tasks(recipe.test_task).data_sets
+        assert trained
+        assert not set(trained) & set(tested)
