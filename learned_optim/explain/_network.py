@@ -14,7 +14,6 @@ from torch import Tensor
 from learned_optim import LearnedOptimizer
 from learned_optim.explain._runs import Trial
 from learned_optim.rules import State, UpdateRule
-from learned_optim.rules import _history as history
 from learned_optim.rules.closed_form import INPUT_NAMES
 from learned_optim.rules.horizon import HorizonRule
 
@@ -72,9 +71,8 @@ def _first_weight(rule: Any) -> Tensor:
 def _observe(rule: Any, features: Tensor, state: State) -> Recorded:
     """One step's inputs and units, from the arguments of ``respond``; features ``(r, f)``."""
     if isinstance(rule, HorizonRule):
-        inputs = history.network_inputs(features, state["stats"])
-        units = torch.tanh(rule.hidden(inputs))
-        return Recorded(inputs, units, rule.readout(units) + rule.direct(inputs))
+        inputs = rule.inputs(features, state["stats"])
+        return Recorded(inputs, torch.tanh(rule.hidden(inputs)), rule.answers(inputs))
     own = {key: value.clone() for key, value in state.items()}
     out, _ = rule.lstm.sequence(features.unsqueeze(0), own)
     return Recorded(features, out[0], features.new_zeros(len(features), 0))

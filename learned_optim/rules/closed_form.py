@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim.rules import _history as history
-from learned_optim.rules import horizon
 from learned_optim.rules._base import State, UpdateRule
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
@@ -23,7 +22,7 @@ from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 INPUT_NAMES = (
     "scale", "fan_in", "size", "is_vector", "age", "is_young", "known", "progress", "left",
     "length", "fast_share", "slow_share", "fast_signal", "slow_signal", "inequality",
-    "agrees_fast", "agrees_fast_long", "agrees_slow", "live", "moved", "gradient_change",
+    "agrees_fast", "agrees_fast_long", "agrees_slow", "live", "moved", "gradient_change", "trust",
 )  # fmt: skip
 
 #: What the formula gives: the log of the factor on the step, and the shares of the directions.
@@ -53,7 +52,7 @@ class ClosedFormConfig(HorizonConfig):
             )
         if unknown := set(self.outputs) - set(OUTPUT_NAMES):
             raise ValueError(f"unknown outputs {sorted(unknown)}; known: {', '.join(OUTPUT_NAMES)}")
-        known = {"1", *(input_name(index) for index in range(history.INPUTS))}
+        known = {"1", *(input_name(index) for index in range(history.INPUTS + self.trusts))}
         used = {factor for term in self.terms for factor in term.split("*")}
         if unknown := used - known:
             raise ValueError(f"unknown inputs {sorted(unknown)}; known: {', '.join(sorted(known))}")
@@ -110,18 +109,6 @@ class ClosedFormRule(HorizonRule):
             part = f"{value:+.3g}" + ("" if term == "1" else f" {term.replace('*', ' ')}")
             lines[output] = f"{lines[output]} {part}" if output in lines else part
         return lines
-
-    def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
-        stats, gains = state["stats"], []
-        for now in features.unbind():  # (m, f)
-            out = self.answers(history.network_inputs(now, stats))
-            bound, mix_bound = horizon._STEP_BOUND, horizon._MIX_BOUND
-            step = (bound * torch.tanh(out[:, :1] / bound)).exp()
-            mix = mix_bound * torch.tanh(out[:, 1:] / mix_bound)
-            mix = mix + torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=mix.dtype, device=mix.device)
-            gains.append(-self._rate(now, stats) * step * mix)
-            stats = history.next_stats(now, stats)
-        return torch.stack(gains), {"stats": stats}
 
     def step_(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State],

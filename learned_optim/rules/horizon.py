@@ -204,11 +204,19 @@ class HorizonRule(UpdateRule):
         cautious = torch.where(s_fast * grad > 0, s_fast, torch.zeros_like(s_fast))
         return None, torch.stack((s_fast, slow / r, ratio, cautious)).t()
 
+    def inputs(self, seen: Tensor, stats: Tensor) -> Tensor:
+        """What the network reads, ``(m, i)``, of a step ``(m, f)`` and the steps before it."""
+        return history.network_inputs(seen, stats, self.config.trusts)
+
+    def answers(self, inputs: Tensor) -> Tensor:
+        """Log of the factor on the step, and the shares, before they are bounded: ``(m, 5)``."""
+        answer: Tensor = self.readout(torch.tanh(self.hidden(inputs))) + self.direct(inputs)
+        return answer
+
     def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
         cfg, stats, gains = self.config, state["stats"], []
         for now in features.unbind():  # (m, f)
-            inputs = history.network_inputs(now, stats, cfg.trusts)
-            out = self.readout(torch.tanh(self.hidden(inputs))) + self.direct(inputs)  # (m, 5)
+            out = self.answers(self.inputs(now, stats))
             factor = _STEP_BOUND * torch.tanh(out[:, :1] / _STEP_BOUND)
             step = (factor + stats[:, history.TRUST].unsqueeze(-1)).exp()
             mix = _MIX_BOUND * torch.tanh(out[:, 1:] / _MIX_BOUND)
