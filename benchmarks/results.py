@@ -35,7 +35,7 @@ NETWORKS = (
 ALL = ("sgd", "nesterov", "rmsprop", "adam", "adamw", "schedulefree")
 FOUR = ("sgd", "nesterov", "rmsprop", "adam")
 
-GENERAL = ("default", "general-2", "general-2-fast")  # the general-purpose checkpoints
+GENERAL = ("general-3", "general-2", "general-2-fast")  # the general-purpose checkpoints
 EVERY = (*GENERAL, "mnist")
 
 GROUPS = {

@@ -129,8 +129,8 @@ def _time(summaries: dict[str, Any]) -> str:
 
 def _thesis_table(summaries: dict[str, Any]) -> str:
     head = ["figure", "task", "thesis: best hand-written", "thesis: learned",
-            "ours: best tuned baseline", "ours: the thesis's LSTM", "ours: `default`",
-            "`default` / best [95 %]"]  # fmt: skip
+            "ours: best tuned baseline", "ours: the thesis's LSTM", "ours: `general-3`",
+            "`general-3` / best [95 %]"]  # fmt: skip
     rows = []
     for task, (figure, baseline, learned) in THESIS.items():
         group, lstm = ("quadratic", "quadratic") if task == "quadratic" else ("thesis", "mnist")
@@ -148,8 +148,8 @@ def _thesis_table(summaries: dict[str, Any]) -> str:
                 learned,
                 f"{value_text(optimizers[best]['sum'])} ({best}, lr {lr_text(optimizers[best])})",
                 value_text(optimizers[lstm]["sum"]),
-                value_text(optimizers["default"]["sum"]),
-                ratio_text(optimizers["default"]["ratio"]),
+                value_text(optimizers["general-3"]["sum"]),
+                ratio_text(optimizers["general-3"]["ratio"]),
             ]
         )
     return table(head, rows)

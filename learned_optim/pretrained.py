@@ -13,7 +13,7 @@ from learned_optim.rules import UpdateRule
 
 #: Names that move on to better weights, and where they stand; ``default`` is what
 #: ``LearnedOptimizer(params)`` uses.
-ALIASES = {"default": "general-3", "default-fast": "general-3"}
+ALIASES = {"default": "general-4", "default-fast": "general-4"}
 
 
 def _folder() -> Path:

@@ -30,12 +30,6 @@ unsolved = pytest.mark.xfail(
 
 # Cases by name that fail; strict, so that a checkpoint that mends one is noticed.
 UNSOLVED = {
-    "test_transformer_from_scratch[known length-post-norm]",
-    "test_transformer_from_scratch[known length-pre-norm]",
-    "test_further_training_keeps_what_is_known[unknown length]",
-    "test_further_training_keeps_what_is_known[known length]",
-    "test_thawed_layers_keep_what_is_known[unknown length]",
-    "test_thawed_layers_keep_what_is_known[known length]",
     "test_low_rank_adapters[unknown length]",
     "test_low_rank_adapters[known length]",
 }
