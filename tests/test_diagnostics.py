@@ -13,7 +13,7 @@ from learned_optim.rules import rule_names
 from learned_optim.rules.horizon import HorizonRule
 from tests.conftest import random_rule
 
-SHIPPED = ("general-3", "general-2", "general-2-fast", "mnist")
+SHIPPED = ("general-4", "general-3", "general-2", "general-2-fast", "mnist")
 
 
 def network() -> nn.Module:
@@ -138,7 +138,7 @@ def test_schedule_follows_the_run() -> None:
 def test_recording_changes_no_step_and_copies_record_nothing() -> None:
     plain, _ = trained("general-3", 6)
     model = network()
-    optimizer = LearnedOptimizer(model.parameters())
+    optimizer = LearnedOptimizer(model.parameters(), "general-3")
     optimizer.diagnose()
     for step in range(6):
         backward(model, step)
