@@ -7,6 +7,7 @@ is run once more on what is there, for the gains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,8 @@ def _gains(
     found = {}
     if isinstance(rule, HorizonRule):
         found["schedule"] = numbers["schedule"] * float(seen[0, history.SCHEDULE])
+        if rule.config.trusts:
+            found["trust"] = math.exp(float(state["stats"][0, history.TRUST]))
     for name, gain, part in zip(
         direction_names(rule, len(parts)), means.tolist(), parts.tolist(), strict=True
     ):

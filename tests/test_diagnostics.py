@@ -1,6 +1,7 @@
 """Diagnostics of a step, held against what the parameters did."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -133,6 +134,19 @@ def test_schedule_follows_the_run() -> None:
         param.grad = torch.ones_like(param)
     warming.step()
     assert warming.diagnostics()["0/0"]["schedule"] == 1 / 50
+
+
+def test_trust_starts_low_and_grows_where_gradients_agree() -> None:
+    model, optimizer = trained("general-4", 0)
+    optimizer.diagnose()
+    found = []
+    for _ in range(8):
+        backward(model, 0)  # the same batch again
+        optimizer.step()
+        found.append(optimizer.diagnostics()["0/0"]["trust"])
+    assert found[:2] == pytest.approx([math.exp(-3.0)] * 2)  # nothing to agree with at first
+    assert found == sorted(found)
+    assert found[-1] == 1.0
 
 
 def test_recording_changes_no_step_and_copies_record_nothing() -> None:
