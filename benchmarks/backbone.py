@@ -28,13 +28,13 @@ from learned_optim.meta.data import DataOptions
 from learned_optim.meta.evolution import initial_weights
 from learned_optim.meta.populations import ADAMW_LRS, Draw, draw, roll, roll_adamw, scores
 from learned_optim.meta.populations._rollout import rise
+from learned_optim.meta.recipes.general_4 import RECIPE
 from learned_optim.pretrained import list_pretrained
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "results" / "backbone.json"
 CHECKPOINTS = ("general-3", "general-4")
-TRUST = {"trust_start": -3.0, "trust_gain": 0.7}
-MIXTURE = "populations-2"
+TRUST = {name: getattr(RECIPE.rule, name) for name in ("trust_start", "trust_gain")}
 # Far from the seeds of training and validation.
 FIRST_SEED, SHORTEST, LONGEST = 20_000_000, 100, 500
 STEPS = (0.1, 0.2)
@@ -51,7 +51,7 @@ def rules() -> dict[str, tuple[HorizonRule, bool]]:
         for step in STEPS
     }
     begun = HorizonRule(HorizonConfig(**TRUST))
-    vector_to_parameters(initial_weights(begun, 0, "general-3"), begun.parameters())
+    vector_to_parameters(initial_weights(begun, RECIPE.seed, RECIPE.start), begun.parameters())
     found["general-3 with a trust"] = begun, True
     if CHECKPOINTS[-1] in list_pretrained():
         start, end = (
@@ -75,7 +75,7 @@ def measure(job: tuple[int, bool, DataOptions]) -> dict[str, Any]:
     """One task: of every rule, the excess over tuned AdamW and the rise."""
     index, large, data = job
     seed = FIRST_SEED + index
-    run = draw(seed, data, SHORTEST, large, mixture=MIXTURE)
+    run = draw(seed, data, SHORTEST, large, mixture=RECIPE.task)
     run = Draw(run.task, min(run.steps, LONGEST), run.known)
     best = float(np.nanmin(scores(roll_adamw(ADAMW_LRS, run, seed))[0]))
     figures = {}
