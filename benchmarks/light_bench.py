@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.on_field import NOT_MEASURED
 from learned_optim.checkpoint import write_text
 from learned_optim.meta.baselines import make_baseline
 from learned_optim.meta.runs import learned_optimizer
@@ -203,7 +204,7 @@ def table(path: Path | None = None) -> str:
     """Tests passed, by difficulty, from a result file (docs/results/lightbench.json)."""
     path = path or RESULT
     if not path.exists():
-        return "Not measured yet."
+        return NOT_MEASURED
     found = json.loads(path.read_text())
     labels = list(dict.fromkeys(label for rows in found["tests"].values() for label in rows))
     rows = []

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.light_bench import table as light_bench_table
+from benchmarks.on_field import NOT_MEASURED
 from benchmarks.unknown_length import table as unknown_length_table
 from benchmarks.widths import table as widths_table
 from learned_optim.meta import field_report
 from learned_optim.summary import lr_text, plot, ratio_text, table, value_text
 
 DOCS = Path(__file__).parent.parent / "docs"
-NOT_MEASURED = "Not measured yet."
 
 # The published notebook's summed losses over 100 steps: best hand-written optimizer, learned one.
 # Entries with a note come from runs the notebook mistuned, see "What is wrong" on the page.

@@ -8,23 +8,21 @@ a step that suits a layer of 100 inputs is not one that suits 4,096.
 
 from __future__ import annotations
 
-import argparse
-import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from learned_optim.checkpoint import write_text
+from benchmarks import on_field
 from learned_optim.cli import ProgressBar
 from learned_optim.meta import field_report
 from learned_optim.meta.field import FieldConfig, FieldEvaluation
 from learned_optim.meta.tasks import FixedTask, ModuleTask, TaskFamily, TaskOptions
 from learned_optim.meta.tasks._base import Horizon
-from learned_optim.pretrained import ALIASES
 
-RESULT = Path(__file__).parent.parent / "docs" / "results" / "widths.json"
+RESULT = on_field.RESULTS / "widths.json"
 INPUTS, TEACHER_UNITS, NOISE, BATCH_SIZE = 64, 32, 0.1, 64
 NETWORKS = {"128": [128], "1024": [1024], "4096": [4096], "1024x1024": [1024, 1024]}
 
@@ -75,29 +73,18 @@ def measure(checkpoint: str, output: Path, workers: int) -> None:
     )
     with ProgressBar("widths") as show:
         summary = FieldEvaluation(config, show).execute()
-    write_text(RESULT, json.dumps(summary, separators=(",", ":")) + "\n")
+    on_field.keep(summary, RESULT)
     print(table())
 
 
 def table(path: Path | None = None) -> str:
     """Final losses relative to those of tuned AdamW, network by network."""
-    path = path or RESULT
-    if not path.exists():
-        return "Not measured yet."
-    return field_report.ratios_table(json.loads(path.read_text())).replace("benchmarks.widths:", "")
 
+    def text(summary: dict[str, Any]) -> str:
+        return field_report.ratios_table(summary).replace("benchmarks.widths:", "")
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", default=ALIASES["default"])
-    parser.add_argument("--output", type=Path, default=Path("runs/results-widths"))
-    parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args()
-    measure(args.checkpoint, args.output, args.workers)
+    return on_field.shown(path or RESULT, text)
 
 
 if __name__ == "__main__":
-    main()
+    on_field.main(__doc__, "widths", measure)

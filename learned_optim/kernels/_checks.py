@@ -19,7 +19,9 @@ INPUTS = (21, 22)  # without and with the trust
 _PLAIN = {Tensor, nn.Parameter}
 
 is_cpu, is_cuda, dtype_of = attrgetter("is_cpu"), attrgetter("is_cuda"), attrgetter("dtype")
-state_entries = itemgetter("fast", "slow", "square", "stats", "step")
+#: Entries of a tensor's state, in the order of a call.
+STATE_KEYS = ("fast", "slow", "square", "stats", "step")
+state_entries = itemgetter(*STATE_KEYS)
 
 
 def addresses_of(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from learned_optim.kernels import _checks, _cpu, _library
 
 _PLAIN = (Tensor, nn.Parameter)
+_MOST_UNITS = _library.SIZES[-1]
 
 
 def _usable() -> bool:
@@ -42,7 +43,7 @@ def _step_(
     if rate == 0:  # known here alone; nothing may change
         return
     states = [
-        dict(zip(("fast", "slow", "square", "stats", "step"), own, strict=True))
+        dict(zip(_checks.STATE_KEYS, own, strict=True))
         for own in zip(fast, slow, square, stats, steps, strict=True)
     ]
     if not _cpu.step_(
@@ -93,9 +94,7 @@ def step_(
     shapes: Sequence[torch.Size] | None,
 ) -> bool:
     """See :func:`learned_optim.kernels.step_`, while a graph is traced."""
-    columns = [
-        [state[key] for state in states] for key in ("fast", "slow", "square", "stats", "step")
-    ]
+    columns = [[state[key] for state in states] for key in _checks.STATE_KEYS]
     tensors = [*params, *grads, *(tensor for column in columns for tensor in column), *network]
     m = len(params)
     if not all(type(t) in _PLAIN and t.device.type == "cpu" for t in tensors):
@@ -112,7 +111,10 @@ def step_(
         return False
     if not _checks.takes_dtypes(m, [t.dtype for t in tensors]) or len(config) != 10:
         return False
-    if not _checks.takes_network(m, [weight.shape for weight in network], 1024) or not _usable():
+    if (
+        not _checks.takes_network(m, [weight.shape for weight in network], _MOST_UNITS)
+        or not _usable()
+    ):
         return False
     if not isinstance(lr, Tensor):  # one graph for all of them
         lr = torch.ones((), dtype=torch.float64, device="cpu") * lr

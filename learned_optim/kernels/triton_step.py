@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from learned_optim.kernels import _build, _checks
+from learned_optim.kernels._library import SIZES
 
 # Coordinates of a program, and of one pass of its loop.
 CHUNK, BLOCK = 4096, 512
 _MEASURED = 1024  # coordinates of one pass of the loop that measures a new tensor
 _ROW = 16  # of gains and of sums
-STATS, _MOST_UNITS = 14, 1024
+*_, STATS, _MOST_UNITS = SIZES
 # In the interpreter a kernel runs on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 is_here = _checks.is_cpu if INTERPRETED else _checks.is_cuda
