@@ -175,11 +175,30 @@ def test_the_trust_grows_where_gradients_agree(kind: str, grows: bool) -> None:
     assert grows or max(found) < -1.5
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_whole_trust_falls_again_only_where_the_length_is_unknown(known: bool) -> None:
+    trust = history.Trust(start=-3.0, gain=1.5, later_gain=0.2, warmup=50)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(80, generator=generator).double() - 0.5
+    agreements = torch.cat((torch.full((60,), 0.9).double(), noise - 0.3, noise + 0.3))
+    log, z, told, found = torch.tensor([-3.0]).double(), -3.0, torch.tensor([float(known)]), []
+    for step, agreement in enumerate(agreements):
+        log = trust.after(log, agreement, torch.tensor([float(step)]), told)
+        gain = 0.2 if step >= 50 and not known else 1.5 if z < 0 else 0.0
+        z = min(0.0, max(-3.0, z + gain * agreement.item()))
+        found.append(z)
+        assert log.item() == pytest.approx(z, abs=1e-6)
+    assert found[59] == 0.0
+    assert (min(found[60:140]) < -2.0) is not known
+    assert max(found[140:]) == 0.0  # and it grows again
+
+
 def test_values_are_checked() -> None:
     for values, message in (
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"trust_start": 1.0}, "trust_start must be at most 0, got 1.0"),
         ({"trust_gain": -1.0}, "trust_gain must be at least 0, got -1.0"),
+        ({"trust_later_gain": -0.1}, "trust_later_gain must be at least 0, got -0.1"),
     ):
         with pytest.raises(ValueError, match=message):
             HorizonConfig(**values)

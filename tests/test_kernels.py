@@ -85,7 +85,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "seed": draw(st.integers(0, 10**6)),
         "dtype": draw(st.sampled_from([torch.float32, *TOLERANCE])),
         "state_dtype": draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])),
-        "config": draw(st.integers(0, 1)),
+        "config": draw(st.integers(0, 2)),
         "steps": draw(st.integers(1, 5)),
         "ages": draw(st.lists(st.sampled_from([0, 1, 7, 300]), min_size=4, max_size=4)),
         "scale": draw(st.sampled_from([1e-12, 1e-4, 1.0, 1e6])),

@@ -11,7 +11,7 @@ from learned_optim.kernels import _build
 
 #: Addresses and constants per tensor, settings per call, entries of ``stats``, most hidden units:
 #: what Python and C have to agree on.
-SIZES = (12, 4, 17, 14, 1024)
+SIZES = (12, 4, 18, 14, 1024)
 REMEDY = (
     "Build it with `python -m learned_optim.kernels` or reinstall the package, with a C++ compiler "
     f"on the path; {_build.SWITCH}=0 silences this."

@@ -253,7 +253,18 @@ def _average(old, beta, new):
 
 
 @triton.jit
-def _finish(stats, step, partials, first, count, size, trust_start, trust_gain):
+def _next_trust(log, agreement, t, total_steps, warmup_steps, trust_start, trust_gain, later_gain):
+    """Once it has reached 0 it stays, unless the length of the run is unknown."""
+    later = (later_gain > 0) & (total_steps == 0) & (t >= warmup_steps)
+    gain = tl.where(later, later_gain, tl.where(log < 0, trust_gain, 0.0))
+    return _clamp(log + gain * agreement, trust_start, 0.0)
+
+
+@triton.jit
+def _finish(
+    stats, step, partials, first, count, size, total_steps, warmup_steps, trust_start, trust_gain,
+    later_gain,
+):  # fmt: skip
     """Statistics of the step from the sums of all chunks, and the number of steps."""
     ROWS: tl.constexpr = 32
     q = tl.arange(0, ROW)
@@ -287,8 +298,10 @@ def _finish(stats, step, partials, first, count, size, trust_start, trust_gain):
     new = tl.where(q == 11, _average(z, SHORT, with_slow), new)
     new = tl.where(q == 12, _average(z, SHORT, _pick(mean, 12)), new)
     agreement = _clamp(with_fast / tl.sqrt(tl.maximum(_pick(mean, 12), 1e-3)), -1.0, 1.0)
-    grown = _clamp(z + trust_gain * agreement, trust_start, 0.0)
-    new = tl.where(q == 13, tl.where(z < 0, grown, z), new)  # once it has reached 0 it stays
+    trust = _next_trust(
+        z, agreement, t, total_steps, warmup_steps, trust_start, trust_gain, later_gain
+    )
+    new = tl.where(q == 13, trust, new)
     new = tl.where(square > 0, new, z)  # nothing to tell where there never was a gradient
     new = tl.where(q == 1, rms, new)
     new = tl.where(q == 0, tl.where(t > 0, z, rms), new)
@@ -408,7 +421,7 @@ def _update_chunk(
 @triton.jit
 def update_kernel(
     addresses, integers, chunk_tensor, gains, counters, partials, sign, fast_rate, slow_rate,
-    square_rate, trust_start, trust_gain,
+    square_rate, total_steps, warmup_steps, trust_start, trust_gain, later_gain,
     PARAM_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -440,5 +453,6 @@ def update_kernel(
             _finish(
                 _pointer(addresses, tensor, STATS, tl.float32),
                 _pointer(addresses, tensor, STEP, tl.float32),
-                partials, first, count, size, trust_start, trust_gain,
+                partials, first, count, size, total_steps, warmup_steps, trust_start, trust_gain,
+                later_gain,
             )  # fmt: skip

@@ -151,6 +151,7 @@ enum Setting {
   kWarmUpSteps,
   kTrustStart,     // log of the trust at a tensor's first step
   kTrustGain,      // what a correlation of 1 adds to it
+  kTrustLaterGain, // the same after the warm-up of a run of unknown length, unless 0
   kSettings
 };
 enum Code { kOk = 0, kBadPointer = 1, kOverlap = 2, kBadType = 3, kNoMemory = 4 };
@@ -542,6 +543,14 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   return k;
 }
 
+// Once it has reached 0 it stays, unless the length of the run is unknown.
+float next_trust(double log, double agreement, double t, const double* settings) {
+  double gain = log < 0 ? settings[kTrustGain] : 0.0;
+  const double later = settings[kTrustLaterGain];
+  if (later > 0 && !(settings[kTotalSteps] > 0) && t >= settings[kWarmUpSteps]) gain = later;
+  return gain == 0 ? float(log) : float(clamp(log + gain * agreement, settings[kTrustStart], 0));
+}
+
 void update_stats(const Tensor& tensor, const double* settings, const double* sums) {
   float* z = tensor.stats;
   const bool started = *tensor.step > 0;
@@ -572,9 +581,7 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
     average(kStatLive, kShort, mean[kSumLive]);
     const double agreement =
         clamp(with_fast / std::sqrt(std::max(mean[kSumLive], 1e-3)), -1, 1);
-    if (z[kStatTrust] < 0)  // once it has reached 0 it stays
-      z[kStatTrust] = float(clamp(z[kStatTrust] + settings[kTrustGain] * agreement,
-                                  settings[kTrustStart], 0));
+    z[kStatTrust] = next_trust(z[kStatTrust], agreement, *tensor.step, settings);
   }
   *tensor.step += 1;
 }

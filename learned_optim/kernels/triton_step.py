@@ -324,7 +324,7 @@ def launch(
     total_steps: float,
 ) -> None:
     """Gains of all tensors, then all coordinates."""
-    fast, slow, square, base_step, largest, smallest, share, steps, start, gain = map(float, config)
+    fast, slow, square, base_step, largest, smallest, share, steps, *trust = map(float, config)
     layout = call.layout
     m, chunks, device = len(layout.integers), len(layout.chunk_tensor), layout.integers.device
     on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or INTERPRETED)
@@ -348,7 +348,8 @@ def launch(
         )  # fmt: skip
         kernels.update_kernel[(chunks,)](
             addresses, layout.integers, layout.chunk_tensor, gains, counters, sums,
-            -1.0 if maximize else 1.0, 1.0 - fast, 1.0 - slow, 1.0 - square, start, gain,
+            -1.0 if maximize else 1.0, 1.0 - fast, 1.0 - slow, 1.0 - square,
+            float(total_steps), steps, *trust,
             PARAM_TYPE=_triton_type(layout.types[0]), STATE_TYPE=_triton_type(layout.types[1]),
             CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=call.aligned,
         )  # fmt: skip

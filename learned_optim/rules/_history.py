@@ -8,6 +8,7 @@ the coordinates does everything.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from learned_optim.rules._features import TINY, bias_correction
 
 # Columns of an observed step: its number, schedule and scale; inputs of the network; measurements.
 STEP, SCHEDULE, NATURAL = range(3)
+KNOWN = 8  # whether the length of the run is known; one of the next
 TIME_INPUTS, MEASUREMENTS = slice(3, 12), slice(12, None)
 
 # Entries of ``stats``, all of the step before. Logs are natural.
@@ -40,6 +42,34 @@ INPUTS = 21  # without the trust
 
 # Decays of the averages in ``stats``.
 _SHORT, _LONG = 0.9, 0.99
+
+
+class Trust(NamedTuple):
+    """How the log of a tensor's trust moves: by a gain times the correlation that is measured.
+
+    Attributes:
+        start: its value at the first step, and its lower bound; 0 is the upper one.
+        gain: until it has reached 0, where it stays.
+        later_gain: from the end of the warm-up on where the length of the run is unknown; 0: the
+            same as where it is known.
+        warmup: steps of that warm-up.
+    """
+
+    start: float = 0.0
+    gain: float = 0.0
+    later_gain: float = 0.0
+    warmup: float = 0.0
+
+    def after(self, log: Tensor, agreement: Tensor, step: Tensor, known: Tensor) -> Tensor:
+        """The log of the trust after a step, ``(m,)``, from that before it."""
+        gain = torch.where(log < 0, self.gain, 0.0)
+        if self.later_gain > 0:
+            gain = torch.where((known == 0) & (step >= self.warmup), self.later_gain, gain)
+        moved: Tensor = (log + gain * agreement).clamp(self.start, 0.0)
+        return moved
+
+
+NO_TRUST = Trust()
 
 
 def measurements(means: Tensor) -> tuple[Tensor, ...]:
@@ -106,15 +136,12 @@ def network_inputs(seen: Tensor, stats: Tensor, trust: bool = False) -> Tensor:
     return torch.stack(inputs, dim=-1)
 
 
-def next_stats(
-    seen: Tensor, stats: Tensor, trust_start: float = 0.0, trust_gain: float = 0.0
-) -> Tensor:
+def next_stats(seen: Tensor, stats: Tensor, trust: Trust = NO_TRUST) -> Tensor:
     """``stats`` after the step, ``(m, 14)``.
 
-    Entries that describe gradients stay as they are until the tensor has had one. The log of the
-    trust moves by ``trust_gain`` times the correlation of the gradient with the fast momentum
-    before it, about that of the coordinates with a gradient: over the root of their share. It
-    starts at ``trust_start``, below which it never falls, and stays at 0 once it has reached it.
+    Entries that describe gradients stay as they are until the tensor has had one. The trust moves
+    with the correlation of the gradient with the fast momentum before it, about that of the
+    coordinates with a gradient: over the root of their share.
     """
     step, old = seen[:, STEP], stats.unbind(-1)
     rms, level, *logs, with_fast, with_slow, live, any_gradient = seen[:, MEASUREMENTS].unbind(-1)
@@ -122,7 +149,6 @@ def next_stats(
     new[FIRST_RMS] = torch.where(step > 0, old[FIRST_RMS], rms)
     new[RMS] = rms
     agreement = (with_fast / live.clamp(min=1e-3).sqrt()).clamp(-1.0, 1.0)
-    grown = old[TRUST] + trust_gain * agreement
     measured = {
         LEVEL: level,
         MEAN_LEVEL: torch.where(step > 0, torch.lerp(level, old[MEAN_LEVEL], _LONG), level),
@@ -131,7 +157,7 @@ def next_stats(
         MEAN_CORRELATION: torch.lerp(with_fast, old[MEAN_CORRELATION], _LONG),
         SLOW_CORRELATION: torch.lerp(with_slow, old[SLOW_CORRELATION], _SHORT),
         LIVE: torch.lerp(live, old[LIVE], _SHORT),
-        TRUST: torch.where(old[TRUST] < 0, grown.clamp(trust_start, 0.0), old[TRUST]),
+        TRUST: trust.after(old[TRUST], agreement, step, seen[:, KNOWN]),
     }
     for entry, value in measured.items():
         new[entry] = torch.where(any_gradient > 0, value, old[entry])

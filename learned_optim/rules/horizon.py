@@ -70,14 +70,18 @@ class HorizonConfig(RuleConfig):
     """Log of the trust at a tensor's first step; 0 for none."""
     trust_gain: float = field(default=0.0, metadata=ADDED)
     """What a correlation of 1 between a gradient and the momentum before it adds to that log."""
+    trust_later_gain: float = field(default=0.0, metadata=ADDED)
+    """The same after the warm-up where the length of the run is unknown, so that the trust may fall
+    again; 0: as where it is known."""
 
     def __post_init__(self) -> None:
         if self.hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {self.hidden_size}")
         if self.trust_start > 0:
             raise ValueError(f"trust_start must be at most 0, got {self.trust_start}")
-        if self.trust_gain < 0:
-            raise ValueError(f"trust_gain must be at least 0, got {self.trust_gain}")
+        for name in ("trust_gain", "trust_later_gain"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     @property
     def trusts(self) -> bool:
@@ -103,8 +107,10 @@ class HorizonRule(UpdateRule):
     The trust ``exp(z)`` starts at ``exp(trust_start)`` and grows, to 1 at most, as far as gradients
     go on pointing where the momentum points: at once in a fresh network, and not where weights are
     trained and gradients are noise, which the first long steps would destroy. Once it is 1 it
-    stays. It is a bounded hypergradient descent on the log of the step, per tensor (after Baydin et
-    al. 2018, arXiv 1703.04782).
+    stays, unless the length of the run is unknown: then it goes on with ``trust_later_gain``, and
+    falls where steps have become so long that gradients contradict the momentum, which is when to
+    anneal. It is a bounded hypergradient descent on the log of the step, per tensor (after Baydin
+    et al. 2018, arXiv 1703.04782).
 
     State per coordinate: ``fast``, ``slow`` and ``square``, each ``(*S, 1)``; per tensor:
     ``stats``, ``(14,)``.
@@ -115,6 +121,9 @@ class HorizonRule(UpdateRule):
     test_configs = (
         HorizonConfig(),
         HorizonConfig(hidden_size=5, warmup_steps=3, trust_start=-3.0, trust_gain=1.5),
+        HorizonConfig(
+            hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_later_gain=0.3
+        ),
     )
     rows = "tensors"
     coordinatewise = False
@@ -214,7 +223,7 @@ class HorizonRule(UpdateRule):
         return answer
 
     def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
-        cfg, stats, gains = self.config, state["stats"], []
+        stats, gains = state["stats"], []
         for now in features.unbind():  # (m, f)
             out = self.answers(self.inputs(now, stats))
             factor = _STEP_BOUND * torch.tanh(out[:, :1] / _STEP_BOUND)
@@ -222,7 +231,7 @@ class HorizonRule(UpdateRule):
             mix = _MIX_BOUND * torch.tanh(out[:, 1:] / _MIX_BOUND)
             mix = mix + torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=mix.dtype, device=mix.device)
             gains.append(-self._rate(now, stats) * step * mix)
-            stats = history.next_stats(now, stats, cfg.trust_start, cfg.trust_gain)
+            stats = history.next_stats(now, stats, self._trust)
         return torch.stack(gains), {"stats": stats}
 
     # ---- the step in place
@@ -269,10 +278,17 @@ class HorizonRule(UpdateRule):
         return (
             cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
             cfg.smallest_share, cfg.warmup_share, cfg.warmup_steps, cfg.trust_start,
-            cfg.trust_gain,
+            cfg.trust_gain, cfg.trust_later_gain,
         )  # fmt: skip
 
     # ---- what is computed of whole tensors
+
+    @property
+    def _trust(self) -> history.Trust:
+        cfg = self.config
+        return history.Trust(
+            cfg.trust_start, cfg.trust_gain, cfg.trust_later_gain, cfg.warmup_steps
+        )
 
     def _corrections(self, context: StepContext) -> Tensor:
         """Bias corrections of the three moments after this step, ``(3, m)``."""
