@@ -38,6 +38,15 @@ __all__ = ["EvolutionRecipe", "EvolutionTrainConfig", "EvolutionTrainer"]
 _BETA, _SQUARE_BETA, _EPS = 0.9, 0.99, 1e-8
 _AVERAGE_SHARE = 0.02  # the moving average is a plain mean until a step has this share of it
 _STATE = ("theta", "m", "v", "ema")
+# Metrics of a recipe without meta-steps.
+_NO_STEP = {
+    "meta_step": 0,
+    "meta_lr": 0.0,
+    "gradient_norm": 0.0,
+    "tasks": [],
+    "skipped": [],
+    "seconds": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -236,8 +245,8 @@ class EvolutionTrainer:
         """
         load_images("mnist", True, self.data)  # now, not in a worker; downloads what is missing
         with self.files.locked(), jobs.worker_map(self.workers) as run:
-            while self.meta_steps < self.recipe.meta_steps:
-                metrics = self._meta_step(run)
+            while self.meta_steps < self.recipe.meta_steps or not self.history:
+                metrics = self._meta_step(run) if self.recipe.meta_steps else dict(_NO_STEP)
                 every = self.recipe.validation_every
                 if self.meta_steps % every == 0 or self.meta_steps == self.recipe.meta_steps:
                     metrics["validation"] = self._validate(run, report)

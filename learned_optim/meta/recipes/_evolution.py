@@ -12,7 +12,7 @@ from learned_optim.rules import RuleConfig
 METHOD = "evolution"
 
 _AT_LEAST = {
-    "meta_steps": 1,
+    "meta_steps": 0,
     "tasks_per_meta_step": 1,
     "pairs": 1,
     "meta_lr_final": 0,
@@ -33,7 +33,8 @@ class EvolutionRecipe:
     rule: RuleConfig
     """Configuration of the update rule; its type says which rule."""
     meta_steps: int
-    """Meta-steps, over which the meta-learning rate falls by a cosine."""
+    """Meta-steps, over which the meta-learning rate falls by a cosine. With none, the weights of
+    ``start`` are validated under this configuration of the rule, and are what is kept."""
     meta_lr: float
     """Learning rate of the meta-optimizer, Adam, at the first meta-step."""
     meta_lr_final: float
@@ -70,6 +71,8 @@ class EvolutionRecipe:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not self.meta_steps and not self.start:
+            raise ValueError("meta_steps is 0 and there is no start: nothing would be learned")
         if not 0 <= self.start_share < 1:
             raise ValueError(f"start_share must be in [0, 1), got {self.start_share}")
         if not 0 <= self.large_share <= 1:
