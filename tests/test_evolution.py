@@ -435,3 +435,23 @@ def test_start_from_a_rule_with_fewer_inputs(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             EvolutionTrainer(replace(recipe, rule=rule), tmp_path / rule.__class__.__name__)
+
+
+def test_without_meta_steps_the_start_is_validated_and_kept(tmp_path: Path) -> None:
+    """A new configuration of the rule under the old weights; without a start there are none."""
+    old = HorizonRule(HorizonConfig(hidden_size=3, trust_start=-3.0, trust_gain=1.5))
+    for weight in old.parameters():
+        torch.nn.init.normal_(weight)
+    save_rule(old, tmp_path / "old.safetensors", {})
+    config = replace(old.config, trust_later_gain=0.05)
+    recipe = replace(SMALL, rule=config, start=str(tmp_path / "old.safetensors"), meta_steps=0)
+    for _ in range(2):  # the second time there is nothing left to do
+        trainer = EvolutionTrainer(recipe, tmp_path / "run")
+        trainer.train()
+    assert [line["meta_step"] for line in trainer.history] == [0]
+    kept = load_rule(trainer.finish())
+    assert kept.config == config
+    assert all(map(torch.equal, kept.parameters(), old.parameters()))
+    assert trainer.record()["behind_adamw"]["meta_step"] == 0
+    with pytest.raises(ValueError, match="meta_steps is 0 and there is no start"):
+        replace(recipe, start="")

@@ -184,12 +184,15 @@ def test_a_whole_trust_falls_again_only_where_the_length_is_unknown(known: bool)
     log, z, told, found = torch.tensor([-3.0]).double(), -3.0, torch.tensor([float(known)]), []
     for step, agreement in enumerate(agreements):
         log = trust.after(log, agreement, torch.tensor([float(step)]), told)
-        gain = 0.2 if step >= 50 and not known else 1.5 if z < 0 else 0.0
-        z = min(0.0, max(-3.0, z + gain * agreement.item()))
+        later = step >= 50 and not known
+        gain = 0.2 if later else 1.5 if z < 0 else 0.0
+        low = min(z, -0.5 * math.log(1 + step / 50)) if later else -3.0
+        z = min(0.0, max(low, z + gain * agreement.item()))
         found.append(z)
         assert log.item() == pytest.approx(z, abs=1e-6)
     assert found[59] == 0.0
-    assert (min(found[60:140]) < -2.0) is not known
+    assert (min(found[60:140]) < -0.6) is not known
+    assert min(found[60:]) >= -0.5 * math.log(1 + 220 / 50)  # one over the root of the steps
     assert max(found[140:]) == 0.0  # and it grows again
 
 

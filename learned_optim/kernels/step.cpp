@@ -543,12 +543,16 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   return k;
 }
 
-// Once it has reached 0 it stays, unless the length of the run is unknown.
+// Once it has reached 0 it stays. Where the length of the run is unknown it may fall again, as far
+// as the rate of a run without end would.
 float next_trust(double log, double agreement, double t, const double* settings) {
-  double gain = log < 0 ? settings[kTrustGain] : 0.0;
-  const double later = settings[kTrustLaterGain];
-  if (later > 0 && !(settings[kTotalSteps] > 0) && t >= settings[kWarmUpSteps]) gain = later;
-  return gain == 0 ? float(log) : float(clamp(log + gain * agreement, settings[kTrustStart], 0));
+  double gain = log < 0 ? settings[kTrustGain] : 0.0, low = settings[kTrustStart];
+  const double later = settings[kTrustLaterGain], warm_up = settings[kWarmUpSteps];
+  if (later > 0 && !(settings[kTotalSteps] > 0) && t >= warm_up) {
+    gain = later;
+    low = std::min(log, std::max(low, -0.5 * std::log(1 + t / warm_up)));
+  }
+  return gain == 0 ? float(log) : float(clamp(log + gain * agreement, low, 0));
 }
 
 void update_stats(const Tensor& tensor, const double* settings, const double* sums) {

@@ -52,21 +52,26 @@ class Trust(NamedTuple):
         gain: until it has reached 0, where it stays.
         later_gain: from the end of the warm-up on where the length of the run is unknown; 0: the
             same as where it is known.
-        warmup: steps of that warm-up.
+        warmup: steps of that warm-up, at least 1.
     """
 
     start: float = 0.0
     gain: float = 0.0
     later_gain: float = 0.0
-    warmup: float = 0.0
+    warmup: float = 1.0
 
     def after(self, log: Tensor, agreement: Tensor, step: Tensor, known: Tensor) -> Tensor:
-        """The log of the trust after a step, ``(m,)``, from that before it."""
-        gain = torch.where(log < 0, self.gain, 0.0)
+        """The log of the trust after a step, ``(m,)``, from that before it.
+
+        It falls no lower than the rate of a run without end would, ``(1 + step / warmup)^(-1/2)``.
+        """
+        gain, low = torch.where(log < 0, self.gain, 0.0), torch.full_like(log, self.start)
         if self.later_gain > 0:
-            gain = torch.where((known == 0) & (step >= self.warmup), self.later_gain, gain)
-        moved: Tensor = (log + gain * agreement).clamp(self.start, 0.0)
-        return moved
+            later = (known == 0) & (step >= self.warmup)
+            floor = (-0.5 * (1 + step / self.warmup).log()).clamp(min=self.start)
+            gain = torch.where(later, self.later_gain, gain)
+            low = torch.where(later, torch.minimum(log, floor), low)
+        return torch.maximum(log + gain * agreement, low).clamp(max=0.0)
 
 
 NO_TRUST = Trust()

@@ -108,9 +108,9 @@ class HorizonRule(UpdateRule):
     go on pointing where the momentum points: at once in a fresh network, and not where weights are
     trained and gradients are noise, which the first long steps would destroy. Once it is 1 it
     stays, unless the length of the run is unknown: then it goes on with ``trust_later_gain``, and
-    falls where steps have become so long that gradients contradict the momentum, which is when to
-    anneal. It is a bounded hypergradient descent on the log of the step, per tensor (after Baydin
-    et al. 2018, arXiv 1703.04782).
+    falls, at most with the root of the number of steps, where steps have become so long that
+    gradients contradict the momentum, which is when to anneal. It is a bounded hypergradient
+    descent on the log of the step, per tensor (after Baydin et al. 2018, arXiv 1703.04782).
 
     State per coordinate: ``fast``, ``slow`` and ``square``, each ``(*S, 1)``; per tensor:
     ``stats``, ``(14,)``.
