@@ -176,24 +176,32 @@ def test_the_trust_grows_where_gradients_agree(kind: str, grows: bool) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_whole_trust_falls_again_only_where_the_length_is_unknown(known: bool) -> None:
+@pytest.mark.parametrize("plateau", [0, 70])
+def test_a_whole_trust_falls_again_only_where_the_length_is_unknown(
+    known: bool, plateau: int
+) -> None:
+    """Also if it took longer than the warm-up to become whole."""
     trust = history.Trust(start=-3.0, gain=1.5, later_gain=0.2, warmup=50)
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(80, generator=generator).double() - 0.5
-    agreements = torch.cat((torch.full((60,), 0.9).double(), noise - 0.3, noise + 0.3))
+    agree = torch.full((60,), 0.9).double()
+    agreements = torch.cat((torch.full((plateau,), -0.1), agree, noise - 0.3, noise + 0.3))
     log, z, told, found = torch.tensor([-3.0]).double(), -3.0, torch.tensor([float(known)]), []
     for step, agreement in enumerate(agreements):
         log = trust.after(log, agreement, torch.tensor([float(step)]), told)
-        later = step >= 50 and not known
+        floor = -0.5 * math.log(1 + step / 50)
+        later = step >= 50 and not known and z >= floor
         gain = 0.2 if later else 1.5 if z < 0 else 0.0
-        low = min(z, -0.5 * math.log(1 + step / 50)) if later else -3.0
+        low = floor if later else -3.0
         z = min(0.0, max(low, z + gain * agreement.item()))
         found.append(z)
         assert log.item() == pytest.approx(z, abs=1e-6)
-    assert found[59] == 0.0
-    assert (min(found[60:140]) < -0.6) is not known
-    assert min(found[60:]) >= -0.5 * math.log(1 + 220 / 50)  # one over the root of the steps
-    assert max(found[140:]) == 0.0  # and it grows again
+    early, falling, late = found[:plateau], found[plateau + 60 : plateau + 140], found[-80:]
+    assert all(z == -3.0 for z in early)
+    assert found[plateau + 59] == 0.0
+    assert (min(falling) < -0.6) is not known
+    assert min(falling) >= -0.5 * math.log(1 + len(found) / 50)  # one over the root of the steps
+    assert max(late) == 0.0  # and it grows again
 
 
 def test_values_are_checked() -> None:

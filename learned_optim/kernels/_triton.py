@@ -255,10 +255,10 @@ def _average(old, beta, new):
 @triton.jit
 def _next_trust(log, agreement, t, total_steps, warmup_steps, trust_start, trust_gain, later_gain):
     """Once it has reached 0 it stays, unless the length of the run is unknown; see step.cpp."""
-    later = (later_gain > 0) & (total_steps == 0) & (t >= warmup_steps)
     floor = tl.maximum(-0.5 * tl.log(1.0 + t / tl.maximum(warmup_steps, 1.0)), trust_start)
+    later = (later_gain > 0) & (total_steps == 0) & (t >= warmup_steps) & (log >= floor)
     gain = tl.where(later, later_gain, tl.where(log < 0, trust_gain, 0.0))
-    low = tl.where(later, tl.minimum(log, floor), trust_start)
+    low = tl.where(later, floor, trust_start)
     return _clamp(log + gain * agreement, low, 0.0)
 
 

@@ -544,13 +544,14 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
 }
 
 // Once it has reached 0 it stays. Where the length of the run is unknown it may fall again, as far
-// as the rate of a run without end would.
+// as the rate of a run without end would; what is below that has not been whole yet.
 float next_trust(double log, double agreement, double t, const double* settings) {
   double gain = log < 0 ? settings[kTrustGain] : 0.0, low = settings[kTrustStart];
   const double later = settings[kTrustLaterGain], warm_up = settings[kWarmUpSteps];
-  if (later > 0 && !(settings[kTotalSteps] > 0) && t >= warm_up) {
+  const double floor = std::max(low, -0.5 * std::log(1 + t / warm_up));
+  if (later > 0 && !(settings[kTotalSteps] > 0) && t >= warm_up && log >= floor) {
     gain = later;
-    low = std::min(log, std::max(low, -0.5 * std::log(1 + t / warm_up)));
+    low = floor;
   }
   return gain == 0 ? float(log) : float(clamp(log + gain * agreement, low, 0));
 }

@@ -50,7 +50,7 @@ class Trust(NamedTuple):
     Attributes:
         start: its value at the first step, and its lower bound; 0 is the upper one.
         gain: until it has reached 0, where it stays.
-        later_gain: from the end of the warm-up on where the length of the run is unknown; 0: the
+        later_gain: from then on, after the warm-up, where the length of the run is unknown; 0: the
             same as where it is known.
         warmup: steps of that warm-up, at least 1.
     """
@@ -63,14 +63,15 @@ class Trust(NamedTuple):
     def after(self, log: Tensor, agreement: Tensor, step: Tensor, known: Tensor) -> Tensor:
         """The log of the trust after a step, ``(m,)``, from that before it.
 
-        It falls no lower than the rate of a run without end would, ``(1 + step / warmup)^(-1/2)``.
+        It falls no lower than the rate of a run without end would, ``(1 + step / warmup)^(-1/2)``;
+        so a trust below that has not been whole yet.
         """
         gain, low = torch.where(log < 0, self.gain, 0.0), torch.full_like(log, self.start)
         if self.later_gain > 0:
-            later = (known == 0) & (step >= self.warmup)
             floor = (-0.5 * (1 + step / self.warmup).log()).clamp(min=self.start)
+            later = (known == 0) & (step >= self.warmup) & (log >= floor)
             gain = torch.where(later, self.later_gain, gain)
-            low = torch.where(later, torch.minimum(log, floor), low)
+            low = torch.where(later, floor, low)
         return torch.maximum(log + gain * agreement, low).clamp(max=0.0)
 
 

@@ -71,8 +71,8 @@ class HorizonConfig(RuleConfig):
     trust_gain: float = field(default=0.0, metadata=ADDED)
     """What a correlation of 1 between a gradient and the momentum before it adds to that log."""
     trust_later_gain: float = field(default=0.0, metadata=ADDED)
-    """The same after the warm-up where the length of the run is unknown, so that the trust may fall
-    again; 0: as where it is known."""
+    """The same once the trust has been whole, where the length of the run is unknown: it may then
+    fall again; 0: as where it is known."""
 
     def __post_init__(self) -> None:
         if self.hidden_size < 1:
