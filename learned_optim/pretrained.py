@@ -13,7 +13,7 @@ from learned_optim.rules import UpdateRule
 
 #: Names that move on to better weights, and where they stand; ``default`` is what
 #: ``LearnedOptimizer(params)`` uses.
-ALIASES = {"default": "general-4", "default-fast": "general-4"}
+ALIASES = {"default": "general-5", "default-fast": "general-5"}
 
 
 def _folder() -> Path:

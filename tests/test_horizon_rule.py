@@ -225,3 +225,28 @@ def test_its_updates_depend_on_the_weights_everywhere() -> None:
         with torch.no_grad():
             rule.readout.bias[output] += 0.1
         assert not torch.allclose(trajectory(rule, grads, param), expected, rtol=1e-4)
+
+
+def noisy_descent(checkpoint: str, steps: int, told: int | None) -> tuple[torch.Tensor, float]:
+    """Last weights, and the mean excess loss of the last fifth, of a regression on noisy labels."""
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(40, generator=generator)
+    weight = torch.zeros(1, 40, requires_grad=True)
+    optimizer = LearnedOptimizer([weight], checkpoint, total_steps=told)
+    excess = []
+    for _ in range(steps):
+        x = torch.randn(8, 40, generator=generator)
+        noise = 3 * torch.randn(8, generator=generator)
+        optimizer.zero_grad()
+        ((weight @ x.T)[0] - x @ target - noise).square().mean().backward()
+        optimizer.step()
+        excess.append((weight.detach()[0] - target).square().sum().item())
+    return weight.detach(), sum(excess[-steps // 5 :]) / (steps // 5)
+
+
+def test_general_5_anneals_where_the_length_is_unknown_and_is_general_4_where_it_is_known() -> None:
+    assert torch.equal(
+        noisy_descent("general-4", 120, 120)[0], noisy_descent("general-5", 120, 120)[0]
+    )
+    constant, annealed = (noisy_descent(name, 1500, None)[1] for name in ("general-4", "general-5"))
+    assert annealed < 0.75 * constant
