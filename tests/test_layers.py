@@ -15,6 +15,7 @@ LAYERS = (
     ("kernels",),
     ("rules",),
     ("checkpoint", "summary"),
+    ("_card",),
     ("hub", "pretrained"),
     ("_ambient", "_frozen", "_views"),
     ("_diagnostics", "_groups", "_guarded", "_saved_state", "optimizer"),
