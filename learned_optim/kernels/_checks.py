@@ -16,7 +16,7 @@ PARAM_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STATE_TYPES = (torch.float32, torch.bfloat16)
 OUTPUTS = 5
 INPUTS = (21, 22)  # without and with the trust
-_PLAIN = {Tensor, nn.Parameter}
+PLAIN = {Tensor, nn.Parameter}
 
 is_cpu, is_cuda, dtype_of = attrgetter("is_cpu"), attrgetter("is_cuda"), attrgetter("dtype")
 #: Entries of a tensor's state, in the order of a call.
@@ -24,25 +24,19 @@ STATE_KEYS = ("fast", "slow", "square", "stats", "step")
 state_entries = itemgetter(*STATE_KEYS)
 
 
-def addresses_of(
-    tensors: list[Tensor], m: int, is_here: Callable[[Tensor], bool]
-) -> list[int] | None:
-    """Where the tensors begin, ``m`` parameters and gradients first; ``None`` for unusual ones.
+def addresses_of(tensors: Sequence[Tensor], is_here: Callable[[Tensor], bool]) -> list[int] | None:
+    """Where the tensors begin; ``None`` if any is a subclass's, elsewhere or not contiguous.
 
     Args:
-        tensors: all tensors of a call.
-        m: number of parameters.
+        tensors: some tensors of a call.
         is_here: whether a tensor is on the kernel's kind of device.
     """
-    if not {*map(type, tensors)} <= _PLAIN:
+    if not {*map(type, tensors)} <= PLAIN:
         return None
     try:
         addresses = list(map(Tensor.data_ptr, tensors))
         usual = all(map(is_here, tensors)) and all(map(Tensor.is_contiguous, tensors))
     except RuntimeError:  # a layout without strides
-        return None
-    # Anybody may make parameters and gradients, so these may have any of torch's peculiarities.
-    if any(map(Tensor.is_neg, tensors[: 2 * m])) or any(map(Tensor.is_inference, tensors[:m])):
         return None
     return addresses if usual else None
 
