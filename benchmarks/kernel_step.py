@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.measure import in_turns, machine
 from benchmarks.step import MILLION, THESIS, mixed, parameters, size_of
 from learned_optim import LearnedOptimizer, kernels
+from learned_optim.rules import UpdateRule
 from learned_optim.rules.horizon import HorizonRule
 from learned_optim.summary import table
 
@@ -33,7 +34,7 @@ class Pure(HorizonRule):
     """The rule without its kernel."""
 
     name = ""
-    step_ = HorizonRule.__mro__[1].step_
+    step_ = UpdateRule.step_
 
 
 def kernel_step(rule: HorizonRule, params: list[nn.Parameter]) -> Callable[[], None]:

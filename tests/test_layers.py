@@ -18,7 +18,7 @@ LAYERS = (
     ("_card",),
     ("hub", "pretrained"),
     ("_ambient", "_frozen", "_views"),
-    ("_diagnostics", "_groups", "_guarded", "_saved_state", "optimizer"),
+    ("_diagnostics", "_group_step", "_groups", "_guarded", "_saved_state", "optimizer"),
     ("meta",),
     ("explain",),
     ("cli",),

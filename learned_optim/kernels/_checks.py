@@ -18,7 +18,8 @@ OUTPUTS = 5
 INPUTS = (21, 22)  # without and with the trust
 PLAIN = {Tensor, nn.Parameter}
 
-is_cpu, is_cuda, dtype_of = attrgetter("is_cpu"), attrgetter("is_cuda"), attrgetter("dtype")
+is_cpu, is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
+dtype_of, shape_of = attrgetter("dtype"), attrgetter("shape")
 #: Entries of a tensor's state, in the order of a call.
 STATE_KEYS = ("fast", "slow", "square", "stats", "step")
 state_entries = itemgetter(*STATE_KEYS)
@@ -83,6 +84,6 @@ def increment_versions(params: Sequence[Tensor]) -> None:
     """A graph that saved a parameter must notice that it changed."""
     try:
         torch._C._increment_version(params)
-    except TypeError:  # before torch 2.5, one tensor at a time
+    except (RuntimeError, TypeError):  # before torch 2.5, one tensor at a time
         for param in params:
             torch._C._increment_version(param)

@@ -54,11 +54,10 @@ def bind(tensors: StepTensors, largest_scale: float) -> BoundStep | None:
     if lr_scales is not None:
         constants = array("d", constants)
         constants[_LR_SCALE::_CONSTANTS] = array("d", lr_scales)
-    pointers = array("Q", bytes(8 * 2 * m))  # of parameters and gradients, known at each step
-    pointers.extend(addresses[: 5 * m])
+    pointers = [0] * (2 * m) + addresses[: 5 * m]  # those of parameters and gradients: later
     for address, stride in zip(addresses[5 * m :], layout.network_strides, strict=True):
-        pointers.extend(range(address, address + m * stride, stride) if stride else [address] * m)
-    return BoundStep(kernel, params, fixed, addresses, layout, constants, pointers)
+        pointers += [address + stride * i for i in range(m)] if stride else [address] * m
+    return BoundStep(kernel, params, fixed, addresses, layout, constants, array("Q", pointers))
 
 
 class BoundStep:
@@ -89,6 +88,7 @@ class BoundStep:
         self._step = kernel.lo_step
         self._params, self._fixed, self._addresses = params, fixed, addresses
         self._layout, self._constants, self._pointers = layout, constants, pointers
+        self._shapes = list(map(_checks.shape_of, params))
 
     def run(self, grads: Sequence[Tensor], settings: StepSettings) -> bool:
         """One step; false, and nothing done, if these gradients or settings cannot be taken."""
@@ -105,6 +105,7 @@ class BoundStep:
             or any(map(Tensor.is_inference, params))
             or list(map(_checks.dtype_of, own)) != layout.own_dtypes
             or list(map(Tensor.numel, own)) != layout.own_numels
+            or list(map(_checks.shape_of, params)) != self._shapes
             or list(map(Tensor.data_ptr, self._fixed)) != self._addresses
         ):
             return False

@@ -67,18 +67,18 @@ _operator: Any = torch.library.custom_op(
 _operator.register_fake(lambda *_: None)
 
 
-def step_(call: StepTensors, settings: StepSettings) -> bool:
+def step_(tensors: StepTensors, settings: StepSettings) -> bool:
     """See :func:`learned_optim.kernels.step_`, while a graph is traced."""
-    network, params, grads, states, shapes, lr_scales = call
+    network, params, grads, states, shapes, lr_scales = tensors
     config, lr, decay, maximize, warmup, total_steps = settings
     columns = [[state[key] for state in states] for key in _checks.STATE_KEYS]
-    tensors = [*params, *grads, *(tensor for column in columns for tensor in column), *network]
+    every = [*params, *grads, *(tensor for column in columns for tensor in column), *network]
     m = len(params)
-    if not all(type(t) in _PLAIN and t.device.type == "cpu" for t in tensors):
+    if not all(type(t) in _PLAIN and t.device.type == "cpu" for t in every):
         return False
-    if not all(t.layout is torch.strided for t in tensors):
+    if not all(t.layout is torch.strided for t in every):
         return False
-    if not all(t.is_contiguous() for t in [*params, *tensors[2 * m :]]):
+    if not all(t.is_contiguous() for t in [*params, *every[2 * m :]]):
         return False
     if any(param.shape != grad.shape for param, grad in zip(params, grads, strict=True)):
         return False
@@ -86,7 +86,7 @@ def step_(call: StepTensors, settings: StepSettings) -> bool:
         return False
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1):
         return False
-    if not _checks.takes_dtypes(m, [t.dtype for t in tensors]) or len(config) != 10:
+    if not _checks.takes_dtypes(m, [t.dtype for t in every]) or len(config) != 10:
         return False
     if not _checks.takes_network(m, [weight.shape for weight in network], _MOST_UNITS):
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -80,15 +80,38 @@ def bind(
     network: Sequence[Tensor],
     params: Sequence[Tensor],
     states: Sequence[Mapping[str, Tensor]],
-    largest_scale: float,
-) -> _cpu.BoundStep | None:
-    """The step of these tensors, to be run again and again without looking at all of them.
+    *,
+    config: Sequence[float],
+) -> Callable[..., bool] | None:
+    """:func:`step_` of these tensors, for many steps; ``None`` where it refuses them, or on a GPU.
 
-    Args: as for :func:`step_`; ``largest_scale`` is an entry of its ``config``.
+    Arguments are those of :func:`step_`.
 
     Returns:
-        ``None`` where there is no such step: on other devices, and where :func:`step_` refuses.
+        ``step(grads, lr, decay, maximize, warmup, total_steps)``, which returns what :func:`step_`
+        does. It asks everything again of parameters and gradients. Of states and weights it asks
+        whether they are where they were: the caller replaces no tensor by another.
     """
-    if _checks.under_a_mode() or not params or not params[0].is_cpu:
+    if torch.compiler.is_compiling() or _checks.under_a_mode():
         return None
-    return _cpu.bind(StepTensors(network, params, (), states), largest_scale)
+    if not params or not params[0].is_cpu:
+        return None
+    bound = _cpu.bind(StepTensors(network, params, (), states), config[4])
+    if bound is None:
+        return None
+
+    def step(
+        grads: Sequence[Tensor],
+        lr: float | Tensor,
+        decay: float,
+        maximize: bool,
+        warmup: int,
+        total_steps: float | None,
+    ) -> bool:
+        if _checks.under_a_mode() or not is_horizon(total_steps):
+            return False
+        return bound.run(
+            grads, StepSettings(config, lr, decay, maximize, warmup, total_steps or 0.0)
+        )
+
+    return step
