@@ -27,7 +27,7 @@ _STATE_CODES = {torch.float32: 0, torch.bfloat16: 4}
 def step_(tensors: StepTensors, settings: StepSettings) -> bool:
     """See :func:`learned_optim.kernels.step_`."""
     bound = bind(tensors, settings.config[4])
-    return bound is not None and bound.run(tensors.grads, settings)
+    return bound is not None and bound.run_first(tensors.grads, settings)
 
 
 def bind(tensors: StepTensors, largest_scale: float) -> BoundStep | None:
@@ -91,7 +91,15 @@ class BoundStep:
         self._shapes = list(map(_checks.shape_of, params))
 
     def run(self, grads: Sequence[Tensor], settings: StepSettings) -> bool:
-        """One step; false, and nothing done, if these gradients or settings cannot be taken."""
+        """One step; false, and nothing done, unless all tensors are what and where they were."""
+        if list(map(Tensor.data_ptr, self._fixed)) != self._addresses:
+            return False
+        if list(map(_checks.shape_of, self._params)) != self._shapes:
+            return False
+        return self.run_first(grads, settings)
+
+    def run_first(self, grads: Sequence[Tensor], settings: StepSettings) -> bool:
+        """One step right after :func:`bind`; false if parameters or gradients do not suit it."""
         config, lr, decay, maximize, warmup, total_steps = settings
         params, layout, pointers = self._params, self._layout, self._pointers
         own, m = [*params, *grads], len(params)
@@ -105,8 +113,6 @@ class BoundStep:
             or any(map(Tensor.is_inference, params))
             or list(map(_checks.dtype_of, own)) != layout.own_dtypes
             or list(map(Tensor.numel, own)) != layout.own_numels
-            or list(map(_checks.shape_of, params)) != self._shapes
-            or list(map(Tensor.data_ptr, self._fixed)) != self._addresses
         ):
             return False
         pointers[: 2 * m] = array("Q", addresses)
