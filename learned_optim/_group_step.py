@@ -89,7 +89,7 @@ def _rule_state(rule: UpdateRule, state: Mapping[str, Any], entries: State) -> d
     return {**state, **{key: entries[f"{key} base"] for key in rule.tensor_state}}
 
 
-# ---- the general way
+# ---- the general step
 
 
 def step_group(
@@ -151,7 +151,7 @@ def _step_tensors(
 _step_uncompiled = _disable_dynamo(torch.no_grad()(_step_tensors))
 
 
-# ---- the bound way
+# ---- the bound step
 
 
 class BoundGroup:
@@ -172,8 +172,8 @@ class BoundGroup:
         step: BoundStep,
     ) -> None:
         self._params, self._states, self._step = list(params), states, step
-        self._moving = [param for param in params if param.grad is not None]
-        self._still = [param for param in params if param.grad is None]
+        self._with_grad = [param for param in params if param.grad is not None]
+        self._without_grad = [param for param in params if param.grad is None]
         self._entries_of = itemgetter("step", *rule.state_keys)
         self._entries = list(chain.from_iterable(map(self._entries_of, states)))
 
@@ -182,9 +182,9 @@ class BoundGroup:
         params = group["params"]
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
-        if any(param.grad is not None for param in self._still):
+        if any(param.grad is not None for param in self._without_grad):
             return False
-        states = list(map(optimizer.state.get, self._moving))
+        states = list(map(optimizer.state.get, self._with_grad))
         if not all(map(is_, states, self._states)):
             return False
         try:
@@ -192,7 +192,7 @@ class BoundGroup:
         except KeyError:  # a tool has taken one away
             return False
         return all(map(is_, entries, self._entries)) and self._step(
-            [param.grad for param in self._moving],
+            [param.grad for param in self._with_grad],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],

@@ -61,8 +61,8 @@ class LearnedOptimizer(Optimizer):
     Raises:
         TypeError: a learning rate in the place of the rule (``LearnedOptimizer(params, 1e-3)``).
         ValueError: a negative or non-finite learning rate or weight decay, another state dtype, a
-            number of steps that is none, an unknown checkpoint name, an empty parameter list, or
-            a guard over groups of which some maximize and some minimize.
+            ``total_steps`` or ``warmup`` that counts no steps, an unknown checkpoint name, an empty
+            parameter list, or a guard over groups of which some maximize and some minimize.
         FileNotFoundError: a checkpoint file or Hub repository that is not there.
         CheckpointError: a checkpoint that is damaged, foreign or of a newer format.
 
@@ -106,12 +106,13 @@ class LearnedOptimizer(Optimizer):
         _groups.warn_of_small_lr(self.param_groups)
 
     def _use(self, frozen: FrozenRule) -> None:
-        """Run this rule; forget what was derived from another one."""
+        """Make this the rule, and drop what was derived from another one."""
         self._frozen = frozen
         self.rule = frozen.rule
         self._guarded: dict[UpdateRule, _guarded.GuardedRule] = {}
-        self._by_adam = False
-        # Entries of the state in our layout, by group and parameter, and bases of those with rows.
+        self._by_adam = False  # whether the guard lets Adam take the present step
+        # State entries that were brought into our layout, by group and position: a step compares
+        # them with those in ``self.state``, which loading and tools replace.
         self._accepted: list[list[State]] = []
         self._bound: dict[int, _group_step.BoundGroup | None] = {}
         self._monitor = _groups.HorizonMonitor()
@@ -173,7 +174,7 @@ class LearnedOptimizer(Optimizer):
         return loss
 
     def _step_group(self, index: int, group: dict[str, Any], loss: float | Tensor | None) -> None:
-        """One step of a group: of the tensors it is bound to, or of whatever there is now."""
+        """The bound step of a group; or the general one, after which the group is bound."""
         frozen = _groups.is_zero_without_sync(group["lr"])
         compiling = torch.compiler.is_compiling()
         if not (frozen or compiling):

@@ -1,4 +1,4 @@
-"""What a step's kernel is called with, whichever it is."""
+"""The arguments that every kernel takes: the tensors of a step, and its numbers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class StepSettings(NamedTuple):
 
 
 def is_horizon(total_steps: object) -> bool:
-    """Whether the kernels take this for the length of a run: unknown, or a positive number."""
+    """True if the kernels take this length of the run: ``None``, or a finite positive number."""
     if total_steps is None:
         return True
     return not isinstance(total_steps, Tensor) and 0 < total_steps < math.inf  # type: ignore[operator]

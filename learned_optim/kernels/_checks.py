@@ -1,4 +1,4 @@
-"""Which tensors a kernel takes, whichever it is."""
+"""Which tensors the kernels take, and what the shapes of the parameters say."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def takes_network(m: int, network: Sequence[torch.Size], most_units: int) -> boo
 
 
 def constants_of(shapes: Sequence[torch.Size], largest_scale: float) -> list[float]:
-    """What the shape of each tensor says of it, four numbers, the last a multiplier of ``lr``."""
+    """Four numbers per parameter: initial scale, log fan-in, is-vector, multiplier of ``lr``."""
     constants: list[float] = []
     for shape in shapes:
-        natural = min(init_scale(shape), largest_scale)
-        constants += [natural, math.log(fan_in(shape)), float(len(shape) < 2), 1.0]
+        scale = min(init_scale(shape), largest_scale)
+        constants += [scale, math.log(fan_in(shape)), float(len(shape) < 2), 1.0]
     return constants
 
 

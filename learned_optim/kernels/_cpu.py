@@ -1,4 +1,4 @@
-"""From tensors on the CPU to one call of the library."""
+"""The step of tensors on the CPU: one call of the compiled library."""
 
 from __future__ import annotations
 
@@ -99,20 +99,27 @@ class BoundStep:
         return self.run_first(grads, settings)
 
     def run_first(self, grads: Sequence[Tensor], settings: StepSettings) -> bool:
-        """One step right after :func:`bind`; false if parameters or gradients do not suit it."""
+        """One step right after :func:`bind`, which has looked at state and weights.
+
+        Returns:
+            False, and nothing done, if parameters or gradients do not suit the library.
+
+        Raises:
+            ValueError: ``settings.config`` has another number of entries than the library takes.
+        """
         config, lr, decay, maximize, warmup, total_steps = settings
         params, layout, pointers = self._params, self._layout, self._pointers
-        own, m = [*params, *grads], len(params)
-        if len(own) != 2 * m or (isinstance(lr, Tensor) and not lr.is_cpu):
+        varying, m = [*params, *grads], len(params)
+        if len(varying) != 2 * m or (isinstance(lr, Tensor) and not lr.is_cpu):
             return False
-        addresses = _checks.addresses_of(own, _checks.is_cpu)
+        addresses = _checks.addresses_of(varying, _checks.is_cpu)
         if (
             addresses is None
-            # Anybody may make these, so that they may have any of torch's peculiarities.
-            or any(map(Tensor.is_neg, own))
+            # Parameters and gradients are the user's, and may be any kind of view.
+            or any(map(Tensor.is_neg, varying))
             or any(map(Tensor.is_inference, params))
-            or list(map(_checks.dtype_of, own)) != layout.own_dtypes
-            or list(map(Tensor.numel, own)) != layout.own_numels
+            or list(map(_checks.dtype_of, varying)) != layout.varying_dtypes
+            or list(map(Tensor.numel, varying)) != layout.varying_numels
         ):
             return False
         pointers[: 2 * m] = array("Q", addresses)
@@ -146,8 +153,8 @@ class _Layout:
     """What shapes and dtypes alone determine of a call.
 
     Attributes:
-        own_dtypes: of parameters and gradients.
-        own_numels: sizes of parameters and gradients.
+        varying_dtypes: of parameters and gradients.
+        varying_numels: sizes of parameters and gradients.
         fixed_numels: sizes of state entries and weights.
         units: hidden units of the network.
         inputs: of the network.
@@ -156,8 +163,8 @@ class _Layout:
         arrays: keeps what the addresses in ``sizes_and_types`` point to.
     """
 
-    own_dtypes: list[torch.dtype]
-    own_numels: list[int]
+    varying_dtypes: list[torch.dtype]
+    varying_numels: list[int]
     fixed_numels: list[int]
     units: int
     inputs: int
@@ -199,8 +206,8 @@ def _layout(
     weights = list(map(math.prod, network))
     codes = [_PARAM_CODES[p] + _STATE_CODES[s] for p, s in zip(params, fixed[:m], strict=True)]
     return _Layout(
-        own_dtypes=[*params * 2],
-        own_numels=[*sizes * 2],
+        varying_dtypes=[*params * 2],
+        varying_numels=[*sizes * 2],
         fixed_numels=[*sizes * 3, *[STATS] * m, *[1] * m, *weights],
         units=units,
         inputs=inputs,

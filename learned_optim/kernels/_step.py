@@ -1,4 +1,4 @@
-"""The way of a call to the kernel of its device."""
+"""Dispatches a step to the kernel of its device."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 
 
 def passed(kernels: ModuleType, call: triton_step.Call, config: Sequence[float]) -> bool:
-    """Whether calls of this kind do right; found out at the first one, which has to wait for it."""
+    """True if calls of these dtypes and this network agree with the CPU's kernel; tried once."""
     network, device, types = call.network, call.layout.integers.device, call.layout.types
     key = device, types, network[1].shape, network[0].shape[-1]
     if key not in _passed:

@@ -26,7 +26,7 @@ from learned_optim.kernels._library import SIZES
 
 # Coordinates of a program, and of one pass of its loop.
 CHUNK, BLOCK = 4096, 512
-_MEASURED = 1024  # coordinates of one pass of the loop that measures a new tensor
+_MEASURE_BLOCK = 1024  # coordinates of one pass of the loop that measures a new tensor
 _ROW = 16  # of gains and of sums
 *_, STATS, _MOST_UNITS = SIZES
 # In the interpreter a kernel runs on the CPU.
@@ -60,7 +60,7 @@ def loaded() -> tuple[ModuleType | None, str]:
 
 
 def fail(why: str) -> None:
-    """Use the kernels no longer, and say so once."""
+    """Switch the kernels off for this process, and warn once."""
     global _failure
     if not _failure:
         _failure = why
@@ -294,7 +294,7 @@ def _memory(rows: list[list[int]], layout: _Layout) -> tuple[bool, bool]:
 
 
 def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
-    """Gains of all tensors, then all coordinates."""
+    """Two launches: the gains of all tensors, then the update of all coordinates."""
     config, lr, decay, maximize, warmup, total_steps = settings
     fast, slow, square, base_step, largest, smallest, share, steps, start, gain = map(float, config)
     layout = call.layout
@@ -316,7 +316,7 @@ def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
             base_step, largest, smallest, share, steps,
             PARAM_TYPE=_triton_type(layout.types[0]), UNITS=call.network[1].shape[-1],
             INPUTS=call.network[0].shape[-1], OWN_NETWORKS=call.network[1].dim() - 1,
-            LR_ON_DEVICE=on_device, BLOCK=_MEASURED,
+            LR_ON_DEVICE=on_device, BLOCK=_MEASURE_BLOCK,
         )  # fmt: skip
         kernels.update_kernel[(chunks,)](
             addresses, layout.integers, layout.chunk_tensor, gains, counters, sums,
