@@ -6,7 +6,7 @@ its call of the compiled kernel is prepared once, and a step only checks that no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -99,20 +99,20 @@ def step_group(
     loss: float | Tensor | None,
 ) -> None:
     """One call of the rule for all parameters of one device and one way of sharding."""
-    for (device, groups, sharded), positions in _buckets(group["params"]):
+    for (device, groups, sharded), positions in _buckets(group["params"]).items():
         # Graphs know the sizes of shards as symbols, which cannot be packed: not compiled.
         run = _step_uncompiled if sharded else _step_tensors
         run(optimizer, group, entries, positions, device, groups, loss)
 
 
-def _buckets(params: Sequence[Tensor]) -> Iterator[tuple[Any, list[int]]]:
+def _buckets(params: Sequence[Tensor]) -> dict[Any, list[int]]:
     """Positions of parameters with gradients by device and way of sharding."""
     found: dict[Any, list[int]] = {}
     for position, param in enumerate(params):
         if param.grad is not None:
             where = param.device, shard_groups(param), is_sharded(param)
             found.setdefault(where, []).append(position)
-    return iter(found.items())
+    return found
 
 
 def _step_tensors(
@@ -205,10 +205,12 @@ def bind(
     optimizer: LearnedOptimizer, group: dict[str, Any], entries: list[State]
 ) -> BoundGroup | None:
     """The group's step, if the rule can bind one to its tensors, which have stepped before."""
-    buckets = list(_buckets(group["params"]))
+    if type(optimizer.rule).bind_step is UpdateRule.bind_step:
+        return None
+    buckets = _buckets(group["params"])
     if optimizer.guard is not None or optimizer.rule.needs_loss or len(buckets) != 1:
         return None
-    (_, _, sharded), positions = buckets[0]
+    (((_, _, sharded), positions),) = buckets.items()
     params = [group["params"][position] for position in positions]
     # Of complex numbers a step sees views, which stay behind when the data are replaced.
     if sharded or any(map(Tensor.is_complex, params)):

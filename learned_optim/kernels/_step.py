@@ -89,8 +89,8 @@ def bind(
 
     Returns:
         ``step(grads, lr, decay, maximize, warmup, total_steps)``, which returns what :func:`step_`
-        does. It asks everything again of parameters and gradients. Of states and weights it asks
-        whether they are where they were: the caller replaces no tensor by another.
+        does. It checks parameters and gradients again. Of states and weights it checks the
+        addresses alone: the caller makes sure that they are the same tensors.
     """
     if torch.compiler.is_compiling() or _checks.under_a_mode():
         return None
