@@ -138,8 +138,8 @@ def test_a_kernel_that_fails_its_trial_is_not_used_and_one_warning_says_so(
     assert triton_step_(rule, params, grads, states)  # it passes
     launch = triton_step.launch
 
-    def wrong(kernels: Any, call: Any, **keywords: Any) -> None:
-        launch(kernels, call, **{**keywords, "decay": 0.1})
+    def wrong(kernels: Any, call: Any, settings: StepSettings) -> None:
+        launch(kernels, call, settings._replace(decay=0.1))
 
     monkeypatch.setattr(triton_step, "launch", wrong)
     monkeypatch.setattr(triton_step, "_failure", "")
