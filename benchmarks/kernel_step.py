@@ -2,6 +2,7 @@
 
 python -m benchmarks kernel-step         # for docs/performance.md; a minute on an idle machine
 python -m benchmarks.kernel_step         # prints the tables alone
+python -m benchmarks.kernel_step small   # the 784-20-10 network alone, in a second
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from benchmarks.measure import in_turns, machine
 from benchmarks.step import MILLION, THESIS, mixed, parameters, size_of
 from learned_optim import LearnedOptimizer, kernels
+from learned_optim.rules import UpdateRule
 from learned_optim.rules.horizon import HorizonRule
 from learned_optim.summary import table
 
@@ -33,7 +35,16 @@ class Pure(HorizonRule):
     """The rule without its kernel."""
 
     name = ""
-    step_ = HorizonRule.__mro__[1].step_
+    step_ = UpdateRule.step_
+
+
+class Unbound(HorizonRule):
+    """The rule whose kernel looks at every tensor in every step."""
+
+    name = ""
+
+    def bind_step(self, *_: object) -> None:
+        """None: see :meth:`UpdateRule.bind_step`."""
 
 
 def kernel_step(rule: HorizonRule, params: list[nn.Parameter]) -> Callable[[], None]:
@@ -121,6 +132,14 @@ def in_graphs() -> dict[str, float]:
     return in_turns(found, 300)
 
 
+def small() -> dict[str, float]:
+    """Steps of the 784-20-10 network on one thread, in units of Adam's fused one."""
+    found = subjects(THESIS, pure=False)
+    optimizer = LearnedOptimizer(parameters(THESIS), Unbound(), total_steps=TOTAL_STEPS)
+    best = in_turns(found | {"unbound": optimizer.step}, 3000)
+    return {name: seconds / best["adam"] for name, seconds in best.items()}
+
+
 def markdown(found: dict[str, Any]) -> str:
     """The tables of the page."""
     rows = [
@@ -151,7 +170,13 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("all", "small"), default="all")
+    if parser.parse_args().what == "small":
+        print(machine(), kernels.status(), sep="\n")
+        for _ in range(3):
+            print({name: round(ratio, 2) for name, ratio in small().items()})
+        return
     print(machine(), kernels.status(), markdown(measure()), sep="\n")
     print("784-20-10 network, microseconds of a step, in graphs of torch.compile and out of them:")
     print({name: round(1e6 * seconds) for name, seconds in in_graphs().items()})

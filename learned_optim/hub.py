@@ -1,4 +1,4 @@
-"""Update rules on the Hugging Face Hub: download, upload, and the model card.
+"""Update rules on the Hugging Face Hub: download and upload.
 
 A repository holds ``model.safetensors`` (the checkpoint), ``config.json`` (which rule, for readers
 and for telling a foreign repository before anything large is fetched) and ``README.md`` (the
@@ -8,25 +8,21 @@ card). Only safetensors are ever read, strictly; nothing is unpickled.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from learned_optim._card import model_card, plot_curves
 from learned_optim.checkpoint import (
     FORMAT,
     FORMAT_VERSION,
     READABLE_VERSIONS,
     CheckpointError,
-    as_json,
     save_rule,
 )
 from learned_optim.rules import UpdateRule
-from learned_optim.summary import curve_file, markdown, plot
 
 #: Name of the checkpoint file inside a folder or a Hub repository.
 CHECKPOINT_FILE = "model.safetensors"
@@ -220,7 +216,7 @@ def push_to_hub(
             "fingerprint": rule.fingerprint(),
         }
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        curves = _plot_curves(evaluation, folder) if evaluation else []
+        curves = plot_curves(evaluation, folder) if evaluation else []
         card = model_card(
             rule, repo, record=record, evaluation=evaluation, curves=curves, license=license
         )
@@ -235,196 +231,3 @@ def push_to_hub(
             commit_message=commit_message,
         )
     return str(commit.commit_url)
-
-
-def _plot_curves(evaluation: dict[str, Any], folder: Path) -> list[str]:
-    """Learning curves of every task at the longest horizon as PNGs in ``folder``; their names."""
-    horizon = max(evaluation["protocol"]["horizons"])
-    names = {task: curve_file(task, horizon) for task in evaluation["tasks"]}
-    for task, name in names.items():
-        plot(evaluation, task, horizon, folder / name)
-    return list(names.values())
-
-
-# ---- the card
-
-
-def model_card(
-    rule: UpdateRule,
-    name: str,
-    *,
-    record: dict[str, Any] | None = None,
-    evaluation: dict[str, Any] | None = None,
-    curves: list[str] | None = None,
-    license: str = "mit",
-) -> str:
-    """The model card of a rule: what it was trained on, how it did, its limits and its use.
-
-    Everything on it comes from the arguments; what they do not say, the card says is unknown.
-
-    Args:
-        rule: the rule described.
-        name: the Hub repository ``"user/repo"``, or a path, for the usage example.
-        record: how the rule was made, as :func:`learned_optim.load_record` returns it.
-        evaluation: the summary that ``learned-optim evaluate`` writes.
-        curves: names of image files beside the card.
-        license: as the Hub spells it.
-
-    Returns:
-        Markdown with the Hub's YAML front matter.
-    """
-    record = record or {}
-    sections = [
-        f"# {name.rsplit('/', 1)[-1]}",
-        f"A learned optimizer for PyTorch: an update rule of type `{rule.name}` with "
-        f"{sum(w.numel() for w in rule.parameters()):,} weights{_method(record)}, used in place of "
-        f"`torch.optim.Adam`.",
-        f"## Use\n\n{_usage(rule, name)}",
-        f"## Training\n\n{_training(record)}",
-        f"## Evaluation\n\n{_results(record, evaluation, curves or [])}",
-        f"## Limits\n\n{_limits(rule, record, evaluation)}",
-        f"## Licence\n\n{license}",
-    ]
-    return _front_matter(license) + "\n\n".join(sections) + "\n"
-
-
-def _method(record: dict[str, Any]) -> str:
-    recipe = record.get("recipe")
-    if not recipe:
-        return ""
-    if recipe.get("method") == "evolution":
-        return ", trained by evolution strategies on whole runs"
-    return ", trained by gradient descent"
-
-
-def _front_matter(license: str) -> str:
-    tags = ["learned-optimizer", "meta-learning", "learning-to-optimize", "pytorch"]
-    lines = ["---", f"license: {license}", f"library_name: {FORMAT}", "tags:"]
-    return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---", "", ""])
-
-
-def _usage(rule: UpdateRule, name: str) -> str:
-    told = ", total_steps=10_000" if rule.reads_horizon else ""
-    lines = [
-        "```python",
-        "from learned_optim import LearnedOptimizer",
-        "",
-        "# optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)",
-        f'optimizer = LearnedOptimizer(model.parameters(), "{name}"{told})',
-        "```",
-        "",
-        "`pip install learned-optim`. There is no learning rate to tune: `lr` multiplies the "
-        "update and 1.0 is what the rule was trained for.",
-    ]
-    if rule.reads_horizon:
-        lines.append(
-            "`total_steps` is the number of optimizer steps of the whole run; leave it out if that "
-            "is unknown. No scheduler is needed."
-        )
-    if rule.needs_loss:
-        lines.append("The rule reads the loss: call `optimizer.step(closure)`.")
-    return "\n".join(lines)
-
-
-def _training(record: dict[str, Any]) -> str:
-    recipe = record.get("recipe")
-    if not recipe:
-        return "The checkpoint holds no record of its training."
-    tasks = ", ".join(f"`{task}`" for task in _tasks(recipe)) or "not recorded"
-    rows = [f"- Tasks: {tasks}"]
-    if record.get("data_sets"):
-        rows.append(f"- Image sets: {', '.join(map(str, record['data_sets']))}")
-    known = {
-        "horizon": "Horizon (inner steps of one run)",
-        "truncation": "Inner steps per meta-gradient",
-        "epochs": "Epochs",
-        "runs_per_epoch": "Runs per epoch",
-        "meta_steps": "Meta-steps of evolution strategies",
-        "meta_lr": "Meta-learning rate (Adam)",
-        "seed": "Seed",
-    }
-    rows += [
-        f"- {label}: {recipe[key]:,}" for key, label in known.items() if _is_number(recipe, key)
-    ]
-    if record.get("trained_for"):
-        rows.append(f"- Trained for: {record['trained_for']}")
-    if record.get("commit"):
-        rows.append(f"- Source version: `{record['commit']}`")
-    details = as_json(record, indent=2)
-    return "\n".join(rows) + (
-        f"\n\n<details><summary>Full record</summary>\n\n```json\n{details}\n```\n\n</details>"
-    )
-
-
-def _is_number(data: dict[str, Any], key: str) -> bool:
-    return isinstance(data.get(key), (int, float)) and not isinstance(data[key], bool)
-
-
-def _tasks(recipe: dict[str, Any]) -> list[str]:
-    """Names of the meta-training tasks, whether a recipe has one or a mixture."""
-    task = recipe.get("task", recipe.get("tasks", []))
-    return [task] if isinstance(task, str) else [str(name) for name in task]
-
-
-def _results(record: dict[str, Any], evaluation: dict[str, Any] | None, curves: list[str]) -> str:
-    parts = []
-    if evaluation is not None:
-        # The report's headings go one level down, under the card's own.
-        parts.append(re.sub(r"^#", "##", markdown(evaluation).strip(), flags=re.MULTILINE))
-    parts += [f"![Learning curves: {Path(curve).stem}]({curve})" for curve in curves]
-    behind = (record.get("behind_adamw") or {}).get("last")
-    if isinstance(behind, dict) and _is_number(behind, "mean"):
-        parts.append(
-            f"On validation tasks of its meta-training mixture, the final loss is "
-            f"{math.exp(behind['mean']):.3f} times tuned AdamW's (geometric mean)."
-        )
-    recipe = record.get("recipe") or {}
-    kind = recipe.get("validation_mean", "arithmetic")
-    figures = []
-    if _is_number(record, "validation"):
-        figures.append(("validation", kind, f"{record['validation']:.4g}", ""))
-    test = record.get("test")
-    if isinstance(test, dict):
-        runs = f"test, {test.get('runs', '?')} fresh runs"
-        if test.get("task", recipe.get("task")) != recipe.get("task"):
-            runs += f" of {test['task']}"
-        if _is_number(test, "mean"):
-            spread = f"{test['std']:.4g}" if _is_number(test, "std") else ""
-            figures.append((runs, "arithmetic", f"{test['mean']:.4g}", spread))
-        if _is_number(test, "geometric_mean") and kind == "geometric":
-            figures.append((runs, kind, f"{test['geometric_mean']:.4g}", ""))
-    if figures:
-        steps = _tested_horizon(record)
-        summed = f"loss summed over {steps:,} steps" if steps else "summed loss"
-        rows = [f"| {summed} | mean | value | standard deviation |", "|---|---|---|---|"]
-        parts.append("\n".join([*rows, *(f"| {' | '.join(row)} |" for row in figures)]))
-    return "\n\n".join(parts) or "None was recorded."
-
-
-def _tested_horizon(record: dict[str, Any]) -> int | None:
-    """Inner steps of the runs behind the record's figures, if it says."""
-    recipe = record.get("recipe") or {}
-    return recipe.get("validation_horizon") or recipe.get("horizon")
-
-
-def _limits(rule: UpdateRule, record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
-    recipe = record.get("recipe") or {}
-    unknown = "an unknown number of"
-    trained = f"{recipe['horizon']:,}" if _is_number(recipe, "horizon") else unknown
-    horizons = evaluation["protocol"]["horizons"] if evaluation else []
-    longest = max([*horizons, _tested_horizon(record) or 0])
-    tested = f"{longest:,}" if longest else unknown
-    state = rule.init_state(torch.zeros(64, 64)).values()
-    size = sum(entry.numel() * entry.element_size() for entry in state if entry.dim() > 1) / 64**2
-    seen = f"runs of {trained} steps and tested on runs of {tested}"
-    if not _is_number(recipe, "horizon") and record.get("trained_for"):
-        seen = record["trained_for"]
-    rows = [
-        f"- Trained on {seen}; what it does beyond is unknown.",
-        "- Tasks unlike those it was trained on may train slowly or diverge: compare with a tuned "
-        "Adam first.",
-        f"- State takes {size:,.0f} bytes per parameter in float32 (Adam: 8).",
-    ]
-    if not rule.zero_preserving:
-        rows.append("- Parameters whose gradient stays exactly zero still drift.")
-    return "\n".join(rows)

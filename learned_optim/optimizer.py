@@ -8,23 +8,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from learned_optim import _diagnostics, _groups, _guarded, _saved_state
-from learned_optim._ambient import outliving_inference_mode, plain_arithmetic
+from learned_optim import _diagnostics, _group_step, _groups, _guarded, _saved_state
+from learned_optim._ambient import outliving_inference_mode
 from learned_optim._frozen import FrozenRule, freeze
-from learned_optim._views import (
-    dense,
-    first_row,
-    local,
-    local_grad,
-    real,
-    real_shape,
-    repeat_rows,
-    shard_groups,
-    shard_like,
-)
+from learned_optim._views import dense, local, real, shard_like
 from learned_optim.guard import Guard, GuardAction
 from learned_optim.rules import State, UpdateRule
 from learned_optim.rules._segments import is_sharded
@@ -72,8 +61,8 @@ class LearnedOptimizer(Optimizer):
     Raises:
         TypeError: a learning rate in the place of the rule (``LearnedOptimizer(params, 1e-3)``).
         ValueError: a negative or non-finite learning rate or weight decay, another state dtype, a
-            number of steps that is none, an unknown checkpoint name, an empty parameter list, or
-            a guard over groups of which some maximize and some minimize.
+            ``total_steps`` or ``warmup`` that counts no steps, an unknown checkpoint name, an empty
+            parameter list, or a guard over groups of which some maximize and some minimize.
         FileNotFoundError: a checkpoint file or Hub repository that is not there.
         CheckpointError: a checkpoint that is damaged, foreign or of a newer format.
 
@@ -117,13 +106,15 @@ class LearnedOptimizer(Optimizer):
         _groups.warn_of_small_lr(self.param_groups)
 
     def _use(self, frozen: FrozenRule) -> None:
-        """Run this rule; forget what was derived from another one."""
+        """Make this the rule, and drop what was derived from another one."""
         self._frozen = frozen
         self.rule = frozen.rule
         self._guarded: dict[UpdateRule, _guarded.GuardedRule] = {}
-        self._by_adam = False
-        # Entries of the state in our layout, by group and parameter, and bases of those with rows.
+        self._by_adam = False  # whether the guard lets Adam take the present step
+        # State entries that were brought into our layout, by group and position: a step compares
+        # them with those in ``self.state``, which loading and tools replace.
         self._accepted: list[list[State]] = []
+        self._bound: dict[int, _group_step.BoundGroup | None] = {}
         self._monitor = _groups.HorizonMonitor()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -177,98 +168,33 @@ class LearnedOptimizer(Optimizer):
                 return loss
             self._by_adam = action is GuardAction.ADAM
         for index, group in enumerate(self.param_groups):
-            self._init_group(group)
-            if not _groups.is_zero_without_sync(group["lr"]):
-                self._step_group(index, group, loss)
+            self._step_group(index, group, loss)
         if not torch.compiler.is_compiling():
             self._monitor.watch(self.param_groups, self.state, self.rule)
         return loss
+
+    def _step_group(self, index: int, group: dict[str, Any], loss: float | Tensor | None) -> None:
+        """The bound step of a group; or the general one, after which the group is bound."""
+        frozen = _groups.is_zero_without_sync(group["lr"])
+        compiling = torch.compiler.is_compiling()
+        if not (frozen or compiling):
+            bound = self._bound.get(index)
+            if bound is not None and bound.step_(self, group):
+                return
+        self._init_group(group)
+        if frozen:
+            return
+        entries = self._accepted[index]
+        _group_step.step_group(self, group, entries, loss)
+        if not compiling:
+            self._bound[index] = _group_step.bind(self, group, entries)
 
     def _init_group(self, group: dict[str, Any]) -> None:
         """Create missing state. torch.compile runs a method of this name instead of tracing it."""
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
         while len(self._accepted) <= index:
             self._accepted.append([])
-        entries = self._accepted[index]
-        for position, param in enumerate(group["params"]):
-            if len(entries) <= position:
-                entries.append({})
-            if param.grad is None:
-                continue
-            if param.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"LearnedOptimizer does not support sparse gradients, and a parameter of shape "
-                    f"{tuple(param.shape)} has one of layout {param.grad.layout}: use sparse=False "
-                    f"in the embedding, or give that parameter to torch.optim.SparseAdam"
-                )
-            state = self.state[param]
-            rule = self._rule_for(param)
-            if "step" not in state:
-                state.update({**self._init_state(param), **state})
-            for key in rule.state_keys:
-                if state[key] is not entries[position].get(key):
-                    self._accept(param, key, entries[position])
-
-    def _accept(self, param: Tensor, key: str, entries: State) -> None:
-        """Bring a new state entry, a fresh or loaded one or what a tool left, into our layout."""
-        state, shape = self.state[param], real_shape(param)
-        with outliving_inference_mode():
-            if key in self._rule_for(param).tensor_state:
-                # The step writes to (k,), of which the state has a view with the parameter's rows.
-                entries[f"{key} base"] = first_row(state[key], shape).clone()
-                state[key] = repeat_rows(entries[f"{key} base"], shape)
-            elif not is_sharded(param):
-                state[key] = dense(state[key])
-        entries[key] = state[key]
-
-    def _step_group(self, index: int, group: dict[str, Any], loss: float | Tensor | None) -> None:
-        """One call of the rule for all parameters of one device and one way of sharding."""
-        together: dict[Any, list[int]] = {}
-        for position, param in enumerate(group["params"]):
-            if param.grad is not None:
-                where = param.device, shard_groups(param), is_sharded(param)
-                together.setdefault(where, []).append(position)
-        for (device, groups, sharded), positions in together.items():
-            # Graphs know the sizes of shards as symbols, which cannot be packed: not compiled.
-            run = self._step_uncompiled if sharded else self._step_tensors
-            run(index, group, positions, device, groups, loss)
-
-    def _step_tensors(
-        self,
-        index: int,
-        group: dict[str, Any],
-        positions: list[int],
-        device: torch.device,
-        groups: tuple[Any, ...],
-        loss: float | Tensor | None,
-    ) -> None:
-        params = [group["params"][position] for position in positions]
-        rule = self._rule_for(params[0])
-        states: list[Any] = [self.state[param] for param in params]
-        if rule.tensor_state:
-            entries = [self._accepted[index][position] for position in positions]
-            states = [
-                {**state, **{key: own[f"{key} base"] for key in rule.tensor_state}}
-                for state, own in zip(states, entries, strict=True)
-            ]
-        if is_sharded(params[0]):
-            states = [{k: local(v) for k, v in state.items()} for state in states]
-        with plain_arithmetic({device.type}):
-            rule.step_(
-                [real(local(param)) for param in params],
-                [real(local_grad(param.grad, param)) for param in params],
-                states,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
-                warmup=group["warmup"],
-                loss=_groups.seen_loss(rule, loss, device) if self.rule.needs_loss else None,
-                total_steps=group["total_steps"],
-                shapes=[real_shape(param) for param in params],
-                shard_groups=groups,
-            )
-
-    _step_uncompiled = _disable_dynamo(torch.no_grad()(_step_tensors))
+        _group_step.init_group(self, group, self._accepted[index])
 
     def _rule_for(self, param: Tensor) -> UpdateRule:
         """The rule with its weights on ``param``'s device, and the guard's around it."""

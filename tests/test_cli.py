@@ -385,6 +385,29 @@ class Mine(UpdateRule):
 """
 
 
+# One process imports everything and forks those that run a command each.
+IN_CHILDREN = """
+import json, os, sys, tempfile
+from learned_optim.cli import main
+printed = {}
+for name, arguments in json.loads(sys.argv[1]).items():
+    with tempfile.TemporaryFile("w+") as file:
+        child = os.fork()
+        if not child:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            sys.path.insert(0, "")
+            status = main(arguments)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        os.waitpid(child, 0)
+        file.seek(0)
+        printed[name] = file.read()
+print(json.dumps(printed))
+"""
+
+
 def test_rules_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -403,20 +426,23 @@ def test_rules_of_ones_own(
     assert main(["train", "quadratic", "--rule", reference, "--help-all"]) == 0
     capsys.readouterr()
 
-    def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
-        return subprocess.run(
-            [sys.executable, "-m", "learned_optim", *arguments],
-            env=env, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
-    assert process("train", "run").stdout.endswith("wrote run/run.safetensors\n")
-    refused = process("show", "run")
-    assert "unknown update rule 'mine-of-cli'; known: " in refused.stderr
-    assert "--rules MODULE" in refused.stderr
-    shown = process("--rules", "rules_of_mine", "show", "run")
-    assert json.loads(shown.stdout)["rule"] == "mine-of-cli"
-    assert "mine-of-cli" in process("list", "--rules", "rules_of_mine").stdout
+    commands = {
+        "train": ["train", "run"],
+        "refused": ["show", "run"],
+        "shown": ["--rules", "rules_of_mine", "show", "run"],
+        "listed": ["list", "--rules", "rules_of_mine"],
+    }
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_CHILDREN, json.dumps(commands)],
+        env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    printed = json.loads(done.stdout)
+    assert printed["train"].endswith("wrote run/run.safetensors\n")
+    assert "unknown update rule 'mine-of-cli'; known: " in printed["refused"]
+    assert "--rules MODULE" in printed["refused"]
+    assert json.loads(printed["shown"])["rule"] == "mine-of-cli"
+    assert "mine-of-cli" in printed["listed"]
     assert main(["list", "--rules"]) == 1
     assert "--rules takes a module" in said(capsys)
     assert main(["list", "--rules", "rules_of_nobody"]) == 1

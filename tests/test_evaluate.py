@@ -15,7 +15,7 @@ from conftest import random_rule
 from PIL import Image
 
 from learned_optim import save_rule
-from learned_optim.hub import _plot_curves
+from learned_optim._card import plot_curves
 from learned_optim.meta import DataOptions, EvaluateConfig, Evaluation, build_tasks, runs
 from learned_optim.meta import evaluate as evaluate_module
 from learned_optim.meta.baselines import BASELINES, LR_GRID, make_baseline
@@ -633,7 +633,7 @@ def test_tasks_of_two_modules_have_their_own_plots(
     assert [path.name for path in write_report(summary, tmp_path)] == [
         "table.md", "own_tasks_b.quadratic-20.png", "own_tasks_c.quadratic-20.png",
     ]  # fmt: skip
-    assert _plot_curves(summary, tmp_path) == [
+    assert plot_curves(summary, tmp_path) == [
         "own_tasks_b.quadratic-20.png", "own_tasks_c.quadratic-20.png",
     ]  # fmt: skip
 

@@ -426,18 +426,24 @@ def train(dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
 def test_the_optimizer_uses_it(
     state_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, step_ = [], kernels.step_
+    calls: list[tuple[str, bool]] = []
 
-    def recorded(*arguments: Any, **keywords: Any) -> bool:
-        calls.append(step_(*arguments, **keywords))
-        return calls[-1]
+    def recorded(name: str, step: Any) -> Any:
+        def run(*arguments: Any, **keywords: Any) -> bool:
+            calls.append((name, step(*arguments, **keywords)))
+            return calls[-1][1]
 
-    monkeypatch.setattr(kernels, "step_", recorded)
+        return run
+
+    step_, bind = kernels.step_, kernels.bind
+    monkeypatch.setattr(kernels, "step_", recorded("first", step_))
+    monkeypatch.setattr(kernels, "bind", lambda *a, **k: recorded("bound", bind(*a, **k)))
     options: dict[str, Any] = {"weight_decay": 1.0, "warmup": 3, "total_steps": 9}
     options["state_dtype"] = state_dtype
     ours = train(**options)
-    assert calls == [True] * 4
+    assert calls == [("first", True), *[("bound", True)] * 3]
     monkeypatch.setattr(kernels, "step_", lambda *a, **k: False)
+    monkeypatch.setattr(kernels, "bind", lambda *a, **k: None)
     tolerance = 1e-6 if state_dtype is None else 1e-3
     torch.testing.assert_close(ours, train(**options), rtol=0, atol=tolerance)
 

@@ -22,6 +22,7 @@ from test_kernels import (
 from torch import Tensor
 
 from learned_optim.kernels import _checks, _trial, triton_step
+from learned_optim.kernels._call import StepSettings, StepTensors
 from learned_optim.rules.horizon import HorizonRule
 
 SHAPES = [(5, 7), (), (0, 3), (33,), (triton_step.CHUNK + 5,), (2, triton_step.CHUNK)]
@@ -30,13 +31,10 @@ SHAPES = [(5, 7), (), (0, 3), (33,), (triton_step.CHUNK + 5,), (2, triton_step.C
 def triton_step_(
     rule: HorizonRule, params: list[Tensor], grads: list[Tensor], states: Any, **keywords: Any
 ) -> bool:
-    options: dict[str, Any] = {
-        "lr": 1.0, "lr_scales": None, "decay": 0.0, "maximize": False, "warmup": 0,
-        "total_steps": 0.0, "shapes": None,
-    }  # fmt: skip
-    return triton_step.step_(
-        rule._network(), params, grads, states, config=rule.kernel_config(), **options | keywords
+    tensors = StepTensors(
+        rule._network(), params, grads, states, lr_scales=keywords.pop("lr_scales", None)
     )
+    return triton_step.step_(tensors, StepSettings(rule.kernel_config(), **keywords))
 
 
 @pytest.fixture
@@ -140,8 +138,8 @@ def test_a_kernel_that_fails_its_trial_is_not_used_and_one_warning_says_so(
     assert triton_step_(rule, params, grads, states)  # it passes
     launch = triton_step.launch
 
-    def wrong(kernels: Any, call: Any, **keywords: Any) -> None:
-        launch(kernels, call, **{**keywords, "decay": 0.1})
+    def wrong(kernels: Any, call: Any, settings: StepSettings) -> None:
+        launch(kernels, call, settings._replace(decay=0.1))
 
     monkeypatch.setattr(triton_step, "launch", wrong)
     monkeypatch.setattr(triton_step, "_failure", "")

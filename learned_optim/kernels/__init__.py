@@ -7,7 +7,7 @@ rounding. ``LEARNED_OPTIM_KERNELS=0`` in the environment switches them off.
 """
 
 from learned_optim.kernels import _library, triton_step
-from learned_optim.kernels._step import step_
+from learned_optim.kernels._step import bind, step_
 
 
 def status(device_type: str = "cpu") -> str:
@@ -19,4 +19,4 @@ def status(device_type: str = "cpu") -> str:
     return f"missing: no kernel for {device_type!r}"
 
 
-__all__ = ["status", "step_"]
+__all__ = ["bind", "status", "step_"]

@@ -1,4 +1,4 @@
-"""Which tensors a kernel takes, whichever it is."""
+"""Which tensors the kernels take, and what the shapes of the parameters say."""
 
 from __future__ import annotations
 
@@ -16,33 +16,28 @@ PARAM_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STATE_TYPES = (torch.float32, torch.bfloat16)
 OUTPUTS = 5
 INPUTS = (21, 22)  # without and with the trust
-_PLAIN = {Tensor, nn.Parameter}
+PLAIN = {Tensor, nn.Parameter}
 
-is_cpu, is_cuda, dtype_of = attrgetter("is_cpu"), attrgetter("is_cuda"), attrgetter("dtype")
+is_cpu, is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
+dtype_of, shape_of = attrgetter("dtype"), attrgetter("shape")
 #: Entries of a tensor's state, in the order of a call.
 STATE_KEYS = ("fast", "slow", "square", "stats", "step")
 state_entries = itemgetter(*STATE_KEYS)
 
 
-def addresses_of(
-    tensors: list[Tensor], m: int, is_here: Callable[[Tensor], bool]
-) -> list[int] | None:
-    """Where the tensors begin, ``m`` parameters and gradients first; ``None`` for unusual ones.
+def addresses_of(tensors: Sequence[Tensor], is_here: Callable[[Tensor], bool]) -> list[int] | None:
+    """Where the tensors begin; ``None`` if any is a subclass's, elsewhere or not contiguous.
 
     Args:
-        tensors: all tensors of a call.
-        m: number of parameters.
+        tensors: some tensors of a call.
         is_here: whether a tensor is on the kernel's kind of device.
     """
-    if not {*map(type, tensors)} <= _PLAIN:
+    if not {*map(type, tensors)} <= PLAIN:
         return None
     try:
         addresses = list(map(Tensor.data_ptr, tensors))
         usual = all(map(is_here, tensors)) and all(map(Tensor.is_contiguous, tensors))
     except RuntimeError:  # a layout without strides
-        return None
-    # Anybody may make parameters and gradients, so these may have any of torch's peculiarities.
-    if any(map(Tensor.is_neg, tensors[: 2 * m])) or any(map(Tensor.is_inference, tensors[:m])):
         return None
     return addresses if usual else None
 
@@ -77,11 +72,11 @@ def takes_network(m: int, network: Sequence[torch.Size], most_units: int) -> boo
 
 
 def constants_of(shapes: Sequence[torch.Size], largest_scale: float) -> list[float]:
-    """What the shape of each tensor says of it, four numbers, the last a multiplier of ``lr``."""
+    """Four numbers per parameter: initial scale, log fan-in, is-vector, multiplier of ``lr``."""
     constants: list[float] = []
     for shape in shapes:
-        natural = min(init_scale(shape), largest_scale)
-        constants += [natural, math.log(fan_in(shape)), float(len(shape) < 2), 1.0]
+        scale = min(init_scale(shape), largest_scale)
+        constants += [scale, math.log(fan_in(shape)), float(len(shape) < 2), 1.0]
     return constants
 
 
@@ -89,6 +84,6 @@ def increment_versions(params: Sequence[Tensor]) -> None:
     """A graph that saved a parameter must notice that it changed."""
     try:
         torch._C._increment_version(params)
-    except TypeError:  # before torch 2.5, one tensor at a time
+    except (RuntimeError, TypeError):  # before torch 2.5, one tensor at a time
         for param in params:
             torch._C._increment_version(param)

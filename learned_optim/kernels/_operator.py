@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from learned_optim.kernels import _checks, _cpu, _library
+from learned_optim.kernels._call import StepSettings, StepTensors
 
 _PLAIN = (Tensor, nn.Parameter)
 _MOST_UNITS = _library.SIZES[-1]
@@ -46,20 +46,9 @@ def _step_(
         dict(zip(_checks.STATE_KEYS, own, strict=True))
         for own in zip(fast, slow, square, stats, steps, strict=True)
     ]
-    if not _cpu.step_(
-        network,
-        params,
-        [grad.contiguous() for grad in grads],  # inside a graph they may have any strides
-        states,
-        config=config,
-        lr=rate,
-        lr_scales=None,
-        decay=decay,
-        maximize=maximize,
-        warmup=warmup,
-        total_steps=total_steps,
-        shapes=None,
-    ):
+    grads = [grad.contiguous() for grad in grads]  # inside a graph they may have any strides
+    settings = StepSettings(config, rate, decay, maximize, warmup, total_steps)
+    if not _cpu.step_(StepTensors(network, params, grads, states), settings):
         raise RuntimeError(
             "the compiled step refuses these tensors, whose memory overlaps or is not aligned: "
             "call the optimizer's step() outside of torch.compile, or set LEARNED_OPTIM_KERNELS=0"
@@ -78,30 +67,18 @@ _operator: Any = torch.library.custom_op(
 _operator.register_fake(lambda *_: None)
 
 
-def step_(
-    network: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    *,
-    config: Sequence[float],
-    lr: float | Tensor,
-    lr_scales: Sequence[float] | None,
-    decay: float,
-    maximize: bool,
-    warmup: int,
-    total_steps: float,
-    shapes: Sequence[torch.Size] | None,
-) -> bool:
+def step_(tensors: StepTensors, settings: StepSettings) -> bool:
     """See :func:`learned_optim.kernels.step_`, while a graph is traced."""
+    network, params, grads, states, shapes, lr_scales = tensors
+    config, lr, decay, maximize, warmup, total_steps = settings
     columns = [[state[key] for state in states] for key in _checks.STATE_KEYS]
-    tensors = [*params, *grads, *(tensor for column in columns for tensor in column), *network]
+    every = [*params, *grads, *(tensor for column in columns for tensor in column), *network]
     m = len(params)
-    if not all(type(t) in _PLAIN and t.device.type == "cpu" for t in tensors):
+    if not all(type(t) in _PLAIN and t.device.type == "cpu" for t in every):
         return False
-    if not all(t.layout is torch.strided for t in tensors):
+    if not all(t.layout is torch.strided for t in every):
         return False
-    if not all(t.is_contiguous() for t in [*params, *tensors[2 * m :]]):
+    if not all(t.is_contiguous() for t in [*params, *every[2 * m :]]):
         return False
     if any(param.shape != grad.shape for param, grad in zip(params, grads, strict=True)):
         return False
@@ -109,12 +86,11 @@ def step_(
         return False
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1):
         return False
-    if not _checks.takes_dtypes(m, [t.dtype for t in tensors]) or len(config) != 10:
+    if not _checks.takes_dtypes(m, [t.dtype for t in every]) or len(config) != 10:
         return False
-    if (
-        not _checks.takes_network(m, [weight.shape for weight in network], _MOST_UNITS)
-        or not _usable()
-    ):
+    if not _checks.takes_network(m, [weight.shape for weight in network], _MOST_UNITS):
+        return False
+    if not _usable():
         return False
     if not isinstance(lr, Tensor):  # one graph for all of them
         lr = torch.ones((), dtype=torch.float64, device="cpu") * lr

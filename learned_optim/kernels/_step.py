@@ -1,14 +1,14 @@
-"""The way of a call to the kernel of its device."""
+"""Dispatches a step to the kernel of its device."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from learned_optim.kernels import _checks, _cpu, _operator, triton_step
+from learned_optim.kernels._call import StepSettings, StepTensors, is_horizon
 
 
 def step_(
@@ -47,14 +47,17 @@ def step_(
         warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``.
         total_steps: length of the run; ``None`` if it is unknown.
         shapes: of the parameters, if they are flattened.
+
+    Raises:
+        ValueError: there are not as many gradients or states as parameters.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and _checks.under_a_mode():
         return False
-    m, total = len(params), 0.0 if total_steps is None else total_steps
+    m = len(params)
     if m == 0:
         return True
-    if isinstance(total, Tensor) or (total_steps is not None and not 0 < total < math.inf):
+    if not is_horizon(total_steps):
         return False
     if len(grads) != m or len(states) != m:
         raise ValueError(f"{m} parameters need as many gradients and states")
@@ -68,16 +71,47 @@ def step_(
     else:
         return False
     return kernel(
-        network,
-        params,
-        grads,
-        states,
-        config=config,
-        lr=lr,
-        lr_scales=lr_scales,
-        decay=decay,
-        maximize=maximize,
-        warmup=warmup,
-        total_steps=total,
-        shapes=shapes,
+        StepTensors(network, params, grads, states, shapes, lr_scales),
+        StepSettings(config, lr, decay, maximize, warmup, total_steps or 0.0),
     )
+
+
+def bind(
+    network: Sequence[Tensor],
+    params: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    *,
+    config: Sequence[float],
+) -> Callable[..., bool] | None:
+    """:func:`step_` of these tensors, for many steps; ``None`` where it refuses them, or on a GPU.
+
+    Arguments are those of :func:`step_`.
+
+    Returns:
+        ``step(grads, lr, decay, maximize, warmup, total_steps)``, which returns what :func:`step_`
+        does. It checks parameters and gradients again. Of states and weights it checks the
+        addresses alone: the caller makes sure that they are the same tensors.
+    """
+    if torch.compiler.is_compiling() or _checks.under_a_mode():
+        return None
+    if not params or not params[0].is_cpu:
+        return None
+    bound = _cpu.bind(StepTensors(network, params, (), states), config[4])
+    if bound is None:
+        return None
+
+    def step(
+        grads: Sequence[Tensor],
+        lr: float | Tensor,
+        decay: float,
+        maximize: bool,
+        warmup: int,
+        total_steps: float | None,
+    ) -> bool:
+        if _checks.under_a_mode() or not is_horizon(total_steps):
+            return False
+        return bound.run(
+            grads, StepSettings(config, lr, decay, maximize, warmup, total_steps or 0.0)
+        )
+
+    return step

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from learned_optim.kernels import _cpu, _library, triton_step
+from learned_optim.kernels._call import StepSettings, StepTensors
 
 _passed: dict[Hashable, bool] = {}
 #: Deviations from the CPU's kernel allowed in a trial: rounding, of half types for the most part.
@@ -17,7 +17,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 
 
 def passed(kernels: ModuleType, call: triton_step.Call, config: Sequence[float]) -> bool:
-    """Whether calls of this kind do right; found out at the first one, which has to wait for it."""
+    """True if calls of these dtypes and this network agree with the CPU's kernel; tried once."""
     network, device, types = call.network, call.layout.integers.device, call.layout.types
     key = device, types, network[1].shape, network[0].shape[-1]
     if key not in _passed:
@@ -60,21 +60,18 @@ def _try(
     host, on_host = draw(0.1), [_fresh_state(shape, types[1]) for shape in shapes]
     own = [param.to(device, copy=True) for param in host]
     on_device = [{k: v.to(device, copy=True) for k, v in state.items()} for state in on_host]
-    options: dict[str, Any] = {
-        "config": config, "lr": 1.0, "decay": 1e-3, "maximize": False, "warmup": 2,
-        "total_steps": 9.0,
-    }  # fmt: skip
+    options = StepSettings(config, lr=1.0, decay=1e-3, warmup=2, total_steps=9.0)
     compared = _library.loaded()[0] is not None  # asked without a warning: nobody misses it here
     for _ in range(3):
         grads = draw(1.0)
         moved = [grad.to(device) for grad in grads]
-        call = triton_step.prepare(network, own, moved, on_device, shapes, None)
+        call = triton_step.prepare(StepTensors(network, own, moved, on_device, shapes))
         if call is None:
             raise ArithmeticError("the trial's tensors were refused")
-        triton_step.launch(kernels, call, **options)
+        triton_step.launch(kernels, call, options)
         weights = [weight.to("cpu") for weight in network]
         compared = compared and _cpu.step_(
-            weights, host, grads, on_host, lr_scales=None, shapes=shapes, **options
+            StepTensors(weights, host, grads, on_host, shapes), options
         )
     tolerance = _TOLERANCE.get(types[0], 5e-2)
     tolerance = tolerance if types[1] is torch.float32 else max(tolerance, 5e-2)

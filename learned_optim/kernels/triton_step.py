@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from learned_optim.kernels import _build, _checks
+from learned_optim.kernels._call import StepSettings, StepTensors
 from learned_optim.kernels._library import SIZES
 
 # Coordinates of a program, and of one pass of its loop.
 CHUNK, BLOCK = 4096, 512
-_MEASURED = 1024  # coordinates of one pass of the loop that measures a new tensor
+_MEASURE_BLOCK = 1024  # coordinates of one pass of the loop that measures a new tensor
 _ROW = 16  # of gains and of sums
 *_, STATS, _MOST_UNITS = SIZES
 # In the interpreter a kernel runs on the CPU.
@@ -59,7 +60,7 @@ def loaded() -> tuple[ModuleType | None, str]:
 
 
 def fail(why: str) -> None:
-    """Use the kernels no longer, and say so once."""
+    """Switch the kernels off for this process, and warn once."""
     global _failure
     if not _failure:
         _failure = why
@@ -108,64 +109,31 @@ _tables = _Cache[tuple[Tensor, bool] | None]()
 _captured: list[_Layout] = []  # graphs read their tables for as long as they are replayed
 
 
-def step_(
-    network: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    *,
-    config: Sequence[float],
-    lr: float | Tensor,
-    lr_scales: Sequence[float] | None,
-    decay: float,
-    maximize: bool,
-    warmup: int,
-    total_steps: float,
-    shapes: Sequence[torch.Size] | None,
-) -> bool:
-    """See :func:`learned_optim.kernels.step_`; ``total_steps`` is 0 if it is unknown.
+def step_(tensors: StepTensors, settings: StepSettings) -> bool:
+    """See :func:`learned_optim.kernels.step_`.
 
     Parameters of several dtypes take two launches for each.
     """
     from learned_optim.kernels import _trial  # it runs what is here
 
     kernels, _ = loaded()
-    if kernels is None or not _takes_lr(lr, params[0].device):
+    if kernels is None or not _takes_lr(settings.lr, tensors.params[0].device):
         return False
-    keywords: dict[str, Any] = {
-        "config": config,
-        "lr": lr,
-        "decay": decay,
-        "maximize": maximize,
-        "warmup": warmup,
-        "total_steps": total_steps,
-    }
-    shapes = [param.shape for param in params] if shapes is None else list(shapes)
     calls = []
-    for chosen in _by_types(params, states):
-        weights = network
-        if network[1].dim() > 1:  # a network for each tensor
-            weights = [weight[chosen] for weight in network]
-        call = prepare(
-            weights,
-            [params[i] for i in chosen],
-            [grads[i] for i in chosen],
-            [states[i] for i in chosen],
-            tuple(shapes[i] for i in chosen),
-            None if lr_scales is None else tuple(lr_scales[i] for i in chosen),
-        )
-        if call is None or not _trial.passed(kernels, call, config):
+    for chosen in _by_types(tensors.params, tensors.states):
+        call = prepare(_subset(tensors, chosen))
+        if call is None or not _trial.passed(kernels, call, settings.config):
             return False
         calls.append(call)
     for index, call in enumerate(calls):
         try:
-            launch(kernels, call, **keywords)
+            launch(kernels, call, settings)
         except Exception as error:  # of the compiler: nothing was launched
             if index:
                 raise
             fail(f"{type(error).__name__}: {error}")
             return False
-    _checks.increment_versions(params)
+    _checks.increment_versions(tensors.params)
     return True
 
 
@@ -183,6 +151,21 @@ def _by_types(
     for index, (param, state) in enumerate(zip(params, states, strict=True)):
         found.setdefault((param.dtype, state["fast"].dtype), []).append(index)
     return found.values()
+
+
+def _subset(tensors: StepTensors, chosen: list[int]) -> StepTensors:
+    """The call of some of the parameters."""
+    network, params, grads, states, shapes, lr_scales = tensors
+    if network[1].dim() > 1:  # a network for each tensor
+        network = [weight[chosen] for weight in network]
+    return StepTensors(
+        network,
+        [params[i] for i in chosen],
+        [grads[i] for i in chosen],
+        [states[i] for i in chosen],
+        tuple(params[i].shape if shapes is None else shapes[i] for i in chosen),
+        None if lr_scales is None else tuple(lr_scales[i] for i in chosen),
+    )
 
 
 # ---- one call
@@ -205,21 +188,19 @@ class Call:
     aligned: bool
 
 
-def prepare(
-    network: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    shapes: tuple[torch.Size, ...],
-    lr_scales: tuple[float, ...] | None,
-) -> Call | None:
-    """The call; ``None`` for tensors that the kernels do not take."""
+def prepare(call: StepTensors) -> Call | None:
+    """The launches of parameters of one dtype; ``None`` for tensors the kernels do not take."""
+    network, params, grads, states, shapes, lr_scales = call
     m, device = len(params), params[0].device
     own = zip(*map(_checks.state_entries, states), strict=True)
     tensors = [*params, *grads, *chain(*own), *network]
-    addresses = _checks.addresses_of(tensors, m, is_here)
+    addresses = _checks.addresses_of(tensors, is_here)
     if addresses is None or any(tensor.device != device for tensor in tensors):
         return None
+    if any(map(Tensor.is_neg, tensors[: 2 * m])) or any(map(Tensor.is_inference, params)):
+        return None
+    shapes = tuple([param.shape for param in params] if shapes is None else shapes)
+    lr_scales = None if lr_scales is None else tuple(lr_scales)
     capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
     dtypes, weights = tuple(tensor.dtype for tensor in tensors), tuple(w.shape for w in network)
     key = shapes, dtypes, weights, lr_scales, device
@@ -312,18 +293,9 @@ def _memory(rows: list[list[int]], layout: _Layout) -> tuple[bool, bool]:
     return True, not bool((begin[:, :5][used[:, :5]] % 16).any())
 
 
-def launch(
-    kernels: ModuleType,
-    call: Call,
-    *,
-    config: Sequence[float],
-    lr: float | Tensor,
-    decay: float,
-    maximize: bool,
-    warmup: int,
-    total_steps: float,
-) -> None:
-    """Gains of all tensors, then all coordinates."""
+def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
+    """Two launches: the gains of all tensors, then the update of all coordinates."""
+    config, lr, decay, maximize, warmup, total_steps = settings
     fast, slow, square, base_step, largest, smallest, share, steps, *trust = map(float, config)
     layout = call.layout
     m, chunks, device = len(layout.integers), len(layout.chunk_tensor), layout.integers.device
@@ -344,7 +316,7 @@ def launch(
             base_step, largest, smallest, share, steps,
             PARAM_TYPE=_triton_type(layout.types[0]), UNITS=call.network[1].shape[-1],
             INPUTS=call.network[0].shape[-1], OWN_NETWORKS=call.network[1].dim() - 1,
-            LR_ON_DEVICE=on_device, BLOCK=_MEASURED,
+            LR_ON_DEVICE=on_device, BLOCK=_MEASURE_BLOCK,
         )  # fmt: skip
         kernels.update_kernel[(chunks,)](
             addresses, layout.integers, layout.chunk_tensor, gains, counters, sums,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -11,34 +10,10 @@ from torch import Tensor
 
 from learned_optim.rules import _registry, _step
 from learned_optim.rules._config import ConfiguredModule, RuleConfig
+from learned_optim.rules._context import BoundStep, State, StepContext
 from learned_optim.rules._segments import Product, Segments
 
-State = dict[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepContext:
-    """What a rule may know of a step besides gradients, state and parameters.
-
-    Attributes:
-        step: number of earlier updates of each tensor, in the rule's dtype, shape ``(m,)``.
-        loss: the loss at the parameters, shape ``()`` or, one per tensor, ``(m,)``; ``None``
-            unless the rule has :attr:`UpdateRule.needs_loss`.
-        total_steps: length of the run that the optimizer was told, a number or a tensor of shape
-            ``()`` or ``(m,)``; ``None`` if it is unknown.
-    """
-
-    step: Tensor
-    loss: Tensor | None = None
-    total_steps: float | Tensor | None = None
-
-    def of(self, tensors: slice) -> StepContext:
-        """The context of some of the tensors."""
-
-        def part(value: Any) -> Any:
-            return value[tensors] if isinstance(value, Tensor) and value.dim() else value
-
-        return StepContext(self.step[tensors], part(self.loss), part(self.total_steps))
+__all__ = ["BoundStep", "State", "StepContext", "UpdateRule"]
 
 
 class UpdateRule(ConfiguredModule):
@@ -299,3 +274,15 @@ class UpdateRule(ConfiguredModule):
             warmup=warmup, loss=loss, total_steps=total_steps, shapes=shapes,
             shard_groups=shard_groups,
         )  # fmt: skip
+
+    def bind_step(self, params: Sequence[Tensor], states: Sequence[State]) -> BoundStep | None:
+        """:meth:`step_` of these very tensors, if the rule can prepare a faster one.
+
+        The optimizer calls it instead while parameters and state entries are the same objects. A
+        subclass that overrides :meth:`step_` must not inherit another one's.
+
+        Args:
+            params: whole, real tensors of one device.
+            states: as for :meth:`step_`.
+        """
+        return None

@@ -21,18 +21,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from learned_optim import kernels
 from learned_optim.rules import _history as history
-from learned_optim.rules._base import State, StepContext, UpdateRule
+from learned_optim.rules._base import State, StepContext
 from learned_optim.rules._config import ADDED, RuleConfig
 from learned_optim.rules._features import TINY, bias_correction, largest_momentum, momentum_before
+from learned_optim.rules._kernel_rule import KernelRule
 from learned_optim.rules._segments import Product, Segments
-from learned_optim.rules._step import DECAY_UNIT
 
 DIRECTIONS = 4
 # The gradient in units of r is cut off here; the momenta need no such bound.
@@ -89,7 +87,7 @@ class HorizonConfig(RuleConfig):
         return self.trust_start < 0
 
 
-class HorizonRule(UpdateRule):
+class HorizonRule(KernelRule):
     """Per-tensor gains of four Adam-like directions, with a built-in schedule.
 
     With ``f``, ``s`` the bias-corrected momenta, ``g`` the gradient and ``r`` the coordinate's root
@@ -233,53 +231,6 @@ class HorizonRule(UpdateRule):
             gains.append(-self._rate(now, stats) * step * mix)
             stats = history.next_stats(now, stats, self._trust)
         return torch.stack(gains), {"stats": stats}
-
-    # ---- the step in place
-
-    def step_(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-        warmup: int = 0,
-        loss: Tensor | None = None,
-        total_steps: float | None = None,
-        shapes: Sequence[torch.Size] | None = None,
-        shard_groups: tuple[Any, ...] = (),
-    ) -> None:
-        """See :meth:`UpdateRule.step_`: the device's kernel where it can, else the pure form."""
-        if shard_groups or not kernels.step_(
-            self._network(), params, grads, states, config=self.kernel_config(), lr=lr,
-            decay=DECAY_UNIT * weight_decay, maximize=maximize, warmup=warmup,
-            total_steps=total_steps, shapes=shapes,
-        ):  # fmt: skip
-            super().step_(
-                params, grads, states, lr=lr, weight_decay=weight_decay, maximize=maximize,
-                warmup=warmup, loss=loss, total_steps=total_steps, shapes=shapes,
-                shard_groups=shard_groups,
-            )  # fmt: skip
-
-    def _network(self) -> list[Tensor]:
-        """All weights in the kernel's order, without nn.Module's slow attribute access."""
-        modules: Any = self._modules
-        hidden, readout, direct = (
-            modules[name]._parameters for name in ("hidden", "readout", "direct")
-        )
-        biased = [hidden["weight"], hidden["bias"], readout["weight"], readout["bias"]]
-        return [*biased, direct["weight"]]
-
-    def kernel_config(self) -> tuple[float, ...]:
-        """What the kernel takes as ``config``."""
-        cfg = self.config
-        return (
-            cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
-            cfg.smallest_share, cfg.warmup_share, cfg.warmup_steps, cfg.trust_start,
-            cfg.trust_gain, cfg.trust_later_gain,
-        )  # fmt: skip
 
     # ---- what is computed of whole tensors
 

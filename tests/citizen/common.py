@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import sys
 from typing import NoReturn
@@ -24,11 +26,14 @@ from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 #: Registered rules without a network, which descend as they are.
 CLASSICAL = [name for name in rule_names() if rule_class(name).rows == "none"]
 SHIPPED = [f"checkpoint:{name}" for name in list_pretrained() if name not in ALIASES]
-#: Every registered rule, an LSTM that is known to descend, a rule with per-tensor statistics, and
-#: every shipped checkpoint.
-ALL_RULES = [*rule_names(), "lstm-descending", "normalized", *SHIPPED]
+#: The last shipped checkpoint of every kind of rule, by the rule's name: what an optimizer does
+#: depends on the kind. Weights of every checkpoint are in tests/test_pinned_checkpoints.py.
+TRAINED = {load_rule(name.removeprefix("checkpoint:")).name: name for name in SHIPPED}
+#: Every registered rule, with trained weights where some are shipped, an LSTM that is known to
+#: descend, and a rule with per-tensor statistics.
+ALL_RULES = [*(TRAINED.get(name, name) for name in rule_names()), "lstm-descending", "normalized"]
 #: Those of which it may be asked that a loss goes down.
-DESCENDING_RULES = [*CLASSICAL, "lstm-descending", "normalized", *SHIPPED]
+DESCENDING_RULES = [*CLASSICAL, "lstm-descending", "normalized", *TRAINED.values()]
 
 # Every registered rule with per-tensor statistics must reduce them over shards.
 _WITH_STATISTICS = [name for name in rule_names() if not rule_class(name).coordinatewise]
@@ -91,6 +96,11 @@ class NormalizedRule(UpdateRule):
 
 def make_rule(name: str) -> UpdateRule:
     """A rule by its name in :data:`ALL_RULES`, or a bad one; the same weights every time."""
+    return copy.deepcopy(_made(name))
+
+
+@functools.cache
+def _made(name: str) -> UpdateRule:
     if name == "lstm-descending":
         return descending_lstm()
     if name == "lstm-ascending":

@@ -164,10 +164,9 @@ def test_a_closure_keeps_its_autocast() -> None:
 # ---- parameters without values: memory estimators, deferred initialization
 
 
-@pytest.mark.parametrize("name", ["rule", *list_pretrained()])
-def test_steps_on_the_meta_device(name: str, rule: UpdateRule) -> None:
+def steps_on_the_meta_device(rule: UpdateRule | str) -> None:
     model = nn.Linear(10, 3, device="meta")
-    opt = LearnedOptimizer(model.parameters(), rule if name == "rule" else name)
+    opt = LearnedOptimizer(model.parameters(), rule)
     for _ in range(3):
         opt.zero_grad()
         model(torch.randn(4, 10, device="meta")).sum().backward()
@@ -176,6 +175,15 @@ def test_steps_on_the_meta_device(name: str, rule: UpdateRule) -> None:
         assert all(value.device.type == "meta" for value in state.values())
         assert param.device.type == "meta"
     assert opt.state_dict()["state"][0]["step"].shape == ()
+
+
+def test_steps_on_the_meta_device(rule: UpdateRule) -> None:
+    steps_on_the_meta_device(rule)
+
+
+@pytest.mark.parametrize("name", list_pretrained())
+def test_steps_of_shipped_checkpoints_on_the_meta_device(name: str) -> None:
+    steps_on_the_meta_device(name)
 
 
 def test_fake_tensors_all_through(rule: UpdateRule) -> None:

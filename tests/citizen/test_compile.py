@@ -15,7 +15,7 @@ from learned_optim import LearnedOptimizer, kernels
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.horizon import HorizonRule
 
-from .common import flat, make_rule
+from .common import TRAINED, flat, make_rule
 
 STEPS = 50
 
@@ -67,26 +67,34 @@ def run(
     return flat(model), opt
 
 
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=["state32", "state16"])
-def test_tensor_lr_is_one_graph_for_ever(rule: UpdateRule, state_dtype) -> None:
-    """From the very first step, in which the state is created, and through steps at lr = 0."""
+def one_graph_for_ever(
+    rule: UpdateRule, state_dtype: torch.dtype | None, rtol: float, atol: float
+) -> None:
     settings = {"weight_decay": 0.1, "state_dtype": state_dtype}
     backend = CountingBackend("aot_eager")
     compiled, opt = run(rule, backend, torch.tensor(1.0), **settings)
     assert backend.graphs == 1
     eager, reference = run(rule, None, torch.tensor(1.0), **settings)
-    if state_dtype is None:
-        assert_close(compiled, eager, rtol=2e-5, atol=1e-5)
-    else:  # a last bit can turn the rounding of state to bfloat16, which has 8 bits
-        assert_close(compiled, eager, rtol=2e-2, atol=5e-3)
+    assert_close(compiled, eager, rtol=rtol, atol=atol)
     moved = STEPS - STEPS // 3
     for a, b in zip(opt.state.values(), reference.state.values(), strict=True):
         assert a["step"].item() == b["step"].item() == moved
 
 
+def test_tensor_lr_is_one_graph_for_ever(rule: UpdateRule) -> None:
+    """From the very first step, in which the state is created, and through steps at lr = 0."""
+    one_graph_for_ever(rule, None, 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["lstm-descending", "normalized", TRAINED["horizon"]])
+def test_half_state_is_one_graph_as_well(name: str) -> None:
+    # A last bit can turn the rounding of state to bfloat16, which has 8 bits.
+    one_graph_for_ever(make_rule(name), torch.bfloat16, 2e-2, 5e-3)
+
+
 def test_float_lr_is_two_graphs_at_most(rule: UpdateRule) -> None:
     """The second graph takes the learning rate as an input, and serves all later values."""
-    backend = CountingBackend("aot_eager")
+    backend = CountingBackend("eager")
     compiled, _ = run(rule, backend, 1.0)
     assert backend.graphs <= 2
     eager, _ = run(rule, None, 1.0)

@@ -35,7 +35,7 @@ from torch.testing._internal.common_optimizers import (
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 
-from .common import descending_lstm, flat, make_rule, small_net, train
+from .common import SHIPPED, descending_lstm, flat, make_rule, small_net, train
 
 SCHEDULERS = {
     "none": [],
@@ -176,6 +176,19 @@ def test_goes_in_the_right_direction(descending: UpdateRule, schedule: str, maxi
                 scheduler.step()
     final = loss_of(params, x).item()
     assert final > initial if maximize else final < initial
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_checkpoint_descends_and_resumes(name: str) -> None:
+    """The rest of this file is asked of one checkpoint of a kind."""
+    rule, model = make_rule(name), small_net()
+    opt = LearnedOptimizer(model.parameters(), rule)
+    losses = train(model, opt, 20)
+    assert losses[-1] < losses[0]
+    model2, opt2 = copy.deepcopy((model, opt))
+    fresh = LearnedOptimizer(model2.parameters(), rule)
+    fresh.load_state_dict(opt2.state_dict())
+    assert train(model, opt, 3) == train(model2, fresh, 3)
 
 
 def test_strides_do_not_matter(rule: UpdateRule) -> None:

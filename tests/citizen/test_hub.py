@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import zeros
 
 from learned_optim import model_card, push_to_hub, save_rule
+from learned_optim._card import plot_curves
 from learned_optim.checkpoint import FORMAT_VERSION
-from learned_optim.hub import _plot_curves
 from learned_optim.meta import EvaluateConfig, Evaluation
 from learned_optim.rules import UpdateRule
 
@@ -278,7 +278,7 @@ def test_the_card_shows_an_evaluation_with_its_curves(tmp_path: Path) -> None:
         output=tmp_path / "evaluation",
     )
     summary = Evaluation(config).execute()
-    curves = _plot_curves(summary, tmp_path)
+    curves = plot_curves(summary, tmp_path)
     assert curves == ["quadratic-20.png"]
     assert (tmp_path / "quadratic-20.png").read_bytes().startswith(b"\x89PNG")
     card = model_card(

@@ -1,0 +1,73 @@
+# mypy: ignore-errors
+# ruff: noqa: RET505, SIM300 (Triton reads the branches of a constant condition its own way)
+"""What both Triton kernels share: the layout of their tables, and functions on single values."""
+
+import triton
+import triton.language as tl
+
+# Columns of the addresses, of the layout's integers and of its constants.
+PARAM, GRAD, FAST, SLOW, SQUARE, STATS, STEP = map(tl.constexpr, range(7))
+ADDRESSES: tl.constexpr = tl.constexpr(7)
+SIZE, FIRST_CHUNK, CHUNKS = map(tl.constexpr, range(3))
+INTEGERS: tl.constexpr = tl.constexpr(3)
+INIT_SCALE, LOG_FAN_IN, IS_VECTOR, LR_SCALE = map(tl.constexpr, range(4))
+CONSTANTS: tl.constexpr = tl.constexpr(4)
+# A row of gains or of sums, the last entries unused.
+ROW: tl.constexpr = tl.constexpr(16)
+
+TINY2: tl.constexpr = tl.constexpr(1e-30)
+
+
+@triton.jit(do_not_specialize=["row", "param", "grad", "fast", "slow", "square", "stats", "step"])
+def addresses_kernel(
+    addresses, row, param: tl.int64, grad: tl.int64, fast: tl.int64, slow: tl.int64,
+    square: tl.int64, stats: tl.int64, step: tl.int64,
+):  # fmt: skip
+    """Write a row of addresses, which a captured graph cannot copy from the host."""
+    at = addresses + row * ADDRESSES
+    tl.store(at + PARAM, param)
+    tl.store(at + GRAD, grad)
+    tl.store(at + FAST, fast)
+    tl.store(at + SLOW, slow)
+    tl.store(at + SQUARE, square)
+    tl.store(at + STATS, stats)
+    tl.store(at + STEP, step)
+
+
+@triton.jit
+def tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def correction(log_beta, t):
+    """1 - beta^t; float64 has digits enough for the difference."""
+    return 1.0 - tl.exp(t * log_beta)
+
+
+@triton.jit
+def pick(row, k):
+    """Entry ``k`` of a row in registers."""
+    return tl.sum(tl.where(tl.arange(0, row.shape[0]) == k, row, 0.0), axis=0)
+
+
+@triton.jit
+def pointer(addresses, tensor, column, kind: tl.constexpr):
+    address = tl.load(addresses + tensor * ADDRESSES + column)
+    return address.to(tl.pointer_type(kind))
+
+
+@triton.jit
+def decayed(param, decay, PARAM_TYPE: tl.constexpr):
+    """The parameter after weight decay, rounded to its type; float64 stays so, others widen."""
+    if PARAM_TYPE == tl.float64:
+        return param * decay
+    else:
+        return (param.to(tl.float32) * decay.to(tl.float32)).to(PARAM_TYPE).to(tl.float32)
