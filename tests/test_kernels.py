@@ -525,7 +525,7 @@ def test_a_stale_library_is_not_used(reloaded: pytest.MonkeyPatch) -> None:
 @needs_compiler
 def test_builds_without_pragma_and_clones(tmp_path: Path) -> None:
     library = tmp_path / _build.LIBRARY.name
-    command = _build.command(_build.compilers()[0], _build._CHOICES[1], _build.SOURCE, library)
+    command = _build.command(_build.compilers()[0], _build._CHOICES[1], library)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert _library.load(library)[1] == f"compiled: {library}"

@@ -24,6 +24,11 @@ STATE_KEYS = ("fast", "slow", "square", "stats", "step")
 state_entries = itemgetter(*STATE_KEYS)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor or a parameter, and no subclass with ideas of its own."""
+    return type(tensor) in _PLAIN
+
+
 def addresses_of(
     tensors: list[Tensor], m: int, is_here: Callable[[Tensor], bool]
 ) -> list[int] | None:
