@@ -23,8 +23,12 @@ _WARNINGS = ["-Wall", "-Wextra"]
 # touches NaN, or the mode in which the whole process rounds.
 _MATH = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 _UNIX = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
-# Without the second choice, a compiler that knows no pragma or no clones would leave no library.
-_CHOICES = (["-fopenmp-simd"], ["-DLO_NO_CLONES"])
+# A compiler that knows no such vector types, no pragma or no clones would otherwise leave no library.
+_CHOICES = (
+    ["-fopenmp-simd"],
+    ["-fopenmp-simd", "-DLO_NO_VECTORS"],
+    ["-DLO_NO_VECTORS", "-DLO_NO_CLONES"],
+)
 
 
 class BuildError(Exception):

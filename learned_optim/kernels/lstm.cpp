@@ -10,7 +10,7 @@
 #include <cstring>
 
 // Vector types are an extension of GCC and Clang. Other compilers' libraries refuse every call.
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(LO_NO_VECTORS)
 #define LO_LSTM 1
 #endif
 
