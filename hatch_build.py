@@ -1,4 +1,4 @@
-"""Build hook: compiles the kernel into the wheel, or says why the wheel goes without."""
+"""Build hook: compiles the kernels into the wheel, or says why the wheel goes without."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ class KernelBuildHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         kernels = _build_module(Path(self.root))
         if kernels.switched_off():
-            self.app.display_info(f"{kernels.SWITCH}=0: built without the compiled kernel")
+            self.app.display_info(f"{kernels.SWITCH}=0: built without the compiled kernels")
             return
         try:
             compiler = kernels.build()
         except (kernels.BuildError, OSError) as error:
             self.app.display_warning(
-                f"Built without the compiled kernel, steps of the rule 'horizon' will be several "
-                f"times slower: {error}"
+                f"Built without the compiled kernels, steps will be several times slower: {error}"
             )
             return
-        self.app.display_info(f"Compiled {kernels.SOURCE.name} with {compiler}")
+        self.app.display_info(f"Compiled {kernels.LIBRARY.name} with {compiler}")
         if version == "editable":  # the library lies beside its source
             return
         # Not tracked by git, so it has to be named.

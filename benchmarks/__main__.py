@@ -18,12 +18,21 @@ import argparse
 import json
 import time
 
-from benchmarks import cards, estimators, kernel_step, meta_training, performance, step
+from benchmarks import (
+    cards,
+    estimators,
+    kernel_step,
+    lstm_kernel,
+    meta_training,
+    performance,
+    step,
+)
 from benchmarks.measure import machine
 
 SECTIONS = {
     "kernel-step": kernel_step.measure,
     "lstm-step": step.lstm_step,
+    "lstm-kernel": lstm_kernel.measure,
     "many-tensors": step.many_tensors,
     "temporaries": step.temporaries,
     "checkpoints": step.checkpoints,

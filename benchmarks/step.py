@@ -15,7 +15,7 @@ from benchmarks.plain import PlainOptimizer
 from learned_optim import LearnedOptimizer, list_pretrained
 from learned_optim.pretrained import ALIASES
 from learned_optim.rules import UpdateRule, build_rule
-from learned_optim.rules._pieces import NETWORK_BLOCK as BLOCK_ROWS
+from learned_optim.rules._pieces import BLOCK as BLOCK_ROWS
 from learned_optim.rules.lstm import LSTMRule
 
 MILLION = 10**6

@@ -1,7 +1,10 @@
-// Runs the kernel on exactly sized memory, so that a sanitizer sees every access beyond it.
+// Runs the kernels on exactly sized memory, so that a sanitizer sees every access beyond it.
 // tests/test_kernels.py builds and runs this.
 
 #include "../learned_optim/kernels/step.cpp"
+// Sanitizers do not go with the indirect functions of step.cpp; lstm.cpp has none.
+#undef LO_NO_CLONES
+#include "../learned_optim/kernels/lstm.cpp"
 
 #include <cstdio>
 #include <cstdlib>
@@ -91,10 +94,82 @@ void run(int round) {
   expect(memory == before, "a refused call writes nothing");
 }
 
+#ifdef LO_LSTM
+
+// A matrix of columns, of rows, or with gaps; in memory that ends with its last element.
+void fill_matrix(Memory& memory, int64_t rows, int64_t columns, uint64_t& address,
+                 int64_t* strides) {
+  const int64_t gap = 1 + below(2);
+  const bool by_row = below(2) == 0;
+  strides[0] = gap * (by_row ? columns : 1);
+  strides[1] = by_row ? 1 : gap * rows;
+  const int64_t last = (rows - 1) * strides[0] + (columns - 1) * strides[1];
+  address = filled(memory, rows == 0 ? 0 : 4 * (last + 1), below(2) == 0);
+}
+
+void run_lstm() {
+  const int64_t rows_of[] = {0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1000, 5000};
+  int64_t rows = rows_of[below(13)], sizes[] = {1 + below(20), 1 + below(20), 1 + below(3)};
+  const int64_t inputs = sizes[0], units = sizes[1], layers = sizes[2];
+  Memory memory;
+  std::vector<uint64_t> pointers(size_t(kEntries + kWeights * layers));
+  std::vector<int64_t> strides(2 * kEntries);
+  for (int entry = 0; entry < kEntries; ++entry)
+    fill_matrix(memory, rows, entry == kFeatures ? inputs : units * layers, pointers[size_t(entry)],
+                &strides[size_t(2 * entry)]);
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const int64_t columns[] = {layer == 0 ? inputs : units, units, 1, 1};
+    for (int weight = 0; weight < kWeights; ++weight)
+      pointers[size_t(kEntries + kWeights * layer + weight)] =
+          filled(memory, 4 * units * columns[weight] * 4, below(2) == 0);
+  }
+  const auto step = [&] {
+    return lo_lstm_step(rows, sizes, pointers.data(), strides.data(), int32_t(1 + below(3)));
+  };
+  expect(step() == kOk, "a step of a stack");
+  if (rows == 0) return;
+
+  // Every instruction set that this processor knows, and in portions, as threads take them.
+  Stack stack{rows, int(inputs), int(units), int(layers), {}, {}};
+  std::vector<const float*> weights;
+  for (uint64_t pointer : pointers) weights.push_back(reinterpret_cast<float*>(pointer));
+  for (int e = 0; e < kEntries; ++e)
+    stack.entries[e] = {reinterpret_cast<float*>(pointers[size_t(e)]), strides[size_t(2 * e)],
+                        strides[size_t(2 * e + 1)]};
+  pack(stack, weights.data() + kEntries);
+  for (const Variant& variant : variants())
+    if (variant.usable) run(stack, variant, 3);
+
+  const Memory before = memory;
+  const auto refused = [&](auto& value, auto wrong, int code, const char* what) {
+    const auto right = value;
+    value = wrong;
+    expect(step() == code, what);
+    value = right;
+  };
+  for (uint64_t& pointer : pointers) {
+    refused(pointer, pointer + 1, kBadPointer, "a misaligned matrix");
+    refused(pointer, 0, kBadPointer, "no matrix");
+  }
+  refused(pointers[kCellState], pointers[kHiddenState], kOverlap, "cell and hidden state in one");
+  refused(pointers[kFeatures], pointers[kHiddenState], kOverlap, "features in the hidden state");
+  for (int64_t wrong : {int64_t(0), int64_t(-1), int64_t(100000)})
+    for (int64_t& size : sizes) refused(size, wrong, kBadType, "a size out of range");
+  refused(rows, -1, kBadType, "a negative number of rows");
+  for (int64_t& stride : strides) refused(stride, -1, kBadType, "a negative stride");
+  if (rows > 1) refused(strides[2 * kCellState], 0, kOverlap, "one row for all");
+  expect(memory == before, "a refused call writes nothing");
+}
+
+#else
+void run_lstm() {}
+#endif
+
 }  // namespace
 
 int main() {
   for (int round = 0; round < 200; ++round) run(round);
+  for (int round = 0; round < 200; ++round) run_lstm();
   std::printf("passed\n");
   return 0;
 }

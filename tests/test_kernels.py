@@ -529,12 +529,16 @@ def test_a_stale_library_is_not_used(reloaded: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-def test_builds_without_pragma_and_clones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("choice", _build._CHOICES[1:])
+def test_builds_without_vectors_pragma_and_clones(choice: list[str], tmp_path: Path) -> None:
     library = tmp_path / _build.LIBRARY.name
-    command = _build.command(_build.compilers()[0], _build._CHOICES[1], _build.SOURCE, library)
+    command = _build.command(_build.compilers()[0], choice, library)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert _library.load(library)[1] == f"compiled: {library}"
+    found, why = _library.load(library)
+    assert why == f"compiled: {library}"
+    assert found is not None
+    assert found.lo_lstm_step(0, None, None, None, 1) != 0  # refused: the pure form steps
 
 
 def test_without_a_compiler_the_build_says_so(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from learned_optim import list_pretrained, load_rule
-from learned_optim.kernels._build import LIBRARY, compilers, switched_off
+from learned_optim.kernels._build import HEADER, LIBRARY, SOURCES, compilers, switched_off
 from learned_optim.meta.recipes import recipes
 
 ROOT = Path(__file__).parent.parent
@@ -72,13 +72,14 @@ def test_contents(dist: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in packed)
     library = f"learned_optim/kernels/{LIBRARY.name}"
     assert (library in packed) == (not wheel.name.endswith("-py3-none-any.whl")) == COMPILES
-    assert "learned_optim/kernels/step.cpp" in packed
+    sources = {f"learned_optim/kernels/{path.name}" for path in (*SOURCES, HEADER)}
+    assert sources <= packed
     (source,) = dist.glob("*.tar.gz")
     with tarfile.open(source) as file:
         inside = {name.partition("/")[2] for name in file.getnames()}
     assert {f"pretrained/{name}.safetensors" for name in SHIPPED} <= inside
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "tests/conftest.py"} <= inside
-    assert {"hatch_build.py", "learned_optim/kernels/step.cpp"} <= inside
+    assert {"hatch_build.py", *sources} <= inside
     assert library not in inside
 
 

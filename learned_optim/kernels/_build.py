@@ -1,4 +1,4 @@
-"""Builds the library from ``step.cpp``. Standard library alone: the build hook runs it, too."""
+"""Builds the library from its sources. Standard library alone: the build hook runs it, too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 #: "0" builds and uses no library.
 SWITCH = "LEARNED_OPTIM_KERNELS"
 FOLDER = Path(__file__).parent
-SOURCE = FOLDER / "step.cpp"
+SOURCES = (FOLDER / "step.cpp", FOLDER / "lstm.cpp")
+HEADER = FOLDER / "library.h"
 LIBRARY = FOLDER / f"libstep{ {'win32': '.dll', 'darwin': '.dylib'}.get(sys.platform, '.so') }"
 
 _WARNINGS = ["-Wall", "-Wextra"]
@@ -22,8 +23,12 @@ _WARNINGS = ["-Wall", "-Wextra"]
 # touches NaN, or the mode in which the whole process rounds.
 _MATH = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 _UNIX = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
-# Without the second choice, a compiler that knows no pragma or no clones would leave no library.
-_CHOICES = (["-fopenmp-simd"], ["-DLO_NO_CLONES"])
+# A compiler without such vector types, the pragma or clones would otherwise leave no library.
+_CHOICES = (
+    ["-fopenmp-simd"],
+    ["-fopenmp-simd", "-DLO_NO_VECTORS"],
+    ["-DLO_NO_VECTORS", "-DLO_NO_CLONES"],
+)
 
 
 class BuildError(Exception):
@@ -35,9 +40,12 @@ def switched_off() -> bool:
     return os.environ.get(SWITCH, "1") == "0"
 
 
-def source_hash(source: Path = SOURCE) -> str:
-    """What a library built from this source calls itself."""
-    return hashlib.sha256(source.read_bytes().replace(b"\r\n", b"\n")).hexdigest()[:16]
+def source_hash() -> str:
+    """What a library built from these sources calls itself."""
+    digest = hashlib.sha256()
+    for path in (*SOURCES, HEADER):
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:16]
 
 
 def compilers() -> list[list[str]]:
@@ -47,9 +55,9 @@ def compilers() -> list[list[str]]:
     return [name for name in names if shutil.which(name[0])]
 
 
-def command(compiler: list[str], choice: list[str], source: Path, target: Path) -> list[str]:
+def command(compiler: list[str], choice: list[str], target: Path) -> list[str]:
     """The command that builds ``target``."""
-    macros = [f'-DLO_SOURCE="{source_hash(source)}"']
+    macros, sources = [f'-DLO_SOURCE="{source_hash()}"'], [str(source) for source in SOURCES]
     if Path(compiler[0]).stem.lower() == "cl":
         output = [f"/Fe{target}", f"/Fo{target.parent}{os.sep}"]
         return [
@@ -60,16 +68,16 @@ def command(compiler: list[str], choice: list[str], source: Path, target: Path) 
             "/std:c++17",
             "/LD",
             *macros,
-            str(source),
+            *sources,
             *output,
         ]
     architectures = shlex.split(os.environ.get("ARCHFLAGS", "")) if sys.platform == "darwin" else []
     flags = [*_UNIX, *_MATH, *_WARNINGS, *choice, *architectures, *macros]
-    return [*compiler, *flags, str(source), "-o", str(target)]
+    return [*compiler, *flags, *sources, "-o", str(target)]
 
 
-def build(source: Path = SOURCE, library: Path = LIBRARY) -> str:
-    """Compile ``source`` into ``library``; the compiler that did it.
+def build(library: Path = LIBRARY) -> str:
+    """Compile the sources into ``library``; the compiler that did it.
 
     Raises:
         BuildError: there is no compiler, or none of them can.
@@ -83,7 +91,7 @@ def build(source: Path = SOURCE, library: Path = LIBRARY) -> str:
         for compiler in found:
             for choice in _CHOICES:
                 done = subprocess.run(
-                    command(compiler, choice, source, target),
+                    command(compiler, choice, target),
                     cwd=folder,
                     capture_output=True,
                     text=True,
@@ -96,4 +104,4 @@ def build(source: Path = SOURCE, library: Path = LIBRARY) -> str:
                 failure = (
                     failure or f"{shlex.join(compiler)}: {(done.stderr or done.stdout)[-2000:]}"
                 )
-    raise BuildError(f"no compiler could build {source.name}: {failure}")
+    raise BuildError(f"no compiler could build the library: {failure}")

@@ -25,6 +25,11 @@ STATE_KEYS = ("fast", "slow", "square", "stats", "step")
 state_entries = itemgetter(*STATE_KEYS)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor or a parameter, and no subclass with ideas of its own."""
+    return type(tensor) in PLAIN
+
+
 def addresses_of(tensors: Sequence[Tensor], is_here: Callable[[Tensor], bool]) -> list[int] | None:
     """Where the tensors begin; ``None`` if any is a subclass's, elsewhere or not contiguous.
 

@@ -31,9 +31,11 @@ def load(path: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
         sizes = (ctypes.c_int32 * len(SIZES))()
         library.lo_sizes(sizes)
         if library.lo_source().decode() != _build.source_hash() or tuple(sizes) != SIZES:
-            return None, f"stale: {path.name} was built from another step.cpp"
+            return None, f"stale: {path.name} was built from other sources"
         library.lo_step.restype = ctypes.c_int32
         library.lo_step.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5, ctypes.c_int32]
+        library.lo_lstm_step.restype = ctypes.c_int32
+        library.lo_lstm_step.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int32]
     except (OSError, AttributeError) as error:
         return None, f"unusable: {error}"
     return library, f"compiled: {path}"

@@ -7,27 +7,10 @@
 // No result depends on the number of threads: sums are taken per block, in a fixed order. Built
 // without -ffast-math, which would drop the tests for NaN and make the process flush denormals.
 
-#include <algorithm>
-#include <atomic>
+#include "library.h"
+
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <thread>
-#include <vector>
-
-#if defined(_MSC_VER) && !defined(__clang__)
-#define LO_INLINE __forceinline
-#define LO_RESTRICT __restrict
-#else
-#define LO_INLINE inline __attribute__((always_inline))
-#define LO_RESTRICT __restrict__
-#endif
-
-#if defined(_WIN32)
-#define LO_EXPORT extern "C" __declspec(dllexport)
-#else
-#define LO_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 // The loops over coordinates are compiled for several instruction sets, of which the loader picks
 // one. That takes indirect functions: glibc on x86-64, and GCC. Elsewhere the baseline has to do.
@@ -154,7 +137,6 @@ enum Setting {
   kTrustLaterGain, // the same after the warm-up of a run of unknown length, unless 0
   kSettings
 };
-enum Code { kOk = 0, kBadPointer = 1, kOverlap = 2, kBadType = 3, kNoMemory = 4 };
 
 constexpr int kMostUnits = 1024;
 // Decays of the averages in the statistics.
@@ -420,15 +402,7 @@ void run_chunks(std::vector<Chunk>& chunks, int64_t coordinates, int threads) {
     for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks.size();)
       run_chunk(chunks[i]);
   };
-  // Started anew in every call, which costs little beside the work: a pool would not outlive fork.
-  std::vector<std::thread> pool;
-  try {
-    pool.reserve(size_t(helpers));
-    for (int64_t i = 0; i < helpers; ++i) pool.emplace_back(work);
-  } catch (...) {  // no further thread to be had: the others do its work
-  }
-  work();
-  for (std::thread& thread : pool) thread.join();
+  in_parallel(helpers, work);
 }
 
 double clamp(double x, double low, double high) { return std::min(std::max(x, low), high); }
@@ -589,25 +563,6 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
     z[kStatTrust] = next_trust(z[kStatTrust], agreement, *tensor.step, settings);
   }
   *tensor.step += 1;
-}
-
-// Memory that a call reads or writes.
-struct Range {
-  uint64_t begin, end;
-  bool written;
-};
-
-// Whether anything written is also read or written elsewhere: order would matter then.
-bool overlapping(std::vector<Range>& ranges) {
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  uint64_t end = 0, end_of_written = 0;
-  for (const Range& range : ranges) {
-    if (range.begin < end_of_written || (range.written && range.begin < end)) return true;
-    end = std::max(end, range.end);
-    if (range.written) end_of_written = std::max(end_of_written, range.end);
-  }
-  return false;
 }
 
 int check(const std::vector<Tensor>& tensors, int units, int inputs) {

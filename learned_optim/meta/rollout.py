@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from learned_optim.meta.seeding import global_generator_seeded
 from learned_optim.meta.tasks import Batch, Params, Task
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
-from learned_optim.rules._pieces import NETWORK_BLOCK
+from learned_optim.rules._pieces import BLOCK
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ class Optimizees:
         assert features is not None
         self.state = {**self.state, **new}
         gains = []
-        for start in range(0, len(features), NETWORK_BLOCK):
-            rows = slice(start, start + NETWORK_BLOCK)
+        for start in range(0, len(features), BLOCK):
+            rows = slice(start, start + BLOCK)
             network = {key: self.state[key][rows] for key in rule.network_state}
             gains.append(rule.respond_(features[rows], network))
         self.packed = self.packed + rule.mix(directions, torch.cat(gains), self.segments)

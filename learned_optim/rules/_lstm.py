@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from learned_optim import kernels
 from learned_optim.rules._base import State
 from learned_optim.rules._pieces import zeros_by_column
 
@@ -52,10 +53,11 @@ class LSTMStack(nn.Module):
         def unstack(s: Tensor) -> Tensor:  # (n, layers * size) -> (layers, n, size)
             return s.unflatten(-1, (self.num_layers, self.hidden_size)).transpose(0, 1).contiguous()
 
-        weights = [w for layer in range(self.num_layers) for w in self.layer(layer)]
         start = (unstack(state["hidden"]), unstack(state["cell"]))
         # The functional form, because nn.LSTM caches its weights and would miss functional_call's.
-        out, h, c = torch.lstm(x, start, weights, True, self.num_layers, 0.0, False, False, False)
+        out, h, c = torch.lstm(
+            x, start, self.weights(), True, self.num_layers, 0.0, False, False, False
+        )
         return out, {"hidden": h.transpose(0, 1).flatten(1), "cell": c.transpose(0, 1).flatten(1)}
 
     @torch.no_grad()
@@ -74,19 +76,21 @@ class LSTMStack(nn.Module):
         Returns:
             The last layer's hidden state, ``(n, hidden_size)``, a view into ``state``.
         """
-        size = self.hidden_size
+        size, weights = self.hidden_size, self.weights()
         if torch.compiler.is_compiling():
             out, new = self.sequence(x.unsqueeze(0), state)
             for key, value in new.items():
                 state[key].copy_(value)
             return out[0]
+        if kernels.lstm_step_(x, state["hidden"], state["cell"], weights, self.num_layers):
+            return state["hidden"][:, -size:]
         x, hidden, cells = x.t(), state["hidden"].t(), state["cell"].t()
         gates = x.new_empty(4 * size, x.shape[1])
         i, f, g, o = gates.chunk(4)
         doubled = x.new_ones(4 * size, 1)
         doubled[2 * size : 3 * size] = 2.0
         for layer in range(self.num_layers):
-            w_ih, w_hh, b_ih, b_hh = self.layer(layer)
+            w_ih, w_hh, b_ih, b_hh = weights[4 * layer : 4 * layer + 4]
             own = hidden[layer * size : (layer + 1) * size]
             torch.addmm((b_ih + b_hh).unsqueeze(1) * doubled, w_ih * doubled, x, out=gates)
             gates.addmm_(w_hh * doubled, own).sigmoid_()
@@ -96,11 +100,10 @@ class LSTMStack(nn.Module):
             x = torch.mul(o, tanh_cell, out=own)
         return hidden[-size:].t()
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``weight_ih, weight_hh, bias_ih, bias_hh`` of one layer."""
+    def weights(self) -> list[Tensor]:
+        """``weight_ih, weight_hh, bias_ih, bias_hh`` of each layer."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        w_ih, w_hh, b_ih, b_hh = (getattr(self, f"{name}_l{index}") for name in names)
-        return w_ih, w_hh, b_ih, b_hh
+        return [getattr(self, f"{n}_l{layer}") for layer in range(self.num_layers) for n in names]
 
 
 def widen(name: str, own: Tensor, narrow: Tensor) -> Tensor | None:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from learned_optim.rules._base import State
 
 # Coordinates per block: temporaries of a block stay in the cache, and calls cost little beside it.
-# Networks of coordinates have some hundred temporaries per coordinate, others a dozen.
-NETWORK_BLOCK, BLOCK = 1 << 13, 1 << 15
+BLOCK = 1 << 15
+# Larger tensors than this are not packed: networks of coordinates have dozens of numbers of state
+# each, whose copies soon cost more than a further round of calls.
+MOST_PACKED = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -85,28 +87,30 @@ class Piece:
         torch._foreach_add_(targets, updates, alpha=scale)
 
 
-def pieces_of(params: Sequence[Tensor], segments: Segments, block: int, whole: bool) -> list[Piece]:
-    """Pieces of at most ``block`` coordinates.
+def pieces_of(
+    params: Sequence[Tensor], segments: Segments, most_packed: int, whole: bool
+) -> list[Piece]:
+    """Pieces of at most ``BLOCK`` coordinates.
 
     Args:
         params: of which those that are not contiguous stay in one piece.
         segments: of all of them.
-        block: bound of the size.
+        most_packed: coordinates of the largest tensor that is packed together with others.
         whole: leave all tensors in one piece.
     """
     compiling = torch.compiler.is_compiling()
     cut = tuple(p.is_contiguous() and not whole and not compiling for p in params)
     if compiling or not is_plain_eager():
-        return _pieces(block, cut, segments)
-    return _remembered_pieces(block, cut, segments)
+        return _pieces(most_packed, cut, segments)
+    return _remembered_pieces(most_packed, cut, segments)
 
 
 @lru_cache(maxsize=64)
-def _remembered_pieces(block: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
-    return _pieces(block, cut, segments)
+def _remembered_pieces(most_packed: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
+    return _pieces(most_packed, cut, segments)
 
 
-def _pieces(block: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
+def _pieces(most_packed: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
     pieces: list[Piece] = []
     first = room = 0
 
@@ -115,18 +119,18 @@ def _pieces(block: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece
             pieces.append(Piece(first, last, None, segments.piece(first, last)))
 
     for index, size in enumerate(segments.sizes):
-        if size > block:
+        if size > most_packed:
             close(index)
             if not cut[index]:
                 pieces.append(Piece(index, index + 1, None, segments.piece(index, index + 1)))
-            for start in range(0, size if cut[index] else 0, block):
-                rows = slice(start, min(start + block, size))
+            for start in range(0, size if cut[index] else 0, BLOCK):
+                rows = slice(start, min(start + BLOCK, size))
                 part = segments.piece(index, index + 1, rows.stop - rows.start)
                 pieces.append(Piece(index, index + 1, rows, part))
-            first, room = index + 1, block
+            first, room = index + 1, BLOCK
         elif size > room:
             close(index)
-            first, room = index, block - size
+            first, room = index, BLOCK - size
         else:
             room -= size
     close(len(segments))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.rules import _base
-from learned_optim.rules._pieces import BLOCK, NETWORK_BLOCK, Piece, pieces_of
+from learned_optim.rules._pieces import BLOCK, MOST_PACKED, Piece, pieces_of
 from learned_optim.rules._segments import Segments, is_plain_eager
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ def reference_step_(
     context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps)
     factor = warmup_factor(step, warmup)
     by_parts = type(rule).forward is _base.UpdateRule.forward
-    block = NETWORK_BLOCK if rule.rows == "coordinates" else BLOCK
-    pieces = pieces_of(params, segments, block, whole=not by_parts and not rule.coordinatewise)
+    most_packed = MOST_PACKED if rule.rows == "coordinates" else BLOCK
+    whole = not by_parts and not rule.coordinatewise
+    pieces = pieces_of(params, segments, most_packed, whole)
     if by_parts:
         updates = _updates_by_parts(
             rule, pieces, params, grads, states, maximize, segments, context

@@ -142,23 +142,21 @@ class EquivariantRule(UpdateRule):
         """7 even features of the coordinate and 8 of its tensor; 3 odd directions, scaled."""
         assert stats is not None
         scale, mean_square = stats[3], stats[4]
-        fast, slow, square = (m / c for m, c in zip(state["moments"].t(), stats[:3], strict=True))
+        fast, slow, square = (state["moments"].t() / stats[:3]).unbind()
         inverse_size = (square + TINY**2).rsqrt()
-        s_fast, s_slow = fast * inverse_size, slow * inverse_size
         s_now = (grad * inverse_size).clamp(-3.0, 3.0)
-        features = (
-            s_fast.abs() - 0.5,
-            s_slow.abs() - 0.5,
-            s_now.abs() - 0.5,
+        ratios = torch.stack((fast * inverse_size, slow * inverse_size, s_now))
+        s_fast, s_slow, s_now = ratios.unbind()
+        others = (
             s_fast * s_slow,
             s_now * s_fast,
             log_ratio(square, mean_square) / 8.0,
             # tanh(z) = 2 sigmoid(2z) - 1, several times cheaper in eager mode: as in the network.
             ((param / scale).abs() * 2.0).sigmoid() * 2.0 - 1.5,
-            *stats[-_TENSOR_FEATURES:],
         )
-        directions = torch.stack((s_fast * scale, s_slow * scale, s_now * scale))
-        return torch.stack(features).t(), directions.t()
+        # Joined from few parts, because every part costs a call.
+        features = (ratios.abs() - 0.5, torch.stack(others), stats[-_TENSOR_FEATURES:])
+        return torch.cat(features).t(), (ratios * scale).t()
 
     def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
         out, new_state = self.lstm.sequence(features.contiguous(), state)
