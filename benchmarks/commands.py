@@ -1,6 +1,7 @@
 """Runs every command of README and the documentation, as somebody would who reads it in order.
 
     python -m benchmarks.commands [FOLDER]     # an empty one, not the checkout; some minutes
+    python -m benchmarks.commands --pages README.md docs/recipes.md
 
 All pages share one folder, so commands that would get in each other's way show. Long trainings and
 evaluations run with the options of ``SHORTER`` added. What is left out, and why, is in
@@ -188,15 +189,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="?", type=Path, help="where to run (a temporary one)")
-    given = parser.parse_args().folder
+    parser.add_argument("--pages", nargs="+", choices=PAGES, metavar="PAGE", default=PAGES)
+    options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        folder = given or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         before = os.getcwd()
         os.chdir(folder)
+        sys.path.insert(0, os.getcwd())  # as in a session in that folder
         try:
-            failures = sum(map(run_page, PAGES))
+            failures = sum(map(run_page, options.pages))
         finally:
+            sys.path.pop(0)
             os.chdir(before)
     if failures:
         raise SystemExit(f"{failures} commands of the pages failed")
