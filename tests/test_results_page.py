@@ -83,6 +83,9 @@ def test_the_formulas_place_in_words() -> None:
         "tasks": {"far": {"optimizers": far}, "near": {"optimizers": near}},
     }
     text = closed_form.in_words(summary)
+    assert text.startswith(
+        "Over 2 of the field's 26 tasks (quick tier, test seeds: 2), the formula"
+    )
     assert "the formula's final loss is 1.10 [1.10, 1.10] times that of AdamW" in text
     assert "it is 1.19 [1.19, 1.19] times the network's, within 5 % of it on 1 tasks" in text
     assert "more than a fifth above it on: `far` (1.41)." in text

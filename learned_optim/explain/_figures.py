@@ -151,7 +151,7 @@ def plot_responses(responses: dict[str, Response], path: Path) -> None:
         if with_state:
             axes = next(panels)
             axes.plot(response.network, color="C3")
-            _label(axes, f"{kind}: change of the network's state", "steps since", "relative")
+            _label(axes, f"{kind}: change of the state", "steps since", "relative")
     grid[0].legend(fontsize=8)
     _save(figure, path)
 
