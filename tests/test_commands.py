@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -42,7 +43,33 @@ def test_who_runs_it_is_known(command: Command) -> None:
         assert words[0] in ("learned-optim", "torchrun")
 
 
-@pytest.mark.parametrize("command", filter(is_ours, FOUND), ids=lambda each: each.text[14:64])
+def test_the_error_that_a_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    command, _, output = text.partition("$ learned-optim train quick --metalr")[2].partition("\n")
+    with pytest.raises(SystemExit) as end:
+        main(["train", "quick", "--metalr", *command.split()])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == output.partition("```")[0]
+
+
+def test_commands_within_sentences_exist() -> None:
+    """`python -m benchmarks.NAME` is a module, `learned-optim NAME` a subcommand."""
+    found = 0
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for module in re.findall(r"`python -m (benchmarks[\w.]*)", text):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or path.is_dir(), (page, module)
+            found += 1
+        for name in re.findall(r"`learned-optim (\w+)", text):
+            assert name in _commands.COMMANDS, (page, name)
+            found += 1
+    assert found > 20
+
+
+@pytest.mark.parametrize(
+    "command", [each for each in FOUND if is_ours(each)], ids=lambda each: each.text[14:64]
+)
 def test_it_parses_as_it_stands_and_shortened(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
