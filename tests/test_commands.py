@@ -43,6 +43,13 @@ def test_who_runs_it_is_known(command: Command) -> None:
         assert words[0] in ("learned-optim", "torchrun")
 
 
+def test_no_exception_is_stale() -> None:
+    for pattern in commands.LEFT_OUT:
+        assert any(re.search(pattern, command.text) for command in FOUND), pattern
+    for start in commands.SHORTER:
+        assert any(command.text.startswith(start) for command in FOUND), start
+
+
 def test_the_error_that_a_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "command-line.md").read_text()
     command, _, output = text.partition("$ learned-optim train quick --metalr")[2].partition("\n")
