@@ -127,6 +127,8 @@ def run(command: Command) -> tuple[int, str]:
     text, _, target = command.short.partition(" > ")
     words = shlex.split(text)
     shown = io.StringIO()
+    if "my_rules" in text:  # the page's Python block has defined the rule in this process
+        words = ["python", "-m", "learned_optim.cli", *words[1:]]
     if words[:2] == ["python", "-m"] or words[0] == "torchrun":
         process = [sys.executable, *words[1:]] if words[0] == "python" else words
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
