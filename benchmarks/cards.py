@@ -22,6 +22,8 @@ from learned_optim.pretrained import ALIASES
 from learned_optim.summary import table
 
 DOCS = Path(__file__).parent.parent / "docs"
+#: Checkpoints with whole reports: the default, and the one that it was trained from.
+IN_FULL = (ALIASES["default"], "general-3")
 
 
 def shipped() -> list[str]:
@@ -66,11 +68,11 @@ def card(name: str, results: Path = DOCS / "results") -> str:
 
 
 def write_reports(names: list[str], folder: Path = DOCS / "explain") -> None:
-    """Write the reports on checkpoints: the default's in full, short ones of all others."""
+    """Write the reports on checkpoints: those of ``IN_FULL``, short ones of all others."""
     from learned_optim.explain import explain
 
     for name in names or shipped():
-        short = name != ALIASES["default"]
+        short = name not in IN_FULL
         # A formula is a checkpoint of its own, and no part of the documentation.
         formula = Path("runs") / f"closed-form-{name}.safetensors"
         explain(name, folder / name, short=short, formula=formula, progress=print)

@@ -101,7 +101,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 PAGES = Path(__file__).parent.parent / "docs"
-TOML = re.compile(r'^```toml title="my-recipe.toml"\n(.*?)^```', re.MULTILINE | re.DOTALL)
+TOML = re.compile(r'^```toml title="[\w-]+\.toml"\n(.*?)^```', re.MULTILINE | re.DOTALL)
 DOCUMENTED = [
     (page.name, block)
     for page in (PAGES / "recipes.md", PAGES / "meta-training.md")

@@ -58,6 +58,8 @@ def _shipped() -> dict[str, str]:
     found = {alias: f"stands for {name}" for alias, name in ALIASES.items()}
     for name in list_pretrained():
         if name not in ALIASES:
-            task = load_record(name).get("recipe", {}).get("task", "an unknown task")
-            found[name] = f"update rule {load_rule(name).name!r}, meta-trained on {task!r}"
+            recipe = load_record(name).get("recipe", {})
+            whole = "whole runs of the mixture " if recipe.get("method") == "evolution" else ""
+            task = f"{whole}{recipe.get('task', 'an unknown task')!r}"
+            found[name] = f"update rule {load_rule(name).name!r}, meta-trained on {task}"
     return {name: text for name, text in found.items() if name in list_pretrained()}

@@ -28,6 +28,15 @@ def _grid(rows: int, columns: int, width: float = 3.2, height: float = 2.6) -> t
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure of panels in rows of at most three: wider ones are illegible on a page."""
+    columns = min(3, count) if count != 4 else 2
+    figure, grid = _grid(math.ceil(count / columns), columns)
+    for spare in grid.flat[count:]:
+        spare.set_visible(False)
+    return figure, list(grid.flat[:count])
+
+
 def _save(figure: Any, path: Path) -> None:
     """A PNG of 64 colours, a third of the usual size: reports are kept under version control."""
     from PIL import Image  # matplotlib needs it as well
@@ -48,10 +57,10 @@ def _style(rule: str) -> dict[str, Any]:
 
 
 def _label(axes: Axes, title: str, x: str, y: str = "") -> None:
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(x, fontsize=8)
-    axes.set_ylabel(y, fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
 
 
 def _smooth(values: Iterable[float], width: int = _SMOOTHED) -> list[float]:
@@ -61,8 +70,8 @@ def _smooth(values: Iterable[float], width: int = _SMOOTHED) -> list[float]:
 
 def plot_histories(curves: dict[str, Curve], path: Path) -> None:
     """Descent against the current gradient, a panel per history."""
-    figure, grid = _grid(1, len(curves), width=2.6)
-    for axes, (name, curve) in zip(grid[0], curves.items(), strict=True):
+    figure, panels = _panels(len(curves))
+    for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         for rule, descent in curve.descent.items():
             axes.plot(curve.gradient, descent, label=rule, **_style(rule))
         axes.axhline(0, color="0.8", lw=0.6, zorder=0)
@@ -71,22 +80,20 @@ def plot_histories(curves: dict[str, Curve], path: Path) -> None:
             bounded = [d for r, ds in curve.descent.items() if r != "momentum" for d in ds]
             margin = 0.1 * (max(bounded) - min(bounded))
             axes.set_ylim(min(bounded) - margin, max(bounded) + margin)
-        _label(axes, name, "current gradient")
-    grid[0][0].set_ylabel("step downhill / scale", fontsize=8)
-    grid[0][0].legend(fontsize=7)
+        _label(axes, name, "current gradient", "step downhill / scale")
+    panels[0].legend(fontsize=8)
     _save(figure, path)
 
 
 def plot_run(runs: dict[str, Watched], path: Path) -> None:
     """Losses, relative steps and effective learning rates of every layer."""
     learned = {name: run for name, run in runs.items() if not name.startswith("Adam")}
-    figure, grid = _grid(1, 1 + 2 * len(learned), width=2.9)
-    first, *rest = grid[0]
+    figure, (first, *rest) = _panels(1 + 2 * len(learned))
     for name, run in runs.items():
         style, width = (":", 1.0) if name.startswith("Adam") else ("-", 1.8)
         first.semilogy(_smooth(run.losses), label=name, ls=style, lw=width)
     _label(first, "loss", "step")
-    first.legend(fontsize=6)
+    first.legend(fontsize=8)
     for index, (name, run) in enumerate(learned.items()):
         ratio, effective = rest[2 * index : 2 * index + 2]
         for colour, (tensor, numbers) in zip(_LAYERS, run.numbers.items(), strict=False):
@@ -99,7 +106,7 @@ def plot_run(runs: dict[str, Watched], path: Path) -> None:
             effective.semilogy([r if r > 0 else math.nan for r in rates], color=colour, lw=1.0)
         _label(ratio, f"step / parameter\n{name}", "step")
         _label(effective, f"effective learning rate\n{name}", "step")
-    rest[0].legend(fontsize=6)
+    rest[0].legend(fontsize=8)
     _save(figure, path)
 
 
@@ -118,24 +125,23 @@ def gain_shares(numbers: dict[str, float]) -> dict[str, float]:
 def plot_gains(run: Watched, path: Path) -> None:
     """Shares of the directions in the step over a run, a panel per tensor."""
     tensors = list(run.numbers.items())[:6]
-    figure, grid = _grid(1, len(tensors), width=2.4)
-    for axes, (tensor, numbers) in zip(grid[0], tensors, strict=True):
+    figure, panels = _panels(len(tensors))
+    for axes, (tensor, numbers) in zip(panels, tensors, strict=True):
         shares = [gain_shares(step) for step in numbers]
         for direction in shares[0]:
             axes.plot(_smooth(step[direction] for step in shares), label=direction, lw=1.2)
         axes.axhline(0, color="0.8", lw=0.6, zorder=0)
         axes.set_ylim(-1.05, 1.05)
-        _label(axes, tensor, "step")
-    grid[0][0].set_ylabel("share of the step", fontsize=8)
-    grid[0][0].legend(fontsize=6)
+        _label(axes, tensor, "step", "share of the step")
+    panels[0].legend(fontsize=8)
     _save(figure, path)
 
 
 def plot_responses(responses: dict[str, Response], path: Path) -> None:
     """What one event changes afterwards."""
     with_state = any(response.network for response in responses.values())
-    figure, grid = _grid(1, 2 * len(responses) if with_state else len(responses), width=2.9)
-    panels = iter(grid[0])
+    figure, grid = _panels(2 * len(responses) if with_state else len(responses))
+    panels = iter(grid)
     for kind, response in responses.items():
         axes = next(panels)
         for rule, values in response.update.items():
@@ -145,15 +151,14 @@ def plot_responses(responses: dict[str, Response], path: Path) -> None:
         if with_state:
             axes = next(panels)
             axes.plot(response.network, color="C3")
-            _label(axes, f"{kind}: change of the network's state", "steps since", "relative")
-    grid[0][0].legend(fontsize=7)
+            _label(axes, f"{kind}: change of the state", "steps since", "relative")
+    grid[0].legend(fontsize=8)
     _save(figure, path)
 
 
 def plot_dependence(found: Dependence, path: Path) -> None:
     """Four panels: scale, shape, signal, progress."""
-    figure, grid = _grid(1, 4, width=2.9)
-    scale, shape, signal, progress = grid[0]
+    figure, (scale, shape, signal, progress) = _panels(4)
     scale.loglog(list(found.scale), list(found.scale.values()), "o-", color="C3", ms=3)
     least, most = min(found.scale.values()), max(found.scale.values())
     if most < 2 * least:  # rounding is not to fill the picture
@@ -164,12 +169,12 @@ def plot_dependence(found: Dependence, path: Path) -> None:
     signal.plot(list(found.signal), list(found.signal.values()), "o-", color="C3", ms=3)
     signal.plot(list(found.signal_adam), list(found.signal_adam.values()), "C0", label="Adam")
     _label(signal, "signal in the gradient", "amplitude of what stays the same", "step / scale")
-    signal.legend(fontsize=7)
+    signal.legend(fontsize=8)
     if found.known:
         progress.semilogy(found.known, "C3", label=f"total_steps={found.horizon}")
     progress.semilogy(found.unknown, "C1", label="length unknown")
     _label(progress, "progress", "step", "step / scale")
-    progress.legend(fontsize=7)
+    progress.legend(fontsize=8)
     _save(figure, path)
 
 

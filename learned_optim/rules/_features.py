@@ -9,6 +9,20 @@ from torch import Tensor
 
 # Keeps 0 / 0 at 0. Gradients below it count as zero; float32 networks have none that small.
 TINY = 1e-15
+# The derivative of a root's inverse, its cube, overflows float32 where the root is below 1e-13.
+_LEAST_DIFFERENTIABLE = 1e-12
+
+
+def inverse_root(square: Tensor) -> Tensor:
+    """1 / sqrt(square + TINY^2), with a finite derivative: zero where the root is below 1e-12.
+
+    Without that, coordinates whose gradients have all been exactly zero, as those of pixels that
+    are always black, would turn meta-gradients with second derivatives into 0 * inf.
+    """
+    if square.requires_grad:
+        live = square > _LEAST_DIFFERENTIABLE**2
+        square = torch.where(live, square, square.detach())
+    return (square + TINY**2).rsqrt()
 
 
 def log_ratio(x: Tensor, reference: Tensor) -> Tensor:

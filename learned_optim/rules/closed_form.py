@@ -69,11 +69,11 @@ def term_values(term: str, inputs: Tensor) -> Tensor:
 
 
 class ClosedFormRule(HorizonRule):
-    """:class:`~learned_optim.rules.horizon.HorizonRule` with a formula for its network.
+    """The rule ``horizon`` with a formula for its network.
 
-    Its weights are the coefficients of the terms that the configuration names. State and directions
-    are that rule's, and so are the bounds of what the formula says. It runs in its pure form; the
-    compiled kernel knows networks only.
+    Its weights are the coefficients of the terms that the configuration names. State and
+    directions are those of :class:`~learned_optim.rules.horizon.HorizonRule`, and so are the bounds
+    of what the formula says. It runs in its pure form; the compiled kernel knows networks only.
     """
 
     name = "closed_form"

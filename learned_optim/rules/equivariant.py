@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from learned_optim.rules._base import State, StepContext, UpdateRule
 from learned_optim.rules._config import RuleConfig
-from learned_optim.rules._features import TINY, bias_correction, log_ratio
+from learned_optim.rules._features import TINY, bias_correction, inverse_root, log_ratio
 from learned_optim.rules._lstm import LSTMStack, widen
 from learned_optim.rules._pieces import zeros_by_column
 from learned_optim.rules._segments import Product, Segments
@@ -143,7 +143,7 @@ class EquivariantRule(UpdateRule):
         assert stats is not None
         scale, mean_square = stats[3], stats[4]
         fast, slow, square = (state["moments"].t() / stats[:3]).unbind()
-        inverse_size = (square + TINY**2).rsqrt()
+        inverse_size = inverse_root(square)
         s_now = (grad * inverse_size).clamp(-3.0, 3.0)
         ratios = torch.stack((fast * inverse_size, slow * inverse_size, s_now))
         s_fast, s_slow, s_now = ratios.unbind()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from learned_optim.rules._base import State, StepContext, UpdateRule
 from learned_optim.rules._config import RuleConfig
-from learned_optim.rules._features import TINY, bias_correction, log_ratio
+from learned_optim.rules._features import TINY, bias_correction, inverse_root, log_ratio
 from learned_optim.rules._lstm import LSTMStack, widen
 from learned_optim.rules._segments import Product, Segments
 
@@ -112,7 +112,7 @@ class SteeredRule(UpdateRule):
         self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
     ) -> Sequence[Product]:
         fast, slow, square = (state[key].squeeze(-1) for key in _MOMENTS)
-        r = (square + TINY**2).rsqrt()
+        r = inverse_root(square)
         s_fast, s_slow = fast * r, slow * r
         return (
             (fast, fast), (slow, slow), (grad, grad), (square, None), (square, r), (param, param),
@@ -166,7 +166,7 @@ class SteeredRule(UpdateRule):
         """Six directions in units of the tensor's scale, ``(n, 6)``."""
         assert stats is not None
         fast, slow, square = (state[key].squeeze(-1) for key in _MOMENTS)
-        r = (square + TINY**2).rsqrt()
+        r = inverse_root(square)
         s_fast = fast * r
         s_slow = slow * r
         signals = (s_fast, s_slow, grad * r, fast, slow, s_fast * s_slow.abs())
