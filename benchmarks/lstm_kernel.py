@@ -45,18 +45,18 @@ def measure() -> dict[str, Any]:
             subjects[f"{rule}: compiled"] = LearnedOptimizer(parameters(shapes), weights).step
             pure = LearnedOptimizer(parameters(shapes), weights).step
             subjects[f"{rule}: pure"] = without_kernel(pure)
-            subjects[f"{rule}: network"] = network(weights, size_of(shapes))
+            subjects[f"{rule}: alone"] = network_alone(weights, size_of(shapes))
         best, n = in_turns(subjects, rounds), size_of(shapes)
         for rule in rules():
             row = {
-                k: round(1e9 * best[f"{rule}: {k}"] / n, 2) for k in ("compiled", "pure", "network")
+                k: round(1e9 * best[f"{rule}: {k}"] / n, 2) for k in ("compiled", "pure", "alone")
             }
             found.append({"rule": rule, "network": name, "coordinates": n, **row})
             print(f"  {found[-1]}", flush=True)
     return {"library": kernels.status().partition(":")[0], "rows": found}
 
 
-def network(rule: UpdateRule, n: int) -> Callable[[], None]:
+def network_alone(rule: UpdateRule, n: int) -> Callable[[], None]:
     """The compiled step of the rule's stack alone, in the blocks of its own step."""
     stack, state = rule.lstm, rule.init_state(torch.zeros(n))
     assert isinstance(stack, LSTMStack)
@@ -109,7 +109,7 @@ def markdown(found: dict[str, Any]) -> str:
     rows = [
         [row["rule"], row["network"], f"{row['coordinates']:,}", f"{row['pure']:,.0f}",
          f"{row['compiled']:,.0f}", f"{row['compiled'] / row['pure']:.2f}",
-         f"{row['network']:,.0f}"]
+         f"{row['alone']:,.0f}"]
         for row in found["rows"]
     ]  # fmt: skip
     head = [
