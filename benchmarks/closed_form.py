@@ -67,6 +67,7 @@ def in_words(summary: dict[str, Any]) -> str:
     close = sum(abs(math.log(ratio)) <= math.log(1.05) for ratio in ratios.values())
     far = sorted((task for task in ratios if ratios[task] > 1.2), key=lambda t: -ratios[t])
     worst = ", ".join(f"`{task}` ({ratios[task]:.2f})" for task in far) or "none"
+    rest = "" if len(tasks) == len(field_tasks()) else " The other tasks have not been run."
     return (
         f"Over {len(tasks)} of the field's {len(field_tasks())} tasks (quick tier, test seeds: "
         f"{summary['protocol']['seeds']}), the formula's final loss is "
@@ -76,7 +77,7 @@ def in_words(summary: dict[str, Any]) -> str:
         f"tasks, and more than a fifth above it on: {worst}. Against AdamW with a cosine from "
         f"1e-3, untuned as it is, its ratio is {ratio_text(pairs[formula][UNTUNED])} and the "
         f"network's {ratio_text(pairs[network][UNTUNED])}: of the network's gain there, in log "
-        f"loss, the formula keeps {gains[0] / gains[1]:.0%}."
+        f"loss, the formula keeps {gains[0] / gains[1]:.0%}.{rest}"
     )
 
 
