@@ -275,10 +275,10 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = load_record(output)
     figures, wrote = captured.out.splitlines()
     assert wrote == f"wrote {output}"
+    test, against = record["test"], f"{record['ratio_to_adamw']:.2f} of tuned AdamW's"
     assert figures == (
-        f"loss summed over 6 steps: validation {record['validation']:.4g} (best epoch "
-        f"{record['epoch']} of 2), test on 2 fresh runs {record['test']['mean']:.4g} ± "
-        f"{record['test']['std']:.4g}"
+        f"loss summed over 6 steps: validation {record['validation']:.4g} ({against}, best epoch "
+        f"{record['epoch']} of 2), test on 2 fresh runs {test['mean']:.4g} ± {test['std']:.4g}"
     )
     assert "4/4" in captured.err  # the progress bar: optimizee runs
     assert "nan" not in captured.err
@@ -287,7 +287,8 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["recipe"]["rule"]["config"]["hidden_size"] == 4
     assert record["recipe"]["meta_lr"] == recipes()["quadratic"].meta_lr
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".lock", "best.safetensors", "metrics.jsonl", "protocol.json", "recipe.json", "resume.pt",
+        ".lock", "best.safetensors", "metrics.jsonl", "protocol.json", "recipe.json",
+        "references.json", "resume.pt",
     ]  # fmt: skip
     # The folder's recipe file is a recipe, and gives the same weights again.
     again = tmp_path / "again"
@@ -340,7 +341,10 @@ def test_progress_goes_on_where_an_earlier_process_stopped(
     progress = TrainingProgress(trainer, lambda *told: seen.append(told))
     trainer.train(progress.on_run, progress.report)
     trainer.finish(report=progress.report)
-    assert seen[0] == (3, 6, f"starting best {trainer.history[0].validation:.2f}")
+    first = trainer.history[0]
+    best = f"starting best {first.validation:.2f}, {first.ratio_to_adamw:.2f} of tuned AdamW's"
+    assert seen[0] == (3, 6, best)
+    assert all("runs/s" in text for _, _, text in seen[1:])
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
     assert any(text.startswith("epoch 2 validation 8/8 best ") for _, _, text in seen)
     assert any(text.startswith("test 8/8 best ") for _, _, text in seen)
@@ -358,7 +362,10 @@ def test_first_epoch_has_no_best_yet(tmp_path: Path) -> None:
     progress = TrainingProgress(trainer, lambda done, total, text: seen.append(text))
     trainer.train(progress.on_run, progress.report)
     assert seen[0] == "starting"
-    assert seen[1].startswith("epoch 1 loss ")
+    adamw = [text for text in seen if text.startswith("epoch 1 AdamW ")]
+    assert adamw == [f"epoch 1 AdamW {done}/56" for done in range(8, 57, 8)]
+    assert seen[8].startswith("epoch 1 loss ")
+    assert seen[8].endswith("runs/s")
     assert not [text for text in seen if "best" in text or "nan" in text]
 
 
@@ -449,6 +456,10 @@ def test_train_tensorboard(tmp_path: Path) -> None:
     scalars = events.Scalars("validation")
     assert [s.step for s in scalars] == [1, 2]
     assert [s.value for s in scalars] == pytest.approx(written)
+    for name in ("ratio_to_adamw", "runs_per_second", "seconds_left"):
+        values = [json.loads(line)[name] for line in lines]
+        assert [s.value for s in events.Scalars(name)] == pytest.approx(values)
+    assert "epoch" not in events.Tags()["scalars"]
 
 
 def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -376,7 +376,8 @@ def test_fields_of_the_recipe(tmp_path: Path) -> None:
     refused("unknown field 'task' of a recipe", task="digits")
     refused(r"unknown field 'test_task' .* Did you mean 'test_tasks'\?", test_task="digits")
     refused("rule must be a configuration, .* and is a SGDRule", rule=SGDRule())
-    refused("got EvolutionRecipe, which trains on a mixture of its own", recipe="general-3")
+    refused("'meta_train:Sequential' needs a horizon", recipe="general-3")
+    refused("workers=2 apply to recipes of evolution strategies", workers=2)
     refused("unknown update rule 'steerd'", rule="steerd")
     with pytest.raises(ValueError, match="must be a Task or a TaskFamily, and is a Linear"):
         meta_train([nn.Linear(1, 1)], folder=tmp_path)  # type: ignore[list-item]

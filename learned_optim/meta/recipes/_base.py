@@ -14,7 +14,7 @@ from learned_optim._discovery import did_you_mean, import_submodules, unknown_na
 from learned_optim._fields import check_fields
 from learned_optim.meta.meta_loss import Transform
 from learned_optim.meta.recipes._evolution import METHOD, EvolutionRecipe
-from learned_optim.meta.schedules import Schedule, parse_schedule, schedule_from_json
+from learned_optim.meta.schedules import SCHEDULE, Schedule, schedule_from_json
 from learned_optim.rules import RuleConfig, build_rule, rule_class, rule_for
 
 _AT_LEAST = {
@@ -34,9 +34,6 @@ _AT_LEAST = {
     "patience": 1,
     "meta_lr_final": 0,
 }
-
-#: How the command line reads a schedule.
-SCHEDULE = {"parse": parse_schedule, "metavar": "SCHEDULE"}
 
 
 @dataclasses.dataclass(frozen=True)
