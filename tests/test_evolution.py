@@ -367,15 +367,28 @@ TINY = [
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder = str(tmp_path / "run")
     assert main(["train", "general-3", *TINY, "--folder", folder, "--references-only"]) == 0
     assert files(tmp_path / "run") == [".lock", "protocol.json", "recipe.json", "references.json"]
     output = tmp_path / "out.safetensors"
     command = ["train", "general-3", *TINY, "--folder", folder, "--output", str(output)]
-    assert main(command) == 0
+    assert main([*command, "--tensorboard"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("runs_per_second", "seconds_left", "gradient_norm"):
+        values = [line[name] for line in lines]
+        assert [s.value for s in events.Scalars(name)] == pytest.approx(values)
+    assert [s.step for s in events.Scalars("ratio_to_adamw")] == [2]
     captured = capsys.readouterr()
     figures, wrote = captured.out.splitlines()
-    assert figures.startswith("log of the final loss minus that of tuned AdamW: mean ")
+    ratio = load_record(output)["ratio_to_adamw"]
+    assert figures.startswith(
+        f"final loss on 2 validation tasks: {ratio:.3f} of tuned AdamW's (geometric mean), median "
+    )
+    assert f"{ratio:.2f} of tuned AdamW's, " in captured.err
     assert wrote == f"wrote {output}"
     assert "2/2" in captured.err
     first = load_rule(output).fingerprint()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -144,13 +145,13 @@ def _run_evolution(config: EvolutionTrainConfig) -> int:
             return 0
         trainer.train(on_step, report)
         path = trainer.finish(config.output)
-    behind = trainer.last_validation()
-    if behind is not None:
-        average = behind["average"]
+    validation = trainer.last_validation()
+    if validation is not None:
+        average = validation["average"]
         print(
-            f"log of the final loss minus that of tuned AdamW: mean {average['mean']:.3f}, median "
-            f"{average['median']:.3f}; ahead on {average['share_ahead']:.0%} of "
-            f"{recipe.validation_tasks} tasks"
+            f"final loss on {recipe.validation_tasks} validation tasks: "
+            f"{math.exp(average['mean']):.3f} of tuned AdamW's (geometric mean), median "
+            f"{math.exp(average['median']):.3f}; ahead on {average['share_ahead']:.0%}"
         )
     print(f"wrote {path}")
     return 0

@@ -53,8 +53,7 @@ class TrainConfig:
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder."""
     against_adamw: bool = True
-    """Before training, tune AdamW on the validation runs, and report validation as a ratio to
-    it: it takes as long as seven validations do without the rule."""
+    """Report validation relative to AdamW, which is tuned on its runs before training."""
     data: DataOptions = field(default_factory=DataOptions)
     """Where image sets are looked for."""
 

@@ -402,7 +402,13 @@ def load_recipe(source: str) -> AnyRecipe:
     try:
         return recipe_from_json(_parsed(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        remedy = ""
+        if Path(source).is_dir():  # a run folder, whose recipe is its own record
+            remedy = (
+                f". If it is damaged, delete it, and start the run again by the recipe that it "
+                f"began with and --folder {source}: nothing else of the run is lost"
+            )
+        raise ValueError(f"{path}: {error}{remedy}") from error
 
 
 def _parsed(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""A first meta-training by evolution strategies: `general-4`, adapted to scikit-learn's digits.
+"""A first one by evolution strategies: `general-4`, adapted to scikit-learn's digits.
 
 Whole runs of a small network, the way `general-4` was trained on a mixture; nothing is downloaded.
 On tasks of your own: `meta_train(task, "quick-evolution", folder=...)`.
