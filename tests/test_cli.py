@@ -363,9 +363,9 @@ def test_first_epoch_has_no_best_yet(tmp_path: Path) -> None:
     trainer.train(progress.on_run, progress.report)
     assert seen[0] == "starting"
     adamw = [text for text in seen if text.startswith("epoch 1 AdamW ")]
-    assert adamw == [f"epoch 1 AdamW {done}/56" for done in range(8, 57, 8)]
-    assert seen[8].startswith("epoch 1 loss ")
-    assert seen[8].endswith("runs/s")
+    assert adamw == [f"epoch 1 AdamW {done}/64" for done in range(8, 65, 8)]
+    assert seen[9].startswith("epoch 1 loss ")
+    assert seen[9].endswith("runs/s")
     assert not [text for text in seen if "best" in text or "nan" in text]
 
 

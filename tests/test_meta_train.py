@@ -395,6 +395,8 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {**SHORT, "progress": True, "tasks_per_meta_step": 2}
     trained = meta_train(regression(normalized), folder=tmp_path, **fields)
     out, err = capsys.readouterr()
+    plain = meta_train(regression(normalized), folder=tmp_path / "b", against_adamw=False, **SHORT)
+    assert [m.ratio_to_adamw for m in plain.history] == [None, None]
     lines = err.splitlines()
     assert out == ""
     assert len(lines) == 7
@@ -403,7 +405,12 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "(it updates the buffers 1.running_mean, " in lines[1]
     assert lines[2].startswith("meta_train: untrained: validation ")
-    assert f"validation {trained.history[1].validation:.4g}" in lines[4]
+    second = trained.history[1]
+    assert f"validation {second.validation:.4g} " in lines[4]
+    assert (
+        f", {second.ratio_to_adamw:.2f} of tuned AdamW's, {second.runs_per_second:.3g} runs/s"
+        in lines[4]
+    )
     assert lines[-1] == f"meta_train: wrote {trained.path}"
 
 

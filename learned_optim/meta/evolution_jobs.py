@@ -22,17 +22,11 @@ from learned_optim.meta.evolution_tasks import (
     given_family,
     set_given_family,
 )
-from learned_optim.meta.populations import (
-    ADAMW_LRS,
-    Population,
-    fitness,
-    roll,
-    roll_adamw,
-    scores,
-)
+from learned_optim.meta.populations import ADAMW_LRS as MIXTURE_LRS
+from learned_optim.meta.populations import Population, fitness, roll, roll_adamw, scores
 from learned_optim.meta.progress import TrainingError
 from learned_optim.meta.recipes import EvolutionRecipe
-from learned_optim.meta.references import Reference
+from learned_optim.meta.references import ADAMW_LRS, Reference
 from learned_optim.meta.tasks import TaskFamily
 from learned_optim.rules import RuleConfig, UpdateRule, rule_for
 
@@ -172,7 +166,9 @@ def reference_task(job: tuple[int, RunSource]) -> Reference:
     index, source = job
     seed = FIRST_VALIDATION_SEED + index
     run = source.draw_validation(seed, SHORTEST_VALIDATION)
-    final = scores(roll_adamw(ADAMW_LRS, run, seed))[0]
+    # Mixtures keep the rates that their references were always made with.
+    rates = MIXTURE_LRS if source.is_mixture else ADAMW_LRS
+    final = scores(roll_adamw(rates, run, seed))[0]
     return Reference(index, run.task.name, run.steps, run.known, tuple(final.tolist()))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from learned_optim.meta.progress import Report
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.references import (
+    ADAMW_LRS,
     Reference,
     mean_sum,
     read_references,
@@ -26,9 +27,6 @@ from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.classical import SGDRule
-
-#: Constant learning rates among which AdamW is tuned: rules are not told the length of the run.
-ADAMW_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 #: What :func:`seeded` makes a run's generator from.
 Seed: TypeAlias = tuple[object, ...]
@@ -67,7 +65,7 @@ def adamw_sums(
     together: int = 8,
     on_runs: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """:func:`summed_losses` under AdamW at a constant learning rate."""
+    """:func:`summed_losses` under AdamW at a constant rate: rules do not know the length, too."""
     sums = []
     for optimizees in _together(SGDRule(), family, seeds, together, on_runs):
         # AdamW is coordinatewise: one packed tensor trains as its parts would.
