@@ -18,7 +18,15 @@ import argparse
 import json
 import time
 
-from benchmarks import cards, estimators, kernel_step, meta_training, performance, step
+from benchmarks import (
+    cards,
+    estimators,
+    kernel_step,
+    meta_training,
+    meta_training_sizes,
+    performance,
+    step,
+)
 from benchmarks.measure import machine
 
 SECTIONS = {
@@ -29,6 +37,7 @@ SECTIONS = {
     "checkpoints": step.checkpoints,
     "scaling": step.scaling,
     "meta-training": meta_training.measure,
+    "meta-training-sizes": meta_training_sizes.measure,
     "estimators": estimators.measure,
 }
 
