@@ -414,6 +414,17 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == f"meta_train: wrote {trained.path}"
 
 
+def test_long_silences_are_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("learned_optim.meta.training_lines._SILENCE", -1.0)
+    meta_train(regression(), folder=tmp_path, **{**SHORT, "progress": True})
+    err = capsys.readouterr().err
+    assert [f"meta_train: {what}\n" in err for what in ("AdamW 2/16", "AdamW 16/16")] == [True] * 2
+    assert "meta_train: validation 2/2\n" in err
+    assert "meta_train: test 2/2\n" in err
+
+
 RANKS = """
 import os, sys
 from pathlib import Path

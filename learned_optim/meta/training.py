@@ -222,11 +222,12 @@ def _unroll(
         against_adamw=settings.against_adamw,
     )
     lines = EpochLines(trainer) if settings.progress and trainer.rank == 0 else None
-    trainer.train(lines.on_run if lines else None)
+    report = lines.report if lines else None
+    trainer.train(lines.on_run if lines else None, report)
     path = trainer.files.finished if settings.output is None else Path(settings.output)
     done = {"recipe": recipe.to_json(), "epochs_run": trainer.epoch}
     if trainer.rank == 0 and not _is_finished(path, done):
-        trainer.finish(path)
+        trainer.finish(path, report)
     trainer.meet()  # no rank reads the file before it is there
     rule, record = read_checkpoint(path)
     if lines:
