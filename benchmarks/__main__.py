@@ -24,6 +24,7 @@ from benchmarks import (
     kernel_step,
     lstm_kernel,
     meta_training,
+    meta_training_sizes,
     performance,
     step,
 )
@@ -38,6 +39,7 @@ SECTIONS = {
     "checkpoints": step.checkpoints,
     "scaling": step.scaling,
     "meta-training": meta_training.measure,
+    "meta-training-sizes": meta_training_sizes.measure,
     "estimators": estimators.measure,
 }
 

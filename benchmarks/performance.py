@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import half_state, kernel_step, lstm_kernel, wall_clock
+from benchmarks import half_state, kernel_step, lstm_kernel, meta_training_sizes, wall_clock
 from learned_optim.summary import table
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -308,6 +308,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "checkpoints": _checkpoints_table,
     "scaling": _scaling_table,
     "meta-training": _meta_table,
+    "meta-training-sizes": meta_training_sizes.markdown,
     "wall_clock": _wall_clock,
     "half-state": half_state.markdown,
     "kernel-step": kernel_step.markdown,

@@ -108,6 +108,7 @@ def main() -> None:
         runs_per_epoch=args.runs_per_epoch,
         horizon=args.steps,
         test_runs=10,
+        against_adamw=False,  # it is tuned and compared with below, on other data
     )
     print(f"saved: {trained.path}")
     print("tuning Adam and AdamW, and comparing ...", file=sys.stderr)

@@ -56,9 +56,10 @@ def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = 
         return path
     if hub.is_hub_id(text):
         if "@" not in text and path.parent.is_dir():  # a mistyped path rather than a user's name
+            near = _beside(path) or "."
             raise FileNotFoundError(
-                f"no checkpoint file or folder at {path}{_beside(path)}. A Hub repository of that "
-                f"name, where a folder {path.parent} exists, is {text}@main"
+                f"no checkpoint file or folder at {path}{near} A Hub repository of that name, "
+                f"where a folder {path.parent} exists, is {text}@main"
             )
         return hub.download(text, local_files_only=local_files_only)
     if path.name != text:

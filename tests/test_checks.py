@@ -22,7 +22,7 @@ from learned_optim.meta import (
     Optimizees,
     Task,
 )
-from learned_optim.meta.checks import check_family
+from learned_optim.meta.checks import check_family, check_finite
 from learned_optim.meta.seeding import seeded
 from learned_optim.rules.classical import SGDRule
 
@@ -98,6 +98,21 @@ def test_useless_tasks_are_refused(
 
 def test_the_part_itself_is_fine() -> None:
     check_family(FixedTask(Part()), "part")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"loss": lambda p, b: p["w"].sum() + torch.nan}, "the loss is nan at the initial"),
+        ({"loss": lambda p, b: (p["w"] * 0).sqrt().sum()}, "the gradient of 'w' is not finite"),
+        ({"loss": lambda p, b: p["w"].square()}, r"of shape \(\), and has shape \(3,\)"),
+    ],
+)
+def test_what_is_only_trained_must_be_finite(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"task 'part': .*{message}"):
+        check_finite(Part(**parts), "part")
+    idle = {"init": lambda g: {"w": torch.ones(3), "idle": torch.ones(2)}}
+    check_finite(Part(**idle), "part")
 
 
 def changing_batches(generator: Generator) -> tuple[Tensor, Tensor]:
@@ -177,7 +192,7 @@ def test_dropout_draws_anew_at_every_step_and_for_every_run() -> None:
     loss = ones.loss
     ones.loss = lambda p, b: (seen.append(torch.initial_seed()), loss(p, b))[1]  # type: ignore
     family = FixedTask(ones, stackable=False)
-    from learned_optim.meta.trainer import summed_losses
+    from learned_optim.meta.validation import summed_losses
 
     first = summed_losses(SGDRule(), family, 3, [("run", 0), ("run", 1)], together=1)
     assert len(set(seen)) == 6

@@ -87,12 +87,12 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert all(f"\n  {name} " in shown for name in recipes())
     assert "--folder PATH" in shown
-    assert len(shown.splitlines()) < 75
+    assert len(shown.splitlines()) < 80
     assert main(["train"]) == 2
     assert capsys.readouterr().out == shown
     assert main(["train", "quadratic", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert len(shown.splitlines()) < 40
+    assert len(shown.splitlines()) < 45
     # The recipe's own values are the defaults that the help shows.
     assert "--meta-lr FLOAT             Learning rate of the meta-optimizer, Adam. (0.005)" in shown
     assert "(runs/quadratic)" in shown
@@ -276,10 +276,10 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = load_record(output)
     figures, wrote = captured.out.splitlines()
     assert wrote == f"wrote {output}"
+    test, against = record["test"], f"{record['ratio_to_adamw']:.2f} of tuned AdamW's"
     assert figures == (
-        f"loss summed over 6 steps: validation {record['validation']:.4g} (best epoch "
-        f"{record['epoch']} of 2), test on 2 fresh runs {record['test']['mean']:.4g} ± "
-        f"{record['test']['std']:.4g}"
+        f"loss summed over 6 steps: validation {record['validation']:.4g} ({against}, best epoch "
+        f"{record['epoch']} of 2), test on 2 fresh runs {test['mean']:.4g} ± {test['std']:.4g}"
     )
     assert "4/4" in captured.err  # the progress bar: optimizee runs
     assert "nan" not in captured.err
@@ -288,7 +288,8 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["recipe"]["rule"]["config"]["hidden_size"] == 4
     assert record["recipe"]["meta_lr"] == recipes()["quadratic"].meta_lr
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".lock", "best.safetensors", "metrics.jsonl", "protocol.json", "recipe.json", "resume.pt",
+        ".lock", "best.safetensors", "metrics.jsonl", "protocol.json", "recipe.json",
+        "references.json", "resume.pt",
     ]  # fmt: skip
     # The folder's recipe file is a recipe, and gives the same weights again.
     again = tmp_path / "again"
@@ -341,7 +342,10 @@ def test_progress_goes_on_where_an_earlier_process_stopped(
     progress = TrainingProgress(trainer, lambda *told: seen.append(told))
     trainer.train(progress.on_run, progress.report)
     trainer.finish(report=progress.report)
-    assert seen[0] == (3, 6, f"starting best {trainer.history[0].validation:.2f}")
+    first = trainer.history[0]
+    best = f"starting best {first.validation:.2f}, {first.ratio_to_adamw:.2f} of tuned AdamW's"
+    assert seen[0] == (3, 6, best)
+    assert all("runs/s" in text for _, _, text in seen[1:])
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
     assert any(text.startswith("epoch 2 validation 8/8 best ") for _, _, text in seen)
     assert any(text.startswith("test 8/8 best ") for _, _, text in seen)
@@ -359,7 +363,10 @@ def test_first_epoch_has_no_best_yet(tmp_path: Path) -> None:
     progress = TrainingProgress(trainer, lambda done, total, text: seen.append(text))
     trainer.train(progress.on_run, progress.report)
     assert seen[0] == "starting"
-    assert seen[1].startswith("epoch 1 loss ")
+    adamw = [text for text in seen if text.startswith("epoch 1 AdamW ")]
+    assert adamw == [f"epoch 1 AdamW {done}/64" for done in range(8, 65, 8)]
+    assert seen[9].startswith("epoch 1 loss ")
+    assert seen[9].endswith("runs/s")
     assert not [text for text in seen if "best" in text or "nan" in text]
 
 
@@ -476,6 +483,10 @@ def test_train_tensorboard(tmp_path: Path) -> None:
     scalars = events.Scalars("validation")
     assert [s.step for s in scalars] == [1, 2]
     assert [s.value for s in scalars] == pytest.approx(written)
+    for name in ("ratio_to_adamw", "runs_per_second", "seconds_left"):
+        values = [json.loads(line)[name] for line in lines]
+        assert [s.value for s in events.Scalars(name)] == pytest.approx(values)
+    assert "epoch" not in events.Tags()["scalars"]
 
 
 def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +15,15 @@ from learned_optim import load_rule
 from learned_optim.checkpoint import save_rule
 from learned_optim.cli import main
 from learned_optim.hub import model_card
-from learned_optim.meta import evolution, evolution_jobs
+from learned_optim.meta import evolution, evolution_jobs, evolution_tasks
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.evolution import EvolutionTrainConfig, EvolutionTrainer, initial_weights
 from learned_optim.meta.evolution_jobs import TaskResult, meta_gradient, perturbations, worker_map
 from learned_optim.meta.populations import MIXTURES, TRAINED_FOR, Draw, Sampler
 from learned_optim.meta.populations.quadratics import Quadratic
+from learned_optim.meta.progress import TrainingError
 from learned_optim.meta.recipes import EvolutionRecipe, Recipe, load_recipe, recipe_from_json
-from learned_optim.meta.trainer import TrainingError
+from learned_optim.meta.recipes._evolution import MIXTURE_NAMES
 from learned_optim.pretrained import load_record
 from learned_optim.rules.classical import AdamConfig
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
@@ -48,7 +49,7 @@ def _quadratics(monkeypatch: pytest.MonkeyPatch) -> None:
         sampler = Sampler(torch.Generator().manual_seed(seed))
         return Draw(Quadratic(sampler, data), steps=8, known=seed % 2 == 0)
 
-    monkeypatch.setattr(evolution_jobs, "draw", draw)
+    monkeypatch.setattr(evolution_tasks, "draw", draw)
     monkeypatch.setattr(evolution, "load_images", lambda *_: None)
 
 
@@ -141,7 +142,9 @@ def files(folder: Path) -> list[str]:
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:
     tasks = [{**task, "seconds": 0} for task in line["tasks"]]
-    return {**line, "seconds": 0, "tasks": tasks}
+    timed = ("seconds", "seconds_left", "runs_per_second", "validation_seconds")
+    rest = {name: value for name, value in line.items() if name not in timed}
+    return {**rest, "tasks": tasks}
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
@@ -180,7 +183,7 @@ def test_validation_is_against_tuned_adamw(tmp_path: Path) -> None:
     told.clear()
     trainer.train(report=lambda *progress: told.append(progress))
     assert {what for what, _, _ in told} == {"validation"}
-    job = evolution_jobs.ValidationJob(0, SMALL.task, trainer.ema[None], SMALL.rule, trainer.data)
+    job = evolution_jobs.ValidationJob(0, trainer.source, trainer.ema[None], SMALL.rule)
     excess = [
         evolution_jobs.validate_task(replace(job, index=i))[0] - min(references[i].scores)
         for i in range(2)
@@ -222,13 +225,13 @@ def test_the_start_has_its_share_in_the_finished_weights(tmp_path: Path) -> None
 def test_tasks_grow_from_the_meta_step_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, asked = evolution_jobs.draw, []
+    good, asked = evolution_tasks.draw, []
 
     def draw(seed: int, *rest: Any, **options: Any) -> Draw:
         asked.append(options.get("large"))
         return good(seed, *rest, **options)
 
-    monkeypatch.setattr(evolution_jobs, "draw", draw)
+    monkeypatch.setattr(evolution_tasks, "draw", draw)
     trainer = EvolutionTrainer(replace(SMALL, large_from=2, validation_every=9), tmp_path)
     monkeypatch.setattr(trainer, "_validate", lambda *_: {"average": {"mean": 0.0}})
     trainer.train()
@@ -242,14 +245,14 @@ def test_tasks_grow_from_the_meta_step_that_is_named(
 
 
 def test_tasks_that_fail_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = evolution_jobs.draw
+    good = evolution_tasks.draw
 
     def draw(seed: int, *rest: Any, **options: Any) -> Draw:
         if seed % 2:
             raise ValueError("no usable task")
         return good(seed, *rest, **options)
 
-    monkeypatch.setattr(evolution_jobs, "draw", draw)
+    monkeypatch.setattr(evolution_tasks, "draw", draw)
     trainer = EvolutionTrainer(replace(SMALL, validation_every=9, meta_steps=2), tmp_path)
     monkeypatch.setattr(trainer, "_validate", lambda *_: {"average": {"mean": 0.0}})
     trainer.train()
@@ -342,12 +345,12 @@ def test_recipes(tmp_path: Path) -> None:
         "meta_lr_final = 1e-3\n"
     )
     assert load_recipe(str(path)) == EvolutionRecipe(HorizonConfig(), 2, 1e-2, 1e-3)
-    assert (
-        get_args(get_type_hints(EvolutionRecipe)["task"]) == tuple(MIXTURES) == tuple(TRAINED_FOR)
-    )
+    assert MIXTURE_NAMES == tuple(MIXTURES) == tuple(TRAINED_FOR)
     for changes, message in (
         ({"method": "revolution"}, "unknown method 'revolution'; known: evolution"),
-        ({"task": "mnist"}, "task must be one of 'populations', 'populations-2', got 'mnist'"),
+        ({"task": "mnist"}, "task 'mnist' needs a horizon, the inner steps of its runs"),
+        ({"horizon": 100}, "horizon=100 does not apply to the mixture 'populations'"),
+        ({"task": "mnist", "horizon": 0}, "horizon must be at least 1, got 0"),
         ({"epochs": 2}, "unknown field 'epochs'"),
         ({"pairs": 0}, "pairs must be at least 1, got 0"),
         ({"sigma": 0.0}, "sigma must be positive"),
@@ -364,15 +367,28 @@ TINY = [
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder = str(tmp_path / "run")
     assert main(["train", "general-3", *TINY, "--folder", folder, "--references-only"]) == 0
     assert files(tmp_path / "run") == [".lock", "protocol.json", "recipe.json", "references.json"]
     output = tmp_path / "out.safetensors"
     command = ["train", "general-3", *TINY, "--folder", folder, "--output", str(output)]
-    assert main(command) == 0
+    assert main([*command, "--tensorboard"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("runs_per_second", "seconds_left", "gradient_norm"):
+        values = [line[name] for line in lines]
+        assert [s.value for s in events.Scalars(name)] == pytest.approx(values)
+    assert [s.step for s in events.Scalars("ratio_to_adamw")] == [2]
     captured = capsys.readouterr()
     figures, wrote = captured.out.splitlines()
-    assert figures.startswith("log of the final loss minus that of tuned AdamW: mean ")
+    ratio = load_record(output)["ratio_to_adamw"]
+    assert figures.startswith(
+        f"final loss on 2 validation tasks: {ratio:.3f} of tuned AdamW's (geometric mean), median "
+    )
+    assert f"{ratio:.2f} of tuned AdamW's, " in captured.err
     assert wrote == f"wrote {output}"
     assert "2/2" in captured.err
     first = load_rule(output).fingerprint()
@@ -385,7 +401,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("command", "message"),
     [
         (["train", "general-3", "--epochs", "3"], "--epochs does not apply to 'general-3'"),
-        (["train", "general-3", "--tensorboard"], "--tensorboard does not apply to 'general-3'"),
+        (
+            ["train", "general-3", "--no-against-adamw"],
+            "--no-against-adamw does not apply to 'general-3'",
+        ),
         (["search", "general-3"], "search takes no recipe of evolution strategies"),
         (["search", "general-3", "--help"], "search takes no recipe of evolution strategies"),
     ],

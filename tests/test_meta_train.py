@@ -376,7 +376,8 @@ def test_fields_of_the_recipe(tmp_path: Path) -> None:
     refused("unknown field 'task' of a recipe", task="digits")
     refused(r"unknown field 'test_task' .* Did you mean 'test_tasks'\?", test_task="digits")
     refused("rule must be a configuration, .* and is a SGDRule", rule=SGDRule())
-    refused("got EvolutionRecipe, which trains on a mixture of its own", recipe="general-3")
+    refused("'meta_train:Sequential' needs a horizon", recipe="general-3")
+    refused("workers=2 apply to recipes of evolution strategies", workers=2)
     refused("unknown update rule 'steerd'", rule="steerd")
     with pytest.raises(ValueError, match="must be a Task or a TaskFamily, and is a Linear"):
         meta_train([nn.Linear(1, 1)], folder=tmp_path)  # type: ignore[list-item]
@@ -394,6 +395,8 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {**SHORT, "progress": True, "tasks_per_meta_step": 2}
     trained = meta_train(regression(normalized), folder=tmp_path, **fields)
     out, err = capsys.readouterr()
+    plain = meta_train(regression(normalized), folder=tmp_path / "b", against_adamw=False, **SHORT)
+    assert [m.ratio_to_adamw for m in plain.history] == [None, None]
     lines = err.splitlines()
     assert out == ""
     assert len(lines) == 7
@@ -402,8 +405,24 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "(it updates the buffers 1.running_mean, " in lines[1]
     assert lines[2].startswith("meta_train: untrained: validation ")
-    assert f"validation {trained.history[1].validation:.4g}" in lines[4]
+    second = trained.history[1]
+    assert f"validation {second.validation:.4g} " in lines[4]
+    assert (
+        f", {second.ratio_to_adamw:.2f} of tuned AdamW's, {second.runs_per_second:.3g} runs/s"
+        in lines[4]
+    )
     assert lines[-1] == f"meta_train: wrote {trained.path}"
+
+
+def test_long_silences_are_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("learned_optim.meta.training_lines._SILENCE", -1.0)
+    meta_train(regression(), folder=tmp_path, **{**SHORT, "progress": True})
+    err = capsys.readouterr().err
+    assert [f"meta_train: {what}\n" in err for what in ("AdamW 2/16", "AdamW 16/16")] == [True] * 2
+    assert "meta_train: validation 2/2\n" in err
+    assert "meta_train: test 2/2\n" in err
 
 
 # torchrun's agent, with ranks that are forked: each would import torch for seconds.

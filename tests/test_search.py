@@ -14,10 +14,10 @@ from test_trainer import SMALL
 
 from learned_optim.cli import main
 from learned_optim.meta import MetaTrainer, Recipe
+from learned_optim.meta.progress import EpochMetrics, TrainingError
 from learned_optim.meta.recipes import recipes
 from learned_optim.meta.search import SearchConfig, Trial, search
 from learned_optim.meta.search_space import Dimension, parse_dimension, with_values
-from learned_optim.meta.trainer import EpochMetrics, TrainingError
 
 TINY = replace(SMALL, runs_per_epoch=1, validation_runs=2, tasks_per_meta_step=1, horizon=4)
 

@@ -17,12 +17,21 @@ import torch
 
 import learned_optim
 from learned_optim import CheckpointError, load_record, load_rule
-from learned_optim.meta import MetaTrainer, Recipe, load_recipe, recipes
-from learned_optim.meta.recipes import recipe_from_json
-from learned_optim.meta.trainer import TrainingError
+from learned_optim.meta import (
+    EvolutionRecipe,
+    EvolutionTrainer,
+    MetaTrainer,
+    Recipe,
+    load_recipe,
+    recipes,
+)
+from learned_optim.meta.progress import TrainingError
+from learned_optim.meta.recipes import AnyRecipe, recipe_from_json
+from learned_optim.meta.validation import ADAMW_LRS
 from learned_optim.rules import RuleConfig
 from learned_optim.rules._registry import _RULES
 from learned_optim.rules.classical import SGDRule
+from learned_optim.rules.horizon import HorizonConfig
 from learned_optim.rules.lstm import LSTMConfig
 from learned_optim.rules.steered import SteeredConfig
 
@@ -81,15 +90,16 @@ KILLED = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from learned_optim import load_rule
-from learned_optim.meta import MetaTrainer
+from learned_optim.meta import EvolutionTrainer, MetaTrainer, Recipe
 from learned_optim.meta.recipes import recipe_from_json
 recipe = recipe_from_json(json.loads(Path(sys.argv[1]).read_text()))
 folder = Path(sys.argv[2])
+trainer = MetaTrainer if isinstance(recipe, Recipe) else EvolutionTrainer
 
 def train():
     child = os.fork()
     if not child:
-        MetaTrainer(recipe, folder).train()
+        trainer(recipe, folder).train()
         os._exit(0)
     return child
 
@@ -107,8 +117,32 @@ print(kills)
 """
 
 
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    recipe = replace(SMALL, epochs=8, runs_per_epoch=6, horizon=20)
+EVOLVED = EvolutionRecipe(
+    rule=HorizonConfig(hidden_size=3), task="quadratic", horizon=20, meta_steps=12, meta_lr=1e-2,
+    meta_lr_final=1e-3, tasks_per_meta_step=3, pairs=2, validation_tasks=3, validation_every=3,
+)  # fmt: skip
+#: Of either method.
+BOTH = pytest.mark.parametrize(
+    "recipe",
+    [replace(SMALL, epochs=8, runs_per_epoch=6, horizon=20), EVOLVED],
+    ids=["unrolls", "evolution"],
+)
+
+
+def trainer_of(recipe: AnyRecipe, folder: Path) -> MetaTrainer | EvolutionTrainer:
+    if isinstance(recipe, Recipe):
+        return MetaTrainer(recipe, folder)
+    return EvolutionTrainer(recipe, folder)
+
+
+def is_over(trainer: MetaTrainer | EvolutionTrainer) -> bool:
+    if isinstance(trainer, MetaTrainer):
+        return trainer.epoch == trainer.recipe.epochs
+    return trainer.meta_steps == trainer.recipe.meta_steps
+
+
+@BOTH
+def test_twenty_kills_at_random_moments_change_nothing(recipe: AnyRecipe, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_json()))
     env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
     done = subprocess.run(
@@ -117,12 +151,38 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3  # the others came after the end
-    whole = MetaTrainer(recipe, tmp_path / "whole")
+    whole = trainer_of(recipe, tmp_path / "whole")
     whole.train()
-    resumed = MetaTrainer(recipe, tmp_path / "run")
-    assert resumed.epoch == recipe.epochs
-    assert all(torch.equal(a, b) for a, b in zip(bits(resumed), bits(whole), strict=True))
+    resumed = trainer_of(recipe, tmp_path / "run")
+    assert is_over(resumed)
+    if isinstance(whole, MetaTrainer) and isinstance(resumed, MetaTrainer):
+        pairs = zip(bits(resumed), bits(whole), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    else:
+        for name in ("theta", "m", "v", "ema"):
+            assert torch.equal(getattr(resumed, name), getattr(whole, name))
+    references = [(tmp_path / f / "references.json").read_text() for f in ("whole", "run")]
+    assert references[0] == references[1]
     assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@BOTH
+def test_resuming_under_another_version_is_refused(
+    recipe: AnyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer_of(recipe, tmp_path)
+    ours = learned_optim.__version__
+    with monkeypatch.context() as patch:
+        patch.setattr(learned_optim, "__version__", "9.9.9")
+        with pytest.raises(ValueError, match=rf"learned_optim: {ours} then, 9\.9\.9 now"):
+            trainer_of(recipe, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "9.9.9+cpu")
+        with pytest.raises(ValueError, match=r"torch: .* then, 9\.9\.9 now"):
+            trainer_of(recipe, tmp_path)
+    with pytest.raises(ValueError, match=r"another recipe .*\(seed: 0 there, 1 here\)"):
+        trainer_of(replace(recipe, seed=1), tmp_path)
+    trainer_of(recipe, tmp_path)
 
 
 def test_training_lowers_the_meta_loss(tmp_path: Path) -> None:
@@ -235,7 +295,7 @@ def test_cosine_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "step",
         lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1],
     )
-    MetaTrainer(SMALL, tmp_path).train()
+    MetaTrainer(SMALL, tmp_path, against_adamw=False).train()
     expected = [0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * k / 36)) for k in range(36)]
     assert rates == pytest.approx(expected, rel=1e-12)
 
@@ -423,15 +483,6 @@ def test_resuming_after_the_tasks_source_changed_is_refused(
     trained(tmp_path / "run", task="changing_tasks:small")
 
 
-def test_resuming_under_another_torch_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained(tmp_path)
-    monkeypatch.setattr(torch, "__version__", "9.9.9+cpu")
-    with pytest.raises(ValueError, match=r"torch: .* then, 9\.9\.9 now"):
-        trained(tmp_path)
-
-
 def test_resuming_after_the_weights_of_start_changed_is_refused(tmp_path: Path) -> None:
     start = trained(tmp_path / "first").finish(tmp_path / "start.safetensors")
     trained(tmp_path / "second", start=str(start), seed=1)
@@ -510,8 +561,9 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     one.train()
     for a, b in zip(two.kept.parameters(), one.kept.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    validations = [[m.validation for m in t.history] for t in (one, two)]
-    assert validations[0] == pytest.approx(validations[1], rel=1e-4)
+    for figure in ("validation", "ratio_to_adamw"):
+        found = [[getattr(m, figure) for m in t.history] for t in (one, two)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 # Whatever travels between ranks is written to a file.
@@ -538,10 +590,10 @@ def test_two_ranks_share_the_pairs_of_evolution_strategies(tmp_path: Path) -> No
     weights = sum(p.numel() for p in one.rule.parameters())
     for rank in (0, 1):
         sizes = [int(size) for size in (tmp_path / f"two{rank}.txt").read_text().split()]
-        # Of each unroll of 4, 4 and 2 steps, its losses and the fitness of two runs per pair; less
-        # for meeting and validating.
+        # Of each unroll of 4, 4 and 2 steps, its losses and the fitness of two runs per pair; of
+        # AdamW at each rate, a sum per validation run; less for meeting and validating.
         assert max(sizes) == 4 + 2 * 3 < weights
-        assert len([size for size in sizes if size > 1]) == 2 * 3 * 3
+        assert len([size for size in sizes if size > 1]) == 2 * 3 * 3 + len(ADAMW_LRS)
 
 
 TOML = """
@@ -570,6 +622,10 @@ def test_recipes_in_toml_and_json(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "short.toml")).rule == LSTMConfig()
     MetaTrainer(SMALL, tmp_path / "run")
     assert load_recipe(str(tmp_path / "run")) == SMALL
+    (tmp_path / "run" / "recipe.json").write_text('{"task": "quad')
+    message = r"recipe\.json: Unterminated string .* delete it, .* and --folder .*run: nothing else"
+    with pytest.raises(ValueError, match=message):
+        load_recipe(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

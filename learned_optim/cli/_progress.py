@@ -27,6 +27,7 @@ class ProgressBar:
             miniters=0,
             smoothing=0,
             delay=1e-3,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
         self._begun = False
         return self._show
@@ -67,9 +68,13 @@ class TrainingProgress:
         self._tell(f"epoch {epoch} {self.loss}")
 
     def report(self, what: str, done: int, total: int) -> None:
-        epoch = f"epoch {self.trainer.epoch + 1} " if what == "validation" else ""
+        epoch = "" if what == "test" else f"epoch {self.trainer.epoch + 1} "
         self._tell(f"{epoch}{what} {done}/{total}")
 
     def _tell(self, what: str) -> None:
+        from learned_optim.meta.progress import pace_text
+
         best = self.trainer.best
-        self.show(self.done, self.total, f"{what} best {best.validation:.2f}" if best else what)
+        said = f"{what} best {best.validation:.2f}" if best else what
+        pace = pace_text(self.trainer.pace.per_second, best.ratio_to_adamw if best else None)
+        self.show(self.done, self.total, ", ".join([said] + [pace] * bool(pace)))

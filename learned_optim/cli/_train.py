@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,7 +82,13 @@ def _run_training(config: TrainConfig) -> int:
     with process_group():
         first = not dist.is_initialized() or dist.get_rank() == 0
         with ProgressBar("meta-training") if first else nullcontext() as show:
-            trainer = MetaTrainer(config.recipe, config.folder, config.data, config.tensorboard)
+            trainer = MetaTrainer(
+                config.recipe,
+                config.folder,
+                config.data,
+                config.tensorboard,
+                against_adamw=config.against_adamw,
+            )
             path = None
             if show is None:
                 trainer.train()
@@ -101,6 +108,8 @@ def _run_evolution(config: EvolutionTrainConfig) -> int:
 
     from learned_optim.checkpoint import check_writable
     from learned_optim.meta.evolution import EvolutionTrainer
+    from learned_optim.meta.evolution_validation import ratio_to_adamw
+    from learned_optim.meta.progress import pace_text
 
     if dist.is_torchelastic_launched():
         raise ValueError(
@@ -112,14 +121,19 @@ def _run_evolution(config: EvolutionTrainConfig) -> int:
         check_writable(config.output)
     recipe = config.recipe
     with ProgressBar("meta-training") as show:
-        trainer = EvolutionTrainer(recipe, config.folder, config.workers, config.data)
+        trainer = EvolutionTrainer(
+            recipe, config.folder, config.workers, config.data, config.tensorboard
+        )
+        pace: float | None = None
 
         def tell(what: str) -> None:
-            behind = trainer.last_validation()
-            said = f" behind AdamW {behind['average']['mean']:.3f}" if behind else ""
-            show(trainer.meta_steps, recipe.meta_steps, what + said)
+            validation = trainer.last_validation()
+            said = pace_text(pace, ratio_to_adamw(validation) if validation else None)
+            show(trainer.meta_steps, recipe.meta_steps, ", ".join([what] + [said] * bool(said)))
 
         def on_step(metrics: dict[str, Any]) -> None:
+            nonlocal pace
+            pace = metrics["runs_per_second"]
             tell(f"meta-step {metrics['meta_step']}")
 
         def report(what: str, done: int, total: int) -> None:
@@ -131,13 +145,13 @@ def _run_evolution(config: EvolutionTrainConfig) -> int:
             return 0
         trainer.train(on_step, report)
         path = trainer.finish(config.output)
-    behind = trainer.last_validation()
-    if behind is not None:
-        average = behind["average"]
+    validation = trainer.last_validation()
+    if validation is not None:
+        average = validation["average"]
         print(
-            f"log of the final loss minus that of tuned AdamW: mean {average['mean']:.3f}, median "
-            f"{average['median']:.3f}; ahead on {average['share_ahead']:.0%} of "
-            f"{recipe.validation_tasks} tasks"
+            f"final loss on {recipe.validation_tasks} validation tasks: "
+            f"{math.exp(average['mean']):.3f} of tuned AdamW's (geometric mean), median "
+            f"{math.exp(average['median']):.3f}; ahead on {average['share_ahead']:.0%}"
         )
     print(f"wrote {path}")
     return 0
@@ -155,10 +169,12 @@ def _figures(trainer: MetaTrainer, path: Path) -> str:
     else:
         tested = f"{_number(test['mean'])} ± {_number(test['std'])}"
     of = f" of {recipe.test_task}" if recipe.test_task else ""
+    ratio = record["ratio_to_adamw"]
+    against = "" if ratio is None else f"{ratio:.2f} of tuned AdamW's, "
     return (
-        f"loss summed over {steps} steps: validation {_number(record['validation'])} (best epoch "
-        f"{record['epoch']} of {record['epochs_run']}), test on {test['runs']} fresh runs{of} "
-        f"{tested}"
+        f"loss summed over {steps} steps: validation {_number(record['validation'])} ({against}"
+        f"best epoch {record['epoch']} of {record['epochs_run']}), test on {test['runs']} fresh "
+        f"runs{of} {tested}"
     )
 
 

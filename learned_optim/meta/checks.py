@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,22 @@ def check_task(task: Task, name: str, *, alone: bool = False) -> None:
     _check_state(task, batches[0], name, alone)
 
 
+def check_finite(task: Task, name: str) -> None:
+    """Take the first gradient of a task that is to be trained and not meta-trained on.
+
+    :func:`check_family` asks more: such a task may have parameters that its loss does not use, keep
+    state, or draw at random.
+
+    Raises:
+        ValueError: the loss cannot be computed or is no finite scalar, or a gradient is not finite.
+    """
+    generator = seeded("check", name)
+    params = {key: value.requires_grad_() for key, value in task.init(generator).items()}
+    loss = _loss(task, params, task.batch(generator), name)
+    _check_scalar(loss, name)
+    _check_finite(_gradients(loss, params), name)
+
+
 def _parameters(task: Task, name: str) -> Params:
     params = task.init(seeded("check", "parameters"))
     if not params:
@@ -130,16 +146,15 @@ def _check_scalar(loss: Tensor, name: str) -> None:
         )
     if not torch.isfinite(loss):
         raise ValueError(
-            f"task {name!r}: the loss is {loss.item()} at the initial parameters, where no update "
-            f"rule can begin: look for a logarithm or a division of zero, or smaller initial values"
+            f"task {name!r}: the loss is {loss.item()} at the initial parameters, where no "
+            f"optimizer can begin: look for a logarithm or a division of zero, or for data or "
+            f"initial values that are too large"
         )
 
 
 def _check_gradients(loss: Tensor, params: Params, name: str) -> None:
-    grads: Sequence[Tensor | None] = [None] * len(params)
-    if loss.requires_grad:
-        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-    unused = [key for key, grad in zip(params, grads, strict=True) if grad is None]
+    grads = _gradients(loss, params)
+    unused = [key for key, grad in grads.items() if grad is None]
     if len(unused) == len(params):
         raise ValueError(
             f"task {name!r}: the loss does not depend on the parameters: it must be computed from "
@@ -150,11 +165,23 @@ def _check_gradients(loss: Tensor, params: Params, name: str) -> None:
             f"task {name!r}: the loss does not use the parameters {', '.join(unused)}: leave them "
             f"out of init(), or freeze them with requires_grad_(False)"
         )
-    for key, grad in zip(params, grads, strict=True):
+    _check_finite(grads, name)
+
+
+def _gradients(loss: Tensor, params: Params) -> dict[str, Tensor | None]:
+    """By name; ``None`` of parameters that the loss does not use."""
+    grads: Sequence[Tensor | None] = [None] * len(params)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    return dict(zip(params, grads, strict=True))
+
+
+def _check_finite(grads: Mapping[str, Tensor | None], name: str) -> None:
+    for key, grad in grads.items():
         if grad is not None and not torch.isfinite(grad).all():
             raise ValueError(
                 f"task {name!r}: the gradient of {key!r} is not finite at the initial parameters, "
-                f"where no update rule can begin"
+                f"where no optimizer can begin"
             )
 
 

@@ -19,17 +19,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
 
 from learned_optim.checkpoint import save_rule
 from learned_optim.meta import evolution_jobs as jobs
 from learned_optim.meta import provenance
+from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions, load_images
-from learned_optim.meta.evolution_validation import Excess, references, validate
+from learned_optim.meta.evolution_tasks import RunSource
+from learned_optim.meta.evolution_validation import Excess, ratio_to_adamw, references, validate
+from learned_optim.meta.evolution_weights import initial_weights, trainable
 from learned_optim.meta.populations import TRAINED_FOR
+from learned_optim.meta.progress import Report, TrainingError, event_writer, seconds_left
 from learned_optim.meta.recipes import EvolutionRecipe
+from learned_optim.meta.references import Reference
 from learned_optim.meta.run_folder import RunFolder, source_modules
-from learned_optim.meta.trainer import Report, TrainingError, source_version
+from learned_optim.meta.schedules import schedule_text
+from learned_optim.meta.tasks import TaskFamily
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
 
@@ -62,51 +68,14 @@ class EvolutionTrainConfig:
     """Processes that share the tasks of a meta-step, a core each."""
     references_only: bool = False
     """Only run tuned AdamW on the validation tasks, and stop."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run folder."""
     data: DataOptions = field(default_factory=DataOptions)
     """Where image sets are looked for."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
-
-
-def initial_weights(rule: UpdateRule, seed: int, start: str = "") -> Tensor:
-    """Weights before training as one vector, float32, in the order of ``rule.parameters()``.
-
-    Those of the horizon rule's hidden layer are normal and all others zero; those of other rules
-    are what their constructors draw. With a checkpoint to start from, they are its.
-
-    Raises:
-        ValueError: the checkpoint's rule is of another kind, or larger.
-    """
-    if start:
-        return _extended(load_rule(start), rule, start)
-    if rule.name == "horizon":
-        first = next(rule.parameters())  # (units, features)
-        weights = torch.zeros(sum(p.numel() for p in rule.parameters()))
-        normal = torch.randn(first.numel(), generator=torch.Generator().manual_seed(seed))
-        weights[: first.numel()] = normal / math.sqrt(first.shape[1])
-        return weights
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return parameters_to_vector(rule_for(rule.config).parameters()).detach().clone()
-
-
-def _extended(old: UpdateRule, rule: UpdateRule, source: str) -> Tensor:
-    """The weights of ``old`` as those of ``rule``, whose further inputs have weights of zero."""
-    wanted = dict(rule.named_parameters())
-    if old.name != rule.name or any(p.dim() != wanted[n].dim() for n, p in old.named_parameters()):
-        raise ValueError(f"start {source!r} holds the rule {old.name!r}, not {rule.name!r}")
-    weights = []
-    for name, weight in old.named_parameters():
-        missing = [b - a for a, b in zip(weight.shape, wanted[name].shape, strict=True)]
-        if any(missing[:-1]) or (missing and missing[-1] < 0):
-            raise ValueError(
-                f"start {source!r} has {name} of shape {tuple(weight.shape)}, which does not "
-                f"extend to {tuple(wanted[name].shape)}: only further inputs can be added"
-            )
-        weights.append(torch.nn.functional.pad(weight.detach().float(), (0, missing[-1])))
-    return parameters_to_vector(weights)
 
 
 class EvolutionTrainer:
@@ -121,11 +90,15 @@ class EvolutionTrainer:
         recipe: what to train.
         folder: the run folder, created if needed.
         workers: processes that share the tasks of a meta-step.
-        data: where MNIST is looked for.
+        data: where image sets are looked for.
+        tensorboard: also write the metrics as TensorBoard events into the folder.
+        family: the tasks, if ``recipe.task`` is no registered name: see
+            :func:`~learned_optim.meta.meta_train`.
 
     Raises:
-        ValueError: the rule has no weights or reads the loss; or the folder belongs to a run of
-            another recipe, torch or release, or is damaged.
+        ValueError: the rule has no weights or reads the loss; the task cannot be meta-trained on
+            (:func:`check_family`); or the folder belongs to a run of another recipe, torch, release
+            or source of tasks, or is damaged.
 
     Attributes:
         meta_steps: how many are done.
@@ -138,25 +111,43 @@ class EvolutionTrainer:
         folder: Path,
         workers: int = 1,
         data: DataOptions | None = None,
+        tensorboard: bool = False,
+        *,
+        family: TaskFamily | None = None,
     ) -> None:
         self.recipe, self.folder, self.workers = recipe, Path(folder), workers
-        self.data = data or DataOptions()
+        self.data, self.tensorboard = data or DataOptions(), tensorboard
+        self.source = RunSource.of(recipe, self.data)
+        self._given = family
+        if not self.source.is_mixture:
+            check_family(family or self.source.family(), recipe.task)
         self.files = RunFolder(self.folder)
-        self.rule = _trainable(rule_for(recipe.rule))
+        self.rule = trainable(rule_for(recipe.rule))
         # Adam's notation: weights, first and second moments; and the average of the weights.
         self.theta = initial_weights(self.rule, recipe.seed, recipe.start)
         self.m, self.v = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         self.ema = self.theta.clone()
         self.meta_steps = 0
         self.history: list[dict[str, Any]] = []
-        modules = source_modules(type(self.rule), type(recipe.rule))
-        conditions = self.files.check(recipe, provenance.conditions([], self.data, modules))
+        conditions = self.files.check(recipe, self._conditions())
         saved = self.files.read_state()
         if saved is not None:
             self._load(saved)
         self.files.begin(recipe, conditions)
 
     # ---- the run folder
+
+    def _conditions(self) -> dict[str, str]:
+        """What the run depends on besides the recipe."""
+        classes = (type(self.rule), type(self.recipe.rule))
+        named = [] if self.source.is_mixture or self._given else [self.recipe.task]
+        found = provenance.conditions(named, self.data, source_modules(*classes))
+        found |= provenance.conditions_of_main(*classes)
+        if self._given is not None:
+            found |= provenance.conditions_of_given(self.recipe.task, self._given)
+        if self.recipe.start:
+            found["weights of start"] = load_rule(self.recipe.start).fingerprint()
+        return found
 
     def _load(self, saved: dict[str, Any]) -> None:
         try:
@@ -201,17 +192,33 @@ class EvolutionTrainer:
 
     def record(self) -> dict[str, Any]:
         """How the averaged weights were made, for the checkpoint's header."""
+        validation = self.last_validation()
         return {
             "recipe": self.recipe.to_json(),
-            "commit": source_version(),
+            "commit": provenance.source_version(),
             "meta_steps": self.meta_steps,
             "skipped_tasks": sum(len(line["skipped"]) for line in self.history),
             # Mean log of the final loss minus that of tuned AdamW.
-            "behind_adamw": self.last_validation(),
-            "data": f"mixture {self.recipe.task}; MNIST's meta half is all real data in it",
-            "trained_for": TRAINED_FOR[self.recipe.task],
+            "behind_adamw": validation,
+            "ratio_to_adamw": ratio_to_adamw(validation) if validation else None,
+            **self._trained_on(),
             "torch": torch.__version__.split("+")[0],
         }
+
+    def _trained_on(self) -> dict[str, Any]:
+        """What the training has read and for what runs, for the checkpoint's header."""
+        task = self.recipe.task
+        if self.source.is_mixture:
+            data = f"mixture {task}; MNIST's meta half is all real data in it"
+            return {"data": data, "trained_for": TRAINED_FOR[task]}
+        family = self._given or self.source.family()
+        trained_for = f"runs of {schedule_text(self.source.horizon)} steps of {task}"
+        data_sets = list(family.data_sets)
+        if self._given is None:
+            data = f"task family {task!r}, meta-training split alone"
+            return {"data": data, "data_sets": data_sets, "trained_for": trained_for}
+        given = provenance.conditions_of_given(task, family)
+        return {"data": given, "data_sets": data_sets, "trained_for": trained_for}
 
     def finish(self, output: Path | None = None) -> Path:
         """Write the finished checkpoint: averaged weights, the start's share in them, the record.
@@ -243,23 +250,53 @@ class EvolutionTrainer:
             ValueError: another process trains in the folder.
             OSError: a file cannot be written; the folder holds the last meta-step before.
         """
-        load_images("mnist", True, self.data)  # now, not in a worker; downloads what is missing
-        with self.files.locked(), jobs.worker_map(self.workers) as run:
+        self._load_data()
+        with (
+            self.files.locked(),
+            jobs.worker_map(self.workers, self._given) as run,
+            event_writer(self.folder, self.tensorboard) as write,
+        ):
             while self.meta_steps < self.recipe.meta_steps or not self.history:
                 metrics = self._meta_step(run) if self.recipe.meta_steps else dict(_NO_STEP)
-                every = self.recipe.validation_every
-                if self.meta_steps % every == 0 or self.meta_steps == self.recipe.meta_steps:
+                if self._validates_after(self.meta_steps):
+                    started = time.perf_counter()
                     metrics["validation"] = self._validate(run, report)
+                    metrics["validation_seconds"] = time.perf_counter() - started
+                    metrics["ratio_to_adamw"] = ratio_to_adamw(metrics["validation"])
                 self.history.append(metrics)
+                metrics["seconds_left"] = self._seconds_left()
                 self._save()
+                write(self.meta_steps, event_values(metrics))
                 if on_step is not None:
                     on_step(metrics)
 
+    def _load_data(self) -> None:
+        """Now, not in a worker; what is missing is downloaded."""
+        if self.source.is_mixture:
+            load_images("mnist", True, self.data)
+
+    def _seconds_left(self) -> float:
+        """Of the remaining meta-steps and validations, if they take as long as the last ones."""
+        remaining = range(self.meta_steps + 1, self.recipe.meta_steps + 1)
+        left = seconds_left([line["seconds"] for line in self.history], len(remaining))
+        name = "validation_seconds"
+        taken = [line[name] for line in self.history if name in line]
+        if taken:
+            # The first is no measure of the others: it also runs tuned AdamW.
+            left += seconds_left(taken[1:] or taken, sum(map(self._validates_after, remaining)))
+        return left
+
+    def _validates_after(self, meta_step: int) -> bool:
+        return meta_step % self.recipe.validation_every == 0 or meta_step == self.recipe.meta_steps
+
     def _meta_step(self, run: jobs.Map) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
+        step = self.meta_steps + 1
         first = 100_000 * (recipe.seed + 1) + self.meta_steps * recipe.tasks_per_meta_step
         todo = [
-            jobs.TaskJob(first + index, self.theta, recipe, self.data, self._is_large(index))
+            jobs.TaskJob(
+                first + index, self.theta, recipe, self.source, step, self._is_large(index)
+            )
             for index in range(recipe.tasks_per_meta_step)
         ]
         results = list(run(jobs.run_task, todo))
@@ -267,13 +304,14 @@ class EvolutionTrainer:
         if not used:
             why = next((r.error for r in results if r.error), "no fitness was finite")
             raise TrainingError(
-                f"meta-step {self.meta_steps + 1} taught nothing: none of its "
+                f"meta-step {step} taught nothing: none of its "
                 f"{len(results)} tasks gave a finite fitness ({why}). {self.folder} holds the "
                 f"{self.meta_steps} meta-steps before"
             )
         meta_lr = self._meta_lr()
-        self.meta_steps += 1
+        self.meta_steps = step
         self._follow(gradient, meta_lr)
+        seconds, runs = time.perf_counter() - started, 2 * recipe.pairs * len(results)
         skipped = [r for r in results if r not in used]
         return {
             "meta_step": self.meta_steps,
@@ -281,7 +319,8 @@ class EvolutionTrainer:
             "gradient_norm": gradient.norm().item(),
             "tasks": [result.metrics() for result in used],
             "skipped": [result.failure() for result in skipped],
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
+            "runs_per_second": runs / seconds,
         }
 
     def _is_large(self, index: int) -> bool:
@@ -307,34 +346,27 @@ class EvolutionTrainer:
 
     # ---- validation
 
-    def compute_references(self, report: Report | None = None) -> list[jobs.Reference]:
+    def compute_references(self, report: Report | None = None) -> list[Reference]:
         """Run tuned AdamW on the validation tasks ahead of training; see :func:`references`."""
-        load_images("mnist", True, self.data)
-        with self.files.locked(), jobs.worker_map(self.workers) as run:
+        self._load_data()
+        with self.files.locked(), jobs.worker_map(self.workers, self._given) as run:
             return self._references(run, report)
 
-    def _references(self, run: jobs.Map, report: Report | None) -> list[jobs.Reference]:
-        return references(
-            self.folder, self.recipe.validation_tasks, self.recipe.task, self.data, run, report
-        )
+    def _references(self, run: jobs.Map, report: Report | None) -> list[Reference]:
+        return references(self.folder, self.recipe.validation_tasks, self.source, run, report)
 
     def _validate(self, run: jobs.Map, report: Report | None) -> dict[str, Excess]:
         found = self._references(run, report)
         weights = {"last": self.theta, "average": self.ema}
-        return validate(weights, self.recipe.rule, self.recipe.task, found, self.data, run, report)
+        return validate(weights, self.recipe.rule, self.source, found, run, report)
 
 
-def _trainable(rule: UpdateRule) -> UpdateRule:
-    """The rule, if runs of populations can train it.
-
-    Raises:
-        ValueError: it has no weights, or reads the loss.
-    """
-    if not list(rule.parameters()):
-        raise ValueError(f"rule {rule.name!r} has no weights to train")
-    if rule.needs_loss:
-        raise ValueError(
-            f"rule {rule.name!r} reads the loss, which evolution strategies do not hand to it: "
-            f"configure it without, or train it by a recipe of backpropagation"
-        )
-    return rule
+def event_values(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Numbers of a meta-step, for TensorBoard."""
+    names = ("meta_lr", "gradient_norm", "ratio_to_adamw", "runs_per_second", "seconds_left")
+    used = metrics["tasks"]
+    return {
+        **{name: metrics.get(name) for name in names},
+        "fitness": sum(task["fitness"] for task in used) / len(used),
+        "skipped": float(len(metrics["skipped"])),
+    }

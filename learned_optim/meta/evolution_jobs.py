@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
+import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,10 +16,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations import ADAMW_LRS, draw, fitness, roll, roll_adamw, scores
+from learned_optim.meta.evolution_tasks import (
+    RunSource,
+    TaskPopulation,
+    given_family,
+    set_given_family,
+)
+from learned_optim.meta.populations import ADAMW_LRS as MIXTURE_LRS
+from learned_optim.meta.populations import Population, fitness, roll, roll_adamw, scores
+from learned_optim.meta.progress import TrainingError
 from learned_optim.meta.recipes import EvolutionRecipe
-from learned_optim.meta.trainer import TrainingError
+from learned_optim.meta.references import ADAMW_LRS, Reference
+from learned_optim.meta.tasks import TaskFamily
 from learned_optim.rules import RuleConfig, UpdateRule, rule_for
 
 #: Maps a function over jobs, in their order, as results come.
@@ -43,7 +51,8 @@ class TaskJob:
     seed: int
     weights: Tensor
     recipe: EvolutionRecipe
-    data: DataOptions
+    source: RunSource
+    meta_step: int = 1
     large: bool = False
 
 
@@ -53,7 +62,7 @@ class TaskResult:
 
     Attributes:
         seed: the task's.
-        family: name of the task's class; empty if the task could not be drawn.
+        family: what kind of task was drawn; empty if none could be.
         fitness: of ``weights + perturbation`` for every pair, then of ``weights - perturbation``,
             float64 of shape ``(2 * pairs,)``; None if the run failed.
         seconds: how long it took.
@@ -88,29 +97,9 @@ class ValidationJob:
     """One run of validation task ``index`` for every row of ``weights``, ``(B, n)``."""
 
     index: int
-    mixture: str
+    source: RunSource
     weights: Tensor
     rule: RuleConfig
-    data: DataOptions
-
-
-@dataclass(frozen=True)
-class Reference:
-    """AdamW on a validation task.
-
-    Attributes:
-        index: of the validation task.
-        task: what was drawn.
-        steps: length of the run.
-        known: whether the rule is told the length, and AdamW follows a cosine.
-        scores: log of the final over the first loss, by peak learning rate.
-    """
-
-    index: int
-    task: str
-    steps: int
-    known: bool
-    scores: tuple[float, ...]
 
 
 def perturbations(seed: int, pairs: int, count: int) -> Tensor:
@@ -122,8 +111,8 @@ def run_task(job: TaskJob) -> TaskResult:
     """Run a task under all perturbed weights, side by side on the same batches."""
     started, family, recipe = time.perf_counter(), "", job.recipe
     try:
-        run = draw(job.seed, job.data, large=job.large, mixture=recipe.task)
-        family = type(run.task).__name__
+        run = job.source.draw(job.seed, job.meta_step, job.large)
+        family = _kind(run.task)
         change = perturbations(job.seed, recipe.pairs, len(job.weights)) * recipe.sigma
         weights = torch.cat((job.weights + change, job.weights - change))
         losses = roll(_rule(recipe.rule), weights, run, job.seed)
@@ -167,41 +156,48 @@ def meta_gradient(
 def validate_task(job: ValidationJob) -> list[float]:
     """Log of the final over the first loss, of every row of weights."""
     seed = FIRST_VALIDATION_SEED + job.index
-    run = draw(seed, job.data, SHORTEST_VALIDATION, mixture=job.mixture)
+    run = job.source.draw_validation(seed, SHORTEST_VALIDATION)
     final: list[float] = scores(roll(_rule(job.rule), job.weights, run, seed))[0].tolist()
     return final
 
 
-def reference_task(job: tuple[int, str, DataOptions]) -> Reference:
-    """AdamW on validation task ``job[0]`` of mixture ``job[1]``, at every peak learning rate."""
-    index, mixture, data = job
+def reference_task(job: tuple[int, RunSource]) -> Reference:
+    """AdamW on validation task ``job[0]``, at every peak learning rate."""
+    index, source = job
     seed = FIRST_VALIDATION_SEED + index
-    run = draw(seed, data, SHORTEST_VALIDATION, mixture=mixture)
-    final = scores(roll_adamw(ADAMW_LRS, run, seed))[0]
+    run = source.draw_validation(seed, SHORTEST_VALIDATION)
+    # Mixtures keep the rates that their references were always made with.
+    rates = MIXTURE_LRS if source.is_mixture else ADAMW_LRS
+    final = scores(roll_adamw(rates, run, seed))[0]
     return Reference(index, run.task.name, run.steps, run.known, tuple(final.tolist()))
 
 
-def best_score(reference: Reference) -> float:
-    """The score of tuned AdamW: the best over its learning rates."""
-    finite = [score for score in reference.scores if not math.isnan(score)]
-    return min(finite, default=math.nan)
+def _kind(task: Population) -> str:
+    return task.name if isinstance(task, TaskPopulation) else type(task).__name__
 
 
 @contextmanager
-def worker_map(workers: int) -> Iterator[Map]:
+def worker_map(workers: int, given: TaskFamily | None = None) -> Iterator[Map]:
     """A map over ``workers`` processes of one thread each; of this process itself for 1.
 
     New processes import the main module, as :mod:`multiprocessing` does: a script that uses more
     than one worker needs ``if __name__ == "__main__":``.
 
+    Args:
+        workers: how many.
+        given: the tasks, if they were handed over in Python.
+
     Raises:
         TrainingError: a worker died, for lack of memory say.
+        ValueError: the tasks cannot be sent to other processes.
     """
     if workers == 1:
-        yield map
+        with given_family(given):
+            yield map
         return
+    _check_picklable(given, workers)
     spawn = multiprocessing.get_context("spawn")  # a fork copies locks that other threads hold
-    with ProcessPoolExecutor(workers, spawn, _one_thread) as pool:
+    with ProcessPoolExecutor(workers, spawn, _begin_worker, (given,)) as pool:
         try:
             yield pool.map
         except BrokenProcessPool as error:
@@ -213,8 +209,19 @@ def worker_map(workers: int) -> Iterator[Map]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _check_picklable(given: TaskFamily | None, workers: int) -> None:
+    try:
+        pickle.dumps(given)
+    except Exception as error:  # whatever an object of the user's raises
+        raise ValueError(
+            f"workers={workers} need tasks that can be sent to other processes, and these cannot "
+            f"({error}): define functions and classes at the top of a module, or use one worker"
+        ) from error
+
+
+def _begin_worker(given: TaskFamily | None) -> None:
     torch.set_num_threads(1)
+    set_given_family(given)
 
 
 @lru_cache(maxsize=2)

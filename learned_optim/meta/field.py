@@ -21,6 +21,7 @@ import torch
 from learned_optim.checkpoint import write_text
 from learned_optim.meta import provenance, runs
 from learned_optim.meta.baselines import BASELINES, baseline, make_baseline, why_missing
+from learned_optim.meta.checks import check_finite
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.field_summary import Figures, final_loss, summarize
 from learned_optim.meta.leaks import check_blind
@@ -94,28 +95,6 @@ class FieldConfig:
         )
 
 
-def check_task(task: str, data: DataOptions) -> None:
-    """Build a task and take its first gradient, so that what is broken fails now.
-
-    Raises:
-        ValueError: loss or gradient is not finite at the initial parameters.
-    """
-    generator = seeded("check", task)
-    member = build_tasks(task, TaskOptions("evaluation", data)).sample(generator)
-    params = {n: p.requires_grad_() for n, p in member.init(generator).items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        loss = member.loss(params, member.batch(generator))
-    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-    sizes = [float(g.abs().max()) for g in grads if g is not None and g.numel()]
-    if not math.isfinite(loss.item()) or not all(map(math.isfinite, sizes)):
-        raise ValueError(
-            f"the task {task!r} has a loss of {loss.item():g} and a largest gradient entry of "
-            f"{max(sizes, default=0.0):g} before its first step: no optimizer can train it. Check "
-            f"its data for values that are not finite"
-        )
-
-
 def run_pooled(spec: RunSpec, data: DataOptions) -> Run:
     """A run whose losses are means over :data:`STRETCHES` stretches, so that memory is bounded."""
     finished = runs.run(spec, data)
@@ -151,7 +130,8 @@ class FieldEvaluation:
         }
         for index, task in enumerate(config.tasks):
             self._show(index, len(config.tasks), f"checking {task}")
-            check_task(task, config.data)
+            family = build_tasks(task, TaskOptions("evaluation", config.data))
+            check_finite(family.sample(seeded("check", task)), task)
         check_blind(config.checkpoints, config.tasks, config.data)
         self._conditions = provenance.check(
             config.output, provenance.conditions(config.tasks, config.data)

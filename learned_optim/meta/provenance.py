@@ -11,6 +11,8 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,3 +140,28 @@ def remember(folder: Path, current: dict[str, str]) -> None:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def source_version() -> str:
+    """The commit of the source tree this package is run from, or the installed version."""
+    from learned_optim import __version__
+
+    def git(*arguments: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+            env=environment,
+        )
+        return done.stdout.strip()
+
+    try:
+        # Installed inside somebody else's repository, the package is not among its files.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=12") or __version__
+    except (OSError, subprocess.SubprocessError):
+        return __version__

@@ -136,6 +136,20 @@ def parse_schedule(text: str) -> Schedule:
     raise ValueError(f"{text!r} is no schedule: {_FORMS}{did_you_mean(kind, _KINDS)}")
 
 
+def schedule_text(schedule: Schedule | None) -> str:
+    """How a schedule is said in a sentence, such as ``100`` or ``50 to 200``."""
+    if isinstance(schedule, LogUniform):
+        low, high = schedule_text(schedule.low), schedule_text(schedule.high)
+        return f"{low.partition(' ')[0]} to {high.rpartition(' ')[2]}"
+    if isinstance(schedule, Growing):
+        return f"{schedule.first} to {schedule.last}"
+    return str(schedule)
+
+
+#: Metadata of a dataclass's field that holds a schedule: how the command line reads it.
+SCHEDULE = {"parse": parse_schedule, "metavar": "SCHEDULE"}
+
+
 _FORMS = "give a number of steps, log-uniform:LOW:HIGH or growing:FIRST:LAST:EPOCHS"
 
 

@@ -22,11 +22,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from learned_optim.meta.data import DataOptions
+from learned_optim.meta.progress import TrainingError
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.runs import import_modules, modules_of_own_rules
 from learned_optim.meta.search_space import Dimension, parse_dimension, with_values
 from learned_optim.meta.seeding import seed_of
-from learned_optim.meta.trainer import MetaTrainer, TrainingError
+from learned_optim.meta.trainer import MetaTrainer
 
 if TYPE_CHECKING:
     import optuna
@@ -276,7 +277,7 @@ def _objective(
     trial.set_user_attr("folder", name)
     trial.set_user_attr("values", values)
     recipe = replace(with_values(config.recipe, values), epochs=config.trial_epochs)
-    trainer = MetaTrainer(recipe, config.folder / name, config.data)
+    trainer = MetaTrainer(recipe, config.folder / name, config.data, against_adamw=False)
 
     def watch(epoch: int, run: int, meta_loss: float) -> None:
         if run == 0 and epoch > 1 and config.prune:

@@ -14,7 +14,7 @@ from learned_optim._discovery import did_you_mean, import_submodules, unknown_na
 from learned_optim._fields import check_fields
 from learned_optim.meta.meta_loss import Transform
 from learned_optim.meta.recipes._evolution import METHOD, EvolutionRecipe
-from learned_optim.meta.schedules import Schedule, parse_schedule, schedule_from_json
+from learned_optim.meta.schedules import SCHEDULE, Schedule, schedule_from_json
 from learned_optim.rules import RuleConfig, build_rule, rule_class, rule_for
 
 _AT_LEAST = {
@@ -34,9 +34,6 @@ _AT_LEAST = {
     "patience": 1,
     "meta_lr_final": 0,
 }
-
-#: How the command line reads a schedule.
-SCHEDULE = {"parse": parse_schedule, "metavar": "SCHEDULE"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,7 +402,13 @@ def load_recipe(source: str) -> AnyRecipe:
     try:
         return recipe_from_json(_parsed(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        remedy = ""
+        if Path(source).is_dir():  # a run folder, whose recipe is its own record
+            remedy = (
+                f". If it is damaged, delete it, and start the run again by the recipe that it "
+                f"began with and --folder {source}: nothing else of the run is lost"
+            )
+        raise ValueError(f"{path}: {error}{remedy}") from error
 
 
 def _parsed(path: Path) -> Any:

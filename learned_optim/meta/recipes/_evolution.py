@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from learned_optim._fields import check_fields
+from learned_optim.meta.schedules import SCHEDULE, Schedule
 from learned_optim.rules import RuleConfig
 
 #: What the entry ``method`` of a recipe's JSON form says.
 METHOD = "evolution"
+
+#: Mixtures of :mod:`learned_optim.meta.populations`: a recipe's task may be one of them.
+MIXTURE_NAMES = ("populations", "populations-2")
 
 _AT_LEAST = {
     "meta_steps": 0,
@@ -26,8 +30,7 @@ _AT_LEAST = {
 class EvolutionRecipe:
     """What to meta-train by antithetic evolution strategies, and how.
 
-    See :class:`~learned_optim.meta.evolution.EvolutionTrainer`. The tasks are a mixture of
-    :mod:`learned_optim.meta.populations`.
+    See :class:`~learned_optim.meta.evolution.EvolutionTrainer`.
     """
 
     rule: RuleConfig
@@ -61,8 +64,11 @@ class EvolutionRecipe:
     """Meta-steps from one validation to the next."""
     seed: int = 0
     """Seed of everything random in the training."""
-    task: Literal["populations", "populations-2"] = "populations"
-    """Mixture of tasks, see :data:`~learned_optim.meta.populations.MIXTURES`."""
+    task: str = "populations"
+    """Mixture of tasks, `populations` or `populations-2`, or a task family that may meta-train."""
+    horizon: Schedule | None = dataclasses.field(default=None, metadata=SCHEDULE)
+    """Inner steps of the runs of a task family: a number, log-uniform:LOW:HIGH, or
+    growing:FIRST:LAST:META_STEPS. Mixtures draw their own."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -73,6 +79,16 @@ class EvolutionRecipe:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not self.meta_steps and not self.start:
             raise ValueError("meta_steps is 0 and there is no start: nothing would be learned")
+        if (self.horizon is None) != (self.task in MIXTURE_NAMES):
+            raise ValueError(
+                f"task {self.task!r} needs a horizon, the inner steps of its runs: the mixtures "
+                f"{' and '.join(MIXTURE_NAMES)} alone draw them"
+                if self.horizon is None
+                else f"horizon={self.horizon} does not apply to the mixture {self.task!r}, which "
+                f"draws the lengths of runs for each task"
+            )
+        if isinstance(self.horizon, int) and self.horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {self.horizon}")
         if not 0 <= self.start_share < 1:
             raise ValueError(f"start_share must be in [0, 1), got {self.start_share}")
         if not 0 <= self.large_share <= 1:
@@ -94,6 +110,7 @@ class EvolutionRecipe:
 EVOLUTION_GROUPS = {
     "how long": ("meta_steps",),
     "what is trained": ("task", "start"),
+    "optimizee runs": ("horizon",),
     "meta-gradients": ("tasks_per_meta_step", "pairs", "sigma", "large_from", "large_share"),
     "what is kept": ("start_share",),
     "meta-optimizer": ("meta_lr", "meta_lr_final"),
