@@ -45,7 +45,7 @@ _BETA, _SQUARE_BETA, _EPS = 0.9, 0.99, 1e-8
 _AVERAGE_SHARE = 0.02  # the moving average is a plain mean until a step has this share of it
 _STATE = ("theta", "m", "v", "ema")
 # Metrics of a recipe without meta-steps.
-_NO_STEP = {
+_NO_STEP: dict[str, Any] = {
     "meta_step": 0,
     "meta_lr": 0.0,
     "gradient_norm": 0.0,
@@ -367,6 +367,6 @@ def event_values(metrics: dict[str, Any]) -> dict[str, float | None]:
     used = metrics["tasks"]
     return {
         **{name: metrics.get(name) for name in names},
-        "fitness": sum(task["fitness"] for task in used) / len(used),
+        "fitness": sum(task["fitness"] for task in used) / len(used) if used else None,
         "skipped": float(len(metrics["skipped"])),
     }

@@ -116,7 +116,7 @@ class HorizonRule(KernelRule):
 
     name = "horizon"
     Config = HorizonConfig
-    test_configs = (
+    test_configs: ClassVar[tuple[HorizonConfig, ...]] = (
         HorizonConfig(),
         HorizonConfig(hidden_size=5, warmup_steps=3, trust_start=-3.0, trust_gain=1.5),
         HorizonConfig(

@@ -7,10 +7,11 @@ is known, both do the same.
 from dataclasses import replace
 
 from learned_optim.meta.recipes import general_4
+from learned_optim.rules.horizon import HorizonConfig
 
 RECIPE = replace(
     general_4.RECIPE,
-    rule=replace(general_4.RECIPE.rule, trust_later_gain=0.05),
+    rule=HorizonConfig(trust_start=-3.0, trust_gain=1.5, trust_later_gain=0.05),
     start="general-4",
     meta_steps=0,
 )
