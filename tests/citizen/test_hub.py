@@ -69,7 +69,7 @@ def client(hub: Hub | str, home: Path, *jobs: dict[str, Any], **environment: str
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
