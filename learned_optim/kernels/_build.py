@@ -23,7 +23,7 @@ _WARNINGS = ["-Wall", "-Wextra"]
 # touches NaN, or the mode in which the whole process rounds.
 _MATH = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 _UNIX = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
-# A compiler without such vector types, the pragma or clones would otherwise leave no library.
+# Without the others, a compiler without vector types, pragma or clones would leave no library.
 _CHOICES = (
     ["-fopenmp-simd"],
     ["-fopenmp-simd", "-DLO_NO_VECTORS"],
