@@ -424,7 +424,7 @@ def test_errors_come_before_any_run(
         "FIELD = {'broken': Horizon(1000, 300)}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"'own_field:broken' has a loss of nan .* before its fir"):
+    with pytest.raises(ValueError, match=r"'own_field:broken': the loss is nan at the initial"):
         FieldEvaluation(replace(config, tasks=("own_field:broken",)))
     with pytest.raises(ValueError, match=r"'own_field:other' is not of the field.* Known: broken"):
         FieldEvaluation(replace(config, tasks=("own_field:other",)))

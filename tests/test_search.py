@@ -26,7 +26,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, validation: Callable[[Any, int], fl
     """Trainings that do nothing but have a validation, of a trainer and an epoch."""
 
     class Pretended:
-        def __init__(self, recipe: Recipe, folder: Path, data: object) -> None:
+        def __init__(
+            self, recipe: Recipe, folder: Path, data: object, *, against_adamw: bool
+        ) -> None:
+            assert not against_adamw  # once for every trial
             self.recipe, self.folder = recipe, folder
             self.history: list[EpochMetrics] = []
 
