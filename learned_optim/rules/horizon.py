@@ -37,8 +37,7 @@ DIRECTIONS = 4
 # The gradient in units of r is cut off here; the momenta need no such bound.
 _LARGEST_RATIO = 3.0
 _STEP_BOUND, _MIX_BOUND, _LAST_RATE = 3.0, 2.0, 0.01
-_LONGEST_WARMUP, _SHORTEST_WARMUP = 250.0, 10.0
-_LARGEST_COUNT = 10_000.0
+_LONGEST_WARMUP, _SHORTEST_WARMUP, _LARGEST_COUNT = 250.0, 10.0, 10_000.0
 
 
 @dataclass(frozen=True)
