@@ -31,7 +31,7 @@ def lstm_step_(
     states, rows, units = (x, hidden, cell), len(x), weights[1].shape[-1]
     if not all(_is_plain(tensor) for tensor in (*states, *weights)):
         return False
-    if any(map(Tensor.is_inference, (hidden, cell))) or any(map(Tensor.is_neg, states)):
+    if any(map(Tensor.is_neg, states)):
         return False
     inputs = [x.shape[-1], *[units] * (layers - 1)]
     shapes = [
@@ -60,7 +60,8 @@ def lstm_step_(
     )
     if failed:  # overlapping or misaligned memory, none left, or a compiler without vector types
         return False
-    _checks.increment_versions((hidden, cell))
+    # Tensors of inference mode have no versions.
+    _checks.increment_versions([own for own in (hidden, cell) if not own.is_inference()])
     return True
 
 

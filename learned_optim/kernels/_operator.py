@@ -11,7 +11,8 @@ from learned_optim.kernels import _checks, _cpu, _library
 from learned_optim.kernels._call import StepSettings, StepTensors
 
 _PLAIN = (Tensor, nn.Parameter)
-_MOST_UNITS = _library.SIZES[-1]
+_, _, _SETTINGS, _, _MOST_UNITS = _library.SIZES
+_CONFIG = _SETTINGS - 7  # the others are those of the call
 
 
 def _usable() -> bool:
@@ -86,7 +87,7 @@ def step_(tensors: StepTensors, settings: StepSettings) -> bool:
         return False
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1):
         return False
-    if not _checks.takes_dtypes(m, [t.dtype for t in every]) or len(config) != 10:
+    if not _checks.takes_dtypes(m, [t.dtype for t in every]) or len(config) != _CONFIG:
         return False
     if not _checks.takes_network(m, [weight.shape for weight in network], _MOST_UNITS):
         return False
