@@ -472,5 +472,8 @@ def test_without_meta_steps_the_start_is_validated_and_kept(tmp_path: Path) -> N
     assert kept.config == config
     assert all(map(torch.equal, kept.parameters(), old.parameters()))
     assert trainer.record()["behind_adamw"]["meta_step"] == 0
+    assert main(["train", str(tmp_path / "run")]) == 0  # the command, with nothing left to do
+    (tmp_path / "again.json").write_text(json.dumps(recipe.to_json()))
+    assert main(["train", str(tmp_path / "again.json"), "--folder", str(tmp_path / "again")]) == 0
     with pytest.raises(ValueError, match="meta_steps is 0 and there is no start"):
         replace(recipe, start="")

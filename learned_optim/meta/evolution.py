@@ -52,6 +52,7 @@ _NO_STEP: dict[str, Any] = {
     "tasks": [],
     "skipped": [],
     "seconds": 0.0,
+    "runs_per_second": None,
 }
 
 

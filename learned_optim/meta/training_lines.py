@@ -94,13 +94,14 @@ class MetaStepLines(_Lines):
         """Say how far it is; for :meth:`EvolutionTrainer.train`."""
         if "validation" not in metrics and not self._is_overdue():
             return
-        fitness = [task["fitness"] for task in metrics["tasks"]]
+        values = [task["fitness"] for task in metrics["tasks"]]
+        fitness = f"fitness {sum(values) / len(values):.3f}, " if values else ""
         skipped = f", {len(metrics['skipped'])} tasks skipped" if metrics["skipped"] else ""
         pace = pace_text(metrics["runs_per_second"], metrics.get("ratio_to_adamw"))
         left = metrics["seconds_left"]
         self._say(
-            f"meta-step {metrics['meta_step']}/{self.trainer.recipe.meta_steps}: fitness "
-            f"{sum(fitness) / len(fitness):.3f}, {pace}{skipped}"
+            f"meta-step {metrics['meta_step']}/{self.trainer.recipe.meta_steps}: "
+            f"{fitness}{pace}{skipped}"
             f"{f', {time_text(left)} left' if left else ''}"
         )
 
