@@ -33,6 +33,8 @@ def lstm_step_(
         return False
     if any(map(Tensor.is_neg, states)):
         return False
+    if any(map(Tensor.is_inference, (hidden, cell))) and not torch.is_inference_mode_enabled():
+        return False
     inputs = [x.shape[-1], *[units] * (layers - 1)]
     shapes = [
         shape
