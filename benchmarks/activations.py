@@ -9,6 +9,8 @@ import time
 
 import torch
 
+from benchmarks import no_options
+
 ROWS, GATES = 4096, 80  # a block of coordinates, and the four gates of 20 units
 REPEATS = 30
 
@@ -27,6 +29,7 @@ def nanoseconds(activation: str) -> float:
 
 
 if __name__ == "__main__":
+    no_options.parse(__doc__)
     torch.set_num_threads(1)
     for name in ("sigmoid_", "tanh_"):
         print(f"{name:9} {nanoseconds(name):.2f} ns per element")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import no_options
 from benchmarks.results import GENERAL, NETWORKS
 from benchmarks.wall_clock import STEPS, train
 from learned_optim import LearnedOptimizer
@@ -67,6 +68,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    no_options.parse(__doc__)
     result = measure()
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(result, indent=1) + "\n")

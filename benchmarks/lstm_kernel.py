@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import no_options
 from benchmarks.measure import in_turns, machine
 from benchmarks.step import MILLION, THESIS, fresh, mixed, parameters, size_of
 from learned_optim import LearnedOptimizer, kernels
@@ -125,4 +126,5 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    no_options.parse(__doc__)
     print(machine(), *block_sizes().items(), sep="\n")

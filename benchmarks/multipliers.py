@@ -14,6 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks import no_options
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.runs import RunSpec, optimizer_specs, run
 from learned_optim.meta.statistics import LAST_STEPS
@@ -77,6 +78,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    no_options.parse(__doc__)
     result = measure()
     (RESULTS / "multipliers.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, RESULTS / "multipliers.png")

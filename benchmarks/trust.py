@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks import no_options
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import _history as history
 from learned_optim.summary import table
@@ -94,4 +95,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    no_options.parse(__doc__)
     main()

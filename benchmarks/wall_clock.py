@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import no_options
 from learned_optim import LearnedOptimizer
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import seeded
@@ -155,6 +156,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    no_options.parse(__doc__)
     result = measure()
     folder = DOCS / "performance"
     draw(result, folder / "wall_clock.png")

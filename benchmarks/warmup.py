@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from benchmarks import no_options
 from benchmarks.results import NETWORKS
 from learned_optim import LearnedOptimizer
 from learned_optim.meta.data import DataOptions
@@ -81,4 +82,5 @@ def _against_none(
 
 
 if __name__ == "__main__":
+    no_options.parse(__doc__)
     OUTPUT.write_text(json.dumps(measure(), indent=1) + "\n")
