@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import on_field
-from learned_optim.cli import ProgressBar
 from learned_optim.meta import field_report
-from learned_optim.meta.field import FieldConfig, FieldEvaluation
+from learned_optim.meta.field import FieldConfig
 from learned_optim.meta.tasks import field_tasks
 from learned_optim.pretrained import ALIASES
 from learned_optim.summary import ratio_text
@@ -48,9 +47,7 @@ def measure(
         output=output,
         workers=workers,
     )
-    with ProgressBar("closed form") as show:
-        summary = FieldEvaluation(config, show).execute()
-    on_field.keep(summary, RESULT)
+    on_field.execute(config, "closed form", RESULT)
     print(table())
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from learned_optim.checkpoint import write_text
+from learned_optim.cli import ProgressBar
+from learned_optim.meta.field import FieldConfig, FieldEvaluation
 from learned_optim.pretrained import ALIASES
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -18,6 +20,12 @@ NOT_MEASURED = "Not measured yet."
 def keep(summary: dict[str, Any], path: Path) -> None:
     """Write a summary to docs/results/."""
     write_text(path, json.dumps(summary, separators=(",", ":")) + "\n")
+
+
+def execute(config: FieldConfig, what: str, path: Path) -> None:
+    """Run what is missing in the configuration's folder, and write the summary to ``path``."""
+    with ProgressBar(what) as show:
+        keep(FieldEvaluation(config, show).execute(), path)
 
 
 def shown(path: Path, text: Callable[[dict[str, Any]], str]) -> str:

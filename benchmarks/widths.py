@@ -16,9 +16,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from benchmarks import on_field
-from learned_optim.cli import ProgressBar
 from learned_optim.meta import field_report
-from learned_optim.meta.field import FieldConfig, FieldEvaluation
+from learned_optim.meta.field import FieldConfig
 from learned_optim.meta.tasks import FixedTask, ModuleTask, TaskFamily, TaskOptions
 from learned_optim.meta.tasks._base import Horizon
 
@@ -71,9 +70,7 @@ def measure(checkpoint: str, output: Path, workers: int) -> None:
         output=output,
         workers=workers,
     )
-    with ProgressBar("widths") as show:
-        summary = FieldEvaluation(config, show).execute()
-    on_field.keep(summary, RESULT)
+    on_field.execute(config, "widths", RESULT)
     print(table())
 
 

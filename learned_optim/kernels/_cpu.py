@@ -15,9 +15,9 @@ from torch import Tensor
 
 from learned_optim.kernels import _checks
 from learned_optim.kernels._call import StepSettings, StepTensors
-from learned_optim.kernels._library import SIZES, library
+from learned_optim.kernels._library import CONFIG, SIZES, library
 
-_POINTERS, _CONSTANTS, _SETTINGS, STATS, _MOST_UNITS = SIZES
+_POINTERS, _CONSTANTS, _, STATS, _MOST_UNITS = SIZES
 _LR_SCALE = 3  # its place among the constants
 # Type codes: of the parameter, plus that of the moments.
 _PARAM_CODES = {dtype: code for code, dtype in enumerate(_checks.PARAM_TYPES)}
@@ -130,10 +130,8 @@ class BoundStep:
                 layout.inputs, *config,
             ),
         )  # fmt: skip
-        if len(numbers) != _SETTINGS:
-            raise ValueError(
-                f"the kernel takes {_SETTINGS - 7} entries of config, got {len(config)}"
-            )
+        if len(config) != CONFIG:
+            raise ValueError(f"the kernel takes {CONFIG} entries of config, got {len(config)}")
         failed = self._step(
             m,
             *layout.sizes_and_types,

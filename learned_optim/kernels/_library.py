@@ -12,6 +12,8 @@ from learned_optim.kernels import _build
 #: Addresses and constants per tensor, settings per call, entries of ``stats``, most hidden units:
 #: what Python and C have to agree on.
 SIZES = (12, 4, 18, 14, 1024)
+#: Entries of a rule's ``config``: the settings but for those of the call.
+CONFIG = SIZES[2] - 7
 REMEDY = (
     "Build it with `python -m learned_optim.kernels` or reinstall the package, with a C++ compiler "
     f"on the path; {_build.SWITCH}=0 silences this."

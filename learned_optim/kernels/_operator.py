@@ -11,8 +11,8 @@ from learned_optim.kernels import _checks, _cpu, _library
 from learned_optim.kernels._call import StepSettings, StepTensors
 
 _PLAIN = (Tensor, nn.Parameter)
-_, _, _SETTINGS, _, _MOST_UNITS = _library.SIZES
-_CONFIG = _SETTINGS - 7  # the others are those of the call
+_MOST_UNITS = _library.SIZES[-1]
+_CONFIG = _library.CONFIG
 
 
 def _usable() -> bool:
