@@ -8,6 +8,7 @@ python -m benchmarks.kernel_step small   # the 784-20-10 network alone, in a sec
 from __future__ import annotations
 
 import argparse
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import nn
 from benchmarks.measure import in_turns, machine
 from benchmarks.step import MILLION, THESIS, mixed, parameters, size_of
 from learned_optim import LearnedOptimizer, kernels
+from learned_optim.kernels import _cpu
+from learned_optim.kernels._call import StepSettings, StepTensors
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.horizon import HorizonRule
 from learned_optim.summary import table
@@ -80,7 +83,69 @@ def measure() -> dict[str, Any]:
             best = in_turns(subjects(shapes, pure=True), rounds, threads)
             rows.append({"name": name, "size": size_of(shapes), "threads": threads, **best})
             print(f"  {name}, threads: {threads}", flush=True)
-    return {"library": kernels.status().partition(":")[0], "rows": rows, "many": one_each()}
+    return {
+        "library": kernels.status().partition(":")[0],
+        "rows": rows,
+        "many": one_each(),
+        "parts": parts(),
+    }
+
+
+def parts() -> dict[str, float]:
+    """Where a step of the 784-20-10 network spends its time: seconds on one thread.
+
+    Returns:
+        By what is called: Adam's fused step, the optimizer's step, that of its group alone, the
+        compiled library alone, and a step of ``torch.optim`` that does nothing.
+    """
+    rule = HorizonRule().requires_grad_(False)
+    optimizer = LearnedOptimizer(parameters(THESIS), rule, total_steps=TOTAL_STEPS)
+    optimizer.step()  # binds
+    (group,) = optimizer.param_groups
+    bound = optimizer._bound[0]
+    assert bound is not None
+    return in_turns(
+        {
+            "adam": torch.optim.Adam(parameters(THESIS), fused=True).step,
+            "optimizer": optimizer.step,
+            "group": lambda: bound.step_(optimizer, group),
+            "library": library_call(rule, parameters(THESIS)),
+            "wrapper": Idle(parameters(THESIS), {}).step,
+        },
+        3000,
+    )
+
+
+class Idle(torch.optim.Optimizer):
+    """Nothing but what torch puts around every optimizer's step."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Nothing."""
+
+
+def library_call(rule: HorizonRule, params: list[nn.Parameter]) -> Callable[[], object]:
+    """The compiled step with all of its arguments prepared: no check of any tensor."""
+    states = [{"step": torch.zeros(()), **rule.init_state(param)} for param in params]
+    grads = [param.grad for param in params if param.grad is not None]
+    calls: list[tuple[Any, ...]] = []
+
+    def record(*arguments: Any) -> int:
+        calls.append(arguments)
+        return 0
+
+    tensors = StepTensors(rule._network(), params, (), states)
+    bound = _cpu.bind(tensors, rule.config.largest_scale)
+    assert bound is not None
+    step, bound._step = bound._step, record  # type: ignore[assignment]
+    assert bound.run_first(grads, StepSettings(rule.kernel_config(), total_steps=TOTAL_STEPS))
+    ((*pointers, _, threads),) = calls
+    settings = (1.0, 1.0, 0.0, TOTAL_STEPS, 0, rule.config.hidden_size)
+    numbers = array("d", (*settings, rule.hidden.in_features, *rule.kernel_config()))
+
+    def call(kept: object = (bound, grads, numbers)) -> object:
+        return step(*pointers, numbers.buffer_info()[0], threads)
+
+    return call
 
 
 def one_each() -> dict[str, float]:
@@ -165,7 +230,24 @@ def markdown(found: dict[str, Any]) -> str:
         for name, key in (("`LearnedOptimizer`", "learned"), ("Adam(fused=True)", "adam"))
     ]
     columns = ["66 tensors", "building one, microseconds", "step of one for all, milliseconds"]
-    return table(header, rows) + "\n\n" + table([*columns, "of one for each"], apart)
+    parts = found["parts"]
+    named = (
+        ("`LearnedOptimizer.step`", "optimizer"),
+        ("its group's step: the same tensors as before?", "group"),
+        ("the compiled library alone", "library"),
+        ("what torch puts around every optimizer's step", "wrapper"),
+        ("Adam(fused=True)", "adam"),
+    )
+    spent = [
+        [name, f"{1e6 * parts[key]:.1f}", f"{parts[key] / parts['adam']:.2f}"]
+        for name, key in named
+    ]
+    tables = (
+        table(header, rows),
+        table([*columns, "of one for each"], apart),
+        table(["784-20-10 network, one thread", "microseconds", "of Adam's"], spent),
+    )
+    return "\n\n".join(tables)
 
 
 def main() -> None:

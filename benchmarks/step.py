@@ -8,20 +8,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.measure import available_memory, in_child, in_turns, peak_memory
 from benchmarks.plain import PlainOptimizer
 from learned_optim import LearnedOptimizer, list_pretrained
+from learned_optim.meta.runs import state_bytes
 from learned_optim.pretrained import ALIASES
-from learned_optim.rules import UpdateRule, build_rule
+from learned_optim.rules import UpdateRule, build_rule, rule_class, rule_names
 from learned_optim.rules._pieces import BLOCK as BLOCK_ROWS
 from learned_optim.rules.lstm import LSTMRule
 
 MILLION = 10**6
 THESIS = [(20, 784), (20,), (10, 20), (10,)]
 #: The learned rules, with weights that were never trained: what a step costs is not learned.
-RULES = ("lstm", "equivariant", "steered")
+RULES = tuple(name for name in rule_names() if rule_class(name).rows != "none")
 #: Bytes of state above which a size is extrapolated rather than measured.
 LARGEST_STATE = 4 * 2**30
 #: Coordinates on which the plain implementation is measured where all would not fit into memory.
@@ -171,11 +172,8 @@ def temporaries() -> dict[str, Any]:
 
 def checkpoints() -> dict[str, Any]:
     """Targets 2 and 4: every shipped checkpoint beside Adam, at a million coordinates."""
-    shipped = [
-        name for name in ("default", "general-2", "general-2-fast") if name in list_pretrained()
-    ]
-    same = {ALIASES[name] for name in shipped}
-    shipped += [name for name in list_pretrained() if name not in {*shipped, *same}]
+    stood_for = ALIASES["default"]
+    shipped = ["default", *(n for n in list_pretrained() if n not in {*ALIASES, stood_for})]
     rules: dict[str, Any] = {name: name for name in shipped}
     trained = {type(LearnedOptimizer(parameters([(1,)]), name).rule).name for name in shipped}
     rules |= {f"{rule} (untrained)": fresh(rule) for rule in RULES if rule not in trained}
@@ -200,12 +198,6 @@ def checkpoints() -> dict[str, Any]:
     }
     print(f"  {found}", flush=True)
     return found
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all state tensors."""
-    tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def scaling() -> dict[str, Any]:

@@ -199,10 +199,13 @@ def test_equals_the_pure_form(case: dict[str, Any], oracle: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
     rule, results = horizon_rule(), []
-    before = torch.get_num_threads()
+    before, library = torch.get_num_threads(), _library.library()
+    assert library is not None
     try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
+        for threads in (1, 2, 7, -2):
+            torch.set_num_threads(abs(threads))
+            if threads < 0:
+                library.lo_use_openmp(None)  # threads of its own
             params, grads = problem([(1100, 700), (5,), (3, 90_001)], dtype=dtype)
             states = fresh_states(rule, params)
             for _ in range(2):
@@ -210,8 +213,42 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
             results.append([*params, *(value for state in states for value in state.values())])
     finally:
         torch.set_num_threads(before)
+        _library.share_threads(library)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+FORKED = """
+import os, signal, torch
+from test_kernels import fresh_states, horizon_rule, kernel_step_, problem
+torch.set_num_threads(2)
+rule = horizon_rule()
+
+def stepped():
+    params, grads = problem([(600_000,)])
+    params[0].share_memory_()
+    return params, grads, fresh_states(rule, params)
+
+ours, childs = stepped(), stepped()
+for _ in range(2):
+    assert kernel_step_(rule, *ours)
+assert kernel_step_(rule, *childs)
+child = os.fork()
+if not child:
+    signal.alarm(20)  # instead of waiting for threads that the fork has left behind
+    os._exit(not kernel_step_(rule, *childs))
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(ours[0][0], childs[0][0])
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_forked_child_steps_on_threads_of_its_own() -> None:
+    folders = [str(ROOT / "tests"), *sys.path]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    done = subprocess.run([sys.executable, "-c", FORKED], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_kernel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def load(path: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
         library.lo_sizes(sizes)
         if library.lo_source().decode() != _build.source_hash() or tuple(sizes) != SIZES:
             return None, f"stale: {path.name} was built from other sources"
+        library.lo_use_openmp.argtypes = [ctypes.c_void_p]
         library.lo_step.restype = ctypes.c_int32
         library.lo_step.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5, ctypes.c_int32]
         library.lo_lstm_step.restype = ctypes.c_int32
@@ -46,7 +48,23 @@ def load(path: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
 @functools.cache
 def loaded() -> tuple[ctypes.CDLL | None, str]:
     """What :func:`load` found, once per process."""
-    return load()
+    library, where = load()
+    if library is not None:
+        share_threads(library)
+    return library, where
+
+
+def share_threads(library: ctypes.CDLL) -> None:
+    """Let the library run on the threads of torch's OpenMP, where that has GNU's entry point.
+
+    They do not outlive a fork: children of this process start threads of their own.
+    """
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (OSError, AttributeError, TypeError):  # another runtime; no such name space (Windows)
+        return
+    library.lo_use_openmp(ctypes.cast(parallel, ctypes.c_void_p))
+    os.register_at_fork(after_in_child=lambda: library.lo_use_openmp(None))
 
 
 def library() -> ctypes.CDLL | None:

@@ -25,6 +25,11 @@
 #define LO_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+// Runs a function on as many threads: what compilers turn `#pragma omp parallel` into.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+// That of the process's OpenMP runtime, if the caller has found one.
+inline std::atomic<Parallel> openmp_parallel{nullptr};
+
 namespace {
 
 enum Code { kOk = 0, kBadPointer = 1, kOverlap = 2, kBadType = 3, kNoMemory = 4 };
@@ -48,10 +53,16 @@ inline bool overlapping(std::vector<Range>& ranges) {
   return false;
 }
 
-// Runs `work` on this thread and on up to `helpers` others; returns when all have ended. Threads
-// start anew in every call, which costs little beside the work: a pool would not outlive fork.
+// Runs `work`, which does not throw, on this thread and on up to `helpers` others; returns when all
+// have ended. The threads are those of torch's OpenMP, which still spin after the backward pass and
+// would keep others from their cores. Without it they start anew in every call: a pool of our own
+// would not outlive fork.
 template <class Work>
 void in_parallel(int64_t helpers, const Work& work) {
+  if (const Parallel parallel = openmp_parallel.load(); parallel != nullptr && helpers > 0) {
+    const auto run = [](void* given) { (*static_cast<const Work*>(given))(); };
+    return parallel(run, const_cast<Work*>(&work), unsigned(helpers + 1), 0);
+  }
   std::vector<std::thread> pool;
   try {
     if (helpers > 0) pool.reserve(size_t(helpers));

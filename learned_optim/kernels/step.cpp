@@ -156,8 +156,9 @@ constexpr int64_t kBlock = 1024;
 // Coordinates that a thread takes at a time; their sums are kept apart, so that the order of
 // additions does not depend on who took what.
 constexpr int64_t kChunk = 32 * kBlock;
-// A thread costs tens of microseconds to start: it must have several times as much to do.
-constexpr int64_t kPerThread = 4 * kChunk;
+// Coordinates that are worth a thread. To start one costs tens of microseconds, to wake one of
+// OpenMP's some.
+constexpr int64_t kPerNewThread = 4 * kChunk, kPerThread = kChunk;
 
 struct BFloat16 {
   uint16_t bits;
@@ -391,7 +392,8 @@ void run_chunk(Chunk& chunk) {
 }
 
 void run_chunks(std::vector<Chunk>& chunks, int64_t coordinates, int threads) {
-  const int64_t useful = std::min<int64_t>(coordinates / kPerThread, int64_t(chunks.size()));
+  const int64_t worth = openmp_parallel.load() == nullptr ? kPerNewThread : kPerThread;
+  const int64_t useful = std::min<int64_t>(coordinates / worth, int64_t(chunks.size()));
   const int64_t helpers = std::min<int64_t>(threads, useful) - 1;
   if (helpers < 1) {
     for (Chunk& chunk : chunks) run_chunk(chunk);
@@ -606,6 +608,11 @@ LO_EXPORT void lo_sizes(int32_t* out) {
   out[2] = kSettings;
   out[3] = kStats;
   out[4] = kMostUnits;
+}
+
+// Threads for calls from now on: the address of GOMP_parallel, or null for threads of their own.
+LO_EXPORT void lo_use_openmp(void* parallel) {
+  openmp_parallel.store(reinterpret_cast<Parallel>(parallel));
 }
 
 // One step of m tensors. `pointers` has a row of m addresses for each Pointer, `constants` a row of
