@@ -21,7 +21,7 @@ from benchmarks.results_page import DOCS, page
 from learned_optim.checkpoint import write_text
 from learned_optim.cli import ProgressBar
 from learned_optim.meta import EvaluateConfig, Evaluation
-from learned_optim.meta.field import FieldConfig, FieldEvaluation
+from learned_optim.meta.field import UNTUNED, FieldConfig, FieldEvaluation
 
 NETWORKS = (
     "mnist",
@@ -130,10 +130,16 @@ def run(names: list[str], baselines_only: bool, workers: int) -> None:
             path.write_text(json.dumps(summary, separators=(",", ":")) + "\n")
 
 
-def run_field(quick: bool, workers: int) -> None:
+def run_field(quick: bool, tuned: tuple[str, ...], seeds: int, workers: int) -> None:
     """Run the field and leave its summary in docs/results/."""
     name = "field-quick" if quick else "field"
-    config = FieldConfig(quick=quick, output=Path("runs") / f"results-{name}", workers=workers)
+    config = FieldConfig(
+        quick=quick,
+        baselines=(*tuned, *UNTUNED) if tuned else (),
+        seeds=seeds,
+        output=Path("runs") / f"results-{name}",
+        workers=workers,
+    )
     started = time.perf_counter()
     with ProgressBar(name) as show:
         summary = FieldEvaluation(config, show).execute()
@@ -173,6 +179,10 @@ def main() -> None:
     again.add_argument("--workers", type=int, default=1)
     fielded = commands.add_parser("field", help="real training runs")
     fielded.add_argument("--quick", action="store_true", help="fewer steps, seeds and rivals")
+    fielded.add_argument("--tuned", nargs="+", default=[], metavar="RIVAL", help="fewer of them")
+    fielded.add_argument(
+        "--seeds", type=int, default=0, help="of the test; the tier's if not given"
+    )
     fielded.add_argument("--workers", type=int, default=1)
     commands.add_parser("page", help="write docs/results.md")
     args = parser.parse_args()
@@ -180,7 +190,7 @@ def main() -> None:
         (DOCS / "results.md").write_text(page(GROUPS))
         return
     if args.command == "field":
-        run_field(args.quick, args.workers)
+        run_field(args.quick, tuple(args.tuned), args.seeds, args.workers)
         return
     unknown = set(args.groups) - set(GROUPS)
     if unknown:

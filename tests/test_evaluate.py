@@ -1,5 +1,6 @@
 """The evaluation protocol: pairing, tuning, resuming, and figures worked out by hand."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -22,6 +23,7 @@ from learned_optim.meta.baselines import BASELINES, LR_GRID, make_baseline
 from learned_optim.meta.report import brief, markdown, plot, table, write_report
 from learned_optim.meta.runs import Run, RunSpec
 from learned_optim.meta.statistics import curve, interval, median, ratio_interval, smooth
+from learned_optim.rules import _registry, rule_names
 from learned_optim.rules.classical import AdamConfig, AdamRule
 
 NOTHING_LEARNED = EvaluateConfig(
@@ -800,23 +802,23 @@ class OwnRule(UpdateRule):
 """
 
 
-def test_workers_know_rules_of_ones_own(tmp_path: Path) -> None:
-    """In processes of its own: a rule that is registered stays so, and a script is run again."""
+def test_workers_know_rules_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of its own: a script is run again."""
+    rule_names()
+    monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
     (tmp_path / "own_rule_of_the_evaluation.py").write_text(OWN_RULE)
-    save = (
-        "import own_rule_of_the_evaluation as own; from learned_optim import save_rule; "
-        "save_rule(own.OwnRule(), 'own.safetensors')"
-    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_rule_of_the_evaluation")
+    save_rule(own.OwnRule(), tmp_path / "own.safetensors")
     evaluate = [
         *("-m", "learned_optim", "--rules", "own_rule_of_the_evaluation", "evaluate"),
         *("--checkpoints", "own.safetensors", "--tasks", "quadratic", "--baselines", "sgd"),
         *("--horizons", "10", "--seeds", "2", "--tuning-seeds", "1", "--workers", "2"),
     ]
-    for arguments in (["-c", save], evaluate):
-        found = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert found.returncode == 0, found.stderr
+    found = subprocess.run(
+        [sys.executable, *evaluate], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
     assert "| quadratic | own | 1 |" in found.stdout
 
 

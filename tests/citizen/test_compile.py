@@ -92,8 +92,13 @@ def test_half_state_is_one_graph_as_well(name: str) -> None:
     one_graph_for_ever(make_rule(name), torch.bfloat16, 2e-2, 5e-3)
 
 
-def test_float_lr_is_two_graphs_at_most(rule: UpdateRule) -> None:
-    """The second graph takes the learning rate as an input, and serves all later values."""
+@pytest.mark.parametrize("name", ["lstm-descending", TRAINED["horizon"]])
+def test_float_lr_is_two_graphs_at_most(name: str) -> None:
+    """The second graph takes the learning rate as an input, and serves all later values.
+
+    Of rules of either kind of rows: all of them are compiled by the test before.
+    """
+    rule = make_rule(name)
     backend = CountingBackend("eager")
     compiled, _ = run(rule, backend, 1.0)
     assert backend.graphs <= 2
