@@ -8,15 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablations import table as ablations_table
 from benchmarks.closed_form import table as closed_form_table
 from benchmarks.light_bench import table as light_bench_table
 from benchmarks.on_field import NOT_MEASURED
 from benchmarks.unknown_length import table as unknown_length_table
 from benchmarks.widths import table as widths_table
 from learned_optim.meta import field_report
+from learned_optim.meta.baselines import BASELINES
+from learned_optim.meta.field import TUNED, TUNED_QUICK, FieldConfig
 from learned_optim.summary import lr_text, plot, ratio_text, table, value_text
 
 DOCS = Path(__file__).parent.parent / "docs"
+
+FIELD_COMMAND = "python -m benchmarks.results field"
 
 # The published notebook's summed losses over 100 steps: best hand-written optimizer, learned one.
 # Entries with a note come from runs the notebook mistuned, see "What is wrong" on the page.
@@ -54,6 +59,7 @@ def page(groups: Iterable[str]) -> str:
     text = text.replace("{unknown-length}", unknown_length_table())
     text = text.replace("{closed-form}", closed_form_table())
     text = text.replace("{widths}", widths_table())
+    text = text.replace("{ablations}", ablations_table())
     text = text.replace("{warmup}", _warmup())
     for name in groups:
         body = _tables(summaries[name]) if name in summaries else NOT_MEASURED
@@ -96,13 +102,14 @@ def field_sections() -> dict[str, str]:
     paths = [DOCS / "results" / name for name in ("field.json", "field-quick.json")]
     path = next((p for p in paths if p.exists()), None)
     if path is None:
-        return dict.fromkeys(names, NOT_MEASURED)
+        return {**dict.fromkeys(names, NOT_MEASURED), "command": FIELD_COMMAND}
     summary = json.loads(path.read_text())
     field_report.plot_profile(summary, DOCS / "results" / f"field-{field_report.PROFILE_FILE}")
     details = [f"### {t}\n\n{field_report.task_table(summary, t)}" for t in summary["tasks"]]
     image = f"results/field-{field_report.PROFILE_FILE}"
     effort = summary["effort"]
     return {
+        "command": field_command(summary["protocol"]),
         "protocol": f"{field_report.describe(summary)} The {effort['runs']:,} runs trained for "
         f"{effort['hours']:.1f} hours of one thread.",
         "profile": f"![Performance profiles of all optimizers over the field]({image})",
@@ -113,6 +120,18 @@ def field_sections() -> dict[str, str]:
         "details": "\n\n".join(details),
         "ahead": field_report.in_words(summary),
     }
+
+
+def field_command(protocol: dict[str, Any]) -> str:
+    """What runs the part of the field that the page shows."""
+    tier = FieldConfig(quick=protocol["quick"]).filled()
+    tuned = [name for name in protocol["tuned"] if name in BASELINES]
+    words = [FIELD_COMMAND, "--quick" * protocol["quick"]]
+    if {*tuned} != {*TUNED, *TUNED_QUICK} & {*tier.baselines}:
+        words += ["--tuned", *tuned]
+    if protocol["seeds"] != tier.seeds:
+        words += ["--seeds", str(protocol["seeds"])]
+    return " ".join(filter(None, words))
 
 
 def _time(summaries: dict[str, Any]) -> str:

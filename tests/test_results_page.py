@@ -11,6 +11,8 @@ from torch import nn
 
 from benchmarks import closed_form, light_bench, results_page
 from benchmarks.results import GROUPS
+from benchmarks.results_page import field_command
+from learned_optim.meta.field import TUNED
 from learned_optim.meta.field_summary import Figures, summarize
 from learned_optim.meta.runs import OptimizerSpec, Run
 
@@ -134,3 +136,18 @@ def test_cuda_becomes_the_cpu() -> None:
         made = (torch.zeros(2, device="cuda"), torch.zeros(2).cuda(), torch.zeros(2).to("cuda"))
         module = nn.Linear(2, 2).cuda()
     assert all(x.device.type == "cpu" for x in (*made, module.weight))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [
+        ({"quick": True, "tuned": ["adamw-cosine"], "seeds": 2}, " --quick"),
+        ({"quick": False, "tuned": [*TUNED], "seeds": 3}, ""),
+        (
+            {"quick": False, "tuned": ["adamw-cosine", "muon-cosine"], "seeds": 2},
+            " --tuned adamw-cosine muon-cosine --seeds 2",
+        ),
+    ],
+)
+def test_the_page_says_what_was_run(protocol: dict[str, Any], options: str) -> None:
+    assert field_command(protocol) == f"python -m benchmarks.results field{options}"
