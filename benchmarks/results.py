@@ -22,6 +22,7 @@ from learned_optim.checkpoint import write_text
 from learned_optim.cli import ProgressBar
 from learned_optim.meta import EvaluateConfig, Evaluation
 from learned_optim.meta.field import UNTUNED, FieldConfig, FieldEvaluation
+from learned_optim.pretrained import ALIASES
 
 NETWORKS = (
     "mnist",
@@ -35,7 +36,7 @@ NETWORKS = (
 ALL = ("sgd", "nesterov", "rmsprop", "adam", "adamw", "schedulefree")
 FOUR = ("sgd", "nesterov", "rmsprop", "adam")
 
-GENERAL = ("general-3", "general-2", "general-2-fast")  # the general-purpose checkpoints
+GENERAL = (ALIASES["default"], "general-2", "general-2-fast")  # the general-purpose checkpoints
 EVERY = (*GENERAL, "mnist")
 
 GROUPS = {

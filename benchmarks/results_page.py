@@ -17,6 +17,7 @@ from benchmarks.widths import table as widths_table
 from learned_optim.meta import field_report
 from learned_optim.meta.baselines import BASELINES
 from learned_optim.meta.field import TUNED, TUNED_QUICK, FieldConfig
+from learned_optim.pretrained import ALIASES
 from learned_optim.summary import lr_text, plot, ratio_text, table, value_text
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -149,9 +150,10 @@ def _time(summaries: dict[str, Any]) -> str:
 
 
 def _thesis_table(summaries: dict[str, Any]) -> str:
+    default = ALIASES["default"]
     head = ["figure", "task", "thesis: best hand-written", "thesis: learned",
-            "ours: best tuned baseline", "ours: the thesis's LSTM", "ours: `general-3`",
-            "`general-3` / best [95 %]"]  # fmt: skip
+            "ours: best tuned baseline", "ours: the thesis's LSTM", f"ours: `{default}`",
+            f"`{default}` / best [95 %]"]  # fmt: skip
     rows = []
     for task, (figure, baseline, learned) in THESIS.items():
         group, lstm = ("quadratic", "quadratic") if task == "quadratic" else ("thesis", "mnist")
@@ -169,8 +171,8 @@ def _thesis_table(summaries: dict[str, Any]) -> str:
                 learned,
                 f"{value_text(optimizers[best]['sum'])} ({best}, lr {lr_text(optimizers[best])})",
                 value_text(optimizers[lstm]["sum"]),
-                value_text(optimizers["general-3"]["sum"]),
-                ratio_text(optimizers["general-3"]["ratio"]),
+                value_text(optimizers[default]["sum"]),
+                ratio_text(optimizers[default]["ratio"]),
             ]
         )
     return table(head, rows)
