@@ -177,11 +177,15 @@ def test_the_trust_grows_where_gradients_agree(kind: str, grows: bool) -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("plateau", [0, 70])
-def test_a_whole_trust_falls_again_only_where_the_length_is_unknown(
-    known: bool, plateau: int
+@pytest.mark.parametrize("gains", [(0.2, 0.0), (0.0, 0.2), (0.1, 0.2)])
+def test_a_whole_trust_falls_again_where_there_is_a_later_gain(
+    known: bool, plateau: int, gains: tuple[float, float]
 ) -> None:
     """Also if it took longer than the warm-up to become whole."""
-    trust = history.Trust(start=-3.0, gain=1.5, later_gain=0.2, warmup=50)
+    trust = history.Trust(
+        -3.0, 1.5, later_gain=gains[0], known_gain=gains[1], margin=0.1, warmup=50
+    )
+    later_gain, margin = gains[known], 0.1 * known
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(80, generator=generator).double() - 0.5
     agree = torch.full((60,), 0.9).double()
@@ -190,16 +194,16 @@ def test_a_whole_trust_falls_again_only_where_the_length_is_unknown(
     for step, agreement in enumerate(agreements):
         log = trust.after(log, agreement, torch.tensor([float(step)]), told)
         floor = -0.5 * math.log(1 + step / 50)
-        later = step >= 50 and not known and z >= floor
-        gain = 0.2 if later else 1.5 if z < 0 else 0.0
+        later = later_gain > 0 and step >= 50 and z >= floor
+        gain = later_gain if later else 1.5 if z < 0 else 0.0
         low = floor if later else -3.0
-        z = min(0.0, max(low, z + gain * agreement.item()))
+        z = min(0.0, max(low, z + gain * (agreement.item() + margin * later)))
         found.append(z)
         assert log.item() == pytest.approx(z, abs=1e-6)
     early, falling, late = found[:plateau], found[plateau + 60 : plateau + 140], found[-80:]
     assert all(z == -3.0 for z in early)
     assert found[plateau + 59] == 0.0
-    assert (min(falling) < -0.6) is not known
+    assert (min(falling) < -3 * later_gain) is (later_gain > 0)
     assert min(falling) >= -0.5 * math.log(1 + len(found) / 50)  # one over the root of the steps
     assert max(late) == 0.0  # and it grows again
 
@@ -210,6 +214,8 @@ def test_values_are_checked() -> None:
         ({"trust_start": 1.0}, "trust_start must be at most 0, got 1.0"),
         ({"trust_gain": -1.0}, "trust_gain must be at least 0, got -1.0"),
         ({"trust_later_gain": -0.1}, "trust_later_gain must be at least 0, got -0.1"),
+        ({"trust_known_gain": -0.1}, "trust_known_gain must be at least 0, got -0.1"),
+        ({"trust_margin": -0.1}, "trust_margin must be at least 0, got -0.1"),
     ):
         with pytest.raises(ValueError, match=message):
             HorizonConfig(**values)

@@ -48,7 +48,7 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=2),
     dtypes=st.lists(st.sampled_from(list(TOLERANCE)), min_size=2, max_size=2),
     half_state=st.booleans(),
-    config=st.integers(0, 1),
+    config=st.integers(0, 2),
     kind=st.sampled_from(["drift", "broken", "zero"]),
     total=st.sampled_from([None, 3, 1000]),
     maximize=st.booleans(),

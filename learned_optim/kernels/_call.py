@@ -34,7 +34,7 @@ class StepSettings(NamedTuple):
     """The numbers of one step; see :func:`learned_optim.kernels.step_`.
 
     Attributes:
-        config: of the rule, ten numbers.
+        config: of the rule, thirteen numbers.
         lr: a number, or a tensor of one element.
         decay: of the weights, in units of ``lr``.
         maximize: negate the gradients.

@@ -38,7 +38,8 @@ def step_(
             ``stats``, ``(14,)``, and ``step``, ``()``, float32.
         config: decays of the fast and the slow momentum and of the mean square, base step, largest
             scale and smallest share of it, warm-up share and warm-up steps of the rule's schedule,
-            start, gain and later gain of the trust.
+            start and gain of the trust, later gains in runs of unknown and known length, and the
+            margin in the latter.
         lr: multiplier of the updates; one on the GPU is not read back, and where it is 0 nothing
             changes.
         lr_scales: further multiplier of each tensor.

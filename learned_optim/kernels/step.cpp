@@ -135,6 +135,8 @@ enum Setting {
   kTrustStart,     // log of the trust at a tensor's first step
   kTrustGain,      // what a correlation of 1 adds to it
   kTrustLaterGain, // the same after the warm-up of a run of unknown length, unless 0
+  kTrustKnownGain, // the same of a run of known length
+  kTrustMargin,    // there, what is added to the correlation
   kSettings
 };
 
@@ -519,15 +521,18 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   return k;
 }
 
-// Once it has reached 0 it stays. Where the length of the run is unknown it may fall again, as far
-// as the rate of a run without end would; what is below that has not been whole yet.
+// Once it has reached 0 it stays, unless a later gain lets it fall again, as far as the rate of a
+// run without end would; what is below that has not been whole yet.
 float next_trust(double log, double agreement, double t, const double* settings) {
   double gain = log < 0 ? settings[kTrustGain] : 0.0, low = settings[kTrustStart];
-  const double later = settings[kTrustLaterGain], warm_up = settings[kWarmUpSteps];
+  const bool known = settings[kTotalSteps] > 0;
+  const double later = settings[known ? kTrustKnownGain : kTrustLaterGain];
+  const double warm_up = settings[kWarmUpSteps];
   const double floor = std::max(low, -0.5 * std::log(1 + t / warm_up));
-  if (later > 0 && !(settings[kTotalSteps] > 0) && t >= warm_up && log >= floor) {
+  if (later > 0 && t >= warm_up && log >= floor) {
     gain = later;
     low = floor;
+    if (known) agreement += settings[kTrustMargin];
   }
   return gain == 0 ? float(log) : float(clamp(log + gain * agreement, low, 0));
 }

@@ -297,6 +297,8 @@ def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
     """Two launches: the gains of all tensors, then the update of all coordinates."""
     config, lr, decay, maximize, warmup, total_steps = settings
     fast, slow, square, base_step, largest, smallest, share, steps, *trust = map(float, config)
+    start, gain, unknown_gain, known_gain, margin = trust
+    later = (known_gain, margin) if total_steps else (unknown_gain, 0.0)
     layout = call.layout
     m, chunks, device = len(layout.integers), len(layout.chunk_tensor), layout.integers.device
     on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or INTERPRETED)
@@ -321,7 +323,7 @@ def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
         kernels.update_kernel[(chunks,)](
             addresses, layout.integers, layout.chunk_tensor, gains, counters, sums,
             -1.0 if maximize else 1.0, 1.0 - fast, 1.0 - slow, 1.0 - square,
-            float(total_steps), steps, *trust,
+            steps, start, gain, *later,
             PARAM_TYPE=_triton_type(layout.types[0]), STATE_TYPE=_triton_type(layout.types[1]),
             CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=call.aligned,
         )  # fmt: skip

@@ -50,14 +50,18 @@ class Trust(NamedTuple):
     Attributes:
         start: its value at the first step, and its lower bound; 0 is the upper one.
         gain: until it has reached 0, where it stays.
-        later_gain: from then on, after the warm-up, where the length of the run is unknown; 0: the
-            same as where it is known.
+        later_gain: from then on, after the warm-up, where the length of the run is unknown; 0: it
+            stays there, too.
+        known_gain: the same where the length of the run is known.
+        margin: added to the correlation there, where a schedule anneals anyway.
         warmup: steps of that warm-up, at least 1.
     """
 
     start: float = 0.0
     gain: float = 0.0
     later_gain: float = 0.0
+    known_gain: float = 0.0
+    margin: float = 0.0
     warmup: float = 1.0
 
     def after(self, log: Tensor, agreement: Tensor, step: Tensor, known: Tensor) -> Tensor:
@@ -67,10 +71,12 @@ class Trust(NamedTuple):
         so a trust below that has not been whole yet.
         """
         gain, low = torch.where(log < 0, self.gain, 0.0), torch.full_like(log, self.start)
-        if self.later_gain > 0:
+        if self.later_gain > 0 or self.known_gain > 0:
             floor = (-0.5 * (1 + step / self.warmup).log()).clamp(min=self.start)
-            later = (known == 0) & (step >= self.warmup) & (log >= floor)
-            gain = torch.where(later, self.later_gain, gain)
+            later_gain = torch.where(known > 0, self.known_gain, self.later_gain).to(log.dtype)
+            later = (later_gain > 0) & (step >= self.warmup) & (log >= floor)
+            gain = torch.where(later, later_gain, gain)
+            agreement = agreement + torch.where(later & (known > 0), self.margin, 0.0)
             low = torch.where(later, floor, low)
         return torch.maximum(log + gain * agreement, low).clamp(max=0.0)
 

@@ -70,14 +70,18 @@ class HorizonConfig(RuleConfig):
     """What a correlation of 1 between a gradient and the momentum before it adds to that log."""
     trust_later_gain: float = field(default=0.0, metadata=ADDED)
     """The same once the trust has been whole, where the length of the run is unknown: it may then
-    fall again; 0: as where it is known."""
+    fall again; 0: it stays."""
+    trust_known_gain: float = field(default=0.0, metadata=ADDED)
+    """The same where the length of the run is known, of the correlation plus ``trust_margin``."""
+    trust_margin: float = field(default=0.0, metadata=ADDED)
+    """Correlation below minus which the trust falls where the length of the run is known."""
 
     def __post_init__(self) -> None:
         if self.hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {self.hidden_size}")
         if self.trust_start > 0:
             raise ValueError(f"trust_start must be at most 0, got {self.trust_start}")
-        for name in ("trust_gain", "trust_later_gain"):
+        for name in ("trust_gain", "trust_later_gain", "trust_known_gain", "trust_margin"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
@@ -104,11 +108,10 @@ class HorizonRule(KernelRule):
 
     The trust ``exp(z)`` starts at ``exp(trust_start)`` and grows, to 1 at most, as far as gradients
     go on pointing where the momentum points: at once in a fresh network, and not where weights are
-    trained and gradients are noise, which the first long steps would destroy. Once it is 1 it
-    stays, unless the length of the run is unknown: then it goes on with ``trust_later_gain``, and
-    falls, at most with the root of the number of steps, where steps have become so long that
-    gradients contradict the momentum, which is when to anneal. It is a bounded hypergradient
-    descent on the log of the step, per tensor (after Baydin et al. 2018, arXiv 1703.04782).
+    trained, which the first long steps would destroy. Once it is 1 it stays, unless there is a
+    later gain: then it falls, at most with the root of the number of steps, where steps are so long
+    that gradients contradict the momentum. It is a bounded hypergradient descent on the log of the
+    step, per tensor (after Baydin et al. 2018, arXiv 1703.04782).
 
     State per coordinate: ``fast``, ``slow`` and ``square``, each ``(*S, 1)``; per tensor:
     ``stats``, ``(14,)``.
@@ -120,9 +123,10 @@ class HorizonRule(KernelRule):
         HorizonConfig(),
         HorizonConfig(hidden_size=5, warmup_steps=3, trust_start=-3.0, trust_gain=1.5),
         HorizonConfig(
-            hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_later_gain=0.3
+            hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_later_gain=0.3,
+            trust_known_gain=0.2, trust_margin=0.1,
         ),
-    )
+    )  # fmt: skip
     rows = "tensors"
     coordinatewise = False
     zero_preserving = True
@@ -238,8 +242,9 @@ class HorizonRule(KernelRule):
     def _trust(self) -> history.Trust:
         cfg = self.config
         return history.Trust(
-            cfg.trust_start, cfg.trust_gain, cfg.trust_later_gain, cfg.warmup_steps
-        )
+            cfg.trust_start, cfg.trust_gain, cfg.trust_later_gain, cfg.trust_known_gain,
+            cfg.trust_margin, cfg.warmup_steps,
+        )  # fmt: skip
 
     def _corrections(self, context: StepContext) -> Tensor:
         """Bias corrections of the three moments after this step, ``(3, m)``."""
