@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from learned_optim import LearnedOptimizer
+from learned_optim.meta.tasks.coordinates import sine_network
 from learned_optim.rules import Segments, StepContext
 from learned_optim.rules import _history as history
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
@@ -256,3 +257,27 @@ def test_general_5_anneals_where_the_length_is_unknown_and_is_general_4_where_it
     )
     constant, annealed = (noisy_descent(name, 1500, None)[1] for name in ("general-4", "general-5"))
     assert annealed < 0.75 * constant
+
+
+def sines(checkpoint: str, steps: int = 2000) -> float:
+    """Mean loss of a network of sines that is told its steps, after the first eighth of them."""
+    torch.manual_seed(0)
+    model = sine_network(inputs=1, outputs=1, width=32)
+    optimizer = LearnedOptimizer(model.parameters(), checkpoint, total_steps=steps)
+    generator, losses = torch.Generator().manual_seed(1), []
+    for _ in range(steps):
+        x = 2 * torch.rand(64, 1, generator=generator) - 1
+        optimizer.zero_grad()
+        loss = (model(x) - (8 * x).sin() - 0.5 * (23 * x + 1).sin()).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    late = losses[steps // 8 :]
+    return sum(late) / len(late)
+
+
+def test_general_6_shortens_what_is_too_long_and_is_general_5_where_the_length_is_unknown() -> None:
+    assert torch.equal(
+        noisy_descent("general-5", 120, None)[0], noisy_descent("general-6", 120, None)[0]
+    )
+    assert sines("general-6") < 0.5 * sines("general-5")
