@@ -3,7 +3,7 @@
     python -m benchmarks.ablations [--workers 2]   # an hour on two cores; $LEARNED_OPTIM_DATA
 
 Every variant is trained from weights that do nothing, by the same number of meta-steps of evolution
-strategies on the mixture of `general-4` and `general-5`; *first order* by truncated backpropagation
+strategies on the mixture of `general-4` to `general-6`; *first order* by truncated backpropagation
 on the mixture of `general-2`, whose tasks it needs. All are held against tuned AdamW on validation
 tasks of the former. Only MNIST's meta half and synthetic data are read. Finished trainings are kept
 in runs/ablations/; the figures go to docs/results/ablations.json and from there into the results.
