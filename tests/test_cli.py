@@ -336,7 +336,7 @@ def test_progress_goes_on_where_an_earlier_process_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[tuple[int, int, str]] = []
-    recipe = recipe_from_json({**SMALL.to_json(), "meta_lr_final": None})
+    recipe = recipe_from_json({**SMALL.to_json(), "meta_lr_final": None, "validation_runs": 8})
     MetaTrainer(replace(recipe, epochs=1), tmp_path).train()
     trainer = MetaTrainer(replace(recipe, epochs=2), tmp_path)
     progress = TrainingProgress(trainer, lambda *told: seen.append(told))
@@ -359,7 +359,7 @@ def test_progress_goes_on_where_an_earlier_process_stopped(
 
 def test_first_epoch_has_no_best_yet(tmp_path: Path) -> None:
     seen: list[str] = []
-    trainer = MetaTrainer(replace(SMALL, epochs=1, meta_lr_final=None), tmp_path)
+    trainer = MetaTrainer(replace(SMALL, epochs=1, meta_lr_final=None, validation_runs=8), tmp_path)
     progress = TrainingProgress(trainer, lambda done, total, text: seen.append(text))
     trainer.train(progress.on_run, progress.report)
     assert seen[0] == "starting"
