@@ -30,7 +30,7 @@ from learned_optim.meta.data import DataOptions, load_images
 from learned_optim.meta.evolution_tasks import RunSource
 from learned_optim.meta.evolution_validation import references
 from learned_optim.meta.evolution_weights import initial_weights
-from learned_optim.meta.populations import Draw, fitness, roll, scores
+from learned_optim.meta.populations import Draw, fitness, roll
 from learned_optim.meta.recipes import EvolutionRecipe, general_2_fast, general_4
 from learned_optim.meta.references import Reference, best_score
 from learned_optim.meta.statistics import interval
@@ -102,6 +102,21 @@ VARIANTS = {
 }
 
 
+class Untold(RunSource):
+    """The same runs, all of unknown length."""
+
+    def draw(self, seed: int, meta_step: int, large: bool = False) -> Draw:
+        return replace(super().draw(seed, meta_step, large), known=False)
+
+    def draw_validation(self, seed: int, shortest: int) -> Draw:
+        return replace(super().draw_validation(seed, shortest), known=False)
+
+
+def source_of(variant: Variant, data: DataOptions) -> RunSource:
+    """Where a variant's runs come from, in training and validation."""
+    return (RunSource if variant.told else Untold).of(RECIPE, data)
+
+
 @dataclass(frozen=True)
 class MaskedJob:
     """A task of a meta-step; weights and mask of shape ``(n,)``."""
@@ -111,12 +126,11 @@ class MaskedJob:
     mask: Tensor
     rule: HorizonConfig
     source: RunSource
-    told: bool
 
 
 def run_masked(job: MaskedJob) -> jobs.TaskResult:
     """:func:`~learned_optim.meta.evolution_jobs.run_task` where some weights stay as they are."""
-    run = _as_told(job.source.draw(job.seed, 1), job.told)
+    run = job.source.draw(job.seed, 1)
     change = jobs.perturbations(job.seed, RECIPE.pairs, len(job.weights))
     change = change * job.mask * RECIPE.sigma
     weights = torch.cat((job.weights + change, job.weights - change))
@@ -127,26 +141,21 @@ def run_masked(job: MaskedJob) -> jobs.TaskResult:
     return jobs.TaskResult(job.seed, "", torch.from_numpy(found), 0.0)
 
 
-def _as_told(run: Draw, told: bool) -> Draw:
-    return replace(run, known=run.known and told)
-
-
 def by_evolution(variant: Variant, seed: int, source: RunSource) -> Tensor:
     """Trained weights, averaged over the second half of the meta-steps."""
     rule = HorizonRule(variant.rule)
     free = variant.free(rule) if variant.free else list(map(torch.ones_like, rule.parameters()))
-    mask = parameters_to_vector([each.reshape(-1) for each in free])
+    mask = parameters_to_vector(free)
     theta = (initial_weights(rule, seed) * mask).requires_grad_()
     adam = torch.optim.Adam([theta], RECIPE.meta_lr, betas=(0.9, 0.99))
-    decay = RECIPE.meta_lr_final / RECIPE.meta_lr
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        adam, RECIPE.meta_steps, decay * RECIPE.meta_lr
+        adam, RECIPE.meta_steps, RECIPE.meta_lr_final
     )
     kept = []
     for step in range(RECIPE.meta_steps):
         first = 50_000_000 + 1_000_000 * seed + step * RECIPE.tasks_per_meta_step
         todo = [
-            MaskedJob(first + index, theta.detach(), mask, variant.rule, source, variant.told)
+            MaskedJob(first + index, theta.detach(), mask, variant.rule, source)
             for index in range(RECIPE.tasks_per_meta_step)
         ]
         gradient, _ = jobs.meta_gradient(list(map(run_masked, todo)), RECIPE.pairs, len(theta))
@@ -166,12 +175,12 @@ def by_replay(variant: Variant, seed: int) -> Tensor:
     return parameters_to_vector(trainer.kept.parameters()).detach()
 
 
-def train(job: tuple[str, int, RunSource]) -> str:
+def train(job: tuple[str, int, DataOptions]) -> str:
     """Train a variant; its weights go into the folder."""
-    name, seed, source = job
+    name, seed, data = job
     variant = VARIANTS[name]
     if variant.trained == "evolution":
-        found = by_evolution(variant, seed, source)
+        found = by_evolution(variant, seed, source_of(variant, data))
     elif variant.trained == "replay":
         found = by_replay(variant, seed)
     else:
@@ -184,47 +193,26 @@ def _file(name: str, seed: int) -> Path:
     return FOLDER / f"{name.replace(' ', '-')}-{seed}.pt"
 
 
-@dataclass(frozen=True)
-class ValidationJob:
-    """One validation task for the weights ``(B, n)`` of a configuration."""
-
-    index: int
-    source: RunSource
-    weights: Tensor
-    rule: HorizonConfig
-    told: bool
-
-
-def validate_task(job: ValidationJob) -> list[float]:
-    """:func:`~learned_optim.meta.evolution_jobs.validate_task`, with a length that is not told."""
-    seed = jobs.FIRST_VALIDATION_SEED + job.index
-    run = _as_told(job.source.draw_validation(seed, jobs.SHORTEST_VALIDATION), job.told)
-    found: list[float] = scores(roll(rule_for(job.rule), job.weights, run, seed))[0].tolist()
-    return found
-
-
 def measure(workers: int) -> dict[str, Any]:
     """Train what is missing, validate everything, and write the summary."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     data = DataOptions()
     load_images("mnist", True, data)
-    source = RunSource.of(RECIPE, data)
     found: dict[str, Any] = {
         "seeds": list(SEEDS), "validation_tasks": VALIDATION_TASKS, "recipe": RECIPE.to_json(),
         "first_order": FIRST_ORDER.to_json(), "variants": {},
     }  # fmt: skip
     pairs = [(name, seed) for seed in SEEDS for name in VARIANTS]
-    missing = [(*pair, source) for pair in pairs if not _file(*pair).exists()]
+    missing = [(*pair, data) for pair in pairs if not _file(*pair).exists()]
     with jobs.worker_map(workers) as run, ProgressBar("ablations") as show:
-        against = references(FOLDER, VALIDATION_TASKS, source, run)
+        against = references(FOLDER, VALIDATION_TASKS, RunSource.of(RECIPE, data), run)
         for done, name in enumerate(run(train, missing), 1):
             show(done, len(missing), name)
         for name, variant in VARIANTS.items():
             weights = torch.stack([torch.load(_file(name, seed)) for seed in SEEDS])
-            todo = [
-                ValidationJob(r.index, source, weights, variant.rule, variant.told) for r in against
-            ]
-            excess = behind(list(run(validate_task, todo)), against)  # (tasks, seeds)
+            source = source_of(variant, data)
+            todo = [jobs.ValidationJob(r.index, source, weights, variant.rule) for r in against]
+            excess = behind(list(run(jobs.validate_task, todo)), against)  # (tasks, seeds)
             found["variants"][name] = excess.tolist()
     found["known"] = [reference.known for reference in against]
     on_field.keep(found, RESULT)

@@ -296,8 +296,10 @@ def _memory(rows: list[list[int]], layout: _Layout) -> tuple[bool, bool]:
 def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
     """Two launches: the gains of all tensors, then the update of all coordinates."""
     config, lr, decay, maximize, warmup, total_steps = settings
-    fast, slow, square, base_step, largest, smallest, share, steps, *trust = map(float, config)
-    start, gain, unknown_gain, known_gain, margin = trust
+    (
+        fast, slow, square, base_step, largest, smallest, share, steps,
+        trust_start, trust_gain, unknown_gain, known_gain, margin,
+    ) = map(float, config)  # fmt: skip
     later = (known_gain, margin) if total_steps else (unknown_gain, 0.0)
     layout = call.layout
     m, chunks, device = len(layout.integers), len(layout.chunk_tensor), layout.integers.device
@@ -323,7 +325,7 @@ def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
         kernels.update_kernel[(chunks,)](
             addresses, layout.integers, layout.chunk_tensor, gains, counters, sums,
             -1.0 if maximize else 1.0, 1.0 - fast, 1.0 - slow, 1.0 - square,
-            steps, start, gain, *later,
+            steps, trust_start, trust_gain, *later,
             PARAM_TYPE=_triton_type(layout.types[0]), STATE_TYPE=_triton_type(layout.types[1]),
             CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=call.aligned,
         )  # fmt: skip
