@@ -51,20 +51,18 @@ def loaded() -> tuple[ctypes.CDLL | None, str]:
     library, where = load()
     if library is not None:
         share_threads(library)
+        if hasattr(os, "register_at_fork"):  # OpenMP's threads stay with the parent
+            os.register_at_fork(after_in_child=lambda: library.lo_use_openmp(None))
     return library, where
 
 
 def share_threads(library: ctypes.CDLL) -> None:
-    """Let the library run on the threads of torch's OpenMP, where that has GNU's entry point.
-
-    They do not outlive a fork: children of this process start threads of their own.
-    """
+    """Let the library run on the threads of torch's OpenMP, where that has GNU's entry point."""
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel
     except (OSError, AttributeError, TypeError):  # another runtime; no such name space (Windows)
         return
     library.lo_use_openmp(ctypes.cast(parallel, ctypes.c_void_p))
-    os.register_at_fork(after_in_child=lambda: library.lo_use_openmp(None))
 
 
 def library() -> ctypes.CDLL | None:
