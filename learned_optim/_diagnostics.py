@@ -131,7 +131,6 @@ def _tensor_numbers(
     }
     if optimizer._by_adam or type(rule).forward is not UpdateRule.forward:
         return numbers
-    shrunk = old * (1.0 - DECAY_UNIT * float(group["lr"]) * group["weight_decay"])
     moments = {
         key: _entry(rule, key, optimizer.state[param], param)
         for key in rule.state_keys
@@ -141,6 +140,9 @@ def _tensor_numbers(
         torch.full((1,), step, dtype=rule.dtype, device=grad.device),
         total_steps=group["total_steps"],
     )
+    own = {key: network[key][0] for key in rule.tensor_state if key in network}
+    decay = rule.decay(group["weight_decay"], [own], context)
+    shrunk = old * (1.0 - DECAY_UNIT * float(group["lr"]) * decay)
     numbers.update(_signal_share(rule, moments, context, segments))
     if not rule.needs_loss:
         numbers.update(

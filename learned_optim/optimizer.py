@@ -33,7 +33,8 @@ class LearnedOptimizer(Optimizer):
             rule was trained for; the learning rates of other optimizers do not carry over. At 0
             a group is frozen: missing state is created, and nothing else changes.
         weight_decay: decoupled, in AdamW's units: at ``lr=1`` a value shrinks the parameters as
-            it does in ``AdamW(lr=1e-3)``.
+            it does in ``AdamW(lr=1e-3)``, there under a scheduler, here along the rule's own
+            schedule and trust if it has them.
         maximize: maximize the objective instead of minimizing it.
         state_dtype: dtype of per-coordinate state: float32, float64, bfloat16 (half the memory),
             or ``None`` for the rule's own (float32). Per-tensor state keeps the rule's.

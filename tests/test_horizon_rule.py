@@ -281,3 +281,26 @@ def test_general_6_shortens_what_is_too_long_and_is_general_5_where_the_length_i
         noisy_descent("general-5", 120, None)[0], noisy_descent("general-6", 120, None)[0]
     )
     assert sines("general-6") < 0.5 * sines("general-5")
+
+
+@pytest.mark.parametrize("total", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weight_decay_follows_schedule_and_trust(total, dtype: torch.dtype) -> None:
+    """Where gradients are zero a trust stays, and parameters do nothing but shrink."""
+    rule = HorizonRule(HorizonConfig(warmup_steps=5, trust_start=-2.0)).to(dtype)
+    params = [Parameter(torch.full((3, 2), 2.0, dtype=dtype)) for _ in range(2)]
+    groups = [{"params": params[:1], "weight_decay": 30.0}, {"params": params[1:]}]
+    opt, expected = LearnedOptimizer(groups, rule, lr=0.5, total_steps=total), 2.0
+    for t in range(1, 31):
+        rate = min(1, t / 5)
+        if total is not None:
+            rate = min(1, t / 10) * max(0.01, 0.5 + 0.5 * math.cos(math.pi * t / 41))
+        expected *= 1 - 1e-3 * 0.5 * 30 * rate * math.exp(-2)
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        opt.step()
+    tolerance = 1e-6 if dtype is torch.float32 else 1e-7
+    torch.testing.assert_close(
+        params[0], torch.full_like(params[0], expected), rtol=tolerance, atol=0
+    )
+    assert torch.equal(params[1], torch.full_like(params[1], 2.0))

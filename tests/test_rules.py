@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learned_optim.rules import RuleConfig, Segments, UpdateRule, build_rule, rule_class, rule_names
+from learned_optim.rules import (
+    RuleConfig,
+    Segments,
+    StepContext,
+    UpdateRule,
+    build_rule,
+    rule_class,
+    rule_names,
+)
 from learned_optim.rules._config import ADDED, ConfiguredModule
 from learned_optim.rules.equivariant import EquivariantConfig, EquivariantRule
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
@@ -126,10 +134,11 @@ def test_step_options(name: str, config: int) -> None:
     """Decay, direction, multiplier and warm-up, by hand from the pure form."""
     rule, grad = random_rule(name, torch.float64, config), gradients(1, 6)[0]
     param = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
-    decayed = param * (1 - 1e-3 * 0.5 * 2.0)
-    expected = decayed + 0.5 * 0.25 * trajectory(rule, -grad.unsqueeze(0), decayed)[0]
     state = fresh_states(rule, [param])
     horizon = 100 if rule.reads_horizon else None
+    context = StepContext(torch.zeros(1, dtype=torch.float64), None, horizon)
+    decayed = param * (1 - 1e-3 * 0.5 * rule.decay(2.0, state, context))
+    expected = decayed + 0.5 * 0.25 * trajectory(rule, -grad.unsqueeze(0), decayed)[0]
     options = {"lr": 0.5, "weight_decay": 2.0, "maximize": True, "warmup": 4}
     rule.step_([param], [grad], state, total_steps=horizon, **options)
     torch.testing.assert_close(param, expected, **close(rule))

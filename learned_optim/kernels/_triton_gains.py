@@ -139,12 +139,14 @@ def gains_kernel(
         base_lr = tl.full((), 0.0, tl.float64) + lr
         active = tl.full((), 1.0, tl.float32)
     own_lr = base_lr * tl.load(constants + tensor * CONSTANTS + LR_SCALE)
-    decay = 1.0 - own_lr * weight_decay
     size = tl.load(integers + tensor * INTEGERS + SIZE)
     q = tl.arange(0, ROW)
     stats = pointer(addresses, tensor, STATS, tl.float32)
     z = tl.load(stats + q, mask=q < 14, other=0.0).to(tl.float64)
     t = tl.load(pointer(addresses, tensor, STEP, tl.float32)).to(tl.float64)
+    total = tl.full((), 0.0, tl.float64) + total_steps
+    rate = _schedule(t, total, warmup_share, warmup_steps)
+    decay = 1.0 - own_lr * weight_decay * rate * tl.exp(pick(z, 13))
     first = pick(z, 0)
     rms = pick(z, 1)
     if t == 0:  # both are measured, before the step
@@ -153,7 +155,6 @@ def gains_kernel(
         )
         rms = first
     natural = tl.minimum(tl.load(constants + tensor * CONSTANTS + INIT_SCALE), largest_scale)
-    total = tl.full((), 0.0, tl.float64) + total_steps
     x = _inputs(
         z, t, rms, first, natural, tl.load(constants + tensor * CONSTANTS + LOG_FAN_IN),
         tl.load(constants + tensor * CONSTANTS + IS_VECTOR), size, total, WIDTH,
@@ -165,7 +166,7 @@ def gains_kernel(
     )  # fmt: skip
     scale = tl.maximum(tl.minimum(rms, largest_scale), smallest_share * natural)
     ramp = tl.where(warmup > 0, tl.minimum((t + 1) / tl.maximum(warmup, 1.0), 1.0), 1.0)
-    length = own_lr * ramp * base_step * _schedule(t, total, warmup_share, warmup_steps) * scale
+    length = own_lr * ramp * base_step * rate * scale
     length *= tl.exp(tanh(pick(out, 0) / STEP_BOUND) * STEP_BOUND + pick(z, 13))
     before = tl.where(t > 0, 1.0, 0.0)
     age = tl.maximum(t, 1.0)

@@ -491,7 +491,8 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double t = *tensor.step, natural = tensor.constants[kInitScale];
   Gains k;
   const double lr = settings[kLr] * tensor.constants[kLrScale];
-  k.decay = 1 - settings[kDecay] * lr;
+  const double rate = schedule(t, settings);
+  k.decay = 1 - settings[kDecay] * lr * rate * std::exp(double(tensor.stats[kStatTrust]));
   // At the first step both are measured, before it.
   const double at_first = t > 0 ? tensor.stats[kStatFirstRms] : first_rms(tensor, k.decay);
   const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
@@ -500,7 +501,7 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double scale =
       std::max(std::min(rms, settings[kLargestScale]), settings[kSmallestShare] * natural);
   const double ramp = settings[kWarmUp] > 0 ? std::min(1.0, (t + 1) / settings[kWarmUp]) : 1.0;
-  const double size = -lr * ramp * settings[kBaseStep] * schedule(t, settings) * scale *
+  const double size = -lr * ramp * settings[kBaseStep] * rate * scale *
                       std::exp(kStepBound * std::tanh(out[kStepSize] / kStepBound) +
                                tensor.stats[kStatTrust]);
   const auto bounded = [](double gain) { return kMixBound * std::tanh(gain / kMixBound); };

@@ -181,6 +181,16 @@ class UpdateRule(ConfiguredModule):
             state[key].copy_(value)
         return gains[0]
 
+    def decay(
+        self, weight_decay: float, states: Sequence[State], context: StepContext
+    ) -> float | Tensor:
+        """What becomes of the user's weight decay at a step: of all tensors, or of each, ``(m,)``.
+
+        Rules that shorten their steps by a schedule shorten it, too. ``states`` are those before
+        the step, as for :meth:`step_`.
+        """
+        return weight_decay
+
     # ---- their composition
 
     def observe(
@@ -261,7 +271,8 @@ class UpdateRule(ConfiguredModule):
                 :meth:`init_state`, dtype float32, float64 or bfloat16; other keys are ignored.
                 Entries in :attr:`tensor_state` are ``(k,)``.
             lr: multiplier of the update; a tensor has one element on the device or the CPU.
-            weight_decay: ``param *= 1 - 1e-3 * lr * weight_decay`` before the update.
+            weight_decay: ``param *= 1 - 1e-3 * lr * weight_decay`` before the update, with what
+                :meth:`decay` makes of it.
             maximize: negate the gradients.
             warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``.
             loss: see :attr:`StepContext.loss`.

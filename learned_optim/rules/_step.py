@@ -54,11 +54,15 @@ def reference_step_(
         old_states = [{key: state[key].clone() for key in own} for state in states]
     if isinstance(lr, Tensor):
         lr = lr.to(device).reshape(())
-    if weight_decay != 0:
-        torch._foreach_mul_(list(params), 1.0 - DECAY_UNIT * lr * weight_decay)
     steps = [state["step"] for state in states]
     step = torch.stack(steps).to(dtype)
     context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps)
+    if weight_decay != 0:
+        kept = 1.0 - DECAY_UNIT * lr * rule.decay(weight_decay, states, context)
+        if isinstance(kept, Tensor) and kept.dim() > 0:
+            torch._foreach_mul_(list(params), list(kept.unbind()))
+        else:
+            torch._foreach_mul_(list(params), kept)
     factor = warmup_factor(step, warmup)
     by_parts = type(rule).forward is _base.UpdateRule.forward
     most_packed = MOST_PACKED if rule.rows == "coordinates" else BLOCK

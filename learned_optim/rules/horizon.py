@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -28,67 +27,18 @@ from torch import Tensor, nn
 
 from learned_optim.rules import _history as history
 from learned_optim.rules._base import State, StepContext
-from learned_optim.rules._config import ADDED, RuleConfig
 from learned_optim.rules._features import TINY, bias_correction, largest_momentum, momentum_before
+from learned_optim.rules._horizon_config import HorizonConfig
 from learned_optim.rules._kernel_rule import KernelRule
+from learned_optim.rules._schedule import rate_schedule
 from learned_optim.rules._segments import Product, Segments
+
+__all__ = ["DIRECTIONS", "HorizonConfig", "HorizonRule"]
 
 DIRECTIONS = 4
 # The gradient in units of r is cut off here; the momenta need no such bound.
 _LARGEST_RATIO = 3.0
-_STEP_BOUND, _MIX_BOUND, _LAST_RATE = 3.0, 2.0, 0.01
-_LONGEST_WARMUP, _SHORTEST_WARMUP, _LARGEST_COUNT = 250.0, 10.0, 10_000.0
-
-
-@dataclass(frozen=True)
-class HorizonConfig(RuleConfig):
-    """Architecture of :class:`HorizonRule`."""
-
-    hidden_size: int = 16
-    """Units of the network."""
-    fast_beta: float = 0.9
-    """Decay of the fast momentum."""
-    slow_beta: float = 0.99
-    """Decay of the slow momentum."""
-    square_beta: float = 0.99
-    """Decay of the mean square that normalizes."""
-    base_step: float = 0.1
-    """Step of the untrained rule, in units of the tensor's scale."""
-    largest_scale: float = 0.1
-    """Bound of the scale that the shape of a matrix gives, ``1 / sqrt(fan_in)``: a fan-in of a few
-    says nothing about an embedding of that width or an adapter of that rank."""
-    smallest_share: float = 0.25
-    """A tensor's scale is at least this share of what its shape suggests: weights that start at
-    zero have to leave it, and weights that start small, as in a sine network, are meant to be."""
-    warmup_share: float = 0.1
-    """Warm-up, in units of the run's length: between 10 and 250 steps."""
-    warmup_steps: int = 50
-    """Warm-up where the length of the run is unknown."""
-    trust_start: float = field(default=0.0, metadata=ADDED)
-    """Log of the trust at a tensor's first step; 0 for none."""
-    trust_gain: float = field(default=0.0, metadata=ADDED)
-    """What a correlation of 1 between a gradient and the momentum before it adds to that log."""
-    trust_later_gain: float = field(default=0.0, metadata=ADDED)
-    """The same once the trust has been whole, where the length of the run is unknown: it may then
-    fall again; 0: it stays."""
-    trust_known_gain: float = field(default=0.0, metadata=ADDED)
-    """The same where the length of the run is known, of the correlation plus ``trust_margin``."""
-    trust_margin: float = field(default=0.0, metadata=ADDED)
-    """Correlation below minus which the trust falls where the length of the run is known."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_size < 1:
-            raise ValueError(f"hidden_size must be at least 1, got {self.hidden_size}")
-        if self.trust_start > 0:
-            raise ValueError(f"trust_start must be at most 0, got {self.trust_start}")
-        for name in ("trust_gain", "trust_later_gain", "trust_known_gain", "trust_margin"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-
-    @property
-    def trusts(self) -> bool:
-        """Whether there is a trust, which the network then reads."""
-        return self.trust_start < 0
+_STEP_BOUND, _MIX_BOUND, _LARGEST_COUNT = 3.0, 2.0, 10_000.0
 
 
 class HorizonRule(KernelRule):
@@ -236,6 +186,11 @@ class HorizonRule(KernelRule):
             stats = history.next_stats(now, stats, self._trust)
         return torch.stack(gains), {"stats": stats}
 
+    def decay(self, weight_decay: float, states: Sequence[State], context: StepContext) -> Tensor:
+        """Times schedule and trust, ``(m,)``: weights shrink as slowly as they are stepped."""
+        trust = torch.stack([state["stats"][history.TRUST] for state in states])
+        return weight_decay * self._schedule(context) * trust.to(context.step.dtype).exp()
+
     # ---- what is computed of whole tensors
 
     @property
@@ -269,24 +224,16 @@ class HorizonRule(KernelRule):
 
     def _time(self, segments: Segments, context: StepContext) -> list[Tensor]:
         """Age, schedule and scale, which :meth:`_rate` reads; then features, each ``(m,)``."""
-        cfg, step = self.config, context.step
+        step = context.step
         one = torch.ones_like(step)
-        natural = segments.init_scale.clamp(max=cfg.largest_scale)
         known, total = torch.zeros_like(step), one
-        warmup = cfg.warmup_steps * one
         if context.total_steps is not None:
-            total = context.total_steps * one
-            known = one
-            warmup = (cfg.warmup_share * total).clamp(_SHORTEST_WARMUP, _LONGEST_WARMUP)
-        schedule = ((step + 1) / warmup).clamp(max=1.0)
-        if context.total_steps is not None:
-            angle = math.pi * ((step + 1) / (total + 1)).clamp(max=1.0)
-            schedule = schedule * (0.5 * (1.0 + angle.cos())).clamp(min=_LAST_RATE)
+            known, total = one, context.total_steps * one
         progress = known * (step / total).clamp(max=1.0)
         return [
             step,
-            schedule,
-            natural,
+            self._schedule(context),
+            segments.init_scale.clamp(max=self.config.largest_scale),
             segments.log_fan_in / 4 - 1,
             segments.log_size / 6 - 1,
             segments.is_vector,
@@ -297,6 +244,10 @@ class HorizonRule(KernelRule):
             known * (1.02 - progress).log() / 2,
             known * (total.clamp(max=_LARGEST_COUNT).log() / 4 - 1.5),
         ]
+
+    def _schedule(self, context: StepContext) -> Tensor:
+        cfg = self.config
+        return rate_schedule(context.step, context.total_steps, cfg.warmup_share, cfg.warmup_steps)
 
     def _rate(self, now: Tensor, stats: Tensor) -> Tensor:
         """Base step times schedule times scale, ``(m, 1)``."""

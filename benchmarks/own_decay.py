@@ -1,0 +1,210 @@
+"""Weight decay as a default: what it would cost in training, and bring on examples held out.
+
+    python -m benchmarks.own_decay    # ten minutes on one core; $LEARNED_OPTIM_DATA
+
+Tasks of the meta-training mixture: a few thousand rows of a random teacher or of MNIST's meta half,
+of which some are held out; and, because they are to be fitted exactly, boundary value problems and
+coordinate networks. `default` is told the length of the run, and decays all tensors, or those of
+two dimensions and more. A decay of 1 is what it is at 1,000 steps; in longer runs it is less in
+inverse proportion, so that weights left alone shrink alike. AdamW is tuned per task on the training
+loss. Figures are geometric means over tasks, with 95 % intervals by bootstrap over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from benchmarks import no_options
+from learned_optim import LearnedOptimizer
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.populations._base import Params, Population, Sampler
+from learned_optim.meta.populations._mixture import Draw, run_generators
+from learned_optim.meta.populations._rollout import ADAMW_LRS, _adamw
+from learned_optim.meta.populations.boundary import BoundaryValue
+from learned_optim.meta.populations.classification import Classification
+from learned_optim.meta.populations.coordinates import Coordinates
+from learned_optim.meta.populations.tabular import Teacher
+from learned_optim.meta.statistics import geometric_mean
+from learned_optim.summary import table
+
+FINITE, EXACT = 10, 6
+MOST_WEIGHTS, LARGEST_BATCH, STEPS = 10_000, 64, (600, 2000)
+#: Weight decay, and whether of matrices alone.
+DECAYS = ((0.0, False), (0.5, False), (1.0, False), (0.5, True), (1.0, True))
+Batch = tuple[Tensor, Tensor]
+
+
+def finite(seed: int) -> tuple[Population, Batch, int]:
+    """A task on some of its examples, those held out, and the length of the run."""
+    for sampler in _samplers(seed):
+        try:
+            task: Teacher | Classification
+            if seed % 2:
+                task = Teacher(sampler, DataOptions())
+                if task.drift or task.huber:
+                    continue
+                count = len(task.examples) * 3 // 5
+                held = task.examples[count:], task.targets[count:]
+                task.examples, task.targets = task.examples[:count], task.targets[:count]
+            else:
+                task = Classification(sampler, DataOptions())
+                if task.example_weights is not None or len(task.pixels) < 10_000:
+                    continue
+                count = sampler.log_integer(200, 5000)
+                order = sampler.subset(count + 2000, len(task.pixels))
+                held = task.pixels[order[count:]], task.labels[order[count:]]
+                task.pixels, task.labels = task.pixels[order[:count]], task.labels[order[:count]]
+        except ValueError:
+            continue
+        if _is_small(task):
+            return task, held, sampler.log_integer(*STEPS)
+    raise AssertionError
+
+
+def exact(seed: int) -> tuple[Population, None, int]:
+    """A task without noise."""
+    family = BoundaryValue if seed % 2 else Coordinates
+    for sampler in _samplers(seed):
+        try:
+            task = family(sampler, DataOptions())
+        except ValueError:
+            continue
+        if _is_small(task):
+            return task, None, sampler.log_integer(*STEPS)
+    raise AssertionError
+
+
+def _samplers(seed: int) -> Iterator[Sampler]:
+    for attempt in range(1000):
+        yield Sampler(Generator().manual_seed(1000 * seed + attempt))
+
+
+def _is_small(task: Population) -> bool:
+    weights = sum(value.numel() for value in task.init(Generator().manual_seed(0)).values())
+    return weights < MOST_WEIGHTS and task.batch_size <= LARGEST_BATCH
+
+
+class Copies:
+    """Copies of a task's parameters, each trained in its own way on the same batches."""
+
+    def __init__(self, task: Population, steps: int, seed: int, copies: int) -> None:
+        self.task, self.steps, self.seed = task, steps, seed
+        initial = task.initial(run_generators(seed)[0])
+        self.copies = [
+            {name: value.clone().requires_grad_() for name, value in initial.items()}
+            for _ in range(copies)
+        ]
+
+    def stacked(self) -> Params:
+        """All copies, as the task reads them."""
+        return {name: torch.stack([copy[name] for copy in self.copies]) for name in self.copies[0]}
+
+    def train(self, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
+        """Losses over the last twentieth, ``(copies,)``."""
+        generator, jitter = run_generators(self.seed)
+        self.task.initial(generator)
+        losses = []
+        for _ in range(self.steps):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            found = self.task.losses(self.stacked(), self.task.batch(generator))
+            self.task.jittered(found.sum(), jitter).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            losses.append(found.detach())
+        return torch.stack(losses[-max(5, self.steps // 20) :]).mean(0)
+
+    @torch.no_grad()
+    def held_out(self, held: Batch) -> Tensor:
+        """Losses on examples held out, ``(copies,)``."""
+        net = self.task.net  # type: ignore[attr-defined]
+        masks = net.masks(len(held[0]), Generator().manual_seed(0))
+        return self.task.losses(self.stacked(), (*held, masks))
+
+
+class TunedAdamW(torch.optim.Optimizer):
+    """AdamW of the mixture's references, as an optimizer of one copy per learning rate."""
+
+    def __init__(self, copies: Copies) -> None:
+        self.params = [list(copy.values()) for copy in copies.copies]
+        super().__init__([p for own in self.params for p in own], {})
+        run = Draw(copies.task, copies.steps, known=True)
+        self.steps = [
+            _adamw([p.detach().unsqueeze(0) for p in own], torch.tensor([lr]), run)
+            for own, lr in zip(self.params, ADAMW_LRS, strict=True)
+        ]
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """One step of every copy."""
+        for own, step in zip(self.params, self.steps, strict=True):
+            step([p.grad.unsqueeze(0) for p in own if p.grad is not None])
+
+
+def learned(copies: Copies) -> list[torch.optim.Optimizer]:
+    """`default` on every copy, each with its weight decay."""
+    shorter = min(1.0, 1000 / copies.steps)
+    found: list[torch.optim.Optimizer] = []
+    for copy, (decay, matrices_alone) in zip(copies.copies, DECAYS, strict=True):
+        groups = [
+            {"params": [p for p in copy.values() if (p.dim() > 1) is matrices], "weight_decay": own}
+            for matrices, own in ((True, decay), (False, 0.0 if matrices_alone else decay))
+        ]
+        for group in groups:
+            group["weight_decay"] *= shorter  # type: ignore[operator]
+        groups = [group for group in groups if group["params"]]
+        found.append(LearnedOptimizer(groups, total_steps=copies.steps))
+    return found
+
+
+def logs(seed: int, is_finite: bool) -> tuple[list[float], list[float]]:
+    """Of every decay, the log of training and held-out loss over AdamW's, or that without decay."""
+    task, held, steps = finite(seed) if is_finite else exact(seed)
+    ours = Copies(task, steps, seed, len(DECAYS))
+    training = ours.train(learned(ours))
+    if held is None:
+        return (training / training[0]).log().tolist(), []
+    theirs = Copies(task, steps, seed, len(ADAMW_LRS))
+    rival = theirs.train([TunedAdamW(theirs)]).nan_to_num(math.inf)
+    best = int(rival.argmin())
+    held_out = ours.held_out(held) / theirs.held_out(held)[best]
+    return (training / rival[best]).log().tolist(), held_out.log().tolist()
+
+
+def main() -> None:
+    """Print the table."""
+    on_finite = [logs(seed, True) for seed in range(FINITE)]
+    on_exact = [logs(seed, False) for seed in range(EXACT)]
+    rows = []
+    for index, (decay, matrices_alone) in enumerate(DECAYS):
+        columns = [
+            [training[index] for training, _ in on_finite],
+            [held_out[index] for _, held_out in on_finite],
+            [training[index] for training, _ in on_exact],
+        ]
+        of = " of matrices" if matrices_alone else ""
+        rows.append([f"{decay:g}{of}", *map(_mean, columns)])
+    print(
+        table(
+            [
+                "weight decay",
+                "training / tuned AdamW",
+                "held out / tuned AdamW",
+                "exact / no decay",
+            ],
+            rows,
+        )
+    )
+
+
+def _mean(logarithms: list[float]) -> str:
+    found = geometric_mean([math.exp(value) for value in logarithms])
+    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+if __name__ == "__main__":
+    no_options.parse(__doc__)
+    main()
