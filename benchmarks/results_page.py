@@ -54,7 +54,7 @@ def page(groups: Iterable[str]) -> str:
     text = text.replace("{thesis-table}", _thesis_table(summaries))
     text = text.replace("{verdict}", _verdict(summaries))
     text = text.replace("{time}", _time(summaries))
-    for name, body in field_sections().items():
+    for name, body in {**field_sections(), **quick_section()}.items():
         text = text.replace(f"{{field-{name}}}", body)
     text = text.replace("{lightbench}", light_bench_table())
     text = text.replace("{unknown-length}", unknown_length_table())
@@ -121,6 +121,19 @@ def field_sections() -> dict[str, str]:
         "details": "\n\n".join(details),
         "ahead": field_report.in_words(summary),
     }
+
+
+def quick_section() -> dict[str, str]:
+    """What the page shows of the quick tier, with more tuned rivals than the whole field's."""
+    path = DOCS / "results" / "field-quick.json"
+    if not path.exists():
+        return {"quick-command": f"{FIELD_COMMAND} --quick", "quick": NOT_MEASURED}
+    summary = json.loads(path.read_text())
+    report = (
+        field_report.describe(summary), field_report.in_words(summary),
+        field_report.pairs_table(summary), field_report.tuned_table(summary),
+    )  # fmt: skip
+    return {"quick-command": field_command(summary["protocol"]), "quick": "\n\n".join(report)}
 
 
 def field_command(protocol: dict[str, Any]) -> str:

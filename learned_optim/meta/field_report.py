@@ -110,15 +110,16 @@ def tuned_table(summary: dict[str, Any]) -> str:
 
 
 def pairs_table(summary: dict[str, Any]) -> str:
-    """Learned optimizers (rows) against every other untuned one (columns)."""
-    pairs, names = summary["untuned_pairs"], summary["protocol"]["untuned"]
-    learned = list(summary["protocol"]["checkpoints"])
-    others = [name for name in names if name not in learned or len(learned) > 1]
+    """Learned optimizers (rows) against every other one, untuned and tuned (columns)."""
+    pairs, protocol = summary["untuned_pairs"], summary["protocol"]
+    learned, names = list(protocol["checkpoints"]), (*protocol["untuned"], *protocol["tuned"])
+    others = [other for other in names if any(other in pairs[name] for name in learned)]
     rows = [
         [_name(summary, name), *(ratio_text(pairs[name].get(other)) for other in others)]
         for name in learned
     ]
-    return table(["", *others], rows)
+    head = [f"{other}, tuned" if other in protocol["tuned"] else other for other in others]
+    return table(["", *head], rows)
 
 
 def ratios_table(summary: dict[str, Any]) -> str:

@@ -141,7 +141,7 @@ def summarize(
     pairs = {
         label: {
             other: geometric_mean([ratio(e[label].final, e[other].final) for e in figures.values()])
-            for other in untuned
+            for other in (*untuned, *tuned)
             if other != label
         }
         for label in untuned
