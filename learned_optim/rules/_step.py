@@ -58,11 +58,13 @@ def reference_step_(
     step = torch.stack(steps).to(dtype)
     context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps)
     if weight_decay != 0:
-        kept = 1.0 - DECAY_UNIT * lr * rule.decay(weight_decay, states, context)
-        if isinstance(kept, Tensor) and kept.dim() > 0:
-            torch._foreach_mul_(list(params), list(kept.unbind()))
-        else:
+        decay = DECAY_UNIT * lr * rule.decay(weight_decay, states, context)
+        if isinstance(decay, Tensor) and decay.dim() > 0:
+            wide = [torch.promote_types(param.dtype, decay.dtype) for param in params]
+            kept = [1.0 - own.to(as_) for own, as_ in zip(decay.unbind(), wide, strict=True)]
             torch._foreach_mul_(list(params), kept)
+        else:
+            torch._foreach_mul_(list(params), 1.0 - decay)
     factor = warmup_factor(step, warmup)
     by_parts = type(rule).forward is _base.UpdateRule.forward
     most_packed = MOST_PACKED if rule.rows == "coordinates" else BLOCK
