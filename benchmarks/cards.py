@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from learned_optim import list_pretrained, load_record, load_rule, model_card
+from learned_optim.meta.tasks import field_tasks
 from learned_optim.pretrained import ALIASES
 from learned_optim.summary import table
 
@@ -83,7 +84,8 @@ def _measured(fingerprint: str, results: Path) -> str:
     rows, parts = [], []
     for summary, name in _with(fingerprint, results):
         if summary["protocol"].get("suite") == "field":
-            parts.append(_field(summary, name))
+            if _is_field(summary):
+                parts.append(_field(summary, name))
         else:
             rows += _rows(summary["group"], summary, name)
     if rows:
@@ -113,7 +115,7 @@ def _field(summary: dict[str, Any], name: str) -> str:
     rivals = [
         [rival, f"{pair['mean']:.2f} [{pair['low']:.2f}, {pair['high']:.2f}]"]
         for rival, pair in summary["untuned_pairs"].get(name, {}).items()
-        if pair and pair["mean"] is not None
+        if rival in summary["protocol"]["untuned"] and pair and pair["mean"] is not None
     ]
     return (
         f"On the field{tier}, {overall['tasks']} tasks that people recognise, "
@@ -125,6 +127,12 @@ def _field(summary: dict[str, Any], name: str) -> str:
         f"over that of rivals that are not tuned either:\n\n"
         + table(["rival", "ratio [95 %]"], rivals)
     )
+
+
+def _is_field(summary: dict[str, Any]) -> bool:
+    """Whether a summary is of the field, and not of other tasks by its protocol."""
+    known = set(field_tasks())
+    return summary["protocol"].get("suite") == "field" and known.issuperset(summary["tasks"])
 
 
 def _rows(group: str, summary: dict[str, Any], name: str) -> list[list[str]]:
@@ -172,11 +180,12 @@ def choosing(results: Path = DOCS / "results") -> str:
 
 def _means(fingerprint: str, results: Path) -> list[str]:
     """Geometric means over the field, over short and over long groups; dashes if not measured."""
-    field = "-"
+    field = ""
     logs: dict[str, list[float]] = {"short": [], "long": []}
     for summary, name in _with(fingerprint, results):
         if summary["protocol"].get("suite") == "field":
-            field = f"{summary['overall'][name]['ratio']['mean']:.2f}"
+            if _is_field(summary) and not (field and summary["protocol"]["quick"]):
+                field = f"{summary['overall'][name]['ratio']['mean']:.2f}"
             continue
         for entry in summary["tasks"].values():
             for horizon, cell in entry["horizons"].items():
@@ -184,7 +193,7 @@ def _means(fingerprint: str, results: Path) -> list[str]:
                 if ratio is not None:
                     logs["short" if int(horizon) <= 200 else "long"].append(math.log(ratio))
     means = [f"{math.exp(sum(v) / len(v)):.2f} ({len(v)})" if v else "-" for v in logs.values()]
-    return [field, *means]
+    return [field or "-", *means]
 
 
 def _with(fingerprint: str, results: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -124,7 +124,7 @@ def field_sections() -> dict[str, str]:
 
 
 def quick_section() -> dict[str, str]:
-    """What the page shows of the quick tier, with more tuned rivals than the whole field's."""
+    """What the page shows of the quick tier, which may have more tuned rivals than the whole."""
     path = DOCS / "results" / "field-quick.json"
     if not path.exists():
         return {"quick-command": f"{FIELD_COMMAND} --quick", "quick": NOT_MEASURED}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from learned_optim._guarded import AGE
 from learned_optim._views import first_row, local, local_grad, real, real_shape, shard_groups
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
 from learned_optim.rules import _history as history
@@ -71,10 +72,11 @@ class Recorder:
                 rule, state = optimizer._frozen.on(param), optimizer.state.get(param, {})
                 own = real(local(param)).detach().clone()
                 entries = state if "step" in state else rule.init_state(own)
-                network = {
-                    key: _entry(rule, key, entries, param).clone() for key in rule.network_state
+                kept = {
+                    key: _entry(rule, key, entries, param).clone()
+                    for key in {*rule.network_state, *rule.tensor_state}
                 }
-                self._before[param] = float(state.get("step", 0.0)), own, network
+                self._before[param] = float(state.get("step", 0.0)), own, kept
 
     @torch.no_grad()
     def _measure(self, optimizer: Any, *_: Any) -> None:
@@ -104,7 +106,7 @@ def _entry(rule: UpdateRule, key: str, state: Mapping[str, Tensor], param: Tenso
 def _tensor_numbers(
     optimizer: Any, group: dict[str, Any], param: Tensor, known: tuple[float, Tensor, State]
 ) -> dict[str, float]:
-    step, before, network = known
+    step, before, kept = known
     rule: UpdateRule = optimizer._frozen.on(param)
     grad = sanitize_grad(
         real(local_grad(param.grad, param)).reshape(-1), rule.dtype, group["maximize"]
@@ -118,7 +120,7 @@ def _tensor_numbers(
     )  # fmt: skip
     squares = segments.mean(torch.stack((grad**2, old**2, moved**2, -grad * moved)))[:, 0]
     grad_square, square, moved_square, along = squares.tolist()
-    warmup = group["warmup"]
+    warmup, (age, total_steps) = group["warmup"], _as_the_rule_counts(optimizer, group, param, step)
     numbers = {
         "step": step,
         "grad_rms": grad_square**0.5,
@@ -127,7 +129,7 @@ def _tensor_numbers(
         "step_ratio": (moved_square / square) ** 0.5 if square else 0.0,
         "effective_lr": along / grad_square if grad_square else 0.0,
         "cosine": along / (grad_square * moved_square) ** 0.5 if along else 0.0,
-        "schedule": min(1.0, (step + 1) / warmup) if warmup else 1.0,
+        "schedule": min(1.0, (age + 1) / warmup) if warmup else 1.0,
     }
     if optimizer._by_adam or type(rule).forward is not UpdateRule.forward:
         return numbers
@@ -136,19 +138,29 @@ def _tensor_numbers(
         for key in rule.state_keys
         if key not in rule.network_state
     }
-    context = StepContext(
-        torch.full((1,), step, dtype=rule.dtype, device=grad.device),
-        total_steps=group["total_steps"],
-    )
-    own = {key: network[key][0] for key in rule.tensor_state if key in network}
+    count = torch.full((1,), age, dtype=rule.dtype, device=grad.device)
+    context = StepContext(count, total_steps=total_steps)
+    own = {"step": count[0], **{key: kept[key][0] for key in rule.tensor_state}}
     decay = rule.decay(group["weight_decay"], [own], context)
     shrunk = old * (1.0 - DECAY_UNIT * float(group["lr"]) * decay)
     numbers.update(_signal_share(rule, moments, context, segments))
     if not rule.needs_loss:
+        network = {key: kept[key] for key in rule.network_state}
         numbers.update(
             _gains(rule, grad, {**moments, **network}, shrunk, segments, context, numbers)
         )
     return numbers
+
+
+def _as_the_rule_counts(
+    optimizer: Any, group: dict[str, Any], param: Tensor, step: float
+) -> tuple[float, float | None]:
+    """Number of the step and length of the run; a guard's rule that starts anew counts anew."""
+    state, total = optimizer.state[param], group["total_steps"]
+    if AGE not in state or optimizer._by_adam:
+        return step, total
+    age = float(local(state[AGE]).reshape(-1)[0]) - 1
+    return age, None if total is None else max(1.0, total - (step - age))
 
 
 def _gains(

@@ -22,7 +22,7 @@ from learned_optim.rules._segments import is_sharded
 class LearnedOptimizer(Optimizer):
     """Trains with updates computed by a learned update rule (Andrychowicz et al. 2016).
 
-    ``theta <- theta * (1 - 1e-3 * lr * weight_decay) + lr * warmup(t) * rule(gradient history)``
+    ``theta <- theta * (1 - 1e-3 * lr * decay(t)) + lr * warmup(t) * rule(gradient history)``
 
     Args:
         params: parameters, named parameters or parameter groups, as for any ``torch.optim`` class.
@@ -32,9 +32,9 @@ class LearnedOptimizer(Optimizer):
         lr: multiplier of the learned update, a float or a tensor of one element. 1.0 is what the
             rule was trained for; the learning rates of other optimizers do not carry over. At 0
             a group is frozen: missing state is created, and nothing else changes.
-        weight_decay: decoupled, in AdamW's units: at ``lr=1`` a value shrinks the parameters as
-            it does in ``AdamW(lr=1e-3)``, there under a scheduler, here along the rule's own
-            schedule and trust if it has them.
+        weight_decay: ``decay(t)``, decoupled and in AdamW's units: at ``lr=1`` a value shrinks the
+            parameters as it does in ``AdamW(lr=1e-3)``. A rule with a schedule of its own, as
+            ``horizon``, multiplies it by schedule and trust.
         maximize: maximize the objective instead of minimizing it.
         state_dtype: dtype of per-coordinate state: float32, float64, bfloat16 (half the memory),
             or ``None`` for the rule's own (float32). Per-tensor state keeps the rule's.

@@ -2,15 +2,16 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from learned_optim import LearnedOptimizer
+from learned_optim import Guard, LearnedOptimizer
 from learned_optim._shapes import init_scale
-from learned_optim.rules import rule_names
+from learned_optim.rules import State, StepContext, UpdateRule, rule_names
 from learned_optim.rules.horizon import HorizonRule
 from tests.conftest import random_rule
 
@@ -219,3 +220,51 @@ def test_guarded_half_precision_and_complex_parameters() -> None:
         moved = torch.view_as_real(moved) if moved.is_complex() else moved.float()
         assert numbers["step_rms"] == pytest.approx(rms(moved), rel=1e-4)
         assert "gain/fast" in numbers
+
+
+def test_a_guards_rule_that_starts_anew_counts_anew() -> None:
+    """After an intervention its schedule is that of a run of what remains."""
+    param = nn.Parameter(torch.ones(3, 2))
+    guard = Guard(window=2, patience=2, length=2)
+    optimizer = LearnedOptimizer([param], HorizonRule(), guard=guard, total_steps=100)
+    optimizer.diagnose()
+    for loss in [1.0, 1.0, math.inf, math.inf, *[1.0] * 8]:
+        param.grad = torch.ones_like(param)
+        optimizer.step(lambda loss=loss: loss)
+        if optimizer.guard_report["adam_steps"] == 2 and not optimizer._by_adam:
+            break
+    numbers = optimizer.diagnostics()["0/0"]
+    remaining = 100 - numbers["step"]
+    assert numbers["step"] >= 3
+    expected = 1 / 10 * (0.5 + 0.5 * math.cos(math.pi / (remaining + 1)))
+    assert numbers["schedule"] == pytest.approx(expected, rel=1e-5)
+
+
+class DecayReadsAnAverage(UpdateRule):
+    """Its decay reads state of whole tensors that its network does not own."""
+
+    tensor_state = ("average",)
+
+    def init_state(self, param: torch.Tensor) -> State:
+        return {"average": torch.zeros(1)}
+
+    def decay(
+        self, weight_decay: float, states: Sequence[State], context: StepContext
+    ) -> torch.Tensor:
+        return weight_decay * torch.stack(
+            [1 + state["average"][0] + state["step"] for state in states]
+        )
+
+    def coordinate_features(self, grad: Any, state: Any, param: Any, stats: Any) -> Any:
+        return None, -grad.unsqueeze(1)
+
+
+def test_decay_that_reads_a_tensors_state() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = LearnedOptimizer([param], DecayReadsAnAverage(), weight_decay=100.0)
+    optimizer.diagnose()
+    for _ in range(2):
+        param.grad = torch.zeros(3)
+        optimizer.step()
+    assert optimizer.diagnostics()["0/0"]["step"] == 1.0
+    assert param.detach().tolist() == pytest.approx([0.9 * 0.8] * 3)

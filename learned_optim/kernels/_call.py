@@ -36,7 +36,7 @@ class StepSettings(NamedTuple):
     Attributes:
         config: of the rule, thirteen numbers.
         lr: a number, or a tensor of one element.
-        decay: of the weights, in units of ``lr``.
+        decay: of the weights, in units of ``lr`` times the rule's schedule and trust.
         maximize: negate the gradients.
         warmup: steps of the optimizer's ramp, 0 for none.
         total_steps: length of the run, 0 if it is unknown.

@@ -43,7 +43,8 @@ def step_(
         lr: multiplier of the updates; one on the GPU is not read back, and where it is 0 nothing
             changes.
         lr_scales: further multiplier of each tensor.
-        decay: ``param *= 1 - decay * lr`` before the update.
+        decay: ``param *= 1 - decay * lr * schedule * trust`` before the update, with the rule's
+            own schedule.
         maximize: negate the gradients.
         warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``.
         total_steps: length of the run; ``None`` if it is unknown.

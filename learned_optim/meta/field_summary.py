@@ -118,6 +118,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The summary of a field: per task, over all tasks, and the performance profiles.
 
+    ``untuned_pairs`` has a row for every untuned optimizer, over all others, tuned ones included.
+
     Args:
         figures: by task and optimizer.
         tuned: labels of the rivals that were tuned per task.

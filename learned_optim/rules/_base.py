@@ -186,8 +186,8 @@ class UpdateRule(ConfiguredModule):
     ) -> float | Tensor:
         """What becomes of the user's weight decay at a step: of all tensors, or of each, ``(m,)``.
 
-        Rules that shorten their steps by a schedule shorten it, too. ``states`` are those before
-        the step, as for :meth:`step_`.
+        Rules that shorten their steps by a schedule shorten it, too. ``states`` hold ``step``, and
+        the entries in :attr:`tensor_state`, ``(k,)``, before the step.
         """
         return weight_decay
 

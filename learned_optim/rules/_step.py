@@ -60,9 +60,10 @@ def reference_step_(
     if weight_decay != 0:
         decay = DECAY_UNIT * lr * rule.decay(weight_decay, states, context)
         if isinstance(decay, Tensor) and decay.dim() > 0:
-            wide = [torch.promote_types(param.dtype, decay.dtype) for param in params]
-            kept = [1.0 - own.to(as_) for own, as_ in zip(decay.unbind(), wide, strict=True)]
-            torch._foreach_mul_(list(params), kept)
+            for param, each in zip(params, decay.unbind(), strict=True):
+                # On a GPU a factor of no dimensions would be rounded to half precision first.
+                wide = torch.promote_types(param.dtype, each.dtype)
+                param.copy_(param.to(wide) * (1.0 - each.to(wide)))
         else:
             torch._foreach_mul_(list(params), 1.0 - decay)
     factor = warmup_factor(step, warmup)
