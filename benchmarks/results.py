@@ -131,12 +131,12 @@ def run(names: list[str], baselines_only: bool, workers: int) -> None:
             path.write_text(json.dumps(summary, separators=(",", ":")) + "\n")
 
 
-def run_field(quick: bool, tuned: tuple[str, ...], seeds: int, workers: int) -> None:
+def run_field(quick: bool, tuned: tuple[str, ...], untuned: bool, seeds: int, workers: int) -> None:
     """Run the field and leave its summary in docs/results/."""
     name = "field-quick" if quick else "field"
     config = FieldConfig(
         quick=quick,
-        baselines=(*tuned, *UNTUNED) if tuned else (),
+        baselines=(*tuned, *(UNTUNED if untuned else ())) if tuned else (),
         seeds=seeds,
         output=Path("runs") / f"results-{name}",
         workers=workers,
@@ -181,6 +181,7 @@ def main() -> None:
     fielded = commands.add_parser("field", help="real training runs")
     fielded.add_argument("--quick", action="store_true", help="fewer steps, seeds and rivals")
     fielded.add_argument("--tuned", nargs="+", default=[], metavar="RIVAL", help="fewer of them")
+    fielded.add_argument("--no-untuned", action="store_true", help="only those of --tuned")
     fielded.add_argument(
         "--seeds", type=int, default=0, help="of the test; the tier's if not given"
     )
@@ -191,7 +192,9 @@ def main() -> None:
         (DOCS / "results.md").write_text(page(GROUPS))
         return
     if args.command == "field":
-        run_field(args.quick, tuple(args.tuned), args.seeds, args.workers)
+        if args.no_untuned and not args.tuned:
+            parser.error("--no-untuned leaves no rival: name some with --tuned")
+        run_field(args.quick, tuple(args.tuned), not args.no_untuned, args.seeds, args.workers)
         return
     unknown = set(args.groups) - set(GROUPS)
     if unknown:

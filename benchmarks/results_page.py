@@ -130,8 +130,8 @@ def quick_section() -> dict[str, str]:
         return {"quick-command": f"{FIELD_COMMAND} --quick", "quick": NOT_MEASURED}
     summary = json.loads(path.read_text())
     report = (
-        field_report.describe(summary), field_report.in_words(summary),
-        field_report.pairs_table(summary), field_report.tuned_table(summary),
+        field_report.describe(summary), field_report.pairs_table(summary),
+        field_report.tuned_table(summary),
     )  # fmt: skip
     return {"quick-command": field_command(summary["protocol"]), "quick": "\n\n".join(report)}
 
@@ -143,6 +143,7 @@ def field_command(protocol: dict[str, Any]) -> str:
     words = [FIELD_COMMAND, "--quick" * protocol["quick"]]
     if {*tuned} != {*TUNED, *TUNED_QUICK} & {*tier.baselines}:
         words += ["--tuned", *tuned]
+        words += ["--no-untuned"] * ({*protocol["untuned"]} <= {*protocol["checkpoints"]})
     if protocol["seeds"] != tier.seeds:
         words += ["--seeds", str(protocol["seeds"])]
     return " ".join(filter(None, words))

@@ -144,6 +144,10 @@ def test_cuda_becomes_the_cpu() -> None:
     ("protocol", "options"),
     [
         ({"quick": True, "tuned": ["adamw-cosine"], "seeds": 2}, " --quick"),
+        (
+            {"quick": True, "tuned": ["muon-cosine"], "untuned": ["default"], "seeds": 2},
+            " --quick --tuned muon-cosine --no-untuned",
+        ),
         ({"quick": False, "tuned": [*TUNED], "seeds": 3}, ""),
         (
             {"quick": False, "tuned": ["adamw-cosine", "muon-cosine"], "seeds": 2},
@@ -152,4 +156,5 @@ def test_cuda_becomes_the_cpu() -> None:
     ],
 )
 def test_the_page_says_what_was_run(protocol: dict[str, Any], options: str) -> None:
+    protocol = {"checkpoints": {"default": "f"}, "untuned": ["default", "adam-1e-3"], **protocol}
     assert field_command(protocol) == f"python -m benchmarks.results field{options}"
