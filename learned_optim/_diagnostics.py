@@ -141,7 +141,7 @@ def _tensor_numbers(
     count = torch.full((1,), age, dtype=rule.dtype, device=grad.device)
     context = StepContext(count, total_steps=total_steps)
     own = {"step": count[0], **{key: kept[key][0] for key in rule.tensor_state}}
-    decay = rule.decay(group["weight_decay"], [own], context)
+    decay = rule.scheduled_decay(group["weight_decay"], [own], context)
     shrunk = old * (1.0 - DECAY_UNIT * float(group["lr"]) * decay)
     numbers.update(_signal_share(rule, moments, context, segments))
     if not rule.needs_loss:

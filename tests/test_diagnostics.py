@@ -248,7 +248,7 @@ class DecayReadsAnAverage(UpdateRule):
     def init_state(self, param: torch.Tensor) -> State:
         return {"average": torch.zeros(1)}
 
-    def decay(
+    def scheduled_decay(
         self, weight_decay: float, states: Sequence[State], context: StepContext
     ) -> torch.Tensor:
         return weight_decay * torch.stack(

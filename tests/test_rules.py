@@ -137,7 +137,7 @@ def test_step_options(name: str, config: int) -> None:
     state = fresh_states(rule, [param])
     horizon = 100 if rule.reads_horizon else None
     context = StepContext(torch.zeros(1, dtype=torch.float64), None, horizon)
-    decayed = param * (1 - 1e-3 * 0.5 * rule.decay(2.0, state, context))
+    decayed = param * (1 - 1e-3 * 0.5 * rule.scheduled_decay(2.0, state, context))
     expected = decayed + 0.5 * 0.25 * trajectory(rule, -grad.unsqueeze(0), decayed)[0]
     options = {"lr": 0.5, "weight_decay": 2.0, "maximize": True, "warmup": 4}
     rule.step_([param], [grad], state, total_steps=horizon, **options)

@@ -181,7 +181,7 @@ class UpdateRule(ConfiguredModule):
             state[key].copy_(value)
         return gains[0]
 
-    def decay(
+    def scheduled_decay(
         self, weight_decay: float, states: Sequence[State], context: StepContext
     ) -> float | Tensor:
         """What becomes of the user's weight decay at a step: of all tensors, or of each, ``(m,)``.
@@ -272,7 +272,7 @@ class UpdateRule(ConfiguredModule):
                 Entries in :attr:`tensor_state` are ``(k,)``.
             lr: multiplier of the update; a tensor has one element on the device or the CPU.
             weight_decay: ``param *= 1 - 1e-3 * lr * weight_decay`` before the update, with what
-                :meth:`decay` makes of it.
+                :meth:`scheduled_decay` makes of it.
             maximize: negate the gradients.
             warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``.
             loss: see :attr:`StepContext.loss`.

@@ -58,7 +58,7 @@ def reference_step_(
     step = torch.stack(steps).to(dtype)
     context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps)
     if weight_decay != 0:
-        decay = DECAY_UNIT * lr * rule.decay(weight_decay, states, context)
+        decay = DECAY_UNIT * lr * rule.scheduled_decay(weight_decay, states, context)
         if isinstance(decay, Tensor) and decay.dim() > 0:
             for param, each in zip(params, decay.unbind(), strict=True):
                 # On a GPU a factor of no dimensions would be rounded to half precision first.

@@ -186,7 +186,9 @@ class HorizonRule(KernelRule):
             stats = history.next_stats(now, stats, self._trust)
         return torch.stack(gains), {"stats": stats}
 
-    def decay(self, weight_decay: float, states: Sequence[State], context: StepContext) -> Tensor:
+    def scheduled_decay(
+        self, weight_decay: float, states: Sequence[State], context: StepContext
+    ) -> Tensor:
         """Times schedule and trust, ``(m,)``: weights shrink as slowly as they are stepped."""
         trust = torch.stack([state["stats"][history.TRUST] for state in states])
         return weight_decay * self._schedule(context) * trust.to(context.step.dtype).exp()
