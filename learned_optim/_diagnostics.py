@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from learned_optim._guarded import AGE
+from learned_optim._guarded import AGE, remaining
 from learned_optim._views import first_row, local, local_grad, real, real_shape, shard_groups
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
 from learned_optim.rules import _history as history
@@ -120,7 +120,8 @@ def _tensor_numbers(
     )  # fmt: skip
     squares = segments.mean(torch.stack((grad**2, old**2, moved**2, -grad * moved)))[:, 0]
     grad_square, square, moved_square, along = squares.tolist()
-    warmup, (age, total_steps) = group["warmup"], _as_the_rule_counts(optimizer, group, param, step)
+    age, total_steps = _as_the_rule_counts(optimizer, group, param, step)
+    warmup = group["warmup"]
     numbers = {
         "step": step,
         "grad_rms": grad_square**0.5,
@@ -160,7 +161,7 @@ def _as_the_rule_counts(
     if AGE not in state or optimizer._by_adam:
         return step, total
     age = float(local(state[AGE]).reshape(-1)[0]) - 1
-    return age, None if total is None else max(1.0, total - (step - age))
+    return age, None if total is None else remaining(total, step - age)
 
 
 def _gains(

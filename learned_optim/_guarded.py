@@ -67,13 +67,17 @@ class GuardedRule(UpdateRule):
         else:
             own, active = [dict(state) for state in states], self.rule
             if options.get("total_steps") is not None and self.rule.reads_horizon:
-                # A rule with fresh state plans for what remains of the run.
                 lost = max(float(s["step"]) - float(a) for s, a in zip(states, ages, strict=True))
-                options["total_steps"] = max(1.0, options["total_steps"] - lost)
+                options["total_steps"] = remaining(options["total_steps"], lost)
         for state, age in zip(own, ages, strict=True):
             state["step"] = age
         active.step_(params, grads, own, **options)
         torch._foreach_add_([state["step"] for state in states], 1)
+
+
+def remaining(total_steps: float, lost: float) -> float:
+    """Length of the run for which a rule with fresh state plans, some steps having been lost."""
+    return max(1.0, total_steps - lost)
 
 
 def report(group: dict[str, Any]) -> dict[str, int]:
