@@ -1,6 +1,6 @@
 """Weight decay as a default: what it would cost in training, and bring on examples held out.
 
-    python -m benchmarks.own_decay    # ten minutes on one core; $LEARNED_OPTIM_DATA
+    python -m benchmarks.own_decay    # twenty minutes on one core; $LEARNED_OPTIM_DATA
 
 Tasks of the meta-training mixture: a few thousand rows of a random teacher or of MNIST's meta half,
 of which some are held out; and, because they are to be fitted exactly, boundary value problems and
@@ -13,7 +13,7 @@ loss. Figures are geometric means over tasks, with 95 % intervals by bootstrap o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -22,8 +22,8 @@ from benchmarks import no_options
 from learned_optim import LearnedOptimizer
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations._base import Params, Population, Sampler
-from learned_optim.meta.populations._mixture import Draw, run_generators
-from learned_optim.meta.populations._rollout import ADAMW_LRS, _adamw
+from learned_optim.meta.populations._mixture import Draw
+from learned_optim.meta.populations._rollout import ADAMW_LRS, _adamw, _roll
 from learned_optim.meta.populations.boundary import BoundaryValue
 from learned_optim.meta.populations.classification import Classification
 from learned_optim.meta.populations.coordinates import Coordinates
@@ -31,11 +31,13 @@ from learned_optim.meta.populations.tabular import Teacher
 from learned_optim.meta.statistics import geometric_mean
 from learned_optim.summary import table
 
-FINITE, EXACT = 10, 6
+FINITE, EXACT = 20, 10
 MOST_WEIGHTS, LARGEST_BATCH, STEPS = 10_000, 64, (600, 2000)
 #: Weight decay, and whether of matrices alone.
-DECAYS = ((0.0, False), (0.5, False), (1.0, False), (0.5, True), (1.0, True))
+DECAYS = ((0.0, False), (0.5, False), (1.0, False), (2.0, False), (1.0, True))
 Batch = tuple[Tensor, Tensor]
+Step = Callable[[Sequence[Tensor]], None]
+MakeStep = Callable[[Params, Draw], Step]
 
 
 def finite(seed: int) -> tuple[Population, Batch, int]:
@@ -88,90 +90,85 @@ def _is_small(task: Population) -> bool:
     return weights < MOST_WEIGHTS and task.batch_size <= LARGEST_BATCH
 
 
-class Copies:
-    """Copies of a task's parameters, each trained in its own way on the same batches."""
+class Trained:
+    """Copies of a task's parameters, trained in ways of their own on the same batches.
 
-    def __init__(self, task: Population, steps: int, seed: int, copies: int) -> None:
-        self.task, self.steps, self.seed = task, steps, seed
-        initial = task.initial(run_generators(seed)[0])
-        self.copies = [
-            {name: value.clone().requires_grad_() for name, value in initial.items()}
-            for _ in range(copies)
-        ]
+    Args:
+        task: the population.
+        steps: length of the run.
+        seed: of parameters and batches.
+        optimizer: takes the copies by name, each ``(B, *shape)``; returns what makes a step of
+            their gradients.
+        copies: how many, ``B``.
+    """
 
-    def stacked(self) -> Params:
-        """All copies, as the task reads them."""
-        return {name: torch.stack([copy[name] for copy in self.copies]) for name in self.copies[0]}
+    def __init__(
+        self, task: Population, steps: int, seed: int, optimizer: MakeStep, copies: int
+    ) -> None:
+        self.task = task
 
-    def train(self, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
-        """Losses over the last twentieth, ``(copies,)``."""
-        generator, jitter = run_generators(self.seed)
-        self.task.initial(generator)
-        losses = []
-        for _ in range(self.steps):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            found = self.task.losses(self.stacked(), self.task.batch(generator))
-            self.task.jittered(found.sum(), jitter).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            losses.append(found.detach())
-        return torch.stack(losses[-max(5, self.steps // 20) :]).mean(0)
+        def start(initial: Params) -> tuple[Params, Step]:
+            self.params = {
+                name: value.unsqueeze(0).repeat(copies, *[1] * value.dim()).requires_grad_()
+                for name, value in initial.items()
+            }
+            return self.params, optimizer(self.params, run)
+
+        run = Draw(task, steps, known=True)
+        losses = torch.from_numpy(_roll(start, run, seed))
+        #: Losses over the last twentieth, ``(B,)``.
+        self.training = losses[-max(5, steps // 20) :].mean(0)
 
     @torch.no_grad()
     def held_out(self, held: Batch) -> Tensor:
-        """Losses on examples held out, ``(copies,)``."""
+        """Losses on examples held out, ``(B,)``."""
         net = self.task.net  # type: ignore[attr-defined]
         masks = net.masks(len(held[0]), Generator().manual_seed(0))
-        return self.task.losses(self.stacked(), (*held, masks))
+        return self.task.losses(self.params, (*held, masks))
 
 
-class TunedAdamW(torch.optim.Optimizer):
-    """AdamW of the mixture's references, as an optimizer of one copy per learning rate."""
-
-    def __init__(self, copies: Copies) -> None:
-        self.params = [list(copy.values()) for copy in copies.copies]
-        super().__init__([p for own in self.params for p in own], {})
-        run = Draw(copies.task, copies.steps, known=True)
-        self.steps = [
-            _adamw([p.detach().unsqueeze(0) for p in own], torch.tensor([lr]), run)
-            for own, lr in zip(self.params, ADAMW_LRS, strict=True)
-        ]
-
-    def step(self, closure: object = None) -> None:  # type: ignore[override]
-        """One step of every copy."""
-        for own, step in zip(self.params, self.steps, strict=True):
-            step([p.grad.unsqueeze(0) for p in own if p.grad is not None])
+def adamw(params: Params, run: Draw) -> Step:
+    """AdamW of the mixture's references, a copy for each learning rate."""
+    return _adamw(list(params.values()), torch.tensor(ADAMW_LRS), run)
 
 
-def learned(copies: Copies) -> list[torch.optim.Optimizer]:
-    """`default` on every copy, each with its weight decay."""
-    shorter = min(1.0, 1000 / copies.steps)
-    found: list[torch.optim.Optimizer] = []
-    for copy, (decay, matrices_alone) in zip(copies.copies, DECAYS, strict=True):
+def learned(params: Params, run: Draw) -> Step:
+    """`default`, a copy for each weight decay."""
+    slices = [list(param.detach().unbind()) for param in params.values()]
+    shorter = min(1.0, 1000 / run.steps)
+    optimizers = []
+    for own, (decay, matrices_alone) in zip(zip(*slices, strict=True), DECAYS, strict=True):
         groups = [
-            {"params": [p for p in copy.values() if (p.dim() > 1) is matrices], "weight_decay": own}
-            for matrices, own in ((True, decay), (False, 0.0 if matrices_alone else decay))
+            {
+                "params": [p for p in own if (p.dim() > 1) is matrices],
+                "weight_decay": each * shorter,
+            }
+            for matrices, each in ((True, decay), (False, 0.0 if matrices_alone else decay))
         ]
-        for group in groups:
-            group["weight_decay"] *= shorter  # type: ignore[operator]
         groups = [group for group in groups if group["params"]]
-        found.append(LearnedOptimizer(groups, total_steps=copies.steps))
-    return found
+        optimizers.append(LearnedOptimizer(groups, total_steps=run.steps))
+
+    def step(grads: Sequence[Tensor]) -> None:
+        for own, grad in zip(slices, grads, strict=True):
+            for param, part in zip(own, grad.unbind(), strict=True):
+                param.grad = part
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
 
 
 def logs(seed: int, is_finite: bool) -> tuple[list[float], list[float]]:
     """Of every decay, the log of training and held-out loss over AdamW's, or that without decay."""
     task, held, steps = finite(seed) if is_finite else exact(seed)
-    ours = Copies(task, steps, seed, len(DECAYS))
-    training = ours.train(learned(ours))
+    ours = Trained(task, steps, seed, learned, len(DECAYS))
     if held is None:
-        return (training / training[0]).log().tolist(), []
-    theirs = Copies(task, steps, seed, len(ADAMW_LRS))
-    rival = theirs.train([TunedAdamW(theirs)]).nan_to_num(math.inf)
+        return (ours.training / ours.training[0]).log().tolist(), []
+    theirs = Trained(task, steps, seed, adamw, len(ADAMW_LRS))
+    rival = theirs.training.nan_to_num(math.inf)
     best = int(rival.argmin())
     held_out = ours.held_out(held) / theirs.held_out(held)[best]
-    return (training / rival[best]).log().tolist(), held_out.log().tolist()
+    return (ours.training / rival[best]).log().tolist(), held_out.log().tolist()
 
 
 def main() -> None:

@@ -40,6 +40,16 @@ def check_state_dtype(dtype: torch.dtype | None) -> None:
         )
 
 
+def check_total_steps(total: Any) -> None:
+    """Raise ``ValueError`` for what is no length of a run."""
+    if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
+        raise ValueError(
+            f"total_steps is the number of optimizer steps of the whole run, a positive integer, "
+            f"got {total!r}: pass epochs * len(loader), divided by the steps over which gradients "
+            f"are accumulated, or None if it is unknown"
+        )
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise ``ValueError`` for hyperparameters out of range."""
     lr, weight_decay = group["lr"], group["weight_decay"]
@@ -49,13 +59,8 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not math.isfinite(weight_decay) or weight_decay < 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    total, warmup = group["total_steps"], group["warmup"]
-    if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
-        raise ValueError(
-            f"total_steps is the number of optimizer steps of the whole run, a positive integer, "
-            f"got {total!r}: pass epochs * len(loader), divided by the steps over which gradients "
-            f"are accumulated, or None if it is unknown"
-        )
+    check_total_steps(group["total_steps"])
+    warmup = group["warmup"]
     if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
         raise ValueError(
             f"warmup is a number of steps, an integer of 0 or more, got {warmup!r}: 0 is none, "

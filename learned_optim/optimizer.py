@@ -34,7 +34,9 @@ class LearnedOptimizer(Optimizer):
             a group is frozen: missing state is created, and nothing else changes.
         weight_decay: ``decay(t)``, decoupled and in AdamW's units: at ``lr=1`` a value shrinks the
             parameters as it does in ``AdamW(lr=1e-3)``. A rule with a schedule of its own, as
-            ``horizon``, multiplies it by schedule and trust.
+            ``horizon``, multiplies it by schedule and trust. ``None`` for the rule's own
+            (:meth:`~learned_optim.rules.UpdateRule.default_weight_decay`): none, except in runs of
+            known length by a rule that has one, as `default`.
         maximize: maximize the objective instead of minimizing it.
         state_dtype: dtype of per-coordinate state: float32, float64, bfloat16 (half the memory),
             or ``None`` for the rule's own (float32). Per-tensor state keeps the rule's.
@@ -82,7 +84,7 @@ class LearnedOptimizer(Optimizer):
         rule: str | os.PathLike[str] | UpdateRule = "default",
         *,
         lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
         guard: Guard | bool | None = None,
@@ -119,7 +121,12 @@ class LearnedOptimizer(Optimizer):
         self._monitor = _groups.HorizonMonitor()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _groups.check_group({**self.defaults, **param_group})
+        given = {**self.defaults, **param_group}
+        if given["weight_decay"] is None:
+            _groups.check_total_steps(given["total_steps"])
+            decay = self.rule.default_weight_decay(given["total_steps"])
+            given["weight_decay"] = param_group["weight_decay"] = decay
+        _groups.check_group(given)
         maximize = param_group.get("maximize", self.defaults["maximize"])
         if self.guard and any(bool(g["maximize"]) != bool(maximize) for g in self.param_groups):
             raise ValueError(

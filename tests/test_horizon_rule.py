@@ -1,6 +1,9 @@
 """The horizon rule against a plain account of what it is before training, and its bounds."""
 
 import math
+import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -178,13 +181,14 @@ def test_the_trust_grows_where_gradients_agree(kind: str, grows: bool) -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("plateau", [0, 70])
+@pytest.mark.parametrize("rising", [True, False])
 @pytest.mark.parametrize("gains", [(0.2, 0.0), (0.0, 0.2), (0.1, 0.2)])
 def test_a_whole_trust_falls_again_where_there_is_a_later_gain(
-    known: bool, plateau: int, gains: tuple[float, float]
+    known: bool, plateau: int, gains: tuple[float, float], rising: bool
 ) -> None:
-    """Also if it took longer than the warm-up to become whole."""
+    """Also if it took longer than the warm-up to become whole; or only under rising gradients."""
     trust = history.Trust(
-        -3.0, 1.5, later_gain=gains[0], known_gain=gains[1], margin=0.1, warmup=50
+        -3.0, 1.5, later_gain=gains[0], known_gain=gains[1], margin=0.1, rising=rising, warmup=50
     )
     later_gain, margin = gains[known], 0.1 * known
     generator = torch.Generator().manual_seed(0)
@@ -193,12 +197,16 @@ def test_a_whole_trust_falls_again_where_there_is_a_later_gain(
     agreements = torch.cat((torch.full((plateau,), -0.1), agree, noise - 0.3, noise + 0.3))
     log, z, told, found = torch.tensor([-3.0]).double(), -3.0, torch.tensor([float(known)]), []
     for step, agreement in enumerate(agreements):
-        log = trust.after(log, agreement, torch.tensor([float(step)]), told)
+        rise = torch.full_like(log, 0.1 if step % 3 else -0.1)
+        log = trust.after(log, agreement, rise, torch.tensor([float(step)]), told)
         floor = -0.5 * math.log(1 + step / 50)
         later = later_gain > 0 and step >= 50 and z >= floor
         gain = later_gain if later else 1.5 if z < 0 else 0.0
         low = floor if later else -3.0
-        z = min(0.0, max(low, z + gain * (agreement.item() + margin * later)))
+        moved = agreement.item() + margin * later
+        if rising and known and later and step % 3 == 0:
+            moved = max(0.0, moved)
+        z = min(0.0, max(low, z + gain * moved))
         found.append(z)
         assert log.item() == pytest.approx(z, abs=1e-6)
     early, falling, late = found[:plateau], found[plateau + 60 : plateau + 140], found[-80:]
@@ -284,10 +292,13 @@ def test_general_6_shortens_what_is_too_long_and_is_general_5_where_the_length_i
 
 
 @pytest.mark.parametrize("total", [None, 40])
+@pytest.mark.parametrize("power", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_weight_decay_follows_schedule_and_trust(total, dtype: torch.dtype) -> None:
+def test_weight_decay_follows_schedule_and_trust(
+    total: int | None, dtype: torch.dtype, power: float
+) -> None:
     """Where gradients are zero a trust stays, and parameters do nothing but shrink."""
-    rule = HorizonRule(HorizonConfig(warmup_steps=5, trust_start=-2.0)).to(dtype)
+    rule = HorizonRule(HorizonConfig(warmup_steps=5, trust_start=-2.0, decay_power=power)).to(dtype)
     params = [Parameter(torch.full((3, 2), 2.0, dtype=dtype)) for _ in range(2)]
     groups = [{"params": params[:1], "weight_decay": 30.0}, {"params": params[1:]}]
     opt, expected = LearnedOptimizer(groups, rule, lr=0.5, total_steps=total), 2.0
@@ -295,7 +306,7 @@ def test_weight_decay_follows_schedule_and_trust(total, dtype: torch.dtype) -> N
         rate = min(1, t / 5)
         if total is not None:
             rate = min(1, t / 10) * max(0.01, 0.5 + 0.5 * math.cos(math.pi * t / 41))
-        expected *= 1 - 1e-3 * 0.5 * 30 * rate * math.exp(-2)
+        expected *= 1 - 1e-3 * 0.5 * 30 * rate**power * math.exp(-2)
         for param in params:
             param.grad = torch.zeros_like(param)
         opt.step()
@@ -304,3 +315,37 @@ def test_weight_decay_follows_schedule_and_trust(total, dtype: torch.dtype) -> N
         params[0], torch.full_like(params[0], expected), rtol=tolerance, atol=0
     )
     assert torch.equal(params[1], torch.full_like(params[1], 2.0))
+
+
+def test_a_weight_decay_of_the_rules_own_is_for_users_who_give_none_and_know_the_length() -> None:
+    rule = HorizonRule(HorizonConfig(weight_decay=2.0))
+
+    def decays(groups: list[dict[str, Any]], **options: Any) -> list[float]:
+        groups = [{"params": [Parameter(torch.ones(2))], **group} for group in groups]
+        return [g["weight_decay"] for g in LearnedOptimizer(groups, rule, **options).param_groups]
+
+    lengths = [{"total_steps": n} for n in (100, 1000, 4000, None)]
+    assert decays(lengths) == [2.0, 2.0, 0.5, 0.0]
+    assert decays([{}, {"weight_decay": 0.3}], total_steps=2000) == [1.0, 0.3]
+    assert decays([{}, {"weight_decay": None}], total_steps=500, weight_decay=0.0) == [0.0, 2.0]
+    opt = pickle.loads(pickle.dumps(LearnedOptimizer([torch.ones(2)], rule, total_steps=1000)))
+    opt.add_param_group({"params": [torch.ones(2)], "total_steps": 2000})
+    assert [group["weight_decay"] for group in opt.param_groups] == [2.0, 1.0]
+    with pytest.raises(ValueError, match=r"total_steps .* got 2\.5"):
+        decays([{"total_steps": 2.5}])
+
+
+def test_steps_with_a_weight_decay_of_its_own_are_those_with_it_given() -> None:
+    config = HorizonConfig(trust_start=-2.0, trust_gain=1.5, weight_decay=40.0, decay_power=3.0)
+    own, given = HorizonRule(config), HorizonRule(replace(config, weight_decay=0.0))
+    given.load_state_dict(own.state_dict())
+    found = []
+    for rule, decay in ((own, None), (given, 40.0), (own, 0.0)):
+        param = Parameter(torch.linspace(-1, 1, 12).reshape(4, 3))
+        opt = LearnedOptimizer([param], rule, total_steps=60, weight_decay=decay)
+        for step in range(60):
+            param.grad = torch.cos(param.detach() * 3 + step)
+            opt.step()
+        found.append(param.detach().clone())
+    assert torch.equal(found[0], found[1])
+    assert (found[0] - found[2]).abs().max() > 0.01

@@ -34,9 +34,9 @@ class StepSettings(NamedTuple):
     """The numbers of one step; see :func:`learned_optim.kernels.step_`.
 
     Attributes:
-        config: of the rule, thirteen numbers.
+        config: of the rule, fifteen numbers.
         lr: a number, or a tensor of one element.
-        decay: of the weights, in units of ``lr`` times the rule's schedule and trust.
+        decay: of the weights, in units of ``lr`` times trust and a power of the rule's schedule.
         maximize: negate the gradients.
         warmup: steps of the optimizer's ramp, 0 for none.
         total_steps: length of the run, 0 if it is unknown.

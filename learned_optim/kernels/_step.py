@@ -38,13 +38,14 @@ def step_(
             ``stats``, ``(14,)``, and ``step``, ``()``, float32.
         config: decays of the fast and the slow momentum and of the mean square, base step, largest
             scale and smallest share of it, warm-up share and warm-up steps of the rule's schedule,
-            start and gain of the trust, later gains in runs of unknown and known length, and the
-            margin in the latter.
+            start and gain of the trust, later gains in runs of unknown and known length, the margin
+            in the latter, whether (1) or not (0) it then falls only under rising gradients, and the
+            power of the schedule that weight decay follows.
         lr: multiplier of the updates; one on the GPU is not read back, and where it is 0 nothing
             changes.
         lr_scales: further multiplier of each tensor.
-        decay: ``param *= 1 - decay * lr * schedule * trust`` before the update, with the rule's
-            own schedule.
+        decay: ``param *= 1 - decay * lr * schedule^power * trust`` before the update, with the
+            rule's own schedule.
         maximize: negate the gradients.
         warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``.
         total_steps: length of the run; ``None`` if it is unknown.

@@ -120,7 +120,7 @@ def _schedule(t, total, warmup_share, warmup_steps):
 def gains_kernel(
     addresses, integers, constants, hidden, hidden_bias, readout, readout_bias, direct, lr_pointer,
     gains, counters, lr, weight_decay, total_steps, warmup, log_fast, log_slow, log_square,
-    base_step, largest_scale, smallest_share, warmup_share, warmup_steps,
+    base_step, largest_scale, smallest_share, warmup_share, warmup_steps, decay_power,
     PARAM_TYPE: tl.constexpr, UNITS: tl.constexpr, INPUTS: tl.constexpr, OWN_NETWORKS: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +146,8 @@ def gains_kernel(
     t = tl.load(pointer(addresses, tensor, STEP, tl.float32)).to(tl.float64)
     total = tl.full((), 0.0, tl.float64) + total_steps
     rate = _schedule(t, total, warmup_share, warmup_steps)
-    decay = 1.0 - own_lr * weight_decay * rate * tl.exp(pick(z, 13))
+    shrinking = tl.exp(decay_power * tl.log(rate) + pick(z, 13))
+    decay = 1.0 - own_lr * weight_decay * shrinking
     first = pick(z, 0)
     rms = pick(z, 1)
     if t == 0:  # both are measured, before the step

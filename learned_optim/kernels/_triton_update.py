@@ -43,12 +43,16 @@ def _average(old, beta, new):
 
 
 @triton.jit
-def _next_trust(log, agreement, t, warmup_steps, trust_start, trust_gain, later_gain, margin):
+def _next_trust(
+    log, agreement, rise, t, warmup_steps, trust_start, trust_gain, later_gain, margin, rising
+):  # fmt: skip
     """Once it has reached 0 it stays, unless there is a later gain; see step.cpp."""
     floor = tl.maximum(-0.5 * tl.log(1.0 + t / tl.maximum(warmup_steps, 1.0)), trust_start)
     later = (later_gain > 0) & (t >= warmup_steps) & (log >= floor)
     gain = tl.where(later, later_gain, tl.where(log < 0, trust_gain, 0.0))
     agreement += tl.where(later, margin, 0.0)
+    held = tl.where(rising > 0, tl.where(rise <= 0, 1, 0), 0)
+    agreement = tl.where(later & (held > 0), tl.maximum(agreement, 0.0), agreement)
     low = tl.where(later, floor, trust_start)
     return clamp(log + gain * agreement, low, 0.0)
 
@@ -56,7 +60,7 @@ def _next_trust(log, agreement, t, warmup_steps, trust_start, trust_gain, later_
 @triton.jit
 def _finish(
     stats, step, partials, first, count, size, warmup_steps, trust_start, trust_gain, later_gain,
-    margin,
+    margin, rising,
 ):  # fmt: skip
     """Statistics of the step from the sums of all chunks, and the number of steps."""
     ROWS: tl.constexpr = 32
@@ -91,7 +95,10 @@ def _finish(
     new = tl.where(q == 11, _average(z, SHORT, with_slow), new)
     new = tl.where(q == 12, _average(z, SHORT, pick(mean, 12)), new)
     agreement = clamp(with_fast / tl.sqrt(tl.maximum(pick(mean, 12), 1e-3)), -1.0, 1.0)
-    trust = _next_trust(z, agreement, t, warmup_steps, trust_start, trust_gain, later_gain, margin)
+    rise = tl.where(t > 0, level.to(tl.float32) - pick(z, 3), 0.0)
+    trust = _next_trust(
+        z, agreement, rise, t, warmup_steps, trust_start, trust_gain, later_gain, margin, rising
+    )
     new = tl.where(q == 13, trust, new)
     new = tl.where(square > 0, new, z)  # nothing to tell where there never was a gradient
     new = tl.where(q == 1, rms, new)
@@ -212,7 +219,7 @@ def _update_chunk(
 @triton.jit
 def update_kernel(
     addresses, integers, chunk_tensor, gains, counters, partials, sign, fast_rate, slow_rate,
-    square_rate, warmup_steps, trust_start, trust_gain, later_gain, margin,
+    square_rate, warmup_steps, trust_start, trust_gain, later_gain, margin, rising,
     PARAM_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -245,5 +252,5 @@ def update_kernel(
                 pointer(addresses, tensor, STATS, tl.float32),
                 pointer(addresses, tensor, STEP, tl.float32),
                 partials, first, count, size, warmup_steps, trust_start, trust_gain, later_gain,
-                margin,
+                margin, rising,
             )  # fmt: skip

@@ -137,6 +137,8 @@ enum Setting {
   kTrustLaterGain, // the same after the warm-up of a run of unknown length, unless 0
   kTrustKnownGain, // the same of a run of known length
   kTrustMargin,    // there, what is added to the correlation
+  kTrustRising,    // there, whether it falls only where the gradient is above its average
+  kDecayPower,     // of the schedule, that weight decay follows
   kSettings
 };
 
@@ -492,7 +494,8 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   Gains k;
   const double lr = settings[kLr] * tensor.constants[kLrScale];
   const double rate = schedule(t, settings);
-  k.decay = 1 - settings[kDecay] * lr * rate * std::exp(double(tensor.stats[kStatTrust]));
+  k.decay = 1 - settings[kDecay] * lr * std::pow(rate, settings[kDecayPower]) *
+                    std::exp(double(tensor.stats[kStatTrust]));
   // At the first step both are measured, before it.
   const double at_first = t > 0 ? tensor.stats[kStatFirstRms] : first_rms(tensor, k.decay);
   const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
@@ -524,7 +527,7 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
 
 // Once it has reached 0 it stays, unless a later gain lets it fall again, as far as the rate of a
 // run without end would; what is below that has not been whole yet.
-float next_trust(double log, double agreement, double t, const double* settings) {
+float next_trust(double log, double agreement, bool rising, double t, const double* settings) {
   double gain = log < 0 ? settings[kTrustGain] : 0.0, low = settings[kTrustStart];
   const bool known = settings[kTotalSteps] > 0;
   const double later = settings[known ? kTrustKnownGain : kTrustLaterGain];
@@ -534,6 +537,7 @@ float next_trust(double log, double agreement, double t, const double* settings)
     gain = later;
     low = floor;
     if (known) agreement += settings[kTrustMargin];
+    if (known && settings[kTrustRising] != 0 && !rising) agreement = std::max(agreement, 0.0);
   }
   return gain == 0 ? float(log) : float(clamp(log + gain * agreement, low, 0));
 }
@@ -551,6 +555,7 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
   if (!started) z[kStatFirstRms] = z[kStatRms];
   if (mean[kSumSquare] > 0) {  // nothing to tell where there never was a gradient
     const double level = std::log(mean[kSumSquare] + kTiny2);
+    const bool rising = started && float(level) > z[kStatMeanLevel];
     z[kStatLevel] = float(level);
     average(kStatMeanLevel, started ? kLong : 0.0, level);
     z[kStatFastShare] = float(log_ratio(mean[kSumFast2], mean[kSumSquare]));
@@ -568,7 +573,7 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
     average(kStatLive, kShort, mean[kSumLive]);
     const double agreement =
         clamp(with_fast / std::sqrt(std::max(mean[kSumLive], 1e-3)), -1, 1);
-    z[kStatTrust] = next_trust(z[kStatTrust], agreement, *tensor.step, settings);
+    z[kStatTrust] = next_trust(z[kStatTrust], agreement, rising, *tensor.step, settings);
   }
   *tensor.step += 1;
 }

@@ -181,13 +181,16 @@ class UpdateRule(ConfiguredModule):
             state[key].copy_(value)
         return gains[0]
 
+    def default_weight_decay(self, total_steps: float | None) -> float:
+        """Weight decay of users who give none, in a run of that length or of unknown length."""
+        return 0.0
+
     def scheduled_decay(
         self, weight_decay: float, states: Sequence[State], context: StepContext
     ) -> float | Tensor:
-        """What becomes of the user's weight decay at a step: of all tensors, or of each, ``(m,)``.
+        """Weight decay at a step, of all tensors or of each, ``(m,)``: rules may schedule it.
 
-        Rules that shorten their steps by a schedule shorten it, too. ``states`` hold ``step``, and
-        the entries in :attr:`tensor_state`, ``(k,)``, before the step.
+        ``states`` hold ``step`` and the entries in :attr:`tensor_state`, ``(k,)``, before it.
         """
         return weight_decay
 

@@ -54,6 +54,7 @@ class Trust(NamedTuple):
             stays there, too.
         known_gain: the same where the length of the run is known.
         margin: added to the correlation there, where a schedule anneals anyway.
+        rising: whether it falls there only in steps whose gradient is above its moving average.
         warmup: steps of that warm-up, at least 1.
     """
 
@@ -62,10 +63,15 @@ class Trust(NamedTuple):
     later_gain: float = 0.0
     known_gain: float = 0.0
     margin: float = 0.0
+    rising: bool = False
     warmup: float = 1.0
 
-    def after(self, log: Tensor, agreement: Tensor, step: Tensor, known: Tensor) -> Tensor:
+    def after(
+        self, log: Tensor, agreement: Tensor, rise: Tensor, step: Tensor, known: Tensor
+    ) -> Tensor:
         """The log of the trust after a step, ``(m,)``, from that before it.
+
+        ``rise`` is the gradient's level above its moving average.
 
         It falls no lower than the rate of a run without end would, ``(1 + step / warmup)^(-1/2)``;
         so a trust below that has not been whole yet.
@@ -76,7 +82,11 @@ class Trust(NamedTuple):
             later_gain = torch.where(known > 0, self.known_gain, self.later_gain).to(log.dtype)
             later = (later_gain > 0) & (step >= self.warmup) & (log >= floor)
             gain = torch.where(later, later_gain, gain)
-            agreement = agreement + torch.where(later & (known > 0), self.margin, 0.0)
+            annealed = later & (known > 0)
+            agreement = agreement + torch.where(annealed, self.margin, 0.0)
+            if self.rising:
+                held = annealed & (rise <= 0) & (agreement < 0)
+                agreement = torch.where(held, 0.0, agreement)
             low = torch.where(later, floor, low)
         return torch.maximum(log + gain * agreement, low).clamp(max=0.0)
 
@@ -161,6 +171,7 @@ def next_stats(seen: Tensor, stats: Tensor, trust: Trust = NO_TRUST) -> Tensor:
     new[FIRST_RMS] = torch.where(step > 0, old[FIRST_RMS], rms)
     new[RMS] = rms
     agreement = (with_fast / live.clamp(min=1e-3).sqrt()).clamp(-1.0, 1.0)
+    rise = torch.where(step > 0, level - old[MEAN_LEVEL], 0.0)
     measured = {
         LEVEL: level,
         MEAN_LEVEL: torch.where(step > 0, torch.lerp(level, old[MEAN_LEVEL], _LONG), level),
@@ -169,7 +180,7 @@ def next_stats(seen: Tensor, stats: Tensor, trust: Trust = NO_TRUST) -> Tensor:
         MEAN_CORRELATION: torch.lerp(with_fast, old[MEAN_CORRELATION], _LONG),
         SLOW_CORRELATION: torch.lerp(with_slow, old[SLOW_CORRELATION], _SHORT),
         LIVE: torch.lerp(live, old[LIVE], _SHORT),
-        TRUST: trust.after(old[TRUST], agreement, step, seen[:, KNOWN]),
+        TRUST: trust.after(old[TRUST], agreement, rise, step, seen[:, KNOWN]),
     }
     for entry, value in measured.items():
         new[entry] = torch.where(any_gradient > 0, value, old[entry])

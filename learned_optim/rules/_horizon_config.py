@@ -43,12 +43,29 @@ class HorizonConfig(RuleConfig):
     trust_margin: float = field(default=0.0, metadata=ADDED)
     """Correlation below minus which the trust falls where the length of the run is known."""
 
+    trust_rising: bool = field(default=False, metadata=ADDED)
+    """Whether the trust falls, where the length of the run is known, only in steps whose gradient
+    is above its moving average."""
+    decay_power: float = field(default=1.0, metadata=ADDED)
+    """Power of the schedule that weight decay follows: above 1 it is over before the steps are, so
+    that the weights of the end are not held away from where they fit."""
+    weight_decay: float = field(default=0.0, metadata=ADDED)
+    """Weight decay of users who give none, where the length of the run is known: in runs of up to
+    1,000 steps; in longer ones less, in inverse proportion, so that weights shrink alike."""
+
     def __post_init__(self) -> None:
         if self.hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {self.hidden_size}")
         if self.trust_start > 0:
             raise ValueError(f"trust_start must be at most 0, got {self.trust_start}")
-        for name in ("trust_gain", "trust_later_gain", "trust_known_gain", "trust_margin"):
+        for name in (
+            "trust_gain",
+            "trust_later_gain",
+            "trust_known_gain",
+            "trust_margin",
+            "weight_decay",
+            "decay_power",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 

@@ -38,6 +38,8 @@ __all__ = ["DIRECTIONS", "HorizonConfig", "HorizonRule"]
 DIRECTIONS = 4
 # The gradient in units of r is cut off here; the momenta need no such bound.
 _LARGEST_RATIO = 3.0
+# In longer runs the weight decay is less.
+_UNDIMINISHED_STEPS = 1000
 _STEP_BOUND, _MIX_BOUND, _LARGEST_COUNT = 3.0, 2.0, 10_000.0
 
 
@@ -75,6 +77,10 @@ class HorizonRule(KernelRule):
         HorizonConfig(
             hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_later_gain=0.3,
             trust_known_gain=0.2, trust_margin=0.1,
+        ),
+        HorizonConfig(
+            hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_known_gain=0.4,
+            trust_margin=0.1, trust_rising=True, weight_decay=1.0, decay_power=3.0,
         ),
     )  # fmt: skip
     rows = "tensors"
@@ -186,12 +192,19 @@ class HorizonRule(KernelRule):
             stats = history.next_stats(now, stats, self._trust)
         return torch.stack(gains), {"stats": stats}
 
+    def default_weight_decay(self, total_steps: float | None) -> float:
+        """Of runs of known length: an unknown one may be long enough to shrink everything."""
+        if total_steps is None:
+            return 0.0
+        return self.config.weight_decay * min(1.0, _UNDIMINISHED_STEPS / total_steps)
+
     def scheduled_decay(
         self, weight_decay: float, states: Sequence[State], context: StepContext
     ) -> Tensor:
-        """Times schedule and trust, ``(m,)``: weights shrink as slowly as they are stepped."""
+        """Times trust and a power of the schedule, ``(m,)``: weights that step shrink."""
         trust = torch.stack([state["stats"][history.TRUST] for state in states])
-        return weight_decay * self._schedule(context) * trust.to(context.step.dtype).exp()
+        schedule = self._schedule(context) ** self.config.decay_power
+        return weight_decay * schedule * trust.to(context.step.dtype).exp()
 
     # ---- what is computed of whole tensors
 
@@ -200,7 +213,7 @@ class HorizonRule(KernelRule):
         cfg = self.config
         return history.Trust(
             cfg.trust_start, cfg.trust_gain, cfg.trust_later_gain, cfg.trust_known_gain,
-            cfg.trust_margin, cfg.warmup_steps,
+            cfg.trust_margin, cfg.trust_rising, cfg.warmup_steps,
         )  # fmt: skip
 
     def _corrections(self, context: StepContext) -> Tensor:

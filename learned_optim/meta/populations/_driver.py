@@ -12,6 +12,7 @@ from torch.nn.utils import vector_to_parameters
 from learned_optim import kernels
 from learned_optim.meta.populations._base import Params
 from learned_optim.rules import State, UpdateRule
+from learned_optim.rules._step import DECAY_UNIT
 from learned_optim.rules.horizon import HorizonRule
 
 
@@ -69,12 +70,14 @@ class CopiesOptimizer:
         rule, states = self._rules[0], self._states
         if step(rule, self._networks, self._slices, slices, states, self.total_steps):
             return
+        decay = rule.default_weight_decay(self.total_steps)
         copies = len(self._rules)
         for index, rule in enumerate(self._rules):
             rule.step_(
                 self._slices[index::copies],
                 slices[index::copies],
                 states[index::copies],
+                weight_decay=decay,
                 total_steps=self.total_steps,
             )
 
@@ -100,9 +103,11 @@ def step(
     """
     if not isinstance(rule, HorizonRule):  # the one rule that has a kernel
         return False
+    decay = DECAY_UNIT * rule.default_weight_decay(total_steps)
     return kernels.step_(
-        networks, params, grads, states, config=rule.kernel_config(), total_steps=total_steps
-    )
+        networks, params, grads, states, config=rule.kernel_config(), decay=decay,
+        total_steps=total_steps,
+    )  # fmt: skip
 
 
 def _with_weights(rule: UpdateRule, vector: Tensor) -> UpdateRule:
