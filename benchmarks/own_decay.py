@@ -1,25 +1,27 @@
-"""Weight decay as a default: what it would cost in training, and bring on examples held out.
+"""Weight decay as a default: what it costs in training, and brings on examples held out.
 
-    python -m benchmarks.own_decay    # twenty minutes on one core; $LEARNED_OPTIM_DATA
+    python -m benchmarks.own_decay    # fifteen minutes on one core; $LEARNED_OPTIM_DATA
 
 Tasks of the meta-training mixture: a few thousand rows of a random teacher or of MNIST's meta half,
 of which some are held out; and, because they are to be fitted exactly, boundary value problems and
-coordinate networks. `default` is told the length of the run, and decays all tensors, or those of
-two dimensions and more. A decay of 1 is what it is at 1,000 steps; in longer runs it is less in
-inverse proportion, so that weights left alone shrink alike. AdamW is tuned per task on the training
-loss. Figures are geometric means over tasks, with 95 % intervals by bootstrap over them.
+coordinate networks. `general-6` is told the length of the run, and weight decay follows its trust
+and a power of its schedule. In runs of more than 1,000 steps it is less in inverse proportion, so
+that weights left alone shrink alike. AdamW is tuned per task on the training loss. Figures are
+geometric means over tasks, with 95 % intervals by bootstrap over them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from benchmarks import no_options
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, load_rule
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations._base import Params, Population, Sampler
 from learned_optim.meta.populations._mixture import Draw
@@ -29,12 +31,25 @@ from learned_optim.meta.populations.classification import Classification
 from learned_optim.meta.populations.coordinates import Coordinates
 from learned_optim.meta.populations.tabular import Teacher
 from learned_optim.meta.statistics import geometric_mean
+from learned_optim.rules import UpdateRule, rule_for
 from learned_optim.summary import table
 
 FINITE, EXACT = 20, 10
 MOST_WEIGHTS, LARGEST_BATCH, STEPS = 10_000, 64, (600, 2000)
-#: Weight decay, and whether of matrices alone.
-DECAYS = ((0.0, False), (0.5, False), (1.0, False), (2.0, False), (1.0, True))
+
+
+class Decay(NamedTuple):
+    """A weight decay, the power of the schedule that it follows, and whether it spares vectors."""
+
+    amount: float
+    power: float = 1.0
+    matrices_alone: bool = False
+
+
+DECAYS = (
+    Decay(0.0), Decay(0.5), Decay(1.0), Decay(1.0, matrices_alone=True), Decay(2.0, 2.0),
+    Decay(4.0, 3.0), Decay(8.0, 4.0),
+)  # fmt: skip
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[Sequence[Tensor]], None]
 MakeStep = Callable[[Params, Draw], Step]
@@ -133,20 +148,21 @@ def adamw(params: Params, run: Draw) -> Step:
 
 
 def learned(params: Params, run: Draw) -> Step:
-    """`default`, a copy for each weight decay."""
+    """`general-6`, a copy for each weight decay."""
     slices = [list(param.detach().unbind()) for param in params.values()]
     shorter = min(1.0, 1000 / run.steps)
     optimizers = []
-    for own, (decay, matrices_alone) in zip(zip(*slices, strict=True), DECAYS, strict=True):
+    for own, decay in zip(zip(*slices, strict=True), DECAYS, strict=True):
+        of_vectors = 0.0 if decay.matrices_alone else decay.amount
         groups = [
             {
                 "params": [p for p in own if (p.dim() > 1) is matrices],
-                "weight_decay": each * shorter,
+                "weight_decay": shorter * (decay.amount if matrices else of_vectors),
             }
-            for matrices, each in ((True, decay), (False, 0.0 if matrices_alone else decay))
+            for matrices in (True, False)
         ]
         groups = [group for group in groups if group["params"]]
-        optimizers.append(LearnedOptimizer(groups, total_steps=run.steps))
+        optimizers.append(LearnedOptimizer(groups, rule_with(decay), total_steps=run.steps))
 
     def step(grads: Sequence[Tensor]) -> None:
         for own, grad in zip(slices, grads, strict=True):
@@ -156,6 +172,14 @@ def learned(params: Params, run: Draw) -> Step:
             optimizer.step()
 
     return step
+
+
+def rule_with(decay: Decay) -> UpdateRule:
+    """`general-6`, whose weight decay follows that power of the schedule."""
+    rule = load_rule("general-6")
+    found = rule_for(replace(rule.config, decay_power=decay.power))
+    found.load_state_dict(rule.state_dict())
+    return found
 
 
 def logs(seed: int, is_finite: bool) -> tuple[list[float], list[float]]:
@@ -176,25 +200,16 @@ def main() -> None:
     on_finite = [logs(seed, True) for seed in range(FINITE)]
     on_exact = [logs(seed, False) for seed in range(EXACT)]
     rows = []
-    for index, (decay, matrices_alone) in enumerate(DECAYS):
+    for index, decay in enumerate(DECAYS):
         columns = [
             [training[index] for training, _ in on_finite],
             [held_out[index] for _, held_out in on_finite],
             [training[index] for training, _ in on_exact],
         ]
-        of = " of matrices" if matrices_alone else ""
-        rows.append([f"{decay:g}{of}", *map(_mean, columns)])
-    print(
-        table(
-            [
-                "weight decay",
-                "training / tuned AdamW",
-                "held out / tuned AdamW",
-                "exact / no decay",
-            ],
-            rows,
-        )
-    )
+        of = " of matrices" if decay.matrices_alone else ""
+        rows.append([f"{decay.amount:g}{of}", f"{decay.power:g}", *map(_mean, columns)])
+    titles = ["training / tuned AdamW", "held out / tuned AdamW", "exact / no decay"]
+    print(table(["weight decay", "power", *titles], rows))
 
 
 def _mean(logarithms: list[float]) -> str:
