@@ -20,7 +20,7 @@ from learned_optim.rules import Segments, State, StepContext, UpdateRule
 from learned_optim.rules import _history as history
 from learned_optim.rules._features import TINY, bias_correction
 from learned_optim.rules._pieces import as_rows
-from learned_optim.rules._step import DECAY_UNIT, sanitize_grad
+from learned_optim.rules._step import DECAY_UNIT, decayed, sanitize_grad
 from learned_optim.rules.horizon import HorizonRule
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _tensor_numbers(
     context = StepContext(count, total_steps=total_steps)
     own = {"step": count[0], **{key: kept[key][0] for key in rule.tensor_state}}
     decay = rule.scheduled_decay(group["weight_decay"], [own], context)
-    shrunk = old * (1.0 - DECAY_UNIT * float(group["lr"]) * decay)
+    (shrunk,) = decayed(rule, [old], [grad], DECAY_UNIT * float(group["lr"]) * decay)
     numbers.update(_signal_share(rule, moments, context, segments))
     if not rule.needs_loss:
         network = {key: kept[key] for key in rule.network_state}

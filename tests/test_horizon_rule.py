@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, kernels
 from learned_optim.meta.tasks.coordinates import sine_network
 from learned_optim.rules import Segments, StepContext
 from learned_optim.rules import _history as history
@@ -333,6 +333,27 @@ def test_a_weight_decay_of_the_rules_own_is_for_users_who_give_none_and_know_the
     assert [group["weight_decay"] for group in opt.param_groups] == [2.0, 1.0]
     with pytest.raises(ValueError, match=r"total_steps .* got 2\.5"):
         decays([{"total_steps": 2.5}])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_without_a_gradient_do_not_shrink_where_decay_spares_them(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
+        monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
+    rule = HorizonRule(HorizonConfig(weight_decay=50.0, decay_live=True))
+    table = Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
+    other = Parameter(torch.ones(4))
+    before, opt = table.detach().clone(), LearnedOptimizer([table, other], rule, total_steps=20)
+    for _ in range(20):
+        table.grad, other.grad = torch.zeros(5, 3), torch.zeros(4)
+        table.grad[:2] = 1e-30 * torch.tensor([[1.0], [-1.0]])
+        table.grad[4] = math.nan
+        opt.step()
+    assert torch.equal(table[2:], before[2:])
+    assert torch.equal(other, torch.ones(4))  # zero history gives zero update
+    assert (table[:2] - before[:2]).abs().min() > 0.01
 
 
 def test_steps_with_a_weight_decay_of_its_own_are_those_with_it_given() -> None:

@@ -34,7 +34,7 @@ class StepSettings(NamedTuple):
     """The numbers of one step; see :func:`learned_optim.kernels.step_`.
 
     Attributes:
-        config: of the rule, fifteen numbers.
+        config: of the rule, sixteen numbers.
         lr: a number, or a tensor of one element.
         decay: of the weights, in units of ``lr`` times trust and a power of the rule's schedule.
         maximize: negate the gradients.

@@ -16,6 +16,9 @@ CONSTANTS: tl.constexpr = tl.constexpr(4)
 ROW: tl.constexpr = tl.constexpr(16)
 
 TINY2: tl.constexpr = tl.constexpr(1e-30)
+INFINITY: tl.constexpr = tl.constexpr(float("inf"))
+# Finite gradients are cut off here, so that sums of their squares fit into float32.
+LARGEST_GRAD: tl.constexpr = tl.constexpr(2.0**48)
 
 
 @triton.jit(do_not_specialize=["row", "param", "grad", "fast", "slow", "square", "stats", "step"])
@@ -62,6 +65,15 @@ def pick(row, k):
 def pointer(addresses, tensor, column, kind: tl.constexpr):
     address = tl.load(addresses + tensor * ADDRESSES + column)
     return address.to(tl.pointer_type(kind))
+
+
+@triton.jit
+def sanitized(grad, sign, PARAM_TYPE: tl.constexpr):
+    """The gradient in float32; NaN and infinity count as zero, and large ones are cut off."""
+    WIDE: tl.constexpr = tl.float64 if PARAM_TYPE == tl.float64 else tl.float32
+    wide = grad.to(WIDE) * sign
+    wide = tl.where(tl.abs(wide) < INFINITY, wide, 0.0)
+    return clamp(wide, -LARGEST_GRAD, LARGEST_GRAD).to(tl.float32)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from learned_optim.kernels._triton_common import (
     CONSTANTS,
+    GRAD,
     INIT_SCALE,
     INTEGERS,
     IS_VECTOR,
@@ -22,6 +23,7 @@ from learned_optim.kernels._triton_common import (
     decayed,
     pick,
     pointer,
+    sanitized,
     tanh,
 )
 
@@ -37,13 +39,16 @@ PI: tl.constexpr = tl.constexpr(3.141592653589793)
 
 
 @triton.jit
-def _first_rms(param, size, decay, PARAM_TYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _first_rms(
+    param, grad, size, decay, idle_decay, PARAM_TYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Root mean square of a whole tensor, by one program: once in a run."""
     total = tl.full((), 0.0, tl.float64)
     for at in range(0, size, BLOCK):
         offsets = at + tl.arange(0, BLOCK)
         values = tl.load(param + offsets, mask=offsets < size, other=0.0)
-        q = decayed(values, decay, PARAM_TYPE).to(tl.float32)
+        g = sanitized(tl.load(grad + offsets, mask=offsets < size, other=0.0), 1.0, PARAM_TYPE)
+        q = decayed(values, tl.where(g != 0.0, decay, idle_decay), PARAM_TYPE).to(tl.float32)
         total += tl.sum(q * q, axis=0).to(tl.float64)
     return tl.sqrt(total / tl.maximum(size, 1).to(tl.float64))
 
@@ -121,13 +126,15 @@ def gains_kernel(
     addresses, integers, constants, hidden, hidden_bias, readout, readout_bias, direct, lr_pointer,
     gains, counters, lr, weight_decay, total_steps, warmup, log_fast, log_slow, log_square,
     base_step, largest_scale, smallest_share, warmup_share, warmup_steps, decay_power,
+    decay_live,
     PARAM_TYPE: tl.constexpr, UNITS: tl.constexpr, INPUTS: tl.constexpr, OWN_NETWORKS: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gains of one tensor, and what else the update needs to know of it.
 
     A row is: gains of fast, slow, gradient and cautious direction; factors on the three moments
-    after this step and on both momenta before it; the factor of weight decay; whether to step.
+    after this step and on both momenta before it; the factor of weight decay; whether to step; that
+    factor where the gradient is zero.
     """
     tensor = tl.program_id(0)
     WIDTH: tl.constexpr = 32
@@ -148,11 +155,18 @@ def gains_kernel(
     rate = _schedule(t, total, warmup_share, warmup_steps)
     shrinking = tl.exp(decay_power * tl.log(rate) + pick(z, 13))
     decay = 1.0 - own_lr * weight_decay * shrinking
+    idle_decay = tl.where(decay_live > 0, 1.0, decay)
     first = pick(z, 0)
     rms = pick(z, 1)
     if t == 0:  # both are measured, before the step
         first = _first_rms(
-            pointer(addresses, tensor, PARAM, PARAM_TYPE), size, decay, PARAM_TYPE, BLOCK
+            pointer(addresses, tensor, PARAM, PARAM_TYPE),
+            pointer(addresses, tensor, GRAD, PARAM_TYPE),
+            size,
+            decay,
+            idle_decay,
+            PARAM_TYPE,
+            BLOCK,
         )
         rms = first
     natural = tl.minimum(tl.load(constants + tensor * CONSTANTS + INIT_SCALE), largest_scale)
@@ -181,5 +195,6 @@ def gains_kernel(
     row = tl.where(q == 7, before / correction(log_fast, age), row)
     row = tl.where(q == 8, before / correction(log_slow, age), row)
     row = tl.where(q == 9, decay, row)
+    row = tl.where(q == 11, idle_decay, row)
     row = tl.where(q == 10, active, row)
     tl.store(gains + tensor * ROW + q, row)

@@ -23,13 +23,12 @@ from learned_optim.kernels._triton_common import (
     decayed,
     pick,
     pointer,
+    sanitized,
 )
 
-LARGEST_GRAD: tl.constexpr = tl.constexpr(2.0**48)
 LARGEST_RATIO: tl.constexpr = tl.constexpr(3.0)
 SHORT: tl.constexpr = tl.constexpr(0.9)
 LONG: tl.constexpr = tl.constexpr(0.99)
-INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -153,7 +152,7 @@ def _update_chunk(
     square_correction = tl.load(row + 6).to(tl.float32)
     fast_before = tl.load(row + 7).to(tl.float32)
     slow_before = tl.load(row + 8).to(tl.float32)
-    decay = tl.load(row + 9)
+    decay, idle_decay = tl.load(row + 9), tl.load(row + 11)
     param2 = tl.zeros((BLOCK,), tl.float32)
     square1, fast2, slow2, r1 = param2, param2, param2, param2
     ratio_fast2, ratio_slow2, ratio2 = param2, param2, param2
@@ -161,9 +160,7 @@ def _update_chunk(
     live = param2
     for start in range(0, CHUNK, BLOCK):
         at = begin + start + tl.arange(0, BLOCK)
-        wide = _load(grad_at, at, size, WHOLE, ALIGNED).to(WIDE) * sign
-        wide = tl.where(tl.abs(wide) < INFINITY, wide, 0.0)  # NaN and infinity count as zero
-        g = clamp(wide, -LARGEST_GRAD, LARGEST_GRAD).to(tl.float32)
+        g = sanitized(_load(grad_at, at, size, WHOLE, ALIGNED), sign, PARAM_TYPE)
         fast_old = _load(fast_at, at, size, WHOLE, ALIGNED).to(tl.float32)
         slow_old = _load(slow_at, at, size, WHOLE, ALIGNED).to(tl.float32)
         square_old = _load(square_at, at, size, WHOLE, ALIGNED).to(tl.float32)
@@ -185,7 +182,8 @@ def _update_chunk(
         old_s = slow_old * slow_before * inverse
         cautious = tl.where(rf * g > 0.0, rf, 0.0)
         update = k_fast * rf + k_slow * rs + k_grad * rg + k_cautious * cautious
-        before = decayed(_load(param_at, at, size, WHOLE, ALIGNED), decay, PARAM_TYPE)
+        factor = tl.where(g != 0.0, decay, idle_decay)
+        before = decayed(_load(param_at, at, size, WHOLE, ALIGNED), factor, PARAM_TYPE)
         _store(param_at, at, size, (before + update.to(WIDE)).to(PARAM_TYPE), WHOLE, ALIGNED)
         p = before.to(tl.float32)
         param2 += p * p

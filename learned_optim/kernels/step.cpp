@@ -139,6 +139,7 @@ enum Setting {
   kTrustMargin,    // there, what is added to the correlation
   kTrustRising,    // there, whether it falls only where the gradient is above its average
   kDecayPower,     // of the schedule, that weight decay follows
+  kDecayLive,      // whether it spares coordinates whose gradient is zero
   kSettings
 };
 
@@ -240,7 +241,7 @@ struct Gains {
   float fast_correction, slow_correction, square_correction;  // 1 / (1 - beta^t), t with this step
   float fast_before, slow_before;  // the same without this step; 0 at the first
   float fast, slow, grad, cautious;
-  double decay;
+  double decay, idle_decay;  // factors on coordinates with a gradient and without one
 };
 
 struct Tensor {
@@ -268,6 +269,14 @@ LO_INLINE W decayed(P param, W decay) {
   return widen(narrow<P>(widen(param) * decay));
 }
 
+// NaN and infinity count as zero; sums of squares of the others fit into float32.
+template <class P, class W>
+LO_INLINE float sanitized(P grad, W sign, W largest) {
+  W wide = widen(grad) * sign;
+  wide = wide - wide == W(0) ? wide : W(0);
+  return float(std::min(std::max(wide, -largest), largest));
+}
+
 // One block of coordinates of parameter type P and state type S. The pragma permits additions in
 // as many lanes as the processor has, which nothing but -ffast-math otherwise would.
 template <class P, class S>
@@ -276,16 +285,15 @@ LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
                      const Gains& gains, double* sums) {
   using W = decltype(widen(P{}));
   const Gains k = gains;  // a copy: stores through the pointers above cannot change it
-  const W sign = W(k.sign), decay = W(k.decay), largest = W(kLargestGrad);
+  const W sign = W(k.sign), largest = W(kLargestGrad);
+  const W decay = W(k.decay), idle_decay = W(k.idle_decay);
   float param2 = 0, square1 = 0, fast2 = 0, slow2 = 0, r1 = 0, ratio_fast2 = 0, ratio_slow2 = 0;
   float ratio2 = 0, ratio_old_fast = 0, ratio_old_slow = 0, old_fast2 = 0, old_slow2 = 0, live = 0;
 
 #pragma omp simd reduction(+ : param2, square1, fast2, slow2, r1, ratio_fast2, ratio_slow2, ratio2, \
                                ratio_old_fast, ratio_old_slow, old_fast2, old_slow2, live)
   for (int64_t i = 0; i < n; ++i) {
-    W wide = widen(grad[i]) * sign;
-    wide = wide - wide == W(0) ? wide : W(0);  // NaN and infinity count as zero
-    const float g = float(std::min(std::max(wide, -largest), largest));
+    const float g = sanitized(grad[i], sign, largest);
     const float fast_old = widen(fast[i]), slow_old = widen(slow[i]), square_old = widen(square[i]);
     const float fast_new = fast_old + (g - fast_old) * k.fast_rate;
     const float slow_new = slow_old + (g - slow_old) * k.slow_rate;
@@ -303,7 +311,7 @@ LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
     const float old_s = slow_old * k.slow_before * inverse;
     const float cautious = rf * g > 0.0f ? rf : 0.0f;
     const float update = k.fast * rf + k.slow * rs + k.grad * rg + k.cautious * cautious;
-    const W before = decayed(param[i], decay);
+    const W before = decayed(param[i], g != 0.0f ? decay : idle_decay);
     param[i] = narrow<P>(before + W(update));
     const float q = float(before);
 
@@ -330,20 +338,22 @@ LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
 
 // Sum of the squares of the parameters after weight decay.
 template <class P>
-LO_INLINE double param_squares(int64_t n, const P* LO_RESTRICT param, double decay_) {
+LO_INLINE double param_squares(int64_t n, const P* LO_RESTRICT param, const P* LO_RESTRICT grad,
+                               const Gains& gains) {
   using W = decltype(widen(P{}));
-  const W decay = W(decay_);
+  const W decay = W(gains.decay), idle_decay = W(gains.idle_decay), largest = W(kLargestGrad);
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const float q = float(decayed(param[i], decay));
+    const bool live = sanitized(grad[i], W(1), largest) != 0.0f;
+    const float q = float(decayed(param[i], live ? decay : idle_decay));
     sum += q * q;
   }
   return sum;
 }
 
 using BlockFunction = void (*)(int64_t, const Tensor&, int64_t, const Gains&, double*);
-using SquaresFunction = double (*)(int64_t, const Tensor&, int64_t, double);
+using SquaresFunction = double (*)(int64_t, const Tensor&, int64_t, const Gains&);
 
 // Attributes for several instruction sets do not go with templates: plain functions per type.
 #define LO_BLOCK(NAME, P, S)                                                                      \
@@ -363,8 +373,9 @@ LO_BLOCK(block_float16_half_state, Float16, BFloat16)
 #undef LO_BLOCK
 
 #define LO_SQUARES(NAME, P)                                                       \
-  LO_CLONES double NAME(int64_t n, const Tensor& t, int64_t at, double decay) {   \
-    return param_squares<P>(n, static_cast<const P*>(t.param) + at, decay);       \
+  LO_CLONES double NAME(int64_t n, const Tensor& t, int64_t at, const Gains& gains) { \
+    return param_squares<P>(n, static_cast<const P*>(t.param) + at,               \
+                            static_cast<const P*>(t.grad) + at, gains);           \
   }
 LO_SQUARES(squares_float32, float)
 LO_SQUARES(squares_float64, double)
@@ -418,11 +429,11 @@ double log_ratio(double x, double reference) {
 // 1 - beta^t; expm1 keeps the digits that the difference would lose.
 double bias_correction(double beta, double t) { return -std::expm1(t * std::log(beta)); }
 
-double first_rms(const Tensor& tensor, double decay) {
+double first_rms(const Tensor& tensor, const Gains& gains) {
   double total = 0;
   const SquaresFunction squares = kSquaresOf[tensor.type % 4];
   for (int64_t at = 0; at < tensor.size; at += kBlock)
-    total += squares(std::min(kBlock, tensor.size - at), tensor, at, decay);
+    total += squares(std::min(kBlock, tensor.size - at), tensor, at, gains);
   return std::sqrt(total / double(std::max<int64_t>(1, tensor.size)));
 }
 
@@ -496,8 +507,9 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double rate = schedule(t, settings);
   k.decay = 1 - settings[kDecay] * lr * std::pow(rate, settings[kDecayPower]) *
                     std::exp(double(tensor.stats[kStatTrust]));
+  k.idle_decay = settings[kDecayLive] != 0 ? 1 : k.decay;
   // At the first step both are measured, before it.
-  const double at_first = t > 0 ? tensor.stats[kStatFirstRms] : first_rms(tensor, k.decay);
+  const double at_first = t > 0 ? tensor.stats[kStatFirstRms] : first_rms(tensor, k);
   const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
   inputs_of(tensor, settings, rms, at_first, x);
   respond(tensor, int(settings[kUnits]), int(settings[kUsedInputs]), x, out);

@@ -194,6 +194,11 @@ class UpdateRule(ConfiguredModule):
         """
         return weight_decay
 
+    @property
+    def decays_live(self) -> bool:
+        """Whether weight decay spares coordinates whose gradient is zero in this step."""
+        return False
+
     # ---- their composition
 
     def observe(

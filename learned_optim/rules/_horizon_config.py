@@ -49,6 +49,9 @@ class HorizonConfig(RuleConfig):
     decay_power: float = field(default=1.0, metadata=ADDED)
     """Power of the schedule that weight decay follows: above 1 it is over before the steps are, so
     that the weights of the end are not held away from where they fit."""
+    decay_live: bool = field(default=False, metadata=ADDED)
+    """Whether weight decay spares coordinates whose gradient is zero, as in the rows of a table
+    that a batch does not touch."""
     weight_decay: float = field(default=0.0, metadata=ADDED)
     """Weight decay of users who give none, where the length of the run is known: in runs of up to
     1,000 steps; in longer ones less, in inverse proportion, so that weights shrink alike."""

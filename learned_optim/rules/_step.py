@@ -59,13 +59,8 @@ def reference_step_(
     context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps)
     if weight_decay != 0:
         decay = DECAY_UNIT * lr * rule.scheduled_decay(weight_decay, states, context)
-        if isinstance(decay, Tensor) and decay.dim() > 0:
-            for param, each in zip(params, decay.unbind(), strict=True):
-                # On a GPU a factor of no dimensions would be rounded to half precision first.
-                wide = torch.promote_types(param.dtype, each.dtype)
-                param.copy_(param.to(wide) * (1.0 - each.to(wide)))
-        else:
-            torch._foreach_mul_(list(params), 1.0 - decay)
+        for param, shrunk in zip(params, decayed(rule, params, grads, decay), strict=True):
+            param.copy_(shrunk)
     factor = warmup_factor(step, warmup)
     by_parts = type(rule).forward is _base.UpdateRule.forward
     most_packed = MOST_PACKED if rule.rows == "coordinates" else BLOCK
@@ -86,6 +81,22 @@ def reference_step_(
         for state, old in zip(states, old_states, strict=True):
             for key, value in old.items():
                 state[key].copy_(torch.where(lr != 0, state[key], value))
+
+
+def decayed(
+    rule: UpdateRule, params: Sequence[Tensor], grads: Sequence[Tensor], decay: float | Tensor
+) -> Iterator[Tensor]:
+    """Parameters after weight decay: of all by one number, or of each by its own, ``(m,)``."""
+    each = decay.expand(len(params)) if isinstance(decay, Tensor) else [decay] * len(params)
+    for param, grad, own in zip(params, grads, each, strict=True):
+        # On a GPU a factor of no dimensions would be rounded to half precision first.
+        kind = own.dtype if isinstance(own, Tensor) else torch.float32
+        wide = param.to(torch.promote_types(param.dtype, kind))
+        factor = 1.0 - (own.to(wide.dtype) if isinstance(own, Tensor) else own)
+        shrunk = wide * factor
+        if rule.decays_live:
+            shrunk = torch.where(sanitize_grad(grad, rule.dtype, False) != 0, shrunk, wide)
+        yield shrunk
 
 
 def _updates_by_parts(

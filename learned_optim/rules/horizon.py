@@ -81,6 +81,7 @@ class HorizonRule(KernelRule):
         HorizonConfig(
             hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_known_gain=0.4,
             trust_margin=0.1, trust_rising=True, weight_decay=1.0, decay_power=3.0,
+            decay_live=True,
         ),
     )  # fmt: skip
     rows = "tensors"
@@ -205,6 +206,11 @@ class HorizonRule(KernelRule):
         trust = torch.stack([state["stats"][history.TRUST] for state in states])
         schedule = self._schedule(context) ** self.config.decay_power
         return weight_decay * schedule * trust.to(context.step.dtype).exp()
+
+    @property
+    def decays_live(self) -> bool:
+        """See :attr:`UpdateRule.decays_live`."""
+        return self.config.decay_live
 
     # ---- what is computed of whole tensors
 

@@ -21,6 +21,7 @@ RECIPE = replace(
         trust_rising=True,
         weight_decay=4.0,
         decay_power=3.0,
+        decay_live=True,
     ),
     start="general-6",
 )
