@@ -39,16 +39,22 @@ MOST_WEIGHTS, LARGEST_BATCH, STEPS = 10_000, 64, (600, 2000)
 
 
 class Decay(NamedTuple):
-    """A weight decay, the power of the schedule that it follows, and whether it spares vectors."""
+    """A weight decay, the power of the schedule that it follows, and what it spares.
+
+    Attributes:
+        live: it spares coordinates whose gradient is zero.
+        matrices_alone: it spares vectors.
+    """
 
     amount: float
     power: float = 1.0
+    live: bool = False
     matrices_alone: bool = False
 
 
 DECAYS = (
     Decay(0.0), Decay(0.5), Decay(1.0), Decay(1.0, matrices_alone=True), Decay(2.0, 2.0),
-    Decay(4.0, 3.0), Decay(8.0, 4.0),
+    Decay(4.0, 3.0), Decay(4.0, 3.0, live=True), Decay(8.0, 4.0, live=True),
 )  # fmt: skip
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[Sequence[Tensor]], None]
@@ -175,9 +181,9 @@ def learned(params: Params, run: Draw) -> Step:
 
 
 def rule_with(decay: Decay) -> UpdateRule:
-    """`general-6`, whose weight decay follows that power of the schedule."""
+    """`general-6` with that kind of weight decay."""
     rule = load_rule("general-6")
-    found = rule_for(replace(rule.config, decay_power=decay.power))
+    found = rule_for(replace(rule.config, decay_power=decay.power, decay_live=decay.live))
     found.load_state_dict(rule.state_dict())
     return found
 
@@ -206,7 +212,7 @@ def main() -> None:
             [held_out[index] for _, held_out in on_finite],
             [training[index] for training, _ in on_exact],
         ]
-        of = " of matrices" if decay.matrices_alone else ""
+        of = " of matrices" if decay.matrices_alone else " where live" if decay.live else ""
         rows.append([f"{decay.amount:g}{of}", f"{decay.power:g}", *map(_mean, columns)])
     titles = ["training / tuned AdamW", "held out / tuned AdamW", "exact / no decay"]
     print(table(["weight decay", "power", *titles], rows))
