@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from sklearn import datasets
@@ -23,15 +24,26 @@ from learned_optim import LearnedOptimizer
 from learned_optim.summary import table
 
 SEEDS, STEPS, BATCH, MOST = 5, 1500, 32, 500
-#: Weight decay of the learned optimizer, ``None`` for AdamW; and the number of steps.
+
+
+class Variant(NamedTuple):
+    """Trained by AdamW, or by `default` with that weight decay, ``None`` for its own."""
+
+    learned: bool
+    decay: float | None = None
+    steps: int = STEPS
+
+    def __str__(self) -> str:
+        if not self.learned:
+            return f"AdamW 1e-3, {self.steps:,} steps"
+        own = "its own weight decay" if self.decay is None else f"weight_decay={self.decay:g}"
+        return f"default, {self.steps:,} steps, {own}"
+
+
 VARIANTS = (
-    (None, STEPS),
-    (0.0, STEPS),
-    (0.1, STEPS),
-    (1.0, STEPS),
-    (10.0, STEPS),
-    (0.0, STEPS // 10),
-)
+    Variant(False), Variant(True, 0.0), Variant(True), Variant(True, 10.0), Variant(True, 40.0),
+    Variant(True, 0.0, STEPS // 10), Variant(True, None, STEPS // 10),
+)  # fmt: skip
 SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
 
 
@@ -49,29 +61,29 @@ SETS["20 columns, a tenth of the labels wrong"] = lambda: _load(
 )  # fmt: skip
 
 
-def run(
-    x: Tensor, y: Tensor, seed: int, decay: float | None, steps: int
-) -> tuple[float, float, float]:
+def run(x: Tensor, y: Tensor, seed: int, variant: Variant) -> tuple[float, float, float]:
     """Training loss over the last twentieth, held-out loss, held-out accuracy.
 
     Args:
         x: standardized columns, ``(examples, columns)``.
         y: classes, int64, ``(examples,)``.
         seed: of everything random.
-        decay: weight decay of the learned optimizer, ``None`` for AdamW.
-        steps: length of the run.
+        variant: how to train.
     """
+    steps = variant.steps
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
     train, held = order[: len(x) // 2][:MOST], order[len(x) // 2 :]
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, int(y.max()) + 1))
     optimizer: torch.optim.Optimizer
-    if decay is None:
+    if variant.learned:
+        optimizer = LearnedOptimizer(
+            model.parameters(), total_steps=steps, weight_decay=variant.decay
+        )
+    else:
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_cosine)
-    else:
-        optimizer = LearnedOptimizer(model.parameters(), total_steps=steps, weight_decay=decay)
     losses = []
     for _ in range(steps):
         batch = train[torch.randint(len(train), (BATCH,), generator=generator)]
@@ -79,7 +91,7 @@ def run(
         loss = cross_entropy(model(x[batch]), y[batch])
         loss.backward()
         optimizer.step()
-        if decay is None:
+        if not variant.learned:
             scheduler.step()
         losses.append(loss.item())
     with torch.no_grad():
@@ -98,13 +110,12 @@ def main() -> None:
     rows = []
     for name, load in SETS.items():
         x, y = load()
-        for decay, steps in VARIANTS:
-            found = torch.tensor([run(x, y, seed, decay, steps) for seed in range(SEEDS)])
-            ours = f"default, {steps:,} steps, weight_decay={decay:g}" if decay is not None else ""
+        for variant in VARIANTS:
+            found = torch.tensor([run(x, y, seed, variant) for seed in range(SEEDS)])
             mean, deviation = found.mean(0).tolist(), found.std(0).tolist()
             rows.append([
                 name,
-                ours or f"AdamW 1e-3, {steps:,} steps",
+                str(variant),
                 f"{mean[0]:.2g}",
                 f"{mean[1]:.3f} ± {deviation[1]:.3f}",
                 f"{mean[2]:.1%} ± {deviation[2]:.1%}",

@@ -16,6 +16,7 @@ CONSTANTS: tl.constexpr = tl.constexpr(4)
 ROW: tl.constexpr = tl.constexpr(16)
 
 TINY2: tl.constexpr = tl.constexpr(1e-30)
+LOG_LONG: tl.constexpr = tl.constexpr(-0.010050335853501442)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 # Finite gradients are cut off here, so that sums of their squares fit into float32.
 LARGEST_GRAD: tl.constexpr = tl.constexpr(2.0**48)

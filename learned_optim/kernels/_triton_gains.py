@@ -12,6 +12,7 @@ from learned_optim.kernels._triton_common import (
     INTEGERS,
     IS_VECTOR,
     LOG_FAN_IN,
+    LOG_LONG,
     LR_SCALE,
     PARAM,
     ROW,
@@ -29,7 +30,6 @@ from learned_optim.kernels._triton_common import (
 
 LARGEST_COUNT: tl.constexpr = tl.constexpr(10000.0)
 LOG_SHORT: tl.constexpr = tl.constexpr(-0.10536051565782628)
-LOG_LONG: tl.constexpr = tl.constexpr(-0.010050335853501442)
 STEP_BOUND: tl.constexpr = tl.constexpr(3.0)
 MIX_BOUND: tl.constexpr = tl.constexpr(2.0)
 LAST_RATE: tl.constexpr = tl.constexpr(0.01)

@@ -11,6 +11,7 @@ from learned_optim.kernels._triton_common import (
     FIRST_CHUNK,
     GRAD,
     INTEGERS,
+    LOG_LONG,
     PARAM,
     ROW,
     SIZE,
@@ -20,6 +21,7 @@ from learned_optim.kernels._triton_common import (
     STEP,
     TINY2,
     clamp,
+    correction,
     decayed,
     pick,
     pointer,
@@ -29,6 +31,7 @@ from learned_optim.kernels._triton_common import (
 LARGEST_RATIO: tl.constexpr = tl.constexpr(3.0)
 SHORT: tl.constexpr = tl.constexpr(0.9)
 LONG: tl.constexpr = tl.constexpr(0.99)
+LEAST_GROWTH: tl.constexpr = tl.constexpr(0.3)
 
 
 @triton.jit
@@ -43,15 +46,15 @@ def _average(old, beta, new):
 
 @triton.jit
 def _next_trust(
-    log, agreement, rise, t, warmup_steps, trust_start, trust_gain, later_gain, margin, rising
+    log, agreement, mean, growth, t, warmup_steps, trust_start, trust_gain, later_gain, margin, lost
 ):  # fmt: skip
     """Once it has reached 0 it stays, unless there is a later gain; see step.cpp."""
     floor = tl.maximum(-0.5 * tl.log(1.0 + t / tl.maximum(warmup_steps, 1.0)), trust_start)
     later = (later_gain > 0) & (t >= warmup_steps) & (log >= floor)
     gain = tl.where(later, later_gain, tl.where(log < 0, trust_gain, 0.0))
-    agreement += tl.where(later, margin, 0.0)
-    held = tl.where(rising > 0, tl.where(rise <= 0, 1, 0), 0)
-    agreement = tl.where(later & (held > 0), tl.maximum(agreement, 0.0), agreement)
+    grown = tl.where(mean < -margin, lost * tl.maximum(growth - LEAST_GROWTH, 0.0), 0.0)
+    judged = tl.where(lost > 0, tl.where(agreement > 0, agreement, -grown), agreement + margin)
+    agreement = tl.where(later, judged, agreement)
     low = tl.where(later, floor, trust_start)
     return clamp(log + gain * agreement, low, 0.0)
 
@@ -59,7 +62,7 @@ def _next_trust(
 @triton.jit
 def _finish(
     stats, step, partials, first, count, size, warmup_steps, trust_start, trust_gain, later_gain,
-    margin, rising,
+    margin, lost,
 ):  # fmt: skip
     """Statistics of the step from the sums of all chunks, and the number of steps."""
     ROWS: tl.constexpr = 32
@@ -94,9 +97,20 @@ def _finish(
     new = tl.where(q == 11, _average(z, SHORT, with_slow), new)
     new = tl.where(q == 12, _average(z, SHORT, pick(mean, 12)), new)
     agreement = clamp(with_fast / tl.sqrt(tl.maximum(pick(mean, 12), 1e-3)), -1.0, 1.0)
-    rise = tl.where(t > 0, level.to(tl.float32) - pick(z, 3), 0.0)
+    growth = tl.where(t > 0, level.to(tl.float32) - pick(z, 3), 0.0)
+    mean = pick(new, 10) / correction(LOG_LONG, t.to(tl.float64) + 1.0)
     trust = _next_trust(
-        z, agreement, rise, t, warmup_steps, trust_start, trust_gain, later_gain, margin, rising
+        z,
+        agreement,
+        mean,
+        growth,
+        t,
+        warmup_steps,
+        trust_start,
+        trust_gain,
+        later_gain,
+        margin,
+        lost,
     )
     new = tl.where(q == 13, trust, new)
     new = tl.where(square > 0, new, z)  # nothing to tell where there never was a gradient
@@ -217,7 +231,7 @@ def _update_chunk(
 @triton.jit
 def update_kernel(
     addresses, integers, chunk_tensor, gains, counters, partials, sign, fast_rate, slow_rate,
-    square_rate, warmup_steps, trust_start, trust_gain, later_gain, margin, rising,
+    square_rate, warmup_steps, trust_start, trust_gain, later_gain, margin, lost,
     PARAM_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -250,5 +264,5 @@ def update_kernel(
                 pointer(addresses, tensor, STATS, tl.float32),
                 pointer(addresses, tensor, STEP, tl.float32),
                 partials, first, count, size, warmup_steps, trust_start, trust_gain, later_gain,
-                margin, rising,
+                margin, lost,
             )  # fmt: skip

@@ -137,7 +137,7 @@ enum Setting {
   kTrustLaterGain, // the same after the warm-up of a run of unknown length, unless 0
   kTrustKnownGain, // the same of a run of known length
   kTrustMargin,    // there, what is added to the correlation
-  kTrustRising,    // there, whether it falls only where the gradient is above its average
+  kTrustGrowth,    // there, what it loses where the gradient grows, unless 0
   kDecayPower,     // of the schedule, that weight decay follows
   kDecayLive,      // whether it spares coordinates whose gradient is zero
   kSettings
@@ -149,6 +149,7 @@ constexpr double kShort = 0.9, kLong = 0.99;
 constexpr double kStepBound = 3, kMixBound = 2;
 constexpr double kLastRate = 0.01, kShortestWarmUp = 10, kLongestWarmUp = 250;
 constexpr double kLargestCount = 10000;
+constexpr double kLeastGrowth = 0.3;
 constexpr float kTiny2 = 1e-30f;
 // Finite gradients are cut off here, so that sums of their squares fit into float32.
 constexpr float kLargestGrad = 281474976710656.0f;  // 2^48
@@ -539,7 +540,8 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
 
 // Once it has reached 0 it stays, unless a later gain lets it fall again, as far as the rate of a
 // run without end would; what is below that has not been whole yet.
-float next_trust(double log, double agreement, bool rising, double t, const double* settings) {
+float next_trust(double log, double agreement, double mean_agreement, double growth, double t,
+                 const double* settings) {
   double gain = log < 0 ? settings[kTrustGain] : 0.0, low = settings[kTrustStart];
   const bool known = settings[kTotalSteps] > 0;
   const double later = settings[known ? kTrustKnownGain : kTrustLaterGain];
@@ -548,8 +550,14 @@ float next_trust(double log, double agreement, bool rising, double t, const doub
   if (later > 0 && t >= warm_up && log >= floor) {
     gain = later;
     low = floor;
-    if (known) agreement += settings[kTrustMargin];
-    if (known && settings[kTrustRising] != 0 && !rising) agreement = std::max(agreement, 0.0);
+    const double lost = settings[kTrustGrowth], margin = settings[kTrustMargin];
+    if (known && lost > 0) {
+      const bool contradicted = mean_agreement < -margin;
+      if (agreement <= 0)
+        agreement = contradicted ? -lost * std::max(0.0, growth - kLeastGrowth) : 0.0;
+    } else if (known) {
+      agreement += margin;
+    }
   }
   return gain == 0 ? float(log) : float(clamp(log + gain * agreement, low, 0));
 }
@@ -567,7 +575,7 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
   if (!started) z[kStatFirstRms] = z[kStatRms];
   if (mean[kSumSquare] > 0) {  // nothing to tell where there never was a gradient
     const double level = std::log(mean[kSumSquare] + kTiny2);
-    const bool rising = started && float(level) > z[kStatMeanLevel];
+    const double growth = started ? float(level) - z[kStatMeanLevel] : 0.0f;
     z[kStatLevel] = float(level);
     average(kStatMeanLevel, started ? kLong : 0.0, level);
     z[kStatFastShare] = float(log_ratio(mean[kSumFast2], mean[kSumSquare]));
@@ -585,7 +593,8 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
     average(kStatLive, kShort, mean[kSumLive]);
     const double agreement =
         clamp(with_fast / std::sqrt(std::max(mean[kSumLive], 1e-3)), -1, 1);
-    z[kStatTrust] = next_trust(z[kStatTrust], agreement, rising, *tensor.step, settings);
+    const double mean = z[kStatMeanCorrelation] / bias_correction(kLong, *tensor.step + 1);
+    z[kStatTrust] = next_trust(z[kStatTrust], agreement, mean, growth, *tensor.step, settings);
   }
   *tensor.step += 1;
 }

@@ -298,9 +298,9 @@ def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
     config, lr, decay, maximize, warmup, total_steps = settings
     (
         fast, slow, square, base_step, largest, smallest, share, steps,
-        trust_start, trust_gain, unknown_gain, known_gain, margin, rising, power, live,
+        trust_start, trust_gain, unknown_gain, known_gain, margin, growth, power, live,
     ) = map(float, config)  # fmt: skip
-    later = (known_gain, margin, rising) if total_steps else (unknown_gain, 0.0, 0.0)
+    later = (known_gain, margin, growth) if total_steps else (unknown_gain, 0.0, 0.0)
     layout = call.layout
     m, chunks, device = len(layout.integers), len(layout.chunk_tensor), layout.integers.device
     on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or INTERPRETED)

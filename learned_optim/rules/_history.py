@@ -42,6 +42,8 @@ INPUTS = 21  # without the trust
 
 # Decays of the averages in ``stats``.
 _SHORT, _LONG = 0.9, 0.99
+# Of the gradient; less is no sign that steps are too long.
+_LEAST_GROWTH = 0.3
 
 
 class Trust(NamedTuple):
@@ -54,7 +56,9 @@ class Trust(NamedTuple):
             stays there, too.
         known_gain: the same where the length of the run is known.
         margin: added to the correlation there, where a schedule anneals anyway.
-        rising: whether it falls there only in steps whose gradient is above its moving average.
+        growth: if above 0, it falls there by the gain and this times the growth of the gradient,
+            less 0.3, while the mean correlation is below minus the margin; the correlation only
+            lets it grow back.
         warmup: steps of that warm-up, at least 1.
     """
 
@@ -63,15 +67,21 @@ class Trust(NamedTuple):
     later_gain: float = 0.0
     known_gain: float = 0.0
     margin: float = 0.0
-    rising: bool = False
+    growth: float = 0.0
     warmup: float = 1.0
 
     def after(
-        self, log: Tensor, agreement: Tensor, rise: Tensor, step: Tensor, known: Tensor
+        self,
+        log: Tensor,
+        agreement: Tensor,
+        mean_agreement: Tensor,
+        growth: Tensor,
+        step: Tensor,
+        known: Tensor,
     ) -> Tensor:
         """The log of the trust after a step, ``(m,)``, from that before it.
 
-        ``rise`` is the gradient's level above its moving average.
+        ``growth`` is the log of the gradient's mean square, less the moving average of that.
 
         It falls no lower than the rate of a run without end would, ``(1 + step / warmup)^(-1/2)``;
         so a trust below that has not been whole yet.
@@ -83,10 +93,12 @@ class Trust(NamedTuple):
             later = (later_gain > 0) & (step >= self.warmup) & (log >= floor)
             gain = torch.where(later, later_gain, gain)
             annealed = later & (known > 0)
-            agreement = agreement + torch.where(annealed, self.margin, 0.0)
-            if self.rising:
-                held = annealed & (rise <= 0) & (agreement < 0)
-                agreement = torch.where(held, 0.0, agreement)
+            judged = agreement + self.margin
+            if self.growth > 0:
+                lost = self.growth * (growth - _LEAST_GROWTH).clamp(min=0.0)
+                lost = torch.where(mean_agreement < -self.margin, lost, 0.0)
+                judged = torch.where(agreement > 0, agreement, -lost)
+            agreement = torch.where(annealed, judged, agreement)
             low = torch.where(later, floor, low)
         return torch.maximum(log + gain * agreement, low).clamp(max=0.0)
 
@@ -171,16 +183,18 @@ def next_stats(seen: Tensor, stats: Tensor, trust: Trust = NO_TRUST) -> Tensor:
     new[FIRST_RMS] = torch.where(step > 0, old[FIRST_RMS], rms)
     new[RMS] = rms
     agreement = (with_fast / live.clamp(min=1e-3).sqrt()).clamp(-1.0, 1.0)
-    rise = torch.where(step > 0, level - old[MEAN_LEVEL], 0.0)
+    growth = torch.where(step > 0, level - old[MEAN_LEVEL], 0.0)
+    mean_correlation = torch.lerp(with_fast, old[MEAN_CORRELATION], _LONG)
+    mean_agreement = mean_correlation / bias_correction(step + 1, _LONG)[0]
     measured = {
         LEVEL: level,
         MEAN_LEVEL: torch.where(step > 0, torch.lerp(level, old[MEAN_LEVEL], _LONG), level),
         **dict(zip(range(FAST_SHARE, INEQUALITY + 1), logs, strict=True)),
         FAST_CORRELATION: torch.lerp(with_fast, old[FAST_CORRELATION], _SHORT),
-        MEAN_CORRELATION: torch.lerp(with_fast, old[MEAN_CORRELATION], _LONG),
+        MEAN_CORRELATION: mean_correlation,
         SLOW_CORRELATION: torch.lerp(with_slow, old[SLOW_CORRELATION], _SHORT),
         LIVE: torch.lerp(live, old[LIVE], _SHORT),
-        TRUST: trust.after(old[TRUST], agreement, rise, step, seen[:, KNOWN]),
+        TRUST: trust.after(old[TRUST], agreement, mean_agreement, growth, step, seen[:, KNOWN]),
     }
     for entry, value in measured.items():
         new[entry] = torch.where(any_gradient > 0, value, old[entry])

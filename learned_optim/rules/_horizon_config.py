@@ -43,9 +43,10 @@ class HorizonConfig(RuleConfig):
     trust_margin: float = field(default=0.0, metadata=ADDED)
     """Correlation below minus which the trust falls where the length of the run is known."""
 
-    trust_rising: bool = field(default=False, metadata=ADDED)
-    """Whether the trust falls, where the length of the run is known, only in steps whose gradient
-    is above its moving average."""
+    trust_growth: float = field(default=0.0, metadata=ADDED)
+    """If above 0, what makes a whole trust fall where the length of the run is known, while the mean
+    correlation is below minus ``trust_margin``: this times the log of the gradient's mean square
+    over its moving average, less 0.3. The correlation then only lets it grow back."""
     decay_power: float = field(default=1.0, metadata=ADDED)
     """Power of the schedule that weight decay follows: above 1 it is over before the steps are, so
     that the weights of the end are not held away from where they fit."""
@@ -66,6 +67,7 @@ class HorizonConfig(RuleConfig):
             "trust_later_gain",
             "trust_known_gain",
             "trust_margin",
+            "trust_growth",
             "weight_decay",
             "decay_power",
         ):

@@ -80,7 +80,7 @@ class HorizonRule(KernelRule):
         ),
         HorizonConfig(
             hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_known_gain=0.4,
-            trust_margin=0.1, trust_rising=True, weight_decay=1.0, decay_power=3.0,
+            trust_margin=0.1, trust_growth=4.0, weight_decay=1.0, decay_power=3.0,
             decay_live=True,
         ),
     )  # fmt: skip
@@ -219,7 +219,7 @@ class HorizonRule(KernelRule):
         cfg = self.config
         return history.Trust(
             cfg.trust_start, cfg.trust_gain, cfg.trust_later_gain, cfg.trust_known_gain,
-            cfg.trust_margin, cfg.trust_rising, cfg.warmup_steps,
+            cfg.trust_margin, cfg.trust_growth, cfg.warmup_steps,
         )  # fmt: skip
 
     def _corrections(self, context: StepContext) -> Tensor:

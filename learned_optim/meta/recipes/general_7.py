@@ -1,4 +1,4 @@
-"""`general-6` with a weight decay of its own, and a trust that falls only under rising gradients.
+"""`general-6` with a weight decay of its own, and a trust that falls where gradients grow.
 Minutes.
 
 No training: the weights are validated under the new configuration. Without a length of the run it
@@ -16,9 +16,9 @@ RECIPE = replace(
         trust_start=-3.0,
         trust_gain=1.5,
         trust_later_gain=0.05,
-        trust_known_gain=0.02,
-        trust_margin=0.2,
-        trust_rising=True,
+        trust_known_gain=0.1,
+        trust_margin=0.1,
+        trust_growth=4.0,
         weight_decay=4.0,
         decay_power=3.0,
         decay_live=True,
