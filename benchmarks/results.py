@@ -22,7 +22,6 @@ from learned_optim.checkpoint import write_text
 from learned_optim.cli import ProgressBar
 from learned_optim.meta import EvaluateConfig, Evaluation
 from learned_optim.meta.field import UNTUNED, FieldConfig, FieldEvaluation
-from learned_optim.pretrained import ALIASES
 
 NETWORKS = (
     "mnist",
@@ -36,7 +35,8 @@ NETWORKS = (
 ALL = ("sgd", "nesterov", "rmsprop", "adam", "adamw", "schedulefree")
 FOUR = ("sgd", "nesterov", "rmsprop", "adam")
 
-GENERAL = (ALIASES["default"], "general-2", "general-2-fast")  # the general-purpose checkpoints
+#: The general-purpose checkpoints; `general-7` has the weights of `general-6`.
+GENERAL = ("general-6", "general-2", "general-2-fast")
 EVERY = (*GENERAL, "mnist")
 
 GROUPS = {

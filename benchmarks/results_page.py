@@ -164,7 +164,8 @@ def _time(summaries: dict[str, Any]) -> str:
 
 
 def _thesis_table(summaries: dict[str, Any]) -> str:
-    default = ALIASES["default"]
+    checkpoints = summaries.get("thesis", {}).get("protocol", {}).get("checkpoints", {})
+    default = next(iter(checkpoints), ALIASES["default"])  # the first one that was run
     head = ["figure", "task", "thesis: best hand-written", "thesis: learned",
             "ours: best tuned baseline", "ours: the thesis's LSTM", f"ours: `{default}`",
             f"`{default}` / best [95 %]"]  # fmt: skip

@@ -86,6 +86,11 @@ def _usage(rule: UpdateRule, name: str) -> str:
             "`total_steps` is the number of optimizer steps of the whole run; leave it out if that "
             "is unknown. No scheduler is needed."
         )
+    if rule.default_weight_decay(1) > 0:
+        lines.append(
+            "Where it knows that number it brings a weight decay of its own; `weight_decay=0` "
+            "turns it off."
+        )
     if rule.needs_loss:
         lines.append("The rule reads the loss: call `optimizer.step(closure)`.")
     return "\n".join(lines)

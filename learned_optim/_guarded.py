@@ -64,6 +64,8 @@ class GuardedRule(UpdateRule):
         if self.by_adam:
             own = [{key: state[k] for k, key in ADAM_KEYS.items()} for state in states]
             options["warmup"], active = 0, self.fallback
+            if self.rule.default_weight_decay(options.get("total_steps")) > 0:
+                options["weight_decay"] = 0.0  # meant for the rule's schedule, which Adam lacks
         else:
             own, active = [dict(state) for state in states], self.rule
             if options.get("total_steps") is not None and self.rule.reads_horizon:

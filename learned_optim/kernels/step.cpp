@@ -593,8 +593,9 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
     average(kStatLive, kShort, mean[kSumLive]);
     const double agreement =
         clamp(with_fast / std::sqrt(std::max(mean[kSumLive], 1e-3)), -1, 1);
-    const double mean = z[kStatMeanCorrelation] / bias_correction(kLong, *tensor.step + 1);
-    z[kStatTrust] = next_trust(z[kStatTrust], agreement, mean, growth, *tensor.step, settings);
+    const double t = *tensor.step;
+    const double mean_agreement = z[kStatMeanCorrelation] / bias_correction(kLong, t + 1);
+    z[kStatTrust] = next_trust(z[kStatTrust], agreement, mean_agreement, growth, t, settings);
   }
   *tensor.step += 1;
 }

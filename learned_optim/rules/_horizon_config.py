@@ -44,7 +44,7 @@ class HorizonConfig(RuleConfig):
     """Correlation below minus which the trust falls where the length of the run is known."""
 
     trust_growth: float = field(default=0.0, metadata=ADDED)
-    """If above 0, what makes a whole trust fall where the length of the run is known, while the mean
+    """If above 0, what makes a whole trust fall where the length is known, while the mean
     correlation is below minus ``trust_margin``: this times the log of the gradient's mean square
     over its moving average, less 0.3. The correlation then only lets it grow back."""
     decay_power: float = field(default=1.0, metadata=ADDED)
@@ -55,7 +55,7 @@ class HorizonConfig(RuleConfig):
     that a batch does not touch."""
     weight_decay: float = field(default=0.0, metadata=ADDED)
     """Weight decay of users who give none, where the length of the run is known: in runs of up to
-    1,000 steps; in longer ones less, in inverse proportion, so that weights shrink alike."""
+    4,000 steps; in longer ones less, in inverse proportion, so that weights shrink alike."""
 
     def __post_init__(self) -> None:
         if self.hidden_size < 1:

@@ -39,7 +39,7 @@ DIRECTIONS = 4
 # The gradient in units of r is cut off here; the momenta need no such bound.
 _LARGEST_RATIO = 3.0
 # In longer runs the weight decay is less.
-_UNDIMINISHED_STEPS = 1000
+_UNDIMINISHED_STEPS = 4000
 _STEP_BOUND, _MIX_BOUND, _LARGEST_COUNT = 3.0, 2.0, 10_000.0
 
 

@@ -23,9 +23,11 @@ from torch.nn import Parameter
 from torch.testing import assert_close
 
 from learned_optim import Guard, LearnedOptimizer, save_rule
+from learned_optim._guarded import GuardedRule
 from learned_optim.guard import GuardAction, GuardState
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.classical import SGDConfig, SGDRule
+from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
 from .common import descending_lstm, flat, make_rule, small_batch, small_net
@@ -562,3 +564,16 @@ def test_a_guard_may_be_put_on_or_taken_off_in_mid_run() -> None:
     del foreign["rule"]
     with pytest.raises(ValueError, match="does not fit the update rule 'lstm'"):
         on.load_state_dict(foreign)
+
+
+def test_adam_does_not_take_over_a_weight_decay_that_is_the_rules_own() -> None:
+    """It is meant for a schedule, and would shrink weights by half in a few hundred steps."""
+    found = []
+    for own in (0.0, 50.0):
+        guarded = GuardedRule(HorizonRule(HorizonConfig(weight_decay=own)), Guard())
+        guarded.by_adam = True
+        param = torch.linspace(-1, 1, 6)
+        state = {"step": torch.zeros(()), **guarded.init_state(param)}
+        guarded.step_([param], [param.cos()], [state], weight_decay=own, total_steps=100)
+        found.append(param)
+    assert torch.equal(*found)

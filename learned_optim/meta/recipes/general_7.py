@@ -19,7 +19,7 @@ RECIPE = replace(
         trust_known_gain=0.1,
         trust_margin=0.1,
         trust_growth=4.0,
-        weight_decay=4.0,
+        weight_decay=1.0,
         decay_power=3.0,
         decay_live=True,
     ),
