@@ -13,7 +13,7 @@ from learned_optim.rules import UpdateRule
 
 #: Names that move on to better weights, and where they stand; ``default`` is what
 #: ``LearnedOptimizer(params)`` uses.
-ALIASES = {"default": "general-6", "default-fast": "general-6"}
+ALIASES = {"default": "general-7", "default-fast": "general-7"}
 
 
 def _folder() -> Path:

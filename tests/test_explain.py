@@ -348,12 +348,12 @@ def test_the_comparison_is_up_to_date() -> None:
 
 
 def test_a_card_says_what_the_record_and_the_results_say() -> None:
-    text = cards.card("general-6")
+    text = cards.card("general-7")
     assert "Also called `default`" in text
-    assert load_record("general-6")["commit"] in text
+    assert load_record("general-7")["commit"] in text
     assert "<details>" not in text
     limits = text.partition("## Limits")[2]
-    assert load_record("general-6")["trained_for"] in limits
+    assert load_record("general-7")["trained_for"] in limits
     assert "trained by evolution strategies on whole runs" in text
     assert "trained by gradient descent" in cards.card("mnist")
 
