@@ -19,16 +19,16 @@ import torch
 from torch import Generator, Tensor
 
 from benchmarks import no_options
+from benchmarks.own_decay import LARGEST_BATCH, samplers
 from learned_optim import LearnedOptimizer
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Sampler
 from learned_optim.meta.populations._mixture import run_generators
 from learned_optim.meta.populations.boundary import BoundaryValue
 from learned_optim.meta.tasks.coordinates import sine_network
 from learned_optim.summary import table
 
 CHECKPOINTS = ("general-5", "general-6", "general-7")
-STEPS, PROBLEMS, LARGEST_BATCH, WAVES = 3000, 8, 64, 12
+STEPS, PROBLEMS, WAVES = 3000, 8, 12
 #: Width of the networks of sines, their batch, and the length of their runs; two seeds of each.
 SINES = ((64, 128, 3000), (48, 96, 3000), (96, 128, 2000))
 
@@ -38,10 +38,8 @@ Problem = tuple[str, dict[str, Tensor], Callable[[], Tensor], int]
 
 def boundary(seed: int) -> Problem:
     """A boundary value problem with small batches."""
-    for attempt in range(1000):
-        task = BoundaryValue(Sampler(Generator().manual_seed(1000 * seed + attempt)), DataOptions())
-        if task.batch_size <= LARGEST_BATCH:
-            break
+    drawn = (BoundaryValue(sampler, DataOptions()) for sampler in samplers(seed))
+    task = next(task for task in drawn if task.batch_size <= LARGEST_BATCH)
     generator, _ = run_generators(seed)
     params = {name: value.clone() for name, value in task.initial(generator).items()}
 

@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from benchmarks import no_options
 from learned_optim import LearnedOptimizer, load_rule
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Params, Population, Sampler
+from learned_optim.meta.populations._base import Params, Population, Sampler, copies_of
 from learned_optim.meta.populations._mixture import Draw
 from learned_optim.meta.populations._rollout import ADAMW_LRS, _adamw, _roll
 from learned_optim.meta.populations.boundary import BoundaryValue
@@ -63,7 +63,7 @@ MakeStep = Callable[[Params, Draw], Step]
 
 def finite(seed: int) -> tuple[Population, Batch, int]:
     """A task on some of its examples, those held out, and the length of the run."""
-    for sampler in _samplers(seed):
+    for sampler in samplers(seed):
         try:
             task: Teacher | Classification
             if seed % 2:
@@ -91,7 +91,7 @@ def finite(seed: int) -> tuple[Population, Batch, int]:
 def exact(seed: int) -> tuple[Population, None, int]:
     """A task without noise."""
     family = BoundaryValue if seed % 2 else Coordinates
-    for sampler in _samplers(seed):
+    for sampler in samplers(seed):
         try:
             task = family(sampler, DataOptions())
         except ValueError:
@@ -101,7 +101,8 @@ def exact(seed: int) -> tuple[Population, None, int]:
     raise AssertionError
 
 
-def _samplers(seed: int) -> Iterator[Sampler]:
+def samplers(seed: int) -> Iterator[Sampler]:
+    """Of the draws to try until one suits."""
     for attempt in range(1000):
         yield Sampler(Generator().manual_seed(1000 * seed + attempt))
 
@@ -129,10 +130,7 @@ class Trained:
         self.task = task
 
         def start(initial: Params) -> tuple[Params, Step]:
-            self.params = {
-                name: value.unsqueeze(0).repeat(copies, *[1] * value.dim()).requires_grad_()
-                for name, value in initial.items()
-            }
+            self.params = copies_of(initial, copies)
             return self.params, optimizer(self.params, run)
 
         run = Draw(task, steps, known=True)

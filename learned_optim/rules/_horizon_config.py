@@ -42,7 +42,6 @@ class HorizonConfig(RuleConfig):
     """The same where the length of the run is known, of the correlation plus ``trust_margin``."""
     trust_margin: float = field(default=0.0, metadata=ADDED)
     """Correlation below minus which the trust falls where the length of the run is known."""
-
     trust_growth: float = field(default=0.0, metadata=ADDED)
     """If above 0, what makes a whole trust fall where the length is known, while the mean
     correlation is below minus ``trust_margin``: this times the log of the gradient's mean square

@@ -26,6 +26,14 @@ Params: TypeAlias = dict[str, Tensor]
 Batch: TypeAlias = tuple[Any, ...]
 
 
+def copies_of(initial: Params, count: int) -> Params:
+    """The parameters of ``count`` copies, float32 leaves of shape ``(count, *shape)``."""
+    return {
+        name: value.detach().float().unsqueeze(0).repeat(count, *[1] * value.dim()).requires_grad_()
+        for name, value in initial.items()
+    }
+
+
 class UnusableTaskError(ValueError):
     """A draw that gave no task to train on; the mixture draws again."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
 from learned_optim import kernels
-from learned_optim.meta.populations._base import Params
+from learned_optim.meta.populations._base import Params, copies_of
 from learned_optim.rules import State, UpdateRule
 from learned_optim.rules._step import DECAY_UNIT
 from learned_optim.rules.horizon import HorizonRule
@@ -42,12 +42,8 @@ class CopiesOptimizer:
                 f"got {tuple(weights.shape)}"
             )
         self.total_steps = total_steps
-        self.params: Params = {
-            name: value.detach().float().unsqueeze(0).repeat(len(weights), *[1] * value.dim())
-            for name, value in initial.items()
-        }
-        for param in self.params.values():
-            param.requires_grad_()
+        self.params = copies_of(initial, len(weights))
+        self._decay = rule.default_weight_decay(total_steps)
         self._rules = [_with_weights(rule, vector) for vector in weights]
         # Tensors in the order (name, copy); a slice of a contiguous tensor is contiguous.
         self._slices = [s for p in self.params.values() for s in p.detach().unbind()]
@@ -68,16 +64,15 @@ class CopiesOptimizer:
         """
         slices = [s for grad in grads for s in grad.contiguous().unbind()]
         rule, states = self._rules[0], self._states
-        if step(rule, self._networks, self._slices, slices, states, self.total_steps):
+        if step(rule, self._networks, self._slices, slices, states, self.total_steps, self._decay):
             return
-        decay = rule.default_weight_decay(self.total_steps)
         copies = len(self._rules)
         for index, rule in enumerate(self._rules):
             rule.step_(
                 self._slices[index::copies],
                 slices[index::copies],
                 states[index::copies],
-                weight_decay=decay,
+                weight_decay=self._decay,
                 total_steps=self.total_steps,
             )
 
@@ -89,6 +84,7 @@ def step(
     grads: Sequence[Tensor],
     states: Sequence[State],
     total_steps: int | None,
+    weight_decay: float,
 ) -> bool:
     """One step in place by the compiled kernel; false, and nothing done, where there is none.
 
@@ -100,13 +96,13 @@ def step(
         grads: of their shapes.
         states: of their shapes; see :meth:`UpdateRule.step_`.
         total_steps: length of the run, if the rule is to know it.
+        weight_decay: see :meth:`UpdateRule.step_`.
     """
     if not isinstance(rule, HorizonRule):  # the one rule that has a kernel
         return False
-    decay = DECAY_UNIT * rule.default_weight_decay(total_steps)
     return kernels.step_(
-        networks, params, grads, states, config=rule.kernel_config(), decay=decay,
-        total_steps=total_steps,
+        networks, params, grads, states, config=rule.kernel_config(),
+        decay=DECAY_UNIT * weight_decay, total_steps=total_steps,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from learned_optim.meta.populations._base import Params
+from learned_optim.meta.populations._base import Params, copies_of
 from learned_optim.meta.populations._driver import CopiesOptimizer
 from learned_optim.meta.populations._mixture import Draw, run_generators
 from learned_optim.rules import UpdateRule
@@ -66,10 +66,7 @@ def roll_adamw(lrs: Sequence[float], run: Draw, seed: int) -> Array:
     """
 
     def optimizer(initial: Params) -> tuple[Params, Callable[[Sequence[Tensor]], None]]:
-        params = {
-            name: value.unsqueeze(0).repeat(len(lrs), *[1] * value.dim()).requires_grad_()
-            for name, value in initial.items()
-        }
+        params = copies_of(initial, len(lrs))
         return params, _adamw(list(params.values()), torch.tensor(lrs), run)
 
     return _roll(optimizer, run, seed)
