@@ -361,3 +361,43 @@ def test_steps_with_a_weight_decay_of_its_own_are_those_with_it_given() -> None:
         found.append(param.detach().clone())
     assert torch.equal(found[0], found[1])
     assert (found[0] - found[2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_tall_matrices_that_start_at_zero_step_less_the_more_of_them_is_live(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters by a power of width over height; tables, of which batches touch few rows, hardly."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
+        monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
+    plain = HorizonRule()
+    shorter = HorizonRule(HorizonConfig(adapter_power=0.5))
+    shorter.load_state_dict(plain.state_dict())
+    starts = {
+        "adapter": torch.zeros(64, 4),
+        "table": torch.zeros(64, 4),
+        "wide": torch.zeros(4, 64),
+        "vector": torch.zeros(64),
+        "not zero": torch.full((64, 4), 1e-3),
+    }
+    found = []
+    for rule in (plain, shorter):
+        params = [Parameter(start.clone()) for start in starts.values()]
+        opt = LearnedOptimizer(params, rule, total_steps=20)
+        generator = torch.Generator().manual_seed(0)
+        moves = []
+        for _ in range(2):
+            before = [param.detach().clone() for param in params]
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            params[1].grad[1:] = 0.0  # type: ignore[index]
+            opt.step()
+            steps = [p.detach() - b for p, b in zip(params, before, strict=True)]
+            moves.append([float(step.norm()) for step in steps])
+        found.append(torch.tensor(moves))
+    ratios = found[1] / found[0]
+    # The first step cannot know yet what is live. The scale of what starts at zero is its floor.
+    live = torch.tensor([[1.0, 1.0], [1.0, 1 / 64]])
+    torch.testing.assert_close(ratios[:, :2], (4 / 64) ** (0.5 * live), rtol=1e-5, atol=0)
+    assert torch.equal(ratios[:, 2:], torch.ones(2, 3))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import fresh_states, random_rule
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -85,7 +85,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "seed": draw(st.integers(0, 10**6)),
         "dtype": draw(st.sampled_from([torch.float32, *TOLERANCE])),
         "state_dtype": draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])),
-        "config": draw(st.integers(0, 2)),
+        "config": draw(st.integers(0, len(HorizonRule.test_configs) - 1)),
         "steps": draw(st.integers(1, 5)),
         "ages": draw(st.lists(st.sampled_from([0, 1, 7, 300]), min_size=4, max_size=4)),
         "scale": draw(st.sampled_from([1e-12, 1e-4, 1.0, 1e6])),
@@ -134,6 +134,9 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(case=cases(), oracle=st.sampled_from([torch.float32, torch.float64]))
 def test_equals_the_pure_form(case: dict[str, Any], oracle: torch.dtype) -> None:
+    # The gradient of a single coordinate agrees wholly or not at all, so that its trust stops at 1,
+    # where it stays, or a rounding error below, where it goes on.
+    assume(case["config"] == 0 or all(math.prod(shape) != 1 for shape in case["shapes"]))
     if case["kind"] not in ("noise", "drift") or case["momenta_scale"] < 1:
         # The float32 form recovers the momenta before a gradient by subtraction. Where they were
         # zero or small it correlates rounding errors; the kernel and float64 do not.

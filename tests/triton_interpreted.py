@@ -25,7 +25,7 @@ from learned_optim.kernels import _checks, _trial, triton_step
 from learned_optim.kernels._call import StepSettings, StepTensors
 from learned_optim.rules.horizon import HorizonRule
 
-SHAPES = [(5, 7), (), (0, 3), (33,), (triton_step.CHUNK + 5,), (2, triton_step.CHUNK)]
+SHAPES = [(5, 7), (9, 2), (), (0, 3), (33,), (triton_step.CHUNK + 5,), (2, triton_step.CHUNK)]
 
 
 def triton_step_(
@@ -48,7 +48,8 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=2),
     dtypes=st.lists(st.sampled_from(list(TOLERANCE)), min_size=2, max_size=2),
     half_state=st.booleans(),
-    config=st.integers(0, 2),
+    config=st.integers(0, len(HorizonRule.test_configs) - 1),
+    at_zero=st.booleans(),
     kind=st.sampled_from(["drift", "broken", "zero"]),
     total=st.sampled_from([None, 3, 1000]),
     maximize=st.booleans(),
@@ -59,12 +60,14 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_trial")
 def test_equals_the_pure_form(
     shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], half_state: bool, config: int,
-    kind: str, total: int | None, maximize: bool, warmup: int, weight_decay: float, seed: int,
+    at_zero: bool, kind: str, total: int | None, maximize: bool, warmup: int, weight_decay: float,
+    seed: int,
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     rule, exact = horizon_rule(config=config), horizon_rule(torch.float64, config)
     exact.load_state_dict(rule.state_dict())
-    params = [p.to(d) for p, d in zip(problem(shapes, seed)[0], dtypes, strict=False)]
+    start = 0.0 if at_zero else 1.0
+    params = [start * p.to(d) for p, d in zip(problem(shapes, seed)[0], dtypes, strict=False)]
     states = fresh_states(rule, params)
     for state in states if half_state else []:
         state.update({key: state[key].bfloat16() for key in ("fast", "slow", "square")})

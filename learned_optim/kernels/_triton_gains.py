@@ -126,7 +126,7 @@ def gains_kernel(
     addresses, integers, constants, hidden, hidden_bias, readout, readout_bias, direct, lr_pointer,
     gains, counters, lr, weight_decay, total_steps, warmup, log_fast, log_slow, log_square,
     base_step, largest_scale, smallest_share, warmup_share, warmup_steps, decay_power,
-    decay_live,
+    decay_live, adapter_power,
     PARAM_TYPE: tl.constexpr, UNITS: tl.constexpr, INPUTS: tl.constexpr, OWN_NETWORKS: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -170,16 +170,19 @@ def gains_kernel(
         )
         rms = first
     natural = tl.minimum(tl.load(constants + tensor * CONSTANTS + INIT_SCALE), largest_scale)
-    x = _inputs(
-        z, t, rms, first, natural, tl.load(constants + tensor * CONSTANTS + LOG_FAN_IN),
-        tl.load(constants + tensor * CONSTANTS + IS_VECTOR), size, total, WIDTH,
-    )  # fmt: skip
+    log_fan_in = tl.load(constants + tensor * CONSTANTS + LOG_FAN_IN)
+    is_vector = tl.load(constants + tensor * CONSTANTS + IS_VECTOR)
+    x = _inputs(z, t, rms, first, natural, log_fan_in, is_vector, size, total, WIDTH)
     own = tensor * OWN_NETWORKS  # 0 where all tensors share a network
     out = _respond(
         x, hidden + own * UNITS * INPUTS, hidden_bias + own * UNITS, readout + own * 5 * UNITS,
         readout_bias + own * 5, direct + own * 5 * INPUTS, UNITS, INPUTS, WIDTH,
     )  # fmt: skip
     scale = tl.maximum(tl.minimum(rms, largest_scale), smallest_share * natural)
+    tall = tl.log(tl.maximum(size, 1).to(tl.float64)) - 2 * log_fan_in
+    tall = tl.where(is_vector > 0, 0.0, tl.maximum(tall, 0.0))
+    live = tl.where(t > 0, pick(z, 12) / correction(LOG_SHORT, tl.maximum(t, 1.0)), 1.0)
+    scale *= tl.where(first == 0, tl.exp(-adapter_power * live * tall), 1.0)
     ramp = tl.where(warmup > 0, tl.minimum((t + 1) / tl.maximum(warmup, 1.0), 1.0), 1.0)
     length = own_lr * ramp * base_step * rate * scale
     length *= tl.exp(tanh(pick(out, 0) / STEP_BOUND) * STEP_BOUND + pick(z, 13))

@@ -140,6 +140,7 @@ enum Setting {
   kTrustGrowth,    // there, what it loses where the gradient grows, unless 0
   kDecayPower,     // of the schedule, that weight decay follows
   kDecayLive,      // whether it spares coordinates whose gradient is zero
+  kAdapterPower,   // of width over height, by which tall matrices that start at zero step less
   kSettings
 };
 
@@ -500,6 +501,13 @@ double schedule(double t, const double* settings) {
   return std::min(1.0, (t + 1) / warm_up) * std::max(kLastRate, fall);
 }
 
+// Log of height over width, rows being outputs; 0 of vectors and of what is not tall.
+double log_tallness(const Tensor& tensor) {
+  if (tensor.constants[kVector] != 0) return 0;
+  const double size = double(std::max<int64_t>(1, tensor.size));
+  return std::max(0.0, std::log(size) - 2 * tensor.constants[kLogFanIn]);
+}
+
 Gains gains_of(const Tensor& tensor, const double* settings) {
   float x[kInputs], out[kOutputs];
   const double t = *tensor.step, natural = tensor.constants[kInitScale];
@@ -514,8 +522,12 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
   inputs_of(tensor, settings, rms, at_first, x);
   respond(tensor, int(settings[kUnits]), int(settings[kUsedInputs]), x, out);
-  const double scale =
+  double scale =
       std::max(std::min(rms, settings[kLargestScale]), settings[kSmallestShare] * natural);
+  if (at_first == 0) {
+    const double live = t > 0 ? tensor.stats[kStatLive] / bias_correction(kShort, t) : 1;
+    scale *= std::exp(-settings[kAdapterPower] * live * log_tallness(tensor));
+  }
   const double ramp = settings[kWarmUp] > 0 ? std::min(1.0, (t + 1) / settings[kWarmUp]) : 1.0;
   const double size = -lr * ramp * settings[kBaseStep] * rate * scale *
                       std::exp(kStepBound * std::tanh(out[kStepSize] / kStepBound) +

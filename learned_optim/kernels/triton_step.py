@@ -299,6 +299,7 @@ def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
     (
         fast, slow, square, base_step, largest, smallest, share, steps,
         trust_start, trust_gain, unknown_gain, known_gain, margin, growth, power, live,
+        adapter_power,
     ) = map(float, config)  # fmt: skip
     later = (known_gain, margin, growth) if total_steps else (unknown_gain, 0.0, 0.0)
     layout = call.layout
@@ -317,7 +318,7 @@ def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
             addresses, layout.integers, layout.constants, *call.network,
             lr if on_device else gains, gains, counters, 0.0 if on_device else float(lr),
             float(decay), float(total_steps), float(warmup), _log(fast), _log(slow), _log(square),
-            base_step, largest, smallest, share, steps, power, live,
+            base_step, largest, smallest, share, steps, power, live, adapter_power,
             PARAM_TYPE=_triton_type(layout.types[0]), UNITS=call.network[1].shape[-1],
             INPUTS=call.network[0].shape[-1], OWN_NETWORKS=call.network[1].dim() - 1,
             LR_ON_DEVICE=on_device, BLOCK=_MEASURE_BLOCK,

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from learned_optim.rules._features import TINY, bias_correction
 
-# Columns of an observed step: its number, schedule and scale; inputs of the network; measurements.
-STEP, SCHEDULE, NATURAL = range(3)
-KNOWN = 8  # whether the length of the run is known; one of the next
-TIME_INPUTS, MEASUREMENTS = slice(3, 12), slice(12, None)
+# Columns of an observed step: its number and schedule, the scale and tallness of the tensor; inputs
+# of the network; measurements.
+STEP, SCHEDULE, NATURAL, TALLNESS = range(4)
+KNOWN = 9  # whether the length of the run is known; one of the next
+TIME_INPUTS, MEASUREMENTS = slice(4, 13), slice(13, None)
 
 # Entries of ``stats``, all of the step before. Logs are natural.
 (
@@ -136,6 +137,13 @@ def measurements(means: Tensor) -> tuple[Tensor, ...]:
 def scale_of(seen: Tensor, stats: Tensor, entry: int = RMS) -> Tensor:
     """Root mean square of each tensor at the step before; at the first step, of this one; (m,)."""
     return torch.where(seen[:, STEP] > 0, stats[:, entry], seen[:, MEASUREMENTS][:, 0])
+
+
+def live_share(seen: Tensor, stats: Tensor) -> Tensor:
+    """Share of coordinates with a gradient in the steps before, 1 at the first; (m,)."""
+    step = seen[:, STEP]
+    correction = bias_correction(step.clamp(min=1), _SHORT)[0]
+    return torch.where(step > 0, stats[:, LIVE] / correction, 1.0)
 
 
 def network_inputs(seen: Tensor, stats: Tensor, trust: bool = False) -> Tensor:

@@ -52,6 +52,10 @@ class HorizonConfig(RuleConfig):
     decay_live: bool = field(default=False, metadata=ADDED)
     """Whether weight decay spares coordinates whose gradient is zero, as in the rows of a table
     that a batch does not touch."""
+    adapter_power: float = field(default=0.0, metadata=ADDED)
+    """Power of width over height by which the steps of a matrix that starts at zero are shorter, if
+    it is taller than wide and all of it has a gradient: the second one of a low-rank adapter, whose
+    rank says nothing about how far it may go."""
     weight_decay: float = field(default=0.0, metadata=ADDED)
     """Weight decay of users who give none, where the length of the run is known: in runs of up to
     4,000 steps; in longer ones less, in inverse proportion, so that weights shrink alike."""
@@ -69,6 +73,7 @@ class HorizonConfig(RuleConfig):
             "trust_growth",
             "weight_decay",
             "decay_power",
+            "adapter_power",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

@@ -126,6 +126,11 @@ class Segments:
         part._ids = None
         return part
 
+    @property
+    def log_tallness(self) -> Tensor:
+        """Log of outputs over inputs per output, ``(m,)``: 0 of vectors and of what is not tall."""
+        return (self.log_size - 2 * self.log_fan_in).clamp(min=0) * (1 - self.is_vector)
+
     def expand(self, values: Tensor) -> Tensor:
         """From one value per tensor, ``(*, m)``, to one per coordinate, ``(*, n)``."""
         lead = values.shape[:-1]

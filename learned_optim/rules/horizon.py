@@ -55,8 +55,8 @@ class HorizonRule(KernelRule):
     where ``rate`` is ``base_step`` times the schedule, and ``a``, bounded by 3, and ``b``, bounded
     by 2, are the network's. The scale is the root mean square of the parameters, at most 0.1, or,
     if that is larger, a quarter of what their shape suggests: of ``1 / sqrt(fan_in)``, at most 0.1,
-    and of 0.1 for vectors. The last direction is the cautious one (Liang et al. 2024,
-    arXiv 2411.16085).
+    and of 0.1 for vectors; of a tall matrix that starts at zero, with ``adapter_power``, less. The
+    last direction is the cautious one (Liang et al. 2024, arXiv 2411.16085).
 
     The trust ``exp(z)`` starts at ``exp(trust_start)`` and grows, to 1 at most, as far as gradients
     go on pointing where the momentum points: at once in a fresh network, and not where weights are
@@ -81,7 +81,7 @@ class HorizonRule(KernelRule):
         HorizonConfig(
             hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_known_gain=0.4,
             trust_margin=0.1, trust_growth=4.0, weight_decay=1.0, decay_power=3.0,
-            decay_live=True,
+            decay_live=True, adapter_power=0.5,
         ),
     )  # fmt: skip
     rows = "tensors"
@@ -244,7 +244,7 @@ class HorizonRule(KernelRule):
         return fast, slow, square
 
     def _time(self, segments: Segments, context: StepContext) -> list[Tensor]:
-        """Age, schedule and scale, which :meth:`_rate` reads; then features, each ``(m,)``."""
+        """Age, schedule, scale and tallness, which :meth:`_rate` reads; then features, ``(m,)``."""
         step = context.step
         one = torch.ones_like(step)
         known, total = torch.zeros_like(step), one
@@ -255,6 +255,7 @@ class HorizonRule(KernelRule):
             step,
             self._schedule(context),
             segments.init_scale.clamp(max=self.config.largest_scale),
+            segments.log_tallness,
             segments.log_fan_in / 4 - 1,
             segments.log_size / 6 - 1,
             segments.is_vector,
@@ -274,4 +275,9 @@ class HorizonRule(KernelRule):
         """Base step times schedule times scale, ``(m, 1)``."""
         rms = history.scale_of(now, stats).clamp(max=self.config.largest_scale)
         scale = torch.maximum(rms, self.config.smallest_share * now[:, history.NATURAL])
+        if self.config.adapter_power > 0:
+            zero = history.scale_of(now, stats, history.FIRST_RMS) == 0
+            tall = history.live_share(now, stats) * now[:, history.TALLNESS]
+            shorter = (-self.config.adapter_power * tall).exp()
+            scale = scale * torch.where(zero, shorter, 1.0)
         return (self.config.base_step * now[:, history.SCHEDULE] * scale).unsqueeze(-1)
