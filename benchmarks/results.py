@@ -35,8 +35,8 @@ NETWORKS = (
 ALL = ("sgd", "nesterov", "rmsprop", "adam", "adamw", "schedulefree")
 FOUR = ("sgd", "nesterov", "rmsprop", "adam")
 
-#: The general-purpose checkpoints; `general-7` has the weights of `general-6`.
-GENERAL = ("general-6", "general-2", "general-2-fast")
+#: The general-purpose checkpoints.
+GENERAL = ("general-8", "general-2", "general-2-fast")
 EVERY = (*GENERAL, "mnist")
 
 GROUPS = {

@@ -31,7 +31,6 @@ unsolved = pytest.mark.xfail(
 # Cases by name that fail; strict, so that a checkpoint that mends one is noticed.
 UNSOLVED = {
     "test_low_rank_adapters[unknown length]",
-    "test_low_rank_adapters[known length]",
 }
 
 Make = Callable[[Sequence[Tensor], int], Optimizer]
