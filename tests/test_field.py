@@ -21,7 +21,13 @@ from learned_optim.meta.field_summary import Figures, final_loss, ratio, summari
 from learned_optim.meta.runs import OptimizerSpec, Run, RunSpec, learned_optimizer, state_bytes
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.statistics import geometric_mean, performance_profile, pooled
-from learned_optim.meta.tasks import TaskOptions, build_tasks, field_horizon, field_tasks
+from learned_optim.meta.tasks import (
+    TaskOptions,
+    build_tasks,
+    field_horizon,
+    field_tasks,
+    finetuning,
+)
 
 SMALL = FieldConfig(
     checkpoints=(), tasks=("regression", "matrix-factorization"), quick=True, seeds=2,
@@ -125,6 +131,23 @@ def test_adversaries_have_each_their_own_gradient() -> None:
     F.softplus(-task.module.discriminator(fake)).mean().backward()
     expected = task.module.generator[0].weight.grad
     torch.testing.assert_close(params["generator.0.weight"].grad, expected)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*field_tasks()} - {"lora-lm"})
+)  # finetune-lm has its start
+def test_a_start_is_the_seeds_alone(name: str, request: pytest.FixtureRequest) -> None:
+    """Whatever a process has drawn before: every optimizer gets the same weights and batches."""
+    data = DataOptions() if name in WITHOUT_IMAGES else request.getfixturevalue("image_data")
+    starts = []
+    for drawn_before in range(2):
+        finetuning._trained_convnet.cache_clear()
+        finetuning._trained_transformer.cache_clear()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(drawn_before)
+            task = build_tasks(name, TaskOptions(data=data)).sample(seeded(0))
+            starts.append([*task.init(seeded(1)).values(), *task.batch(seeded(2))])
+    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
 
 
 def test_the_heat_equations_solution_solves_it() -> None:

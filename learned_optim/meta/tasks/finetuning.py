@@ -103,10 +103,10 @@ def with_adapters(network: nn.Module) -> nn.Module:
 @lru_cache(maxsize=1)
 def _trained_convnet(data: DataOptions) -> nn.Module:
     images = load_images("fashion", True, data)
-    network = convnet(images.shape, (8, 16), images.classes, batch_norm=False)
+    build = partial(convnet, images.shape, (8, 16), images.classes, batch_norm=False)
+    network = build()
     batches = image_batches("fashion", TaskOptions(data=data), 64)
-    task = ModuleTask(lambda: copy.deepcopy(network), batches)
-    network.load_state_dict(pretrained(task, 600))
+    network.load_state_dict(pretrained(ModuleTask(build, batches), 600))
     return network
 
 
