@@ -3,10 +3,11 @@
     python -m benchmarks.backbone --tasks 100 --workers 2    # ten minutes, $LEARNED_OPTIM_DATA
 
 Compares the untrained rule at two base steps, with the trust and without, and the shipped weights
-of `general-3`; of `general-3` with a trust it was not trained for, which `general-4` starts as; and
-of `general-4`, whole, on the way there, and never told the length of the run. Figures are logs of
-the final loss minus that of AdamW tuned over six learning rates (with warm-up, and a cosine where
-the length of the run is known), and how far the loss rose above the first. Writes
+of `general-3`; of `general-3` with a trust it was not trained for, which `general-4` starts as; of
+`general-4`, whole, on the way there, and never told the length of the run; and of the default.
+Figures are logs of the final loss minus that of AdamW tuned over six learning rates (with warm-up,
+and a cosine where the length of the run is known), on how many tasks it is more than 5 % behind the
+untrained rule at its own step, and how far the loss rose above the first. Writes
 docs/results/backbone.json. Only MNIST's meta-training half and synthetic data are read.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from learned_optim.meta.evolution import initial_weights
 from learned_optim.meta.populations import ADAMW_LRS, Draw, draw, roll, roll_adamw, scores
 from learned_optim.meta.populations._rollout import rise
 from learned_optim.meta.recipes.general_4 import RECIPE
-from learned_optim.pretrained import list_pretrained
+from learned_optim.pretrained import ALIASES, list_pretrained
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "results" / "backbone.json"
@@ -38,6 +40,7 @@ TRUST = {name: getattr(RECIPE.rule, name) for name in ("trust_start", "trust_gai
 # Far from the seeds of training and validation.
 FIRST_SEED, SHORTEST, LONGEST = 20_000_000, 100, 500
 STEPS = (0.1, 0.2)
+BACKBONE = f"untrained, step {STEPS[0]:g}, trust"
 LARGEST_EXCESS = 1.5
 SHARES = (0.25, 0.5, 0.75)
 
@@ -68,6 +71,9 @@ def rules() -> dict[str, tuple[HorizonRule, bool]]:
             assert isinstance(rule, HorizonRule)
             found[name] = rule, True
             found[f"{name}, never told the length"] = rule, False
+    default = load_rule("default")
+    assert isinstance(default, HorizonRule)
+    found[ALIASES["default"]] = default, True
     return found
 
 
@@ -89,6 +95,7 @@ def measure(job: tuple[int, bool, DataOptions]) -> dict[str, Any]:
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Over tasks, by label, with the standard error of the mean."""
     found = {}
+    backbone = np.array([row["figures"][BACKBONE][0] for row in rows])
     for label in rows[0]["figures"]:
         excess = np.array([row["figures"][label][0] for row in rows])
         bounded = np.clip(excess, -LARGEST_EXCESS, LARGEST_EXCESS)
@@ -98,6 +105,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "median": round(float(np.median(excess)), 3),
             "share_ahead": round(float((excess < 0).mean()), 2),
             "share_30_percent_behind": round(float((excess > 0.26).mean()), 2),
+            "behind_backbone": int((excess - backbone > math.log(1.05)).sum()),
             "rise": round(float(np.mean([row["figures"][label][1] for row in rows])), 3),
         }
     return found
