@@ -133,9 +133,7 @@ def test_adversaries_have_each_their_own_gradient() -> None:
     torch.testing.assert_close(params["generator.0.weight"].grad, expected)
 
 
-@pytest.mark.parametrize(
-    "name", sorted({*field_tasks()} - {"lora-lm"})
-)  # finetune-lm has its start
+@pytest.mark.parametrize("name", sorted({*field_tasks()} - {"lora-lm"}))  # as finetune-lm
 def test_a_start_is_the_seeds_alone(name: str, request: pytest.FixtureRequest) -> None:
     """Whatever a process has drawn before: every optimizer gets the same weights and batches."""
     data = DataOptions() if name in WITHOUT_IMAGES else request.getfixturevalue("image_data")
