@@ -14,23 +14,28 @@ of AdamW at 1e-3, and of how far the held-out loss ever was above the first, ove
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
 from torch import Generator, Tensor
 
 from benchmarks import no_options
-from benchmarks.own_decay import MakeStep, Step, adamw, samplers
-from learned_optim import LearnedOptimizer, load_rule
+from benchmarks.own_decay import (
+    MakeStep,
+    Step,
+    adamw,
+    ratio_of,
+    rule_with,
+    samplers,
+    step_of,
+)
+from learned_optim import LearnedOptimizer
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations._base import Params, Population, Sampler, copies_of
 from learned_optim.meta.populations._mixture import Draw
 from learned_optim.meta.populations._rollout import ADAMW_LRS
 from learned_optim.meta.populations.classification import Classification
 from learned_optim.meta.populations.restarts import Restart
-from learned_optim.meta.statistics import geometric_mean
-from learned_optim.rules import rule_for
 from learned_optim.summary import table
 
 TASKS = 40
@@ -76,21 +81,12 @@ def tasks() -> Iterator[tuple[int, Adapters, int]]:
 def learned(params: Params, run: Draw) -> Step:
     """The default, a copy for each power."""
     slices = [list(param.detach().unbind()) for param in params.values()]
-    loaded, optimizers = load_rule("default"), []
-    for own, power in zip(zip(*slices, strict=True), POWERS, strict=True):
-        rule = rule_for(replace(loaded.config, adapter_power=power))
-        rule.load_state_dict(loaded.state_dict())
-        total = run.steps if run.known else None
-        optimizers.append(LearnedOptimizer(list(own), rule, total_steps=total))
-
-    def step(grads: Sequence[Tensor]) -> None:
-        for own, grad in zip(slices, grads, strict=True):
-            for param, part in zip(own, grad.unbind(), strict=True):
-                param.grad = part
-        for optimizer in optimizers:
-            optimizer.step()
-
-    return step
+    total = run.steps if run.known else None
+    optimizers = [
+        LearnedOptimizer(list(own), rule_with("default", adapter_power=power), total_steps=total)
+        for own, power in zip(zip(*slices, strict=True), POWERS, strict=True)
+    ]
+    return step_of(slices, optimizers)
 
 
 def curves(run: Draw, seed: int, make: MakeStep, copies: int) -> tuple[Tensor, Tensor]:
@@ -140,14 +136,9 @@ def main() -> None:
     for known, rows in found.items():
         stacked = torch.stack(rows)  # (tasks, 4, powers)
         for index, power in enumerate(POWERS):
-            columns = [_mean(stacked[:, figure, index]) for figure in range(len(titles))]
+            columns = [ratio_of(one.tolist()) for one in stacked[:, :, index].t()]
             lines.append(["known" if known else "unknown", f"{power:g}", *columns])
     print(table(["length", "power", *titles], lines))
-
-
-def _mean(logarithms: Tensor) -> str:
-    found = geometric_mean([math.exp(value) for value in logarithms.tolist()])
-    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 if __name__ == "__main__":

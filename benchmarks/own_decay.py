@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.optim import Optimizer
 
 from benchmarks import no_options
 from learned_optim import LearnedOptimizer, load_rule
@@ -166,7 +167,13 @@ def learned(params: Params, run: Draw) -> Step:
             for matrices in (True, False)
         ]
         groups = [group for group in groups if group["params"]]
-        optimizers.append(LearnedOptimizer(groups, rule_with(decay), total_steps=run.steps))
+        rule = rule_with("general-6", decay_power=decay.power, decay_live=decay.live)
+        optimizers.append(LearnedOptimizer(groups, rule, total_steps=run.steps))
+    return step_of(slices, optimizers)
+
+
+def step_of(slices: Sequence[Sequence[Tensor]], optimizers: Sequence[Optimizer]) -> Step:
+    """A step of optimizers of one copy each; ``slices`` are the copies of every parameter."""
 
     def step(grads: Sequence[Tensor]) -> None:
         for own, grad in zip(slices, grads, strict=True):
@@ -178,10 +185,10 @@ def learned(params: Params, run: Draw) -> Step:
     return step
 
 
-def rule_with(decay: Decay) -> UpdateRule:
-    """`general-6` with that kind of weight decay."""
-    rule = load_rule("general-6")
-    found = rule_for(replace(rule.config, decay_power=decay.power, decay_live=decay.live))
+def rule_with(checkpoint: str, **config: Any) -> UpdateRule:
+    """The weights of a checkpoint under another configuration."""
+    rule = load_rule(checkpoint)
+    found = rule_for(replace(rule.config, **config))
     found.load_state_dict(rule.state_dict())
     return found
 
@@ -211,12 +218,13 @@ def main() -> None:
             [training[index] for training, _ in on_exact],
         ]
         of = " of matrices" if decay.matrices_alone else " where live" if decay.live else ""
-        rows.append([f"{decay.amount:g}{of}", f"{decay.power:g}", *map(_mean, columns)])
+        rows.append([f"{decay.amount:g}{of}", f"{decay.power:g}", *map(ratio_of, columns)])
     titles = ["training / tuned AdamW", "held out / tuned AdamW", "exact / no decay"]
     print(table(["weight decay", "power", *titles], rows))
 
 
-def _mean(logarithms: list[float]) -> str:
+def ratio_of(logarithms: Sequence[float]) -> str:
+    """Geometric mean and 95 % interval of ratios, from their logs."""
     found = geometric_mean([math.exp(value) for value in logarithms])
     return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 

@@ -11,7 +11,6 @@ Adam at the best of seven constant rates, means over eight seeds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from benchmarks import no_options
-from learned_optim import LearnedOptimizer, load_rule
+from benchmarks.own_decay import rule_with
+from learned_optim import LearnedOptimizer
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks import Params, TaskOptions, build_tasks
-from learned_optim.rules import rule_for
 from learned_optim.summary import table
 
 SEEDS = 8
@@ -34,11 +33,8 @@ def learned(lr: float = 1.0, told: float | None = 1.0, **config: Any) -> Make:
     """The default under another configuration; ``told`` is the share of the true length."""
 
     def make(params: Sequence[Tensor], steps: int) -> Optimizer:
-        loaded = load_rule("default")
-        rule = rule_for(replace(loaded.config, **config))
-        rule.load_state_dict(loaded.state_dict())
         total = None if told is None else int(told * steps)
-        return LearnedOptimizer(params, rule, lr=lr, total_steps=total)
+        return LearnedOptimizer(params, rule_with("default", **config), lr=lr, total_steps=total)
 
     return make
 

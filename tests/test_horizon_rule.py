@@ -326,13 +326,16 @@ def test_a_weight_decay_of_the_rules_own_is_for_users_who_give_none_and_know_the
         decays([{"total_steps": 2.5}])
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_rows_without_a_gradient_do_not_shrink_where_decay_spares_them(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
+@pytest.fixture(params=["compiled", "pure"])
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step by the kernel, and without it."""
+    if request.param == "pure":
         monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
         monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("either_form")
+def test_rows_without_a_gradient_do_not_shrink_where_decay_spares_them() -> None:
     rule = HorizonRule(HorizonConfig(weight_decay=50.0, decay_live=True))
     table = Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
     other = Parameter(torch.ones(4))
@@ -363,14 +366,9 @@ def test_steps_with_a_weight_decay_of_its_own_are_those_with_it_given() -> None:
     assert (found[0] - found[2]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_tall_matrices_that_start_at_zero_step_less_the_more_of_them_is_live(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("either_form")
+def test_tall_matrices_that_start_at_zero_step_less_the_more_of_them_is_live() -> None:
     """Adapters by a power of width over height; tables, of which batches touch few rows, hardly."""
-    if not compiled:
-        monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
-        monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
     plain = HorizonRule()
     shorter = HorizonRule(HorizonConfig(adapter_power=0.5))
     shorter.load_state_dict(plain.state_dict())

@@ -40,7 +40,8 @@ def step_(
             scale and smallest share of it, warm-up share and warm-up steps of the rule's schedule,
             start and gain of the trust, later gains in runs of unknown and known length, the margin
             in the latter, what it loses there where gradients grow, the power of the schedule that
-            weight decay follows, and whether it spares coordinates whose gradient is zero.
+            weight decay follows, whether it spares coordinates whose gradient is zero, and the
+            power of width over height by which tall matrices that start at zero step less.
         lr: multiplier of the updates; one on the GPU is not read back, and where it is 0 nothing
             changes.
         lr_scales: further multiplier of each tensor.

@@ -85,6 +85,5 @@ class KernelRule(UpdateRule):
             cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
             cfg.smallest_share, cfg.warmup_share, cfg.warmup_steps, cfg.trust_start,
             cfg.trust_gain, cfg.trust_later_gain, cfg.trust_known_gain, cfg.trust_margin,
-            cfg.trust_growth, cfg.decay_power, float(cfg.decay_live),
-            cfg.adapter_power,
+            cfg.trust_growth, cfg.decay_power, float(cfg.decay_live), cfg.adapter_power,
         )  # fmt: skip
