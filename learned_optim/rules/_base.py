@@ -54,6 +54,9 @@ class UpdateRule(ConfiguredModule):
     network_state: ClassVar[tuple[str, ...]] = ()
     #: State entries of whole tensors, ``(m, k)``; all others are per coordinate.
     tensor_state: ClassVar[tuple[str, ...]] = ()
+    #: State entries that are matrices of a tensor, as ``(r, r)``. Each has its own shape and dtype,
+    #: and :meth:`init_state` leaves it out for tensors without it.
+    matrix_state: ClassVar[tuple[str, ...]] = ()
     #: Every coordinate is treated alike and alone: an update does not depend on which tensor a
     #: coordinate belongs to. Promised, and tested.
     coordinatewise: ClassVar[bool] = True
