@@ -7,12 +7,17 @@ import torch
 
 from learned_optim.meta.baselines import (
     BASELINES,
+    OUTER,
     MuonAdamW,
     make_baseline,
+    mark_outer,
     warmup_cosine,
     warmup_linear,
     why_missing,
 )
+from learned_optim.meta.seeding import seeded
+from learned_optim.meta.tasks import build_tasks
+from learned_optim.meta.tasks.vision_transformer import VisionTransformer
 
 
 def descend(name: str, lr: float, steps: int) -> tuple[torch.nn.Parameter, list[float]]:
@@ -73,28 +78,86 @@ def test_nadamw_is_nesterovs_adam_with_decay() -> None:
         assert param.item() == pytest.approx(theta, rel=1e-6)
 
 
-def test_muon_has_the_matrices_and_adamw_the_rest() -> None:
-    matrix, vector, filters = (
-        torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (6,), (2, 3, 3, 3))
+def test_muon_steps_hidden_matrices_and_adamw_the_rest() -> None:
+    """Kernels are matrices of one row per output channel; both parts decay by 0.01."""
+    matrix, vector, filters, table = (
+        torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (6,), (3, 2, 3, 3), (5, 2))
     )
-    optimizer = MuonAdamW([matrix, vector, filters], 0.1)
-    muon, adamw = optimizer.parts
-    assert muon.param_groups[0]["params"] == [matrix]
-    assert adamw.param_groups[0]["params"] == [vector, filters]
-    before = matrix.detach().clone()
-    for p in (matrix, vector, filters):
+    setattr(table, OUTER, True)
+    everything = [matrix, vector, filters, table]
+    optimizer = MuonAdamW(everything, 0.1)
+    before = [p.detach().clone() for p in everything]
+    for p in everything:
         p.grad = torch.randn_like(p)
     optimizer.step()
-    # match_rms_adamw: 0.2 lr sqrt(6) times a nearly orthogonal 4x6 matrix, whose RMS is 1/sqrt(6).
-    moved = (matrix - before * (1 - 0.1 * 0.1)).square().mean().sqrt().item()
-    assert moved == pytest.approx(0.2 * 0.1, rel=0.2)
-    assert set(optimizer.state) == {matrix, vector, filters}
+    for p, old in ((matrix, before[0]), (filters, before[2])):
+        step = (p - old * (1 - 0.1 * 0.01)).flatten(1)
+        # match_rms_adamw: 0.2 lr sqrt(largest side) times a nearly orthogonal matrix.
+        spectrum = torch.linalg.svdvals(step) / (0.2 * 0.1 * max(step.shape) ** 0.5)
+        assert spectrum.min() > 0.5
+        assert spectrum.max() < 1.5
+    for p, old in ((vector, before[1]), (table, before[3])):  # AdamW's first step is a sign
+        torch.testing.assert_close(p, old * (1 - 0.1 * 0.01) - 0.1 * p.grad.sign())
+
+
+def test_outer_parameters_of_the_field() -> None:
+    """Embeddings, output layers and the first convolution, whatever the network."""
+    wanted = {
+        "char-lm-gru": {"embed.weight", "head.weight"},
+        "char-lm-tied": {"embed.weight", "place.weight"},
+        "lora-lm": set(),
+        "skip-gram": {"words.weight", "contexts.weight"},
+        "adversarial-pair": {"generator.4.weight", "discriminator.4.weight"},
+        "regression": {"2.weight"},
+    }
+    for name, outer in wanted.items():
+        task = build_tasks(name).sample(seeded(0))
+        params = {n: torch.nn.Parameter(p) for n, p in task.init(seeded(1)).items()}
+        mark_outer(params, task.module)
+        assert {n for n, p in params.items() if hasattr(p, OUTER)} == outer, name
+    network = VisionTransformer(3, 32, 10)
+    params = dict(network.named_parameters())
+    mark_outer(params, network)
+    marked = {n for n, p in params.items() if hasattr(p, OUTER) and p.dim() > 1}
+    assert marked == {"embed.weight", "place", "head.weight"}
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Linear(4, 2)
+    )
+    params = dict(network.named_parameters())
+    mark_outer(params, network)
+    assert {n for n, p in params.items() if hasattr(p, OUTER)} == {"0.weight", "2.weight"}
+
+
+def test_soap_is_adam_in_the_eigenbasis_of_past_gradients() -> None:
+    """Adam's first step is a sign: here between rotations by the first gradient's eigenvectors."""
+    param = torch.nn.Parameter(torch.zeros(3, 3))
+    first, second = torch.randn(2, 3, 3, generator=seeded("soap"))
+    optimizer = make_baseline("soap", [param], 0.1, 10)
+    param.grad = first.clone()
+    optimizer.step()
+    assert not param.any()
+    param.grad = second.clone()
+    optimizer.step()
+    left, right = (torch.linalg.eigh(m).eigenvectors for m in (first @ first.T, first.T @ first))
+    turned = left @ (left.T @ second @ right).sign() @ right.T
+    torch.testing.assert_close(param.detach(), -0.1 * turned * (1 - 0.1 * 0.01), rtol=0, atol=1e-4)
+
+
+def test_average_is_of_the_last_fifth() -> None:
+    param, seen = torch.nn.Parameter(torch.ones(2)), []
+    optimizer = make_baseline("adamw-average", [param], 0.1, 10)
+    for _ in range(10):
+        param.grad = torch.ones(2)
+        optimizer.step()
+        seen.append(param.detach().clone())
+    optimizer.eval()
+    torch.testing.assert_close(param.detach(), torch.stack(seen[-3:]).mean(0))
 
 
 def test_every_optional_package_is_in_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     needing = [name for name, found in BASELINES.items() if found.package]
     assert {BASELINES[name].package for name in needing} == {
-        "dadaptation", "prodigyopt", "schedulefree",
+        "dadaptation", "prodigyopt", "pytorch_optimizer", "schedulefree",
     }  # fmt: skip
     for name in needing:
         assert why_missing(name) is None

@@ -485,7 +485,7 @@ def test_tiny_data_is_refused() -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "evaluate", "--suite", "field", "--quick", "--checkpoints", "--tasks", "regression",
-        "--baselines", "adam-1e-3", "muon-1e-3", "--output", str(tmp_path / "out"),
+        "--baselines", "adam-1e-3", "muon-cosine-2e-2", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     assert main(command) == 0
     captured = capsys.readouterr()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from learned_optim._discovery import unknown_name
 
@@ -39,12 +40,14 @@ class Baseline:
         schedule: factor of the learning rate by progress; ``None`` leaves it constant.
         lr: the learning rate of a rival that claims to need no tuning; ``None``: tuned per task.
         package: an optional package that it needs, of the ``baselines`` extra.
+        settings: identifies constants in logs of runs, where they differ from another definition.
     """
 
     make: Make
     schedule: Schedule | None = None
     lr: float | None = None
     package: str | None = None
+    settings: str = ""
 
 
 def warmup_cosine(progress: float, warmup: float = WARMUP) -> float:
@@ -68,41 +71,109 @@ def _nadamw_schedule(progress: float) -> float:
     return warmup_cosine(progress, 0.02)
 
 
-class MuonAdamW(Optimizer):
-    """Muon (Jordan et al. 2024) for matrices, AdamW for all other parameters.
+#: The mark of parameters that Muon leaves to AdamW, as Megatron names it.
+OUTER = "is_embedding_or_output_parameter"
 
-    ``torch.optim.Muon`` takes two-dimensional parameters alone. Embedding tables and output layers
-    are matrices too, and nothing tells them from others here.
+
+def mark_outer(params: dict[str, Tensor], module: nn.Module | None = None) -> None:
+    """Mark embeddings, output layers and the first convolution, which Muon leaves to AdamW.
+
+    The output layer is the last matrix, unless ``module.output_layers`` names others.
+
+    Args:
+        params: the parameters by name, in the module's order.
+        module: the network. Its embedding tables, layers named ``embed`` and matrices held by no
+            layer (tables of positions) count as embeddings.
+    """
+    matrices = [name for name, p in params.items() if p.dim() >= 2]
+    outer = set(getattr(module, "output_layers", matrices[-1:]))
+    outer.update([name for name in matrices if params[name].dim() > 2][:1])
+    outer.update(name for name in matrices if "embed" in name)
+    for path, part in module.named_modules() if module is not None else ():
+        if isinstance(part, nn.Embedding) or any(part.children()):
+            own = (name for name, _ in part.named_parameters(recurse=False))
+            outer.update(f"{path}.{name}".lstrip(".") for name in own)
+    for name in outer & set(params):
+        setattr(params[name], OUTER, True)
+
+
+class MuonAdamW(Optimizer):
+    """Muon (Jordan et al. 2024) for hidden matrices, AdamW for all other parameters.
+
+    Parameters marked by :func:`mark_outer` go to AdamW. Kernels of convolutions are matrices of
+    one row per output channel. Both parts have AdamW's weight decay of 0.01.
 
     Args:
         params: the parameters.
-        lr: learning rate of both.
+        lr: learning rate of the matrices.
+        adamw_lr: learning rate of the rest; ``lr`` if not given.
+        betas: of AdamW.
         adjust_lr_fn: ``"match_rms_adamw"`` gives Muon's updates the size of AdamW's (Liu et al.
             2025), so that one learning rate suits both; ``None`` is Muon's own convention.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, adjust_lr_fn: str | None = "match_rms_adamw"
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        adamw_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adjust_lr_fn: str | None = "match_rms_adamw",
     ) -> None:
         params = list(params)
         super().__init__(params, {"lr": lr})
-        matrices = [p for p in params if p.dim() == 2]
-        others = [p for p in params if p.dim() != 2]
+        hidden = [p for p in params if p.dim() >= 2 and not getattr(p, OUTER, False)]
+        #: Each hidden parameter as a matrix that shares its memory.
+        self.matrices = [(p, p.detach().view(len(p), -1)) for p in hidden]
         self.parts: list[Optimizer] = []
-        if matrices:
+        if hidden:
             muon: Any = torch.optim.Muon  # older versions of torch have none
-            self.parts.append(muon(matrices, lr=lr, adjust_lr_fn=adjust_lr_fn))
+            flat = [matrix for _, matrix in self.matrices]
+            self.parts.append(muon(flat, lr=lr, weight_decay=0.01, adjust_lr_fn=adjust_lr_fn))
+        others = [p for p in params if all(p is not q for q in hidden)]
         if others:
-            self.parts.append(torch.optim.AdamW(others, lr=lr))
+            lr = lr if adamw_lr is None else adamw_lr
+            self.parts.append(torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=0.01))
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else closure()
+        for p, matrix in self.matrices:
+            matrix.grad = None if p.grad is None else p.grad.view_as(matrix)
         for part in self.parts:
             part.step()
-        for part in self.parts:
             self.state.update(part.state)
         return loss
+
+
+class AdamWAverage(torch.optim.AdamW):
+    """AdamW that averages the weights over the last fifth of a run (Polyak and Juditsky 1992).
+
+    Training goes on from AdamW's own weights; :meth:`eval` puts the averages in their place.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, total_steps: int) -> None:
+        super().__init__(params, lr=lr)
+        self._first, self._taken, self._averages = math.ceil(0.8 * total_steps), 0, list[Tensor]()
+        self.register_step_post_hook(AdamWAverage._collect)
+
+    @torch.no_grad()
+    def _collect(self, *args: Any) -> None:
+        self._taken += 1
+        if self._taken < self._first:
+            return
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self._averages:
+            self._averages = [p.clone() for p in params]
+        else:
+            get_swa_multi_avg_fn()(self._averages, params, self._taken - self._first)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Replace the weights by their averages."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p, average in zip(params, self._averages, strict=bool(self._averages)):
+            p.copy_(average)
 
 
 def _sgd(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
@@ -137,8 +208,18 @@ def _muon(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
     return MuonAdamW(params, lr)
 
 
-def _muon_default(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    return MuonAdamW(params, lr, adjust_lr_fn=None)
+def _muon_author(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    return MuonAdamW(params, lr, adamw_lr=3e-4, betas=(0.9, 0.95), adjust_lr_fn=None)
+
+
+def _soap(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+    from pytorch_optimizer import SOAP
+
+    # The constants of Vyas et al. 2024; vectors have no eigenbasis. Its first step only observes.
+    optimizer: Optimizer = SOAP(
+        params, lr=lr, betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10
+    )
+    return optimizer
 
 
 def _schedule_free(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
@@ -164,22 +245,24 @@ def _dadapt_adam(params: list[Tensor], lr: float, total_steps: int) -> Optimizer
     return optimizer
 
 
-_TUNED: dict[str, Make] = {
-    "sgd": _sgd,
-    "nesterov": _nesterov,
-    "rmsprop": _rmsprop,
-    "adam": _adam,
-    "adamw": _adamw,
-    "muon": _muon,
+_TUNED: dict[str, Baseline] = {
+    "sgd": Baseline(_sgd),
+    "nesterov": Baseline(_nesterov),
+    "rmsprop": Baseline(_rmsprop),
+    "adam": Baseline(_adam),
+    "adamw": Baseline(_adamw),
+    "muon": Baseline(_muon, settings="hidden, decay 0.01"),
+    "soap": Baseline(_soap, package="pytorch_optimizer"),
 }
 
 #: Every hand-written optimizer by name; what is not said is at its class's default.
 BASELINES: dict[str, Baseline] = {
     # Tuned per task, each with three schedules.
-    **{name: Baseline(make) for name, make in _TUNED.items()},
-    **{f"{name}-cosine": Baseline(make, warmup_cosine) for name, make in _TUNED.items()},
-    **{f"{name}-linear": Baseline(make, warmup_linear) for name, make in _TUNED.items()},
+    **_TUNED,
+    **{f"{name}-cosine": replace(b, schedule=warmup_cosine) for name, b in _TUNED.items()},
+    **{f"{name}-linear": replace(b, schedule=warmup_linear) for name, b in _TUNED.items()},
     "schedulefree": Baseline(_schedule_free, package="schedulefree"),
+    "adamw-average": Baseline(AdamWAverage, warmup_cosine),
     # At their authors' constants.
     "adam-1e-3": Baseline(_adam, lr=1e-3),
     "adamw-cosine-1e-3": Baseline(_adamw, warmup_cosine, lr=1e-3),
@@ -191,7 +274,9 @@ BASELINES: dict[str, Baseline] = {
     "prodigy-cosine": Baseline(_prodigy, _cosine, lr=1.0, package="prodigyopt"),
     # Defazio and Mishchenko 2023.
     "dadapt-adam": Baseline(_dadapt_adam, lr=1.0, package="dadaptation"),
-    "muon-1e-3": Baseline(_muon_default, lr=1e-3),
+    # Its README's rates: 0.02, and 3e-4 for AdamW's part.
+    "muon-cosine-2e-2": Baseline(_muon_author, warmup_cosine, lr=2e-2),
+    "soap-cosine-3e-3": Baseline(_soap, warmup_cosine, lr=3e-3, package="pytorch_optimizer"),
 }
 
 
@@ -209,7 +294,7 @@ def baseline(name: str) -> Baseline:
 def why_missing(name: str) -> str | None:
     """What a baseline needs that is not installed, with the remedy; ``None`` if nothing."""
     found = baseline(name)
-    if found.make in (_muon, _muon_default) and not hasattr(torch.optim, "Muon"):
+    if found.make in (_muon, _muon_author) and not hasattr(torch.optim, "Muon"):
         return f"the baseline {name!r} needs torch.optim.Muon: torch 2.9 or later"
     package = found.package
     if package is None:

@@ -47,10 +47,9 @@ STRETCHES = 100
 #: Rivals that need no tuning, each at its authors' constants.
 UNTUNED = tuple(name for name, found in BASELINES.items() if found.lr is not None)
 #: Rivals that the quick tier leaves out, for they are close relatives of others.
-NOT_QUICK = ("prodigy", "dadapt-adam")
-#: Rivals that are tuned per task: in the whole field, and in the quick tier.
-TUNED = ("adamw-cosine", "adamw-linear", "muon-cosine", "schedulefree")
-TUNED_QUICK = ("adamw-cosine",)
+NOT_QUICK = ("prodigy", "dadapt-adam", "muon-cosine-2e-2", "soap-cosine-3e-3")
+#: Rivals that are tuned per task.
+TUNED = ("adamw-cosine", "adamw-linear", "muon-cosine", "soap-cosine", "schedulefree")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class FieldConfig:
     baselines: tuple[str, ...] = ()
     """Rivals, tuned and untuned; the tier's usual ones if not given."""
     quick: bool = False
-    """The quick tier: fewer steps, seeds and tuned rivals."""
+    """The quick tier: fewer steps, seeds and rivals."""
     seeds: int = 0
     """Test seeds; 3, or 2 in the quick tier, if not given."""
     tuning_seeds: int = 1
@@ -86,11 +85,11 @@ class FieldConfig:
 
     def filled(self) -> FieldConfig:
         """This configuration with the tier's usual values where nothing is given."""
-        quick = (*TUNED_QUICK, *(name for name in UNTUNED if name not in NOT_QUICK))
+        left_out = NOT_QUICK if self.quick else ()
         return replace(
             self,
             tasks=self.tasks or tuple(field_tasks()),
-            baselines=self.baselines or (quick if self.quick else (*TUNED, *UNTUNED)),
+            baselines=self.baselines or tuple(b for b in (*TUNED, *UNTUNED) if b not in left_out),
             seeds=self.seeds or (2 if self.quick else 3),
         )
 

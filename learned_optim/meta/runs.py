@@ -22,8 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from learned_optim.meta.baselines import make_baseline
+from learned_optim.meta.baselines import baseline, make_baseline, mark_outer
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.statistics import finite
@@ -108,7 +109,9 @@ def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> lis
         found.append(OptimizerSpec(label, "learned", path, rule.fingerprint(), rule.reads_horizon))
     for name in baselines:
         make_baseline(name, [torch.zeros(1)], lr=1.0, total_steps=1)  # fails now if it ever does
-        found.append(OptimizerSpec(name, "baseline", name, name))
+        settings = baseline(name).settings
+        identity = f"{name} ({settings})" if settings else name
+        found.append(OptimizerSpec(name, "baseline", name, identity))
     return found
 
 
@@ -201,6 +204,7 @@ def train(
     generator = seeded(phase, name, seed)
     task = family.sample(generator)
     params: Params = {n: torch.nn.Parameter(p) for n, p in task.init(generator).items()}
+    mark_outer(params, getattr(task, "module", None))
     optimizer = make(list(params.values()), steps)
     losses: list[float] = []
     seconds = optimizer_seconds = 0.0
@@ -229,11 +233,9 @@ def train(
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Size of the tensors in an optimizer's state, each storage counted once."""
-    tensors = [
-        t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)
-    ]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    leaves = tree_leaves([dict(state) for state in optimizer.state.values()])
+    storages = [t.untyped_storage() for t in leaves if torch.is_tensor(t)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 @contextmanager

@@ -39,6 +39,8 @@ def sliced_distance(a: Tensor, b: Tensor, directions: int = 16) -> Tensor:
 class Pair(nn.Module):
     """A generator from noise ``(n, 8)`` to points ``(n, 2)``, and a discriminator of points."""
 
+    output_layers = ("generator.4.weight", "discriminator.4.weight")
+
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.generator = nn.Sequential(

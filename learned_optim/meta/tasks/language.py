@@ -134,6 +134,8 @@ class TransformerModel(nn.Module):
 class TiedTransformer(nn.Module):
     """A decoder-only transformer whose output layer is its embedding table, of deviation 0.02."""
 
+    output_layers = ()  # none of its own
+
     def __init__(
         self, vocabulary: int, width: int = 64, depth: int = 2, heads: int = 4, length: int = LENGTH
     ) -> None:
