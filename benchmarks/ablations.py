@@ -3,9 +3,9 @@
     python -m benchmarks.ablations [--workers 2]   # an hour on two cores; $LEARNED_OPTIM_DATA
 
 Every variant is trained from weights that do nothing, by the same number of meta-steps of evolution
-strategies on the mixture of `general-4` to `general-6`; *first order* by truncated backpropagation
-on the mixture of `general-2`, whose tasks it needs. All are held against tuned AdamW on validation
-tasks of the former. Only MNIST's meta half and synthetic data are read. Finished trainings are kept
+strategies on the mixture of `diagonal`; *first order* by truncated backpropagation on the mixture
+of `coordinatewise`, whose tasks it needs. All are held against tuned AdamW on validation tasks of
+the former. Only MNIST's meta half and synthetic data are read. Finished trainings are kept
 in runs/ablations/; the figures go to docs/results/ablations.json and from there into the results.
 """
 
@@ -31,7 +31,7 @@ from learned_optim.meta.evolution_tasks import RunSource
 from learned_optim.meta.evolution_validation import references
 from learned_optim.meta.evolution_weights import initial_weights
 from learned_optim.meta.populations import Draw, fitness, roll
-from learned_optim.meta.recipes import EvolutionRecipe, general_2_fast, general_4
+from learned_optim.meta.recipes import EvolutionRecipe, coordinatewise, diagonal
 from learned_optim.meta.references import Reference, best_score
 from learned_optim.meta.statistics import interval
 from learned_optim.rules import rule_for
@@ -43,14 +43,14 @@ FOLDER = Path("runs") / "ablations"
 SEEDS = (0, 1, 2)
 VALIDATION_TASKS = 32
 LARGEST_EXCESS = 1.5  # in log loss, that a task counts at most
-PLAIN, TRUSTING = HorizonConfig(), general_4.RECIPE.rule
+PLAIN, TRUSTING = HorizonConfig(), diagonal.RECIPE.rule
 RECIPE = EvolutionRecipe(
-    rule=TRUSTING, task=general_4.RECIPE.task, meta_steps=40, meta_lr=1e-2, meta_lr_final=1e-3,
+    rule=TRUSTING, task=diagonal.RECIPE.task, meta_steps=40, meta_lr=1e-2, meta_lr_final=1e-3,
     tasks_per_meta_step=5, pairs=3, sigma=0.05,
 )  # fmt: skip
 #: Truncated backpropagation for about as long.
 FIRST_ORDER = replace(
-    general_2_fast.RECIPE, rule=TRUSTING, start=None, start_share=0.0, epochs=2, runs_per_epoch=60,
+    coordinatewise.RECIPE, rule=TRUSTING, coordinates=None, epochs=2, runs_per_epoch=60,
     validation_runs=4, test_runs=2,
 )  # fmt: skip
 # Inputs of the network that only the clock and the shape determine: all others are measured.

@@ -38,8 +38,6 @@ KINDS: dict[str, tuple[str, float, float | None]] = {
     "lr=0.1": ("default", 0.1, None),
     "lr=0.03": ("default", 0.03, None),
     "no decay": ("default", 1.0, 0.0),
-    "general-6": ("general-6", 1.0, None),
-    "general-5": ("general-5", 1.0, None),
 }
 After = Callable[[], object]
 Make = Callable[[list[nn.Parameter], int], tuple[Optimizer, After]]

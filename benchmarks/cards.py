@@ -24,7 +24,7 @@ from learned_optim.summary import table
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: Checkpoints with whole reports: the default, and the one that it was trained from.
-IN_FULL = (ALIASES["default"], "general-3")
+IN_FULL = (ALIASES["default"],)
 
 
 def shipped() -> list[str]:

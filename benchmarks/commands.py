@@ -52,7 +52,7 @@ SHORTER = {
     "learned-optim train": f"{_TINY} --horizon 10 --truncation 5",
     "learned-optim train my-recipe.toml": _TINY,
     "learned-optim train log-loss.toml": _TINY,
-    "learned-optim train general-4": _EVOLVE,
+    "learned-optim train diagonal": _EVOLVE,
     "learned-optim train --schema": "",
     "learned-optim search": _SEARCH,
     "learned-optim evaluate": _EVALUATE,

@@ -29,7 +29,7 @@ NETWORKS: dict[str, tuple[list[tuple[int, ...]], int]] = {
 
 
 def rules() -> dict[str, UpdateRule]:
-    """The thesis's network, and that of `general-2`, with weights that were never trained."""
+    """The thesis's network, and that of `coordinatewise`, with weights that were never trained."""
     units = {"hidden_size": 16, "slow_beta": 0.99, "square_beta": 0.99, "direct": True}
     return {
         "lstm, 2 x 20 units": fresh("lstm"),

@@ -32,7 +32,7 @@ def measure() -> dict[str, Any]:
         summary = json.loads((RESULTS / f"{group}.json").read_text())
         tuned = summary["tasks"][task]["horizons"][str(STEPS)]["optimizers"]["adam"]["lr"]
         found[task] = {"adam_lr": tuned, "optimizers": {}}
-        for who in optimizer_specs(("default", "general-2", "general-2-fast"), ("adam",)):
+        for who in optimizer_specs(("default", "coordinatewise"), ("adam",)):
             base = tuned if who.kind == "baseline" else 1.0
             means, spreads = [], []
             for factor in FACTORS:

@@ -103,7 +103,7 @@ def _many(rule: str) -> Callable[[dict[str, Any]], float]:
 
 def _fast_rule(found: dict[str, Any]) -> str:
     """The cheap checkpoint, or its rule before it is trained."""
-    names = ("general-2-fast", "steered (untrained)")
+    names = ("coordinatewise",)
     return next(name for name in names if name in found["checkpoints"])
 
 

@@ -36,7 +36,7 @@ ALL = ("sgd", "nesterov", "rmsprop", "adam", "adamw", "schedulefree")
 FOUR = ("sgd", "nesterov", "rmsprop", "adam")
 
 #: The general-purpose checkpoints.
-GENERAL = ("general-8", "general-2", "general-2-fast")
+GENERAL = ("diagonal", "coordinatewise")
 EVERY = (*GENERAL, "mnist")
 
 GROUPS = {

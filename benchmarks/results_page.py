@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations import table as ablations_table
-from benchmarks.closed_form import table as closed_form_table
 from benchmarks.light_bench import table as light_bench_table
 from benchmarks.on_field import NOT_MEASURED
 from benchmarks.unknown_length import table as unknown_length_table
@@ -58,7 +57,6 @@ def page(groups: Iterable[str]) -> str:
         text = text.replace(f"{{field-{name}}}", body)
     text = text.replace("{lightbench}", light_bench_table())
     text = text.replace("{unknown-length}", unknown_length_table())
-    text = text.replace("{closed-form}", closed_form_table())
     text = text.replace("{widths}", widths_table())
     text = text.replace("{ablations}", ablations_table())
     text = text.replace("{warmup}", _warmup())

@@ -41,8 +41,7 @@ def optimizers(lr: float) -> dict[str, Callable[[Iterable[Tensor]], torch.optim.
         "adam, foreach": lambda params: torch.optim.Adam(params, lr=lr, foreach=True),
         "adam, fused": lambda params: torch.optim.Adam(params, lr=lr, fused=True),
         "default": lambda params: LearnedOptimizer(params, total_steps=STEPS),
-        "general-2": lambda params: LearnedOptimizer(params, "general-2", warmup=0),
-        "general-2-fast": lambda params: LearnedOptimizer(params, "general-2-fast", warmup=0),
+        "coordinatewise": lambda params: LearnedOptimizer(params, "coordinatewise", warmup=0),
     }
 
 

@@ -25,7 +25,7 @@ from learned_optim.meta.data import DataOptions
 from learned_optim.meta.runs import train
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "results" / "warmup.json"
-CHECKPOINTS = ("general-2", "general-2-fast")
+CHECKPOINTS = ("coordinatewise",)
 TASKS = (*NETWORKS, *(f"{name}-torch" for name in NETWORKS), "digits", "digits-torch", "regression")
 WARMUPS, HORIZONS, SEEDS = (0, 20, 50), (100, 200), 3
 

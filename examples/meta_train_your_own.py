@@ -114,7 +114,7 @@ def main() -> None:
     print("tuning Adam and AdamW, and comparing ...", file=sys.stderr)
 
     config = EvaluateConfig(
-        checkpoints=(str(trained.path), "general-2-fast"),  # and one that ships, of the same rule
+        checkpoints=(str(trained.path), "coordinatewise"),  # and one that ships, of the same rule
         tasks=("network",),
         baselines=("adam", "adamw"),
         horizons=(args.steps,),

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 #: Directions by rule. A rule of another kind has them numbered.
 DIRECTION_NAMES = {
     "horizon": ("fast", "slow", "gradient", "cautious"),
-    "closed_form": ("fast", "slow", "gradient", "cautious"),
-    "steered": ("fast", "slow", "gradient", "fast_by_tensor", "slow_by_tensor", "fast_slow"),
     "equivariant": ("fast", "slow", "gradient"),
     "lstm": ("update",),
 }

@@ -2,8 +2,8 @@
 
 The header's metadata holds ``format``, ``format_version``, ``rule`` (registered name), ``config``
 (JSON), ``record`` (JSON: recipe, seed, commit, figures) and ``sha256``, a digest of everything
-else in the file. Files of format version 1 have no digest, and are read as well. The same rule and
-record always give the same bytes. Nothing is ever unpickled. A rule keeps the dtype of its tensors.
+else in the file. The same rule and record always give the same bytes. Nothing is ever unpickled.
+A rule keeps the dtype of its tensors.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from learned_optim.rules import UpdateRule, build_rule, rule_names
 
 FORMAT = "learned_optim"
 FORMAT_VERSION = 2
-#: Version 1 lacks the digest.
-READABLE_VERSIONS = (1, 2)
 
 #: The best checkpoint so far of a run folder.
 BEST_FILE = "best.safetensors"
@@ -175,7 +173,7 @@ def save_rule(
         "config": json.dumps(rule.config_dict(), sort_keys=True),
         "record": as_json(record or {}),
     }
-    metadata["sha256"] = _digest(metadata, tensors)
+    metadata["sha256"] = content_digest(metadata, tensors)
     content = _safetensors(metadata, tensors)
     write_atomically(path, lambda temporary: _write(temporary, content))
 
@@ -206,7 +204,7 @@ def _safetensors(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over everything that a checkpoint says, the digest itself excepted."""
     said = {key: value for key, value in metadata.items() if key != "sha256"}
     form = {name: [DTYPES[t.dtype], list(t.shape)] for name, t in tensors.items()}
@@ -267,13 +265,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
             f"format={metadata.get('format')!r}"
         )
     version = metadata.get("format_version", "")
-    if version not in map(str, READABLE_VERSIONS):
+    if version != str(FORMAT_VERSION):
         raise CheckpointError(
             f"{path} has checkpoint format version {version!r} and this release reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}: pip install --upgrade learned-optim"
+            f"{FORMAT_VERSION}: pip install --upgrade learned-optim"
         )
     try:
-        _check_intact(version, metadata, tensors)
+        _check_intact(metadata, tensors)
         if metadata["rule"] not in rule_names():
             raise ValueError(
                 f"{unknown_name('update rule', metadata['rule'], rule_names())}. A rule of your "
@@ -303,8 +301,8 @@ def _check_finite(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be finite, got {value}")
 
 
-def _check_intact(version: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Hold a file against its own digest; files of version 1 have none.
+def _check_intact(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Hold a file against its own digest.
 
     Raises:
         CheckpointError: it differs, or the file has a tensor that no rule has.
@@ -312,9 +310,7 @@ def _check_intact(version: str, metadata: Mapping[str, str], tensors: Mapping[st
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{name} has dtype {tensor.dtype}, in which no rule computes")
-    if version == "1":
-        return
-    if metadata.get("sha256") != _digest(metadata, tensors):
+    if metadata.get("sha256") != content_digest(metadata, tensors):
         raise CheckpointError(
             "the file is damaged: its content does not have the digest that its header states. "
             "Copy or download it again"

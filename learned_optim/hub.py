@@ -18,7 +18,6 @@ from learned_optim._card import model_card, plot_curves
 from learned_optim.checkpoint import (
     FORMAT,
     FORMAT_VERSION,
-    READABLE_VERSIONS,
     CheckpointError,
     save_rule,
 )
@@ -144,11 +143,10 @@ def _check_config(hub_id: str, path: Path) -> None:
             f"the Hub repository {hub_id!r} is no learned_optim rule: its {CONFIG_FILE} says "
             f"format={found[0]!r}"
         )
-    if found[1] not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+    if found[1] != FORMAT_VERSION:
         raise CheckpointError(
             f"the Hub repository {hub_id!r} has checkpoint format version {found[1]} and this "
-            f"release reads {readable}: pip install --upgrade learned-optim"
+            f"release reads {FORMAT_VERSION}: pip install --upgrade learned-optim"
         )
 
 

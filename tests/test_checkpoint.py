@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 
 import learned_optim
 from learned_optim import CheckpointError, list_pretrained, load_record, load_rule, save_rule
-from learned_optim.checkpoint import check_writable, write_atomically
+from learned_optim.checkpoint import (
+    DTYPES,
+    FORMAT_VERSION,
+    check_writable,
+    content_digest,
+    write_atomically,
+)
 from learned_optim.rules import UpdateRule, rule_names
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
@@ -48,13 +54,14 @@ def good(tmp_path: Path) -> Path:
 
 
 def rewritten(good: Path, **changes: str) -> Path:
-    """The checkpoint as a file of format version 1, with entries of its metadata replaced."""
+    """The checkpoint with entries of its metadata replaced, and a digest that fits."""
     rule = load_rule(good)
     metadata = {
-        "format": "learned_optim", "format_version": "1", "rule": "lstm",
-        "config": json.dumps(rule.config_dict()), "record": "{}",
+        "format": "learned_optim", "format_version": str(FORMAT_VERSION), "rule": "lstm",
+        "config": json.dumps(rule.config_dict()), "record": "{}", **changes,
     }  # fmt: skip
-    save_file(rule.state_dict(), good, {**metadata, **changes})
+    tensors = dict(rule.state_dict())
+    save_file(tensors, good, {"sha256": content_digest(metadata, tensors), **metadata})
     return good
 
 
@@ -80,15 +87,15 @@ def test_foreign_safetensors(tmp_path: Path) -> None:
 
 
 def test_newer_format(good: Path) -> None:
-    with pytest.raises(CheckpointError, match="version '3' and this release reads 1 and 2: pip"):
+    with pytest.raises(CheckpointError, match="version '3' and this release reads 2: pip"):
         load_rule(rewritten(good, format_version="3"))
 
 
-def test_version_1_has_no_digest_and_loads(good: Path) -> None:
+def test_a_file_without_its_digest_is_refused(good: Path) -> None:
     rule = load_rule(good)
     assert load_rule(rewritten(good)).fingerprint() == rule.fingerprint()
     with pytest.raises(CheckpointError, match=r"good\.safetensors: the file is damaged"):
-        load_rule(rewritten(good, format_version="2"))
+        load_rule(rewritten(good, sha256=""))
 
 
 def test_same_rule_and_record_give_the_same_bytes(good: Path, tmp_path: Path) -> None:
@@ -113,10 +120,7 @@ SHIPPED = sorted((Path(learned_optim.__file__).parent.parent / "pretrained").glo
 def test_a_flipped_bit_of_a_shipped_file_is_noticed(path: Path, tmp_path: Path) -> None:
     """Somewhere in the header or in the weights: refused, or without consequence."""
     with safe_open(path, framework="pt") as file:
-        assert "sha256" in file.metadata(), (
-            f"{path.name} is of format version 1: save_rule(load_rule(path), path, "
-            f"load_record(path)) gives it a digest"
-        )
+        assert "sha256" in file.metadata()
     expected, content = load_rule(path).fingerprint(), path.read_bytes()
     copy = tmp_path / path.name
     draws = torch.Generator().manual_seed(0)
@@ -136,10 +140,16 @@ def test_a_flipped_bit_of_a_shipped_file_is_noticed(path: Path, tmp_path: Path) 
 
 
 def with_tensors(good: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
-    """The checkpoint, in format version 1, with every tensor changed."""
+    """The checkpoint with every tensor changed, and a digest that fits."""
     config = json.dumps(load_rule(good).config_dict())
-    metadata = {"format": "learned_optim", "format_version": "1", "rule": "lstm", "config": config}
-    save_file({name: change(t) for name, t in load_file(good).items()}, good, metadata)
+    metadata = {
+        "format": "learned_optim", "format_version": str(FORMAT_VERSION), "rule": "lstm",
+        "config": config,
+    }  # fmt: skip
+    tensors = {name: change(t) for name, t in load_file(good).items()}
+    if all(t.dtype in DTYPES for t in tensors.values()):
+        metadata["sha256"] = content_digest(metadata, tensors)
+    save_file(tensors, good, metadata)
     return good
 
 
@@ -188,12 +198,14 @@ CRAFTED = """
 import json, resource, sys, time
 from safetensors.torch import save_file
 from learned_optim import CheckpointError, load_rule
+from learned_optim.checkpoint import content_digest
 file, sizes, found = sys.argv[1], json.loads(sys.argv[2]), []
 for name in sys.argv[3:]:
     rule = load_rule(name)
     for size in sizes:
-        metadata = {"format": "learned_optim", "format_version": "1", "rule": rule.name}
+        metadata = {"format": "learned_optim", "format_version": "2", "rule": rule.name}
         metadata["config"] = json.dumps({**rule.config_dict(), **size})
+        metadata["sha256"] = content_digest(metadata, rule.state_dict())
         save_file(rule.state_dict(), file, metadata)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.process_time()
@@ -207,7 +219,7 @@ print(json.dumps(found))
 
 
 def test_sizes_are_compared_before_anything_is_built(tmp_path: Path) -> None:
-    crafted, names = tmp_path / "crafted.safetensors", ("mnist", "general", "general-fast")
+    crafted, names = tmp_path / "crafted.safetensors", ("mnist", "coordinatewise")
     sizes = [{"num_layers": 10**7}, {"hidden_size": 15_000}, {"hidden_size": 10**12}]
     source = str(Path(learned_optim.__file__).parent.parent)
     done = subprocess.run(
@@ -295,7 +307,7 @@ def test_missing_file_and_unknown_name(tmp_path: Path) -> None:
 def test_run_folders_are_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
-    rules = {name: random_rule(name) for name in ("lstm", "equivariant", "steered", "adam")}
+    rules = {name: random_rule(name) for name in ("lstm", "equivariant", "horizon", "adam")}
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in the folder .*mine"):
         load_rule(folder)
     save_rule(rules["adam"], folder / "best.safetensors")
@@ -304,8 +316,8 @@ def test_run_folders_are_checkpoints(tmp_path: Path) -> None:
     assert load_rule(folder).name == "lstm"
     save_rule(rules["equivariant"], folder / "mine.safetensors")
     assert load_rule(str(folder)).name == "equivariant"
-    save_rule(rules["steered"], folder / "model.safetensors")
-    assert load_rule(folder).name == "steered"
+    save_rule(rules["horizon"], folder / "model.safetensors")
+    assert load_rule(folder).name == "horizon"
     for name in ("mine", "model"):
         (folder / f"{name}.safetensors").rename(folder / f"{name}-copy.safetensors")
     with pytest.raises(FileNotFoundError, match=r"several checkpoints \(earlier.*name the file"):
@@ -417,7 +429,7 @@ def test_killed_write_leaves_the_old_file(good: Path) -> None:
     code = textwrap.dedent(
         f"""
         import os, signal
-        from learned_optim.checkpoint import check_writable, write_atomically
+        from learned_optim.checkpoint import write_atomically
         def die(path):
             path.write_bytes(b"half")
             os.kill(os.getpid(), signal.{signal.SIGKILL.name})

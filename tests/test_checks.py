@@ -209,7 +209,7 @@ def test_several_in_a_meta_step_have_buffers_and_masks_of_their_own(
     name: str, estimator: str
 ) -> None:
     """The meta-gradient of four is the mean of those of each alone, to float64 precision."""
-    rule = random_rule("steered", torch.float64)
+    rule = random_rule("equivariant", torch.float64)
 
     def build() -> nn.Module:
         # No bias: before batch norm, its gradient is rounding noise, which the rule enlarges.
@@ -254,7 +254,7 @@ def test_autograd_and_replay_agree_where_buffers_change_the_loss() -> None:
     def batches(generator: Generator) -> tuple[Tensor, Tensor]:
         return torch.randn(8, 3, generator=generator), torch.ones(8, 1)
 
-    rule = random_rule("steered", torch.float64)
+    rule = random_rule("equivariant", torch.float64)
     found = []
     for estimator in ("replay", "autograd"):
         task = ModuleTask(lambda: Drifting().double(), batches, nn.functional.mse_loss)

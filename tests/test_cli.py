@@ -109,9 +109,9 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
-        (TrainConfig, ["train", "general-2"]),
-        (EvolutionTrainConfig, ["train", "general-3"]),
-        (SearchConfig, ["search", "general-2"]),
+        (TrainConfig, ["train", "coordinatewise"]),
+        (EvolutionTrainConfig, ["train", "diagonal"]),
+        (SearchConfig, ["search", "coordinatewise"]),
         (EvaluateConfig, ["evaluate"]),
         (FieldConfig, ["evaluate", "--suite", "field"]),
     ],
@@ -154,7 +154,7 @@ def test_values_of_options_reach_every_level(tmp_path: Path) -> None:
 def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--print-completion", shell]) == 0
     script = capsys.readouterr().out
-    for word in ("evaluate", "--meta-lr", "--tuning-seeds", "general-2-fast", "nesterov"):
+    for word in ("evaluate", "--meta-lr", "--tuning-seeds", "coordinatewise", "nesterov"):
         assert word in script
     assert main(["--print-completion", "cmd"]) == 1
     assert "unknown shell 'cmd'; known: bash" in said(capsys)

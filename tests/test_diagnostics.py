@@ -15,7 +15,7 @@ from learned_optim.rules import State, StepContext, UpdateRule, rule_names
 from learned_optim.rules.horizon import HorizonRule
 from tests.conftest import random_rule
 
-SHIPPED = ("general-4", "general-3", "general-2", "general-2-fast", "mnist")
+SHIPPED = ("diagonal", "coordinatewise", "mnist")
 
 
 def network() -> nn.Module:
@@ -119,7 +119,7 @@ def test_gains_of_the_untrained_rule_are_its_schedule_and_scale() -> None:
 
 
 def test_schedule_follows_the_run() -> None:
-    model, optimizer = trained("general-3", 0, total_steps=100)
+    model, optimizer = trained("diagonal", 0, total_steps=100)
     optimizer.diagnose()
     factors = []
     for step in range(100):
@@ -129,7 +129,7 @@ def test_schedule_follows_the_run() -> None:
     assert factors[0] == pytest.approx(0.1, rel=0.01)  # a warm-up of ten steps
     assert max(factors) > 0.95
     assert factors[-1] == pytest.approx(0.01, abs=0.01)
-    _, warming = trained("general-2", 0)
+    _, warming = trained("coordinatewise", 0)
     warming.diagnose()
     for param in warming.param_groups[0]["params"]:
         param.grad = torch.ones_like(param)
@@ -138,7 +138,7 @@ def test_schedule_follows_the_run() -> None:
 
 
 def test_trust_starts_low_and_grows_where_gradients_agree() -> None:
-    model, optimizer = trained("general-4", 0)
+    model, optimizer = trained("diagonal", 0)
     optimizer.diagnose()
     found = []
     for _ in range(8):
@@ -151,9 +151,9 @@ def test_trust_starts_low_and_grows_where_gradients_agree() -> None:
 
 
 def test_recording_changes_no_step_and_copies_record_nothing() -> None:
-    plain, _ = trained("general-3", 6)
+    plain, _ = trained("diagonal", 6)
     model = network()
-    optimizer = LearnedOptimizer(model.parameters(), "general-3")
+    optimizer = LearnedOptimizer(model.parameters(), "diagonal")
     optimizer.diagnose()
     for step in range(6):
         backward(model, step)
@@ -186,7 +186,7 @@ def test_names_and_tensors_without_a_step() -> None:
 
 
 def test_weight_decay_and_maximize() -> None:
-    model, optimizer = trained("general-3", 3, weight_decay=10.0, maximize=True)
+    model, optimizer = trained("diagonal", 3, weight_decay=10.0, maximize=True)
     optimizer.diagnose()
     backward(model, 3)
     before = [p.detach().clone() for p in model.parameters()]

@@ -26,8 +26,8 @@ from learned_optim.meta.recipes import EvolutionRecipe, Recipe, load_recipe, rec
 from learned_optim.meta.recipes._evolution import MIXTURE_NAMES
 from learned_optim.pretrained import load_record
 from learned_optim.rules.classical import AdamConfig
+from learned_optim.rules.equivariant import EquivariantConfig
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
-from learned_optim.rules.steered import SteeredConfig
 
 SMALL = EvolutionRecipe(
     rule=HorizonConfig(hidden_size=3),
@@ -271,7 +271,7 @@ def test_no_finite_fitness_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_rules_can_be_trained(tmp_path: Path) -> None:
-    trainer = EvolutionTrainer(replace(SMALL, rule=SteeredConfig(hidden_size=2)), tmp_path)
+    trainer = EvolutionTrainer(replace(SMALL, rule=EquivariantConfig(hidden_size=2)), tmp_path)
     before = trainer.theta
     trainer.train()
     assert not torch.equal(before, trainer.theta)
@@ -334,7 +334,7 @@ def test_workers() -> None:
 
 
 def test_recipes(tmp_path: Path) -> None:
-    recipe = load_recipe("general-3")
+    recipe = load_recipe("diagonal")
     assert isinstance(recipe, EvolutionRecipe)
     assert (recipe.meta_steps, recipe.tasks_per_meta_step, recipe.pairs) == (500, 10, 3)
     assert (recipe.sigma, recipe.meta_lr, recipe.meta_lr_final) == (0.03, 8e-3, 5e-4)
@@ -370,10 +370,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = str(tmp_path / "run")
-    assert main(["train", "general-3", *TINY, "--folder", folder, "--references-only"]) == 0
+    assert main(["train", "diagonal", *TINY, "--folder", folder, "--references-only"]) == 0
     assert files(tmp_path / "run") == [".lock", "protocol.json", "recipe.json", "references.json"]
     output = tmp_path / "out.safetensors"
-    command = ["train", "general-3", *TINY, "--folder", folder, "--output", str(output)]
+    command = ["train", "diagonal", *TINY, "--folder", folder, "--output", str(output)]
     assert main([*command, "--tensorboard"]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -400,13 +400,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["train", "general-3", "--epochs", "3"], "--epochs does not apply to 'general-3'"),
+        (["train", "diagonal", "--epochs", "3"], "--epochs does not apply to 'diagonal'"),
         (
-            ["train", "general-3", "--no-against-adamw"],
-            "--no-against-adamw does not apply to 'general-3'",
+            ["train", "diagonal", "--no-against-adamw"],
+            "--no-against-adamw does not apply to 'diagonal'",
         ),
-        (["search", "general-3"], "search takes no recipe of evolution strategies"),
-        (["search", "general-3", "--help"], "search takes no recipe of evolution strategies"),
+        (["search", "diagonal"], "search takes no recipe of evolution strategies"),
+        (["search", "diagonal", "--help"], "search takes no recipe of evolution strategies"),
     ],
 )
 def test_errors_of_the_command(
@@ -422,11 +422,11 @@ def test_workers_must_be_positive() -> None:
 
 
 def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "general-3", "--help"]) == 0
+    assert main(["train", "diagonal", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--meta-steps INT" in shown
     assert "--epochs" not in shown
-    assert main(["train", "general-3", "--help-all"]) == 0
+    assert main(["train", "diagonal", "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--sigma FLOAT", "--warmup-share FLOAT", "--workers INT"))
 
@@ -434,25 +434,16 @@ def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 # ---- starting from a checkpoint
 
 
-def test_start_from_a_rule_with_fewer_inputs(tmp_path: Path) -> None:
-    """The old weights with zeros for the trust; other shapes and kinds are refused."""
+def test_start_from_a_rule_of_the_same_kind_and_size(tmp_path: Path) -> None:
     old = HorizonRule(HorizonConfig(hidden_size=3))
     for weight in old.parameters():
         torch.nn.init.normal_(weight)
     save_rule(old, tmp_path / "old.safetensors", {})
-    config = HorizonConfig(hidden_size=3, trust_start=-3.0, trust_gain=1.5)
-    recipe = replace(SMALL, rule=config, start=str(tmp_path / "old.safetensors"))
+    recipe = replace(SMALL, rule=old.config, start=str(tmp_path / "old.safetensors"))
     trainer = EvolutionTrainer(recipe, tmp_path / "run")
-    new = dict(trainer.kept().named_parameters())
-    for name, weight in old.named_parameters():
-        inputs = weight.shape[-1]
-        assert torch.equal(new[name][..., :inputs], weight)
-        assert not new[name][..., inputs:].any()
-    for rule, message in (
-        (HorizonConfig(hidden_size=4), "only further inputs can be added"),
-        (SteeredConfig(), "holds the rule 'horizon', not 'steered'"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    assert all(map(torch.equal, trainer.kept().parameters(), old.parameters()))
+    for rule in (HorizonConfig(hidden_size=4), EquivariantConfig()):
+        with pytest.raises(ValueError, match="must be of one kind and size"):
             EvolutionTrainer(replace(recipe, rule=rule), tmp_path / rule.__class__.__name__)
 
 

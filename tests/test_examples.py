@@ -45,7 +45,7 @@ def test_meta_train_your_own(tmp_path: Path) -> None:
     tiny = ("--steps", "12", "--epochs", "1", "--runs-per-epoch", "2")
     output = run(tmp_path, *tiny, example="meta_train_your_own.py")
     rows = re.findall(r"^\| network \| (\S+).*? \| (\S+) \| (\S+) ±", output, re.M)
-    assert {name for name, _, _ in rows} == {"my-optimizer", "general-2-fast", "adam", "adamw"}
+    assert {name for name, _, _ in rows} == {"my-optimizer", "coordinatewise", "adam", "adamw"}
     assert all(0 < float(summed) < 12 * 3.5 for _, _, summed in rows)
     assert re.search(r"in a training loop of 12 steps: loss \d\.\d{3} over the last ten", output)
     assert (tmp_path / "runs" / "my-optimizer" / "my-optimizer.safetensors").exists()

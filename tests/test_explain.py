@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import cards
 from learned_optim import load_record, load_rule
 from learned_optim.cli import main
-from learned_optim.explain import _dependence, _figures, _fit, _histories, _report, _runs, _words
+from learned_optim.explain import _dependence, _figures, _histories, _report, _runs, _words
 from learned_optim.explain._dependence import Dependence, Response
 from learned_optim.explain._histories import Curve
 from learned_optim.explain._network import (
@@ -26,7 +26,6 @@ from learned_optim.explain._runs import Trial, Watched, quick_trials
 from learned_optim.meta.tasks import ModuleTask
 from learned_optim.rules import _history as history
 from learned_optim.rules.classical import AdamConfig, AdamRule, SGDConfig, SGDRule
-from learned_optim.rules.closed_form import ClosedFormConfig, ClosedFormRule, input_name
 from learned_optim.rules.horizon import HorizonRule
 from tests.conftest import random_rule, trajectory
 
@@ -44,7 +43,7 @@ def small_task() -> ModuleTask:
 # ---- probes
 
 
-@pytest.mark.parametrize("name", ["horizon", "steered", "equivariant", "lstm", "adam"])
+@pytest.mark.parametrize("name", ["horizon", "equivariant", "lstm", "adam"])
 def test_a_probe_sees_the_rule_s_own_updates(name: str) -> None:
     rule = random_rule(name)
     probe = Probe(rule, (3, 4), total_steps=100)
@@ -93,7 +92,7 @@ def test_responses_of_sgd_last_as_long_as_the_event() -> None:
 # ---- networks
 
 
-@pytest.mark.parametrize("name", ["horizon", "steered", "equivariant", "lstm"])
+@pytest.mark.parametrize("name", ["horizon", "equivariant", "lstm"])
 def test_an_input_held_at_its_mean(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = random_rule(name)
     generator = torch.Generator().manual_seed(4)
@@ -153,85 +152,6 @@ def _recording(optimizer: object, seen: list[Recorded]) -> None:
     from learned_optim.explain._network import recording
 
     recording(optimizer, seen.append)  # type: ignore[arg-type]
-
-
-# ---- the closed form
-
-
-def test_a_formula_of_inputs_alone_is_a_network_without_units() -> None:
-    rule = random_rule("horizon")
-    with torch.no_grad():
-        rule.readout.weight.zero_()
-        rule.readout.bias.copy_(torch.tensor([0.2, 0.0, 0.1, 0.0, -0.3]))
-        rule.direct.weight.zero_()
-        rule.direct.weight[0, 3] = 0.5
-        rule.direct.weight[2, 11] = -0.25
-    formula = ClosedFormRule(
-        ClosedFormConfig(
-            outputs=("log_step", "log_step", "slow", "slow", "cautious"),
-            terms=("1", input_name(3), "1", input_name(11), "1"),
-        )
-    )
-    with torch.no_grad():
-        formula.coefficients.copy_(torch.tensor([0.2, 0.5, 0.1, -0.25, -0.3]))
-    grads = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(5))
-    param = 0.1 * torch.ones(4, 3)
-    torch.testing.assert_close(
-        trajectory(formula, grads, param), trajectory(rule, grads, param), rtol=1e-4, atol=1e-8
-    )
-    assert formula.formula()["log_step"] == f"+0.2 +0.5 {input_name(3)}"
-
-
-def test_the_fit_finds_the_terms() -> None:
-    generator = torch.Generator().manual_seed(6)
-    inputs = torch.randn(4000, history.INPUTS, generator=generator)
-    truth = torch.zeros(4000, 5)
-    truth[:, 0] = 0.3 + 0.4 * inputs[:, 1] - 0.2 * inputs[:, 5] * inputs[:, 6]
-    truth[:, 3] = 0.1 + 0.2 * inputs[:, 8] ** 2
-    noise = 0.02 * torch.randn(4000, 5, generator=generator)
-    seen = Recorded(inputs, torch.zeros(4000, 0), truth + noise)
-    formula = _fit.fit_to(HorizonRule(), seen, step_terms=2, share_terms=1)
-    terms = dict(zip(zip(formula.config.outputs, formula.config.terms, strict=True),
-                     formula.coefficients.tolist(), strict=True))  # fmt: skip
-    expected = {
-        ("log_step", "1"): 0.3,
-        ("log_step", input_name(1)): 0.4,
-        ("log_step", f"{input_name(5)}*{input_name(6)}"): -0.2,
-        ("gradient", "1"): 0.1,
-        ("gradient", f"{input_name(8)}*{input_name(8)}"): 0.2,
-    }
-    for key, value in expected.items():
-        assert terms[key] == pytest.approx(value, abs=0.01)
-    explained = _fit.explained(formula, seen)
-    assert explained["log_step"] > 0.99
-    assert abs(explained["fast"]) < 0.1  # noise alone
-
-
-def test_formulas_that_do_not_go() -> None:
-    with pytest.raises(ValueError, match="unknown inputs"):
-        ClosedFormConfig(outputs=("log_step",), terms=("left*nonsense",))
-    with pytest.raises(ValueError, match="unknown outputs"):
-        ClosedFormConfig(outputs=("size",), terms=("1",))
-    with pytest.raises(ValueError, match="as many outputs as terms"):
-        ClosedFormConfig(outputs=("log_step",), terms=("1", "left"))
-    with pytest.raises(ValueError, match="this is one of 'lstm'"):
-        _fit.fit(random_rule("lstm"))
-
-
-def test_a_formula_that_is_the_network_keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = [Trial(f"small {seed}", small_task(), 12, True, seed) for seed in range(2)]
-    monkeypatch.setattr(_fit, "population_trials", lambda *_: trials)
-    monkeypatch.setattr(_fit, "quick_trials", lambda *_: trials)
-    rule = HorizonRule()
-    with torch.no_grad():
-        rule.readout.bias[0] = 0.9
-    formula = ClosedFormRule(ClosedFormConfig(outputs=("log_step",), terms=("1",)))
-    with torch.no_grad():
-        formula.coefficients.fill_(0.9)
-    found = _fit.judge(rule, formula)
-    assert found.quick[0] == pytest.approx(1.0, abs=1e-3)
-    assert found.kept == pytest.approx((1.0, 1.0), abs=1e-2)
-    assert found.untrained[0] > 1.01  # longer steps are better here
 
 
 # ---- words and pages
@@ -299,9 +219,9 @@ def test_a_short_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_runs, "ADAM_LRS", (1e-2,))
     monkeypatch.setattr(_words, "ADAM_LRS", (1e-2,))
     told: list[str] = []
-    path = _report.explain("general-3", tmp_path, short=True, progress=told.append)
+    path = _report.explain("diagonal", tmp_path, short=True, progress=told.append)
     text = path.read_text()
-    assert load_rule("general-3").fingerprint() in text
+    assert load_rule("diagonal").fingerprint() in text
     images = re.findall(r"\]\((\w+\.png)\)", text)
     assert images == ["histories.png", "run.png", "gains.png", "dependence.png"]
     assert {p.name for p in tmp_path.iterdir()} == {"README.md", *images}
@@ -310,7 +230,7 @@ def test_a_short_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_watched_run_has_the_numbers_of_every_step() -> None:
-    run = _runs.watch(small_task(), _runs._learned(load_rule("general-3"), 8), 8)
+    run = _runs.watch(small_task(), _runs._learned(load_rule("diagonal"), 8), 8)
     assert [len(numbers) for numbers in run.numbers.values()] == [8, 8]
     assert list(run.numbers) == ["weight", "bias"]
     assert [n["step"] for n in run.numbers["weight"]] == list(range(8))
@@ -328,7 +248,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_quick_trials_are_the_same_for_all() -> None:
     one, other = quick_trials(1, 3)[0], quick_trials(1, 3)[0]
-    rule = load_rule("general-3")
+    rule = load_rule("diagonal")
     assert one.train(rule) == other.train(rule)
     assert one.log_final(rule) == pytest.approx(math.log(one.train(rule)[-1]))
 
@@ -348,12 +268,12 @@ def test_the_comparison_is_up_to_date() -> None:
 
 
 def test_a_card_says_what_the_record_and_the_results_say() -> None:
-    text = cards.card("general-8")
+    text = cards.card("diagonal")
     assert "Also called `default`" in text
-    assert load_record("general-8")["commit"] in text
+    assert load_record("diagonal")["commit"] in text
     assert "<details>" not in text
     limits = text.partition("## Limits")[2]
-    assert load_record("general-8")["trained_for"] in limits
+    assert load_record("diagonal")["trained_for"] in limits
     assert "trained by evolution strategies on whole runs" in text
     assert "trained by gradient descent" in cards.card("mnist")
 

@@ -316,7 +316,7 @@ def test_measure_takes_checkpoints_functions_and_names(tmp_path: Path) -> None:
 
 
 def test_learned_optimizers_are_told_the_steps_if_their_rule_asks() -> None:
-    for name, told in (("general-2", None), ("general-3", 700)):
+    for name, told in (("coordinatewise", None), ("diagonal", 700)):
         group = learned_optimizer([torch.zeros(1)], load_rule(name), 700).param_groups[0]
         assert (group["lr"], group["total_steps"], group["warmup"]) == (1.0, told, 0)
 

@@ -34,7 +34,7 @@ from learned_optim.meta.seeding import seeded
 from learned_optim.rules import RuleConfig, Segments, State, StepContext, UpdateRule
 from learned_optim.rules._registry import _RULES
 from learned_optim.rules.classical import SGDRule
-from learned_optim.rules.steered import SteeredConfig
+from learned_optim.rules.equivariant import EquivariantConfig
 
 INPUTS = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = (INPUTS[:, :1] * INPUTS[:, 1:2]).tanh()
@@ -376,15 +376,17 @@ def test_fields_of_the_recipe(tmp_path: Path) -> None:
     refused("unknown field 'task' of a recipe", task="digits")
     refused(r"unknown field 'test_task' .* Did you mean 'test_tasks'\?", test_task="digits")
     refused("rule must be a configuration, .* and is a SGDRule", rule=SGDRule())
-    refused("'meta_train:Sequential' needs a horizon", recipe="general-3")
+    refused("'meta_train:Sequential' needs a horizon", recipe="diagonal")
     refused("workers=2 apply to recipes of evolution strategies", workers=2)
-    refused("unknown update rule 'steerd'", rule="steerd")
+    refused("unknown update rule 'horizn'", rule="horizn")
     with pytest.raises(ValueError, match="must be a Task or a TaskFamily, and is a Linear"):
         meta_train([nn.Linear(1, 1)], folder=tmp_path)  # type: ignore[list-item]
-    first = meta_train(regression(), folder=tmp_path / "a", meta_lr=0.02, rule="steered", **SHORT)
+    first = meta_train(
+        regression(), folder=tmp_path / "a", meta_lr=0.02, rule="equivariant", **SHORT
+    )
     recipe = first.record["recipe"]
     assert (recipe["meta_lr"], recipe["meta_lr_final"]) == (0.02, pytest.approx(0.002))
-    small = SteeredConfig(hidden_size=4)
+    small = EquivariantConfig(hidden_size=4)
     second = meta_train(regression(), recipe="quick", folder=tmp_path / "b", rule=small, **SHORT)
     third = meta_train(regression(), folder=tmp_path / "c", start=str(second.path), **SHORT)
     assert third.rule.config == small
@@ -476,14 +478,14 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 def test_evaluation_of_tasks_without_a_name(tmp_path: Path) -> None:
     """The figures of a task handed over are those of the same task by its name."""
     config = EvaluateConfig(
-        checkpoints=("general-fast",), tasks=("quadratic",), baselines=("adam-1e-3",),
+        checkpoints=("coordinatewise",), tasks=("quadratic",), baselines=("adam-1e-3",),
         horizons=(10,), seeds=2, tuning_seeds=1, output=tmp_path / "named",
     )  # fmt: skip
     named = Evaluation(config).execute()
     own = replace(config, output=tmp_path / "own")
     given = Evaluation(own, tasks={"quadratic": build_tasks("quadratic")}).execute()
     rows = [s["tasks"]["quadratic"]["horizons"]["10"]["optimizers"] for s in (named, given)]
-    for name in ("adam-1e-3", "general-fast"):
+    for name in ("adam-1e-3", "coordinatewise"):
         assert rows[0][name]["sum"] == rows[1][name]["sum"]
         assert rows[0][name]["lr"] == rows[1][name]["lr"]
     mine = replace(config, tasks=("mine",), output=tmp_path / "mine")

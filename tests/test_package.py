@@ -223,7 +223,7 @@ def test_core_dependencies_save_and_load(installed: Path, tmp_path: Path) -> Non
 
 #: Commands, and what is among what they print.
 COMMANDS = {
-    "list": "general-2",
+    "list": "coordinatewise",
     "show default": '"fingerprint"',
     "train --help": "--folder",
     "search --help": "--trials",

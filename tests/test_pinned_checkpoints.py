@@ -1,9 +1,10 @@
-"""Shipped checkpoints keep their updates: 200 steps on three networks, pinned before release.
+"""Shipped checkpoints keep their updates: 200 steps on three networks, pinned.
 
 ``python tests/test_pinned_checkpoints.py`` writes the pins anew. They hold, after steps 1, 10, 50
 and 200 in float64 and after 1 and 10 in float32, the norm of every parameter and its product with a
-fixed vector. A trained rule amplifies rounding, in which processors differ: tolerances grow with
-the steps, and the float32 pins end early.
+fixed vector; of rules that read the length of the run, with and without it. A trained rule
+amplifies rounding, in which processors differ: tolerances grow with the steps, and the float32 pins
+end early.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from learned_optim.pretrained import ALIASES
 
 FILE = Path(__file__).parent / "pins" / "checkpoints.json"
 CHECKPOINTS = [name for name in list_pretrained() if name not in ALIASES]
+STEPS = 200
 #: dtype, and steps at which parameters are compared, with tolerances.
 RUNS = {
-    "float64": (torch.float64, {1: 1e-12, 10: 1e-10, 50: 1e-9, 200: 1e-6}),
+    "float64": (torch.float64, {1: 1e-12, 10: 1e-10, 50: 1e-9, STEPS: 1e-6}),
     "float32": (torch.float32, {1: 1e-5, 10: 1e-3}),
 }
 
@@ -68,12 +70,27 @@ def network(name: str) -> nn.Module:
     return model
 
 
-def trajectory(checkpoint: str, name: str, run: str) -> list[list[float]]:
+def cases() -> list[tuple[str, str, str, int | None]]:
+    """Checkpoint, network, run and length told to the rule."""
+    return [
+        (checkpoint, name, run, told)
+        for checkpoint in CHECKPOINTS
+        for name in NETWORKS
+        for run in RUNS
+        for told in ((None, STEPS) if load_rule(checkpoint).reads_horizon else (None,))
+    ]
+
+
+def key(checkpoint: str, name: str, run: str, told: int | None) -> str:
+    return "/".join((checkpoint, name, run, *([f"of {told}"] if told else [])))
+
+
+def trajectory(checkpoint: str, name: str, run: str, told: int | None) -> list[list[float]]:
     """Norms and products of all parameters after each of the steps that are compared."""
     dtype, stops = RUNS[run]
     model = network(name).to(dtype)
     rule = load_rule(checkpoint).to(dtype)
-    optimizer = LearnedOptimizer(model.parameters(), rule, warmup=0)
+    optimizer = LearnedOptimizer(model.parameters(), rule, warmup=0, total_steps=told)
     generator = torch.Generator().manual_seed(5)
     numbers = []
     for step in range(1, max(stops) + 1):
@@ -93,28 +110,17 @@ def projections(param: Tensor) -> tuple[float, float]:
     return float(flat.norm()), float(flat @ wave)
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_updates_are_those_of_the_release(checkpoint: str, name: str, run: str) -> None:
-    expected = json.loads(FILE.read_text()).get(f"{checkpoint}/{name}/{run}")
-    if expected is None:
-        pytest.skip(f"{checkpoint} has no pins yet")
+@pytest.mark.parametrize("case", cases(), ids=lambda case: key(*case))
+def test_updates_are_the_pinned_ones(case: tuple[str, str, str, int | None]) -> None:
+    run, expected = case[2], json.loads(FILE.read_text())[key(*case)]
     tolerances = RUNS[run][1].values()
-    for actual, pinned, tolerance in zip(
-        trajectory(checkpoint, name, run), expected, tolerances, strict=True
-    ):
+    for actual, pinned, tolerance in zip(trajectory(*case), expected, tolerances, strict=True):
         assert actual == pytest.approx(pinned, rel=tolerance, abs=tolerance)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    pins = {
-        f"{checkpoint}/{name}/{run}": trajectory(checkpoint, name, run)
-        for checkpoint in CHECKPOINTS
-        for name in NETWORKS
-        for run in RUNS
-    }
+    pins = {key(*case): trajectory(*case) for case in cases()}
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(
         "{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in pins.items()) + "\n}\n"

@@ -411,7 +411,7 @@ def test_copies_are_stepped_by_their_own_weights(
 
 
 def test_any_rule_can_be_rolled() -> None:
-    rule = random_rule("steered")
+    rule = random_rule("equivariant")
     losses = roll(rule, torch.stack((flat(rule), flat(rule) * 0.5)), run_of(), seed=1)
     assert losses.shape == (12, 2)
     assert losses[0, 0] == losses[0, 1]

@@ -13,7 +13,7 @@ import pytest
 from learned_optim.cli import main
 from learned_optim.meta.recipes import load_recipe, recipe_from_json, recipe_schema, recipes
 
-TOML_LIKE: dict[str, Any] = {"task": "digits", "rule": "steered", "epochs": 2, "meta_lr": 0.01}
+TOML_LIKE: dict[str, Any] = {"task": "digits", "rule": "equivariant", "epochs": 2, "meta_lr": 0.01}
 EVOLUTION: dict[str, Any] = {
     "method": "evolution", "rule": "horizon", "meta_steps": 2, "meta_lr": 0.01, "meta_lr_final": 0,
 }  # fmt: skip
@@ -42,7 +42,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
     "change",
     [
         {},
-        {"rule": {"name": "steered", "config": {"hidden_size": 4}}},
+        {"rule": {"name": "equivariant", "config": {"hidden_size": 4}}},
         {"rule": {"name": "my_rules:mine", "config": {"anything": 4}}},
         {"seed": 3},
         {"seed": -1},
@@ -50,9 +50,9 @@ def test_shipped_recipes_are_valid(name: str) -> None:
         {"sead": 3},
         {"meta_lr": None},
         {"rule": "nonesuch"},
-        {"rule": {"name": "steered", "config": {"hiden_size": 4}}},
-        {"rule": {"name": "steered", "conf": {}}},
-        {"rule": {"name": "steered", "config": {"hidden_size": "four"}}},
+        {"rule": {"name": "equivariant", "config": {"hiden_size": 4}}},
+        {"rule": {"name": "equivariant", "conf": {}}},
+        {"rule": {"name": "equivariant", "config": {"hidden_size": "four"}}},
         {"task": "populations"},
         {"method": "backpropagation"},
         {"validation_runs": 1},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import closed_form, light_bench, results_page
+from benchmarks import light_bench, results_page
 from benchmarks.results import GROUPS
 from benchmarks.results_page import field_command
 from learned_optim.meta.field import TUNED
@@ -67,33 +67,6 @@ def test_page_of_the_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "|  | adam-1e-3 | prodigy | adamw-cosine, tuned |" in page
     assert page.count("| **default** | **0.50** | **0.10** | 2.00 |") == 2  # of both sections
     assert (tmp_path / "results" / "field-profile.png").exists()
-
-
-def test_the_formulas_place_in_words() -> None:
-    """The network halves the untuned rival's loss, the formula takes three quarters of the way."""
-    far = {"net": {"final": {"mean": 1.0}}, "formula": {"final": {"mean": 2**0.5}}}
-    near = {"net": {"final": {"mean": 1.0}}, "formula": {"final": {"mean": 1.04}}}
-
-    def ratio(mean: float) -> dict[str, float]:
-        return {"mean": mean, "low": mean, "high": mean}
-
-    summary = {
-        "protocol": {"checkpoints": {"net": "a", "formula": "b"}, "seeds": 2},
-        "overall": {"net": {"ratio": ratio(0.9)}, "formula": {"ratio": ratio(1.1)}},
-        "untuned_pairs": {
-            "net": {closed_form.UNTUNED: ratio(0.5)},
-            "formula": {closed_form.UNTUNED: ratio(0.5**0.75), "net": ratio(2**0.25)},
-        },
-        "tasks": {"far": {"optimizers": far}, "near": {"optimizers": near}},
-    }
-    text = closed_form.in_words(summary)
-    assert text.startswith(
-        "Over 2 of the field's 26 tasks (quick tier, test seeds: 2), the formula"
-    )
-    assert "the formula's final loss is 1.10 [1.10, 1.10] times that of AdamW" in text
-    assert "it is 1.19 [1.19, 1.19] times the network's, within 5 % of it on 1 tasks" in text
-    assert "more than a fifth above it on: `far` (1.41)." in text
-    assert text.endswith("the formula keeps 75%. The other tasks have not been run.")
 
 
 def test_table_of_light_bench(tmp_path: Path) -> None:

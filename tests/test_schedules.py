@@ -93,7 +93,7 @@ def test_plans_cover_the_run_up_to_the_last_meta_step(
 
 def test_recipes_that_ship_draw_as_before() -> None:
     """Pinned: the plans of a recipe are part of what its checkpoint is."""
-    plans = [Plan.draw(recipes()["general-2"], 1, seeded(0, "plan", 1, i)) for i in range(8)]
+    plans = [Plan.draw(recipes()["coordinatewise"], 1, seeded(0, "plan", 1, i)) for i in range(8)]
     found = [(p.length, [i for i, (_, learns) in enumerate(p.unrolls) if learns]) for p in plans]
     assert found == PINNED
 

@@ -1,17 +1,14 @@
 """What the general-purpose rules promise by construction, with any weights and over any history."""
 
-import math
-
 import pytest
 import torch
-from conftest import context, pack, random_rule, trajectory
+from conftest import random_rule, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learned_optim.rules import Segments, UpdateRule, build_rule
-from learned_optim.rules.steered import SteeredConfig, SteeredRule
+from learned_optim.rules import UpdateRule, build_rule
 
-SYMMETRIC = ["equivariant", "steered", "horizon"]
+SYMMETRIC = ["equivariant", "horizon"]
 
 
 def history(seed: int, *shape: int) -> torch.Tensor:
@@ -67,7 +64,7 @@ def test_order_and_shape_count_only_through_the_statistics(name: str) -> None:
 
 
 # A fiftieth of the scale, 1 / sqrt(fan_in); or the first tenth of a warm-up to a tenth of 0.025.
-FIRST_STEP = {"equivariant": 0.02 * 5**-0.5, "steered": 0.02 * 5**-0.5, "horizon": 0.1 * 0.025 / 10}
+FIRST_STEP = {"equivariant": 0.02 * 5**-0.5, "horizon": 0.1 * 0.025 / 10}
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
@@ -79,31 +76,3 @@ def test_the_first_untrained_step_goes_downhill(name: str) -> None:
     first = trajectory(rule, grads, torch.zeros(5, 5, dtype=torch.float64))[0]
     assert (first * grads[0] < 0).all()
     torch.testing.assert_close(first.abs().mean().item(), FIRST_STEP[name], rtol=0.2, atol=0)
-
-
-def test_steered_by_hand() -> None:
-    """Two steps of one coordinate with a readout of constants: the formula in its docstring."""
-    rule = SteeredRule(SteeredConfig(initial_step=0.5)).double()
-    with torch.no_grad():
-        rule.readout.weight.zero_()
-        rule.readout.bias.copy_(torch.tensor([0.3, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
-    b = [1.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    step = 0.5 * math.exp(5 * math.tanh(0.3 / 2.5))
-    g1, g2 = 2.0, -1.0
-    f = (0.9 * 0.1 * g1 + 0.1 * g2) / (1 - 0.9**2)
-    s = (0.99 * 0.01 * g1 + 0.01 * g2) / (1 - 0.99**2)
-    r = ((0.99 * 0.01 * g1**2 + 0.01 * g2**2) / (1 - 0.99**2)) ** 0.5
-    scale = 3.0  # the parameter's own size; R = r in a tensor of one coordinate
-    signals = [f / r, s / r, g2 / r, f / r, s / r, f / r * abs(s / r)]
-    expected = -scale * step * sum(x * y for x, y in zip(b, signals, strict=True))
-    param = torch.full((1, 1), 3.0, dtype=torch.float64)
-    # The formula leaves the parameter where it is between the steps.
-    segments, state = (
-        Segments([param.shape], dtype=param.dtype),
-        pack(rule, [rule.init_state(param)]),
-    )
-    for step, grad in enumerate((g1, g2)):
-        given = torch.full((1,), grad, dtype=torch.float64)
-        update, new = rule(given, state, param.view(-1), segments, context(rule, step))
-        state = {**state, **new}
-    assert update.item() == pytest.approx(expected, rel=1e-6)

@@ -328,18 +328,17 @@ def test_regression() -> None:
     assert y.shape == (64, 1)
 
 
-@pytest.mark.parametrize("mixture", ["general", "general-2"])
-def test_general_mixture(monkeypatch: pytest.MonkeyPatch, mixture: str) -> None:
+def test_mixture_of_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of member trains: finite losses that a plain SGD step lowers, no global state."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (64, 1, 28, 28), generator=generator, dtype=torch.uint8)
     images = Images(pixels, torch.arange(64) % 10, 10)
-    monkeypatch.setattr("learned_optim.meta.tasks.general.load_images", lambda *_: images)
-    family = build_tasks(mixture, TaskOptions("meta"))
+    monkeypatch.setattr("learned_optim.meta.tasks.small_tasks.load_images", lambda *_: images)
+    family = build_tasks("small-tasks", TaskOptions("meta"))
     assert not family.stackable
     kinds, lowered, global_state = set(), 0, torch.get_rng_state()
     for seed in range(60):
-        draws = seeded("general", seed)
+        draws = seeded("small-tasks", seed)
         task = family.sample(draws)
         kinds.add(type(getattr(task, "module", task)).__name__)
         params = {n: p.requires_grad_() for n, p in task.init(draws).items()}
@@ -350,7 +349,7 @@ def test_general_mixture(monkeypatch: pytest.MonkeyPatch, mixture: str) -> None:
         step = 1e-3 / (1e-9 + sum(g.square().sum() for g in grads).sqrt())
         moved = {n: p - step * g for (n, p), g in zip(params.items(), grads, strict=True)}
         lowered += bool(task.loss(moved, batch) <= loss)
-        draws = seeded("general", seed)
+        draws = seeded("small-tasks", seed)
         twin = family.sample(draws)
         again = twin.init(draws)
         assert all(torch.equal(again[n], p.detach()) for n, p in params.items())
@@ -366,7 +365,7 @@ def test_splits_differ_or_are_refused(name: str, image_data: DataOptions) -> Non
     if name.startswith("svhn"):
         pytest.skip("SVHN's images are not in the folder; its refusal is tested without them")
     evaluation = build_tasks(name, TaskOptions("evaluation", image_data))
-    halved = ("mnist", "digits", "quadratic", "general", *transfer.FAMILIES)
+    halved = ("mnist", "digits", "quadratic", "small-tasks", *transfer.FAMILIES)
     if not name.startswith(halved):
         with pytest.raises(ValueError, match="for evaluation only"):
             build_tasks(name, TaskOptions("meta", image_data))

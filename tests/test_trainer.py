@@ -31,9 +31,9 @@ from learned_optim.meta.validation import ADAMW_LRS
 from learned_optim.rules import RuleConfig
 from learned_optim.rules._registry import _RULES
 from learned_optim.rules.classical import SGDRule
+from learned_optim.rules.equivariant import EquivariantConfig
 from learned_optim.rules.horizon import HorizonConfig
 from learned_optim.rules.lstm import LSTMConfig
-from learned_optim.rules.steered import SteeredConfig
 
 SMALL = Recipe(
     task="quadratic",
@@ -614,7 +614,7 @@ horizon = 50
 clip_norm = 1.0
 
 [rule]
-name = "steered"
+name = "equivariant"
 config = { hidden_size = 16, direct = true }
 """
 
@@ -623,7 +623,7 @@ def test_recipes_in_toml_and_json(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(TOML)
     recipe = load_recipe(str(tmp_path / "mine.toml"))
     assert recipe == Recipe(
-        task="digits-torch", rule=SteeredConfig(hidden_size=16, direct=True), epochs=3,
+        task="digits-torch", rule=EquivariantConfig(hidden_size=16, direct=True), epochs=3,
         meta_lr=0.01, horizon=50, clip_norm=1.0,
     )  # fmt: skip
     (tmp_path / "mine.json").write_text(json.dumps(recipe.to_json()))
@@ -645,8 +645,12 @@ def test_recipes_in_toml_and_json(tmp_path: Path) -> None:
         ("meta_lr", "learning_rate", r"unknown field 'learning_rate'\. Fields: task, rule, epo"),
         ("hidden_size", "hidden_sizes", r"fields are .*Did you mean 'hidden_size'\?"),
         ("config", "configs", r"unknown field 'configs' of rule, .* Did you mean 'config'\?"),
-        ('"steered"', '"steerd"', r"unknown update rule 'steerd'; .* Did you mean 'steered'\?"),
-        ('"steered"', '"nowhere:steered"', "no update rules from module 'nowhere'"),
+        (
+            '"equivariant"',
+            '"equivarant"',
+            r"unknown update rule .* Did you mean 'equivariant'\?",
+        ),
+        ('"equivariant"', '"nowhere:equivariant"', "no update rules from module 'nowhere'"),
         ("epochs = 3", "", "it lacks epochs"),
         ("epochs = 3", "epochs = '3'", "epochs must be int, got '3'"),
         ("epochs = 3", "epochs = ", "Invalid value"),

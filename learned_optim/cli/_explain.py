@@ -16,7 +16,7 @@ def configure(parser: Parser, args: Sequence[str]) -> None:
     parser.usage = "learned-optim explain CHECKPOINT [options]"
     parser.description = paragraph(
         "Writes a report with plots on what a checkpoint's update rule does: what its update "
-        "depends on, how it answers impulses, what its inputs are worth, and a closed form."
+        "depends on, how it answers impulses, and what its inputs are worth."
     )
     parser.add_argument(
         "checkpoints",
@@ -33,13 +33,7 @@ def configure(parser: Parser, args: Sequence[str]) -> None:
     parser.add_argument(
         "--short",
         action="store_true",
-        help="leave out impulse responses, ablation and closed form",
-    )
-    parser.add_argument(
-        "--formula",
-        type=Path,
-        metavar="PATH",
-        help="where the fitted closed form goes (closed-form.safetensors in the folder)",
+        help="leave out impulse responses and ablation",
     )
 
 
@@ -62,7 +56,6 @@ def run(options: argparse.Namespace) -> int:
         source,
         options.output or Path("runs") / f"explain-{Path(source).stem}",
         short=options.short,
-        formula=options.formula,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(report)

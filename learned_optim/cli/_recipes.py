@@ -45,7 +45,7 @@ def configure(
             f"{command} takes the recipe first, then the options: learned-optim {command} RECIPE "
             f"{args[0]} ..."
         )
-    recipe = load_recipe(source) if source else recipes()["general"]
+    recipe = load_recipe(source) if source else recipes()["coordinatewise"]
     evolves = isinstance(recipe, EvolutionRecipe)
     if evolves and evolution is None:
         raise ValueError(

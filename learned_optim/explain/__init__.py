@@ -5,7 +5,6 @@ Needs the ``meta`` extra. The command is ``learned-optim explain CHECKPOINT``.
 
 from learned_optim.explain._ablation import Ablation, Change, ablate
 from learned_optim.explain._dependence import Dependence, Response, dependence, responses
-from learned_optim.explain._fit import Fidelity, fit, judge
 from learned_optim.explain._histories import Curve, curves
 from learned_optim.explain._report import explain
 from learned_optim.explain._runs import Watched, watch_digits
@@ -15,15 +14,12 @@ __all__ = [
     "Change",
     "Curve",
     "Dependence",
-    "Fidelity",
     "Response",
     "Watched",
     "ablate",
     "curves",
     "dependence",
     "explain",
-    "fit",
-    "judge",
     "responses",
     "watch_digits",
 ]

@@ -14,22 +14,22 @@ from torch import Tensor
 from learned_optim import LearnedOptimizer
 from learned_optim.explain._runs import Trial
 from learned_optim.rules import State, UpdateRule
-from learned_optim.rules.closed_form import INPUT_NAMES
 from learned_optim.rules.horizon import HorizonRule
 
 _TENSOR_FEATURES = (
     "relative scale", "fan-in", "is a vector", "age", "is young", "fast share", "slow share",
     "gradient share",
 )  # fmt: skip
+#: Inputs of the network of ``horizon``, in its order.
+INPUT_NAMES = (
+    "scale", "fan_in", "size", "is_vector", "age", "is_young", "known", "progress", "left",
+    "length", "fast_share", "slow_share", "fast_signal", "slow_signal", "inequality",
+    "agrees_fast", "agrees_fast_long", "agrees_slow", "live", "moved", "gradient_change", "trust",
+)  # fmt: skip
 _NAMES = {
     "equivariant": (
         "fast size", "slow size", "gradient size", "fast x slow", "gradient x fast",
         "relative gradient", "relative parameter", *_TENSOR_FEATURES,
-    ),
-    "steered": (
-        "relative scale", "fan-in", "size", "is a vector", "age", "is young", "fast share",
-        "slow share", "gradient share", "fast signal", "slow signal", "inequality",
-        "agrees with fast", "agrees with slow",
     ),
     "lstm": ("log gradient", "sign"),
 }  # fmt: skip

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from learned_optim import load_rule
-from learned_optim.checkpoint import save_rule, write_text
+from learned_optim.checkpoint import write_text
 from learned_optim.explain import _figures, _words
 from learned_optim.explain._ablation import ablate
 from learned_optim.explain._dependence import Dependence, dependence, responses
-from learned_optim.explain._fit import Fidelity, fit, judge
 from learned_optim.explain._histories import Curve, curves
 from learned_optim.explain._network import has_network
 from learned_optim.explain._runs import QUICK_STEPS, WATCHED_STEPS, watch_digits
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.closed_form import ClosedFormRule
-from learned_optim.rules.horizon import HorizonRule
 
 REPORT = "README.md"
-FORMULA = "closed-form.safetensors"
 
 
 def explain(
@@ -30,7 +25,6 @@ def explain(
     output: str | os.PathLike[str],
     *,
     short: bool = False,
-    formula: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write a report on what a checkpoint's update rule does.
@@ -38,10 +32,7 @@ def explain(
     Args:
         checkpoint: as for :func:`learned_optim.load_rule`.
         output: folder of the report, made where missing; files of an earlier report are replaced.
-        short: leave out impulse responses, ablation and closed form.
-        formula: file for the fitted closed form, a checkpoint of the rule ``closed_form``;
-            ``closed-form.safetensors`` in the folder if not given. Rules of other kinds than
-            ``horizon`` have none.
+        short: leave out impulse responses and ablation.
         progress: is told what is being done.
 
     Returns:
@@ -53,7 +44,7 @@ def explain(
         ImportError: no matplotlib, which the ``meta`` extra brings.
 
     Example:
-        >>> explain("general-3", "runs/explain", short=True)  # doctest: +SKIP
+        >>> explain("default", "runs/explain", short=True)  # doctest: +SKIP
     """
     rule = load_rule(checkpoint)
     folder = Path(output)
@@ -78,9 +69,6 @@ def explain(
         sections.append(said(_responses(rule, folder)))
         if has_network(rule):
             sections.append(said(_ablation(rule, folder)))
-        if isinstance(rule, HorizonRule) and not isinstance(rule, ClosedFormRule):
-            path = folder / FORMULA if formula is None else Path(formula)
-            sections.append(said(_closed_form(rule, os.fspath(checkpoint), path)))
     report = folder / REPORT
     write_text(report, "\n\n".join(sections) + "\n")
     return report
@@ -177,55 +165,4 @@ def _ablation(rule: UpdateRule, folder: Path) -> str:
         "regression, quadratics; two seeds each), the same batches, with one input or one unit of "
         "the network held at its mean over these runs. Bars are geometric means, lines the range "
         f"of the runs.\n\n![Ablation](ablation.png)\n\n{_bullets(_words.of_ablation(found))}"
-    )
-
-
-def _closed_form(rule: HorizonRule, name: str, path: Path) -> str:
-    formula = fit(rule)
-    fidelity = judge(rule, formula)
-    record = {
-        "fitted_to": {"checkpoint": name, "fingerprint": rule.fingerprint()},
-        "formula": formula.formula(),
-        "explained": fidelity.explained,
-        "final_loss_over_network": {
-            "quick": fidelity.quick[0],
-            "held_out": fidelity.held_out[0],
-        },
-        "kept": fidelity.kept,
-    }
-    save_rule(formula, path, record)
-    return _formula_text(formula, fidelity)
-
-
-def _share(kept: float) -> str:
-    return f"{kept:.0%}" if math.isfinite(kept) else "nothing, there being none,"
-
-
-def _formula_text(formula: ClosedFormRule, fidelity: Fidelity) -> str:
-    lines = [f"{output:<8} = {text}" for output, text in formula.formula().items()]
-    explained = ", ".join(f"{name} {value:.2f}" for name, value in fidelity.explained.items())
-    quick, held_out = (
-        f"{mean:.3f} (from {low:.2f} to {high:.2f})"
-        for mean, low, high in (fidelity.quick, fidelity.held_out)
-    )
-    kept = (
-        f"Of what the network gains on the untrained rule in log loss, the formula keeps "
-        f"{_share(fidelity.kept[0])} on the former and {_share(fidelity.kept[1])} on the latter."
-    )
-    return (
-        "## As a formula\n\nFitted to what the network answers on runs of the meta-training "
-        "mixture, a few terms each:\n\n```text\n" + "\n".join(lines) + "\n```\n\n"
-        "`log_step` is the log of the factor on the step, the others are added to the shares of "
-        "the directions, of which `fast` starts at 1; all are bounded as the network's answers "
-        "are. Inputs are those of `learned_optim/rules/_history.py`, named in "
-        "`learned_optim/rules/closed_form.py`.\n\n"
-        + _bullets(
-            [
-                f"Variance of the network's answers that it explains on other runs: {explained}.",
-                f"Final loss over the network's: {quick} on digits, a regression and quadratics, "
-                f"{held_out} on other runs of the mixture; of the untrained rule "
-                f"{fidelity.untrained[0]:.3f} and {fidelity.untrained[1]:.3f}.",
-                kept,
-            ]
-        )
     )

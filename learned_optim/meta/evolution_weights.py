@@ -35,10 +35,12 @@ def initial_weights(rule: UpdateRule, seed: int, start: str = "") -> Tensor:
     are what their constructors draw. With a checkpoint to start from, they are its.
 
     Raises:
-        ValueError: the checkpoint's rule is of another kind, or larger.
+        ValueError: the checkpoint's rule is of another kind or size.
     """
     if start:
-        return _extended(load_rule(start), rule, start)
+        begun = rule_for(rule.config)
+        begun.init_from(load_rule(start))
+        return parameters_to_vector(begun.parameters()).detach().float()
     if rule.name == "horizon":
         first = next(rule.parameters())  # (units, features)
         weights = torch.zeros(sum(p.numel() for p in rule.parameters()))
@@ -48,20 +50,3 @@ def initial_weights(rule: UpdateRule, seed: int, start: str = "") -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return parameters_to_vector(rule_for(rule.config).parameters()).detach().clone()
-
-
-def _extended(old: UpdateRule, rule: UpdateRule, source: str) -> Tensor:
-    """The weights of ``old`` as those of ``rule``, whose further inputs have weights of zero."""
-    wanted = dict(rule.named_parameters())
-    if old.name != rule.name or any(p.dim() != wanted[n].dim() for n, p in old.named_parameters()):
-        raise ValueError(f"start {source!r} holds the rule {old.name!r}, not {rule.name!r}")
-    weights = []
-    for name, weight in old.named_parameters():
-        missing = [b - a for a, b in zip(weight.shape, wanted[name].shape, strict=True)]
-        if any(missing[:-1]) or (missing and missing[-1] < 0):
-            raise ValueError(
-                f"start {source!r} has {name} of shape {tuple(weight.shape)}, which does not "
-                f"extend to {tuple(wanted[name].shape)}: only further inputs can be added"
-            )
-        weights.append(torch.nn.functional.pad(weight.detach().float(), (0, missing[-1])))
-    return parameters_to_vector(weights)

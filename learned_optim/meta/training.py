@@ -80,7 +80,7 @@ def meta_train(
     compute something else: parameters, batches, first losses and gradients are compared. Under
     ``torchrun``, ranks share the tasks of every meta-step.
 
-    With a recipe of evolution strategies (``"quick-evolution"``, ``"general-4"``), the way the
+    With a recipe of evolution strategies (``"quick-evolution"``, ``"diagonal"``), the way the
     shipped default was trained, whole runs of the tasks are compared under perturbed weights, and
     processes are ``workers``; see :class:`EvolutionTrainer`.
 

@@ -8,13 +8,9 @@ import json
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from learned_optim._bytes import tensor_bytes
-
-#: Metadata of a field that a configuration gained after rules had been published. Its default does
-#: what was done before, and leaves the fingerprints of these rules as they were.
-ADDED = {"added": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,33 +41,19 @@ class ConfiguredModule(nn.Module):
             )
 
     def init_from(self, other: ConfiguredModule) -> None:
-        """Begin with the weights of another rule of this kind; those it lacks stay as they are.
-
-        Where :meth:`_widen` says how, ``other`` may have fewer units: the rule then computes the
-        same function, until training connects the new units.
+        """Take the weights of another rule of the same kind and size.
 
         Raises:
-            ValueError: ``other`` is another kind of rule, or has weights that fit nowhere.
+            ValueError: ``other`` is another kind of rule, or its weights have other shapes.
         """
-        own, misfits = self.state_dict(), []
-        for name, value in other.state_dict().items():
-            if name in own and own[name].shape != value.shape:
-                value = self._widen(name, own[name], value)
-            if name not in own or value is None:
-                misfits.append(name)
-            else:
-                own[name] = value
-        if type(other) is not type(self) or misfits:
+        own = {name: value.shape for name, value in self.state_dict().items()}
+        weights = other.state_dict()
+        if type(other) is not type(self) or own != {n: v.shape for n, v in weights.items()}:
             raise ValueError(
                 f"a rule {self.name!r} with {self.config} cannot begin with the weights of a rule "
-                f"{other.name!r} with {other.config}: it has no place for "
-                f"{', '.join(misfits) or 'them'}"
+                f"{other.name!r} with {other.config}: they must be of one kind and size"
             )
-        self.load_state_dict(own)
-
-    def _widen(self, name: str, own: Tensor, narrow: Tensor) -> Tensor | None:
-        """``own`` with the weights of fewer units in their places, or ``None`` if it has none."""
-        return None
+        self.load_state_dict(weights)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,11 +67,7 @@ class ConfiguredModule(nn.Module):
     def fingerprint(self) -> str:
         """Identity of this rule: 16 hex digits over its name, configuration and weight bits."""
         digest = hashlib.sha256(self.name.encode())
-        config = self.config_dict()
-        for field in dataclasses.fields(self.config):
-            if field.metadata == ADDED and config[field.name] == field.default:
-                del config[field.name]
-        digest.update(json.dumps(config, sort_keys=True).encode())
+        digest.update(json.dumps(self.config_dict(), sort_keys=True).encode())
         for key, weight in sorted(self.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor_bytes(weight))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from learned_optim.rules._config import ADDED, RuleConfig
+from learned_optim.rules._config import RuleConfig
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,32 @@ class HorizonConfig(RuleConfig):
     """Warm-up, in units of the run's length: between 10 and 250 steps."""
     warmup_steps: int = 50
     """Warm-up where the length of the run is unknown."""
-    trust_start: float = field(default=0.0, metadata=ADDED)
+    trust_start: float = 0.0
     """Log of the trust at a tensor's first step; 0 for none."""
-    trust_gain: float = field(default=0.0, metadata=ADDED)
+    trust_gain: float = 0.0
     """What a correlation of 1 between a gradient and the momentum before it adds to that log."""
-    trust_later_gain: float = field(default=0.0, metadata=ADDED)
+    trust_later_gain: float = 0.0
     """The same once the trust has been whole, where the length of the run is unknown: it may then
     fall again; 0: it stays."""
-    trust_known_gain: float = field(default=0.0, metadata=ADDED)
+    trust_known_gain: float = 0.0
     """The same where the length of the run is known, of the correlation plus ``trust_margin``."""
-    trust_margin: float = field(default=0.0, metadata=ADDED)
+    trust_margin: float = 0.0
     """Correlation below minus which the trust falls where the length of the run is known."""
-    trust_growth: float = field(default=0.0, metadata=ADDED)
+    trust_growth: float = 0.0
     """If above 0, what makes a whole trust fall where the length is known, while the mean
     correlation is below minus ``trust_margin``: this times the log of the gradient's mean square
     over its moving average, less 0.3. The correlation then only lets it grow back."""
-    decay_power: float = field(default=1.0, metadata=ADDED)
+    decay_power: float = 1.0
     """Power of the schedule that weight decay follows: above 1 it is over before the steps are, so
     that the weights of the end are not held away from where they fit."""
-    decay_live: bool = field(default=False, metadata=ADDED)
+    decay_live: bool = False
     """Whether weight decay spares coordinates whose gradient is zero, as in the rows of a table
     that a batch does not touch."""
-    adapter_power: float = field(default=0.0, metadata=ADDED)
+    adapter_power: float = 0.0
     """Power of width over height by which the steps of a matrix that starts at zero are shorter, if
     it is taller than wide and all of it has a gradient: the second one of a low-rank adapter, whose
     rank says nothing about how far it may go."""
-    weight_decay: float = field(default=0.0, metadata=ADDED)
+    weight_decay: float = 0.0
     """Weight decay of users who give none, where the length of the run is known: in runs of up to
     4,000 steps; in longer ones less, in inverse proportion, so that weights shrink alike."""
 

@@ -104,30 +104,3 @@ class LSTMStack(nn.Module):
         """``weight_ih, weight_hh, bias_ih, bias_hh`` of each layer."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         return [getattr(self, f"{n}_l{layer}") for layer in range(self.num_layers) for n in names]
-
-
-def widen(name: str, own: Tensor, narrow: Tensor) -> Tensor | None:
-    """A weight of a wider network that computes what the narrower one does, to begin with.
-
-    The first units are the narrower network's and read nothing of the others, nor does the readout.
-
-    Args:
-        name: ``lstm.*`` as in :class:`LSTMStack`, or ``readout.weight``.
-        own: the wider network's weight: new units keep what they have of it.
-        narrow: the narrower network's.
-
-    Returns:
-        The weight, shaped like ``own``; ``None`` where ``narrow`` is not the narrower one's.
-    """
-    wide = own.clone()
-    gates = 4 if name.startswith("lstm.") else 1
-    part = wide.unflatten(0, (gates, -1))  # a view: (gates, units, *)
-    small = narrow.unflatten(0, (gates, -1))
-    if small.shape[1] > part.shape[1] or small.shape[2:] > part.shape[2:]:
-        return None
-    if narrow.dim() == 1:
-        part[:, : small.shape[1]] = small
-        return wide
-    part[:, : small.shape[1], small.shape[2] :] = 0.0
-    part[:, : small.shape[1], : small.shape[2]] = small
-    return wide

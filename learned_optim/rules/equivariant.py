@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from learned_optim.rules._base import State, StepContext, UpdateRule
 from learned_optim.rules._config import RuleConfig
 from learned_optim.rules._features import TINY, bias_correction, inverse_root, log_ratio
-from learned_optim.rules._lstm import LSTMStack, widen
+from learned_optim.rules._lstm import LSTMStack
 from learned_optim.rules._pieces import zeros_by_column
 from learned_optim.rules._segments import Product, Segments
 
@@ -84,9 +84,6 @@ class EquivariantRule(UpdateRule):
         if self.config.direct:
             self.direct = nn.Linear(_TENSOR_FEATURES, 1 + _DIRECTIONS, bias=False)
             nn.init.zeros_(self.direct.weight)
-
-    def _widen(self, name: str, own: Tensor, narrow: Tensor) -> Tensor | None:
-        return widen(name, own, narrow)
 
     def init_state(self, param: Tensor) -> State:
         return {

@@ -16,7 +16,7 @@ from torch import zeros
 
 from learned_optim import model_card, push_to_hub, save_rule
 from learned_optim._card import plot_curves
-from learned_optim.checkpoint import FORMAT_VERSION
+from learned_optim.checkpoint import FORMAT_VERSION, content_digest
 from learned_optim.meta import EvaluateConfig, Evaluation
 from learned_optim.rules import UpdateRule
 
@@ -144,9 +144,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         rule = descending_lstm()
         tensors = dict(list(rule.state_dict().items())[:-1])
         metadata = {
-            "format": "learned_optim", "format_version": "1", "rule": "lstm",
+            "format": "learned_optim", "format_version": str(FORMAT_VERSION), "rule": "lstm",
             "config": json.dumps(rule.config_dict()), "record": "{}",
         }  # fmt: skip
+        metadata["sha256"] = content_digest(metadata, tensors)
         save_file(tensors, lacking, metadata)
         hub.add("user/lacking", {**good, "model.safetensors": lacking.read_bytes()})
         yield hub

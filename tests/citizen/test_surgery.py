@@ -96,7 +96,7 @@ def test_pruned_rows_are_missed_by_nobody_else(rule: UpdateRule) -> None:
 
 def test_in_place_tools_work_as_well() -> None:
     """Zeroing chosen rows in place: the moments of those rows; the tensor's memory is one."""
-    opt, param = stepped(make_rule("steered"))
+    opt, param = stepped(make_rule("horizon"))
     for key in ("fast", "slow", "square"):
         opt.state[param][key][torch.tensor([1, 2])] = 0.0
     param.grad = torch.randn(20, 3)

@@ -49,8 +49,8 @@ class Recipe:
     meta_lr: float
     """Learning rate of the meta-optimizer, Adam."""
     start: str | None = None
-    """Checkpoint whose weights training begins with, which may have fewer units; weights that it
-    lacks, and all if not given, begin untrained."""
+    """Checkpoint whose weights training begins with, of a rule of the same kind and size; untrained
+    weights if not given."""
     start_share: float = 0.0
     """Share of these weights in the finished ones, which then forget less of what `start` can do
     and training did not show (Wortsman et al. 2022)."""

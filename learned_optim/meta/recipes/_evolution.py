@@ -55,7 +55,7 @@ class EvolutionRecipe:
     """Share of their tasks that are larger ones."""
     start: str = ""
     """Checkpoint from whose weights the training starts (random ones if not given): a shipped name,
-    a file or a Hub id, of the same rule. Inputs that it lacks begin with weights of zero."""
+    a file or a Hub id, of a rule of the same kind and size."""
     start_share: float = 0.0
     """Share of the weights before training in the finished ones, which are a mean of both."""
     validation_tasks: int = 64

@@ -1,15 +1,15 @@
-"""A first one by evolution strategies: `general-4`, adapted to scikit-learn's digits.
+"""A first meta-training by evolution strategies: `diagonal`, adapted to scikit-learn's digits.
 
-Whole runs of a small network, the way `general-4` was trained on a mixture; nothing is downloaded.
-On tasks of your own: `meta_train(task, "quick-evolution", folder=...)`.
+Whole runs of a small network, as `diagonal` was trained on a mixture; nothing is downloaded. On
+tasks of your own: `meta_train(task, "quick-evolution", folder=...)`.
 """
 
+from learned_optim.meta.recipes import diagonal
 from learned_optim.meta.recipes._evolution import EvolutionRecipe
-from learned_optim.rules.horizon import HorizonConfig
 
 RECIPE = EvolutionRecipe(
-    rule=HorizonConfig(trust_start=-3.0, trust_gain=1.5),
-    start="general-4",
+    rule=diagonal.RECIPE.rule,
+    start="diagonal",
     task="digits-torch",
     horizon=100,
     meta_steps=40,
