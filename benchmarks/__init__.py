@@ -1,1 +1,1 @@
-"""Measurements that take minutes to hours; each module says what it measures and how to run it."""
+"""The figures of README and the documentation, each made by a command."""

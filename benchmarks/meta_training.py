@@ -1,122 +1,106 @@
-"""Target 5: meta-training by the thesis's recipe, against direct backpropagation, and batched."""
+"""Inner steps per second of meta-training, by recipe and size of the trained network.
+
+    python -m benchmarks meta-training    # some minutes; writes docs/performance/meta-training.json
+
+The networks are perceptrons on random numbers, so that no data is needed. A rate is the difference
+of two trainings of different length, so that validation and the tuning of AdamW do not count.
+"""
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Generator, Tensor, nn
 
-from benchmarks.measure import in_child, peak_memory
-from benchmarks.plain import PlainNetwork, plain_unroll
-from learned_optim.meta import (
-    ESTIMATORS,
-    EstimatorOptions,
-    MetaTrainer,
-    Optimizees,
-    build_tasks,
-    load_recipe,
-)
-from learned_optim.meta.seeding import seeded
-from learned_optim.rules.lstm import LSTMConfig, LSTMRule
+from benchmarks.common import PERFORMANCE, load, machine, save
+from learned_optim.meta import ModuleTask, meta_train
+from learned_optim.summary import table
 
-#: Optimizees side by side in the batched mode.
-TOGETHER = 32
-#: Small optimizees, and the rule that meets them: the shipped recipes' for each.
-SMALL = {
-    "quadratic": LSTMConfig(preprocessing="raw", output_scale=1.0),
-    "digits": LSTMConfig(),
-}
-
-
-def plain_run(runs: int) -> tuple[float, int]:
-    """Seconds and peak bytes of optimizee runs of the thesis's recipe, written directly."""
-    recipe = load_recipe("mnist")
-    torch.manual_seed(recipe.seed)
-    rule = LSTMRule(recipe.rule)
-    network, family = PlainNetwork(rule), build_tasks(recipe.task)
-    optimizer = torch.optim.Adam(network.parameters(), lr=recipe.meta_lr)
-
-    def run() -> None:
-        for index in range(runs):
-            generator = seeded(recipe.seed, "train", 1, index, 0)
-            task = family.sample(generator)
-            params = list(task.init(generator).values())
-            states = [network.start(param.numel()) for param in params]
-            for _ in range(recipe.horizon // recipe.truncation):
-                _, grads, params, states = plain_unroll(
-                    network, params, states, partial(task.batch, generator), recipe.truncation
-                )
-                for weight, grad in zip(network.parameters(), grads, strict=True):
-                    weight.grad = grad
-                optimizer.step()
-
-    return _timed(run)
+OUTPUT = PERFORMANCE / "meta-training.json"
+BATCH, HORIZON = 128, 20
+#: Layers by number of parameters.
+SIZES = {"16 thousand": (784, 20, 10), "300 thousand": (784, 300, 200, 10)}
+#: Recipes, what they are, and the options that give a training of ``n`` units.
+GRADIENT = {"validation_runs": 2, "epochs": 1, "against_adamw": False}
+EVOLUTION = {"validation_tasks": 1, "tasks_per_meta_step": 1}
+PAIRS = 4
+RECIPES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "quick": ("backpropagation, a network per tensor", lambda n: {**GRADIENT, "runs_per_epoch": n}),
+    "mnist": ("backpropagation, an LSTM per coordinate",
+              lambda n: {**GRADIENT, "runs_per_epoch": n}),
+    "quick-evolution": (f"evolution strategies, {2 * PAIRS} copies",
+                        lambda n: {**EVOLUTION, "pairs": PAIRS, "meta_steps": n}),
+}  # fmt: skip
 
 
-def package_run(runs: int, coordinates: int | None) -> tuple[float, int]:
-    """The same with the meta-trainer; every coordinate replayed, or a sample of them."""
+def perceptron(layers: tuple[int, ...]) -> ModuleTask:
+    """Returns the task of training a perceptron with these layers on random numbers."""
+
+    def build() -> nn.Module:
+        parts: list[nn.Module] = []
+        for inputs, outputs in pairwise(layers):
+            parts += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return nn.Sequential(*parts[:-1])
+
+    def batches(generator: Generator) -> tuple[Tensor, Tensor]:
+        inputs = torch.randn(BATCH, layers[0], generator=generator)
+        return inputs, torch.randint(layers[-1], (BATCH,), generator=generator)
+
+    return ModuleTask(build, batches, nn.functional.cross_entropy)
+
+
+def seconds(recipe: str, layers: tuple[int, ...], changes: dict[str, Any]) -> float:
+    """Returns the processor seconds of one training."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = replace(load_recipe("mnist"), coordinates=coordinates)
-        trainer = MetaTrainer(recipe, Path(folder))
-
-        def run() -> None:
-            for index in range(runs):
-                trainer._train_run(1, index)
-
-        return _timed(run)
-
-
-def _timed(run: Callable[[], None]) -> tuple[float, int]:
-    """Processor seconds, and bytes by which the process grew; the first run is a warm-up."""
-    run()
-    started = time.process_time()
-    peak = peak_memory(run)
-    return time.process_time() - started, peak
-
-
-def unrolls_per_second(task: str, together: int, seconds: float) -> float:
-    """Optimizee-steps per processor second of meta-training with ``together`` at once."""
-    rule, family, estimate = LSTMRule(SMALL[task]), build_tasks(task), ESTIMATORS["replay"]
-    best = 0.0
-    until = time.process_time() + seconds
-    rounds = 0
-    while time.process_time() < until or rounds < 2:
-        generators = [seeded("batched", together, rounds, i) for i in range(together)]
-        optimizees = Optimizees(rule, [family.sample(g) for g in generators], generators)
         started = time.process_time()
-        for _ in range(5):
-            estimate(rule, optimizees, 20, EstimatorOptions(1000))
-        best = max(best, 100 * together / (time.process_time() - started))
-        rounds += 1
-    return best
+        meta_train(
+            perceptron(layers), recipe, folder=folder, progress=False, horizon=HORIZON, **changes
+        )
+        return time.process_time() - started
+
+
+def rate(recipe: str, layers: tuple[int, ...], units: tuple[int, int]) -> float:
+    """Returns inner steps of all trained networks per processor second."""
+    _, changes = RECIPES[recipe]
+    short, long = (seconds(recipe, layers, changes(count)) for count in units)
+    runs = (units[1] - units[0]) * (2 * PAIRS if "pairs" in changes(1) else 1)
+    return HORIZON * runs / (long - short)
 
 
 def measure() -> dict[str, Any]:
-    """Everything in processes of their own, in turns; the better of two."""
-    subjects = {
-        "plain": ("benchmarks.meta_training:plain_run", 1),
-        "replay, all coordinates": ("benchmarks.meta_training:package_run", 1, None),
-        "replay, 1,000 coordinates": ("benchmarks.meta_training:package_run", 1, 1000),
-    }
-    found: dict[str, Any] = {}
-    for _ in range(2):
-        for name, (function, *arguments) in subjects.items():
-            seconds, peak = in_child(function, *arguments)
-            old = found.get(name, {"seconds": float("inf"), "peak": 0})
-            found[name] = {
-                "seconds": round(min(old["seconds"], seconds), 2),
-                "peak": max(old["peak"], peak),
-            }
-            print(f"  {name}: {seconds:.1f} s, {peak / 2**20:.0f} MiB", flush=True)
-    batched = {}
-    for task in SMALL:
-        rates = {str(b): round(unrolls_per_second(task, b, 3.0)) for b in (1, TOGETHER)}
-        batched[task] = rates
-        print(f"  {task}: {rates}", flush=True)
-    return {"runs": found, "batched": batched, "together": TOGETHER}
+    """Returns the rates of all recipes and sizes."""
+    found: dict[str, Any] = {"machine": machine(), "rates": {}}
+    for recipe in RECIPES:
+        found["rates"][recipe] = {}
+        for size, layers in SIZES.items():
+            found["rates"][recipe][size] = rate(recipe, layers, (2, 8))
+            print(f"  {recipe}, {size}: {found['rates'][recipe][size]:.2f}", flush=True)
+    return found
+
+
+def rate_table(found: dict[str, Any]) -> str:
+    """Returns the table, Markdown."""
+    rows = [
+        [f"`{recipe}`: {RECIPES[recipe][0]}", *(f"{rates[size]:,.0f}" for size in SIZES)]
+        for recipe, rates in found["rates"].items()
+    ]
+    return table(["inner steps per processor second", *SIZES], rows)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command: none."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    torch.set_num_threads(1)
+    save(OUTPUT, measure())
+    found = load(OUTPUT)
+    assert found is not None
+    print(rate_table(found))

@@ -1,7 +1,6 @@
 """Evolution strategies on unrolls: against exact gradients, backpropagation and themselves."""
 
 import itertools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_rule
+from noisy_quadratic import ExactGradients, NoisyQuadratic, TwoRates, exact_gradients
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import estimators
-from benchmarks.noisy_quadratic import ExactGradients, NoisyQuadratic, TwoRates, exact_gradients
 from learned_optim.meta import (
     ESTIMATORS,
     EstimatorOptions,
@@ -461,14 +459,3 @@ def test_every_rank_needs_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     with pytest.raises(ValueError, match="pairs=2 leave some of 3 ranks nothing to do"):
         MetaTrainer(replace(SMALL, estimator="es"), tmp_path)
-
-
-# ---- the page
-
-
-def test_the_page_shows_what_was_measured() -> None:
-    file = json.loads(estimators.OUTPUT.read_text())
-    assert (estimators.ROOT / "docs" / "estimators.md").read_text() == estimators.page(file)
-    shown = {row["subject"] for row in file["found"]["known"]["rows"]}
-    assert shown == {str(subject) for subject in estimators.SUBJECTS}
-    assert set(file["found"]["cost"]) == set(ESTIMATORS)

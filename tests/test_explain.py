@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cards
-from learned_optim import load_record, load_rule
+from learned_optim import load_rule
 from learned_optim.cli import main
 from learned_optim.explain import _dependence, _figures, _histories, _report, _runs, _words
 from learned_optim.explain._dependence import Dependence, Response
@@ -251,39 +250,6 @@ def test_quick_trials_are_the_same_for_all() -> None:
     rule = load_rule("diagonal")
     assert one.train(rule) == other.train(rule)
     assert one.log_final(rule) == pytest.approx(math.log(one.train(rule)[-1]))
-
-
-# ---- what is in the documentation
-
-
-@pytest.mark.parametrize("name", cards.shipped())
-def test_cards_are_up_to_date(name: str) -> None:
-    written = (ROOT / "docs" / "checkpoints" / f"{name}.md").read_text()
-    assert written == cards.card(name), "python -m benchmarks cards"
-
-
-def test_the_comparison_is_up_to_date() -> None:
-    written = (ROOT / "docs" / "checkpoints" / "index.md").read_text()
-    assert written == cards.choosing(), "python -m benchmarks cards"
-
-
-def test_a_card_says_what_the_record_and_the_results_say() -> None:
-    text = cards.card("diagonal")
-    assert "Also called `default`" in text
-    assert load_record("diagonal")["commit"] in text
-    assert "<details>" not in text
-    limits = text.partition("## Limits")[2]
-    assert load_record("diagonal")["trained_for"] in limits
-    assert "trained by evolution strategies on whole runs" in text
-    assert "trained by gradient descent" in cards.card("mnist")
-
-
-@pytest.mark.parametrize("name", cards.shipped())
-def test_reports_are_of_the_shipped_weights(name: str) -> None:
-    report = ROOT / "docs" / "explain" / name / "README.md"
-    assert load_rule(name).fingerprint() in report.read_text(), "python -m benchmarks explain"
-    for image in re.findall(r"\]\((\w+\.png)\)", report.read_text()):
-        assert (report.parent / image).is_file()
 
 
 def test_rms() -> None:

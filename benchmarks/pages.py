@@ -1,0 +1,400 @@
+"""Writes docs/results.md, its appendix, docs/performance.md and their figure from JSON alone.
+
+python -m benchmarks pages            # from docs/results/*.json and docs/performance/*.json
+python -m benchmarks pages --check    # writes nothing; fails if a page is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks import light_bench, memory, meta_training, results, step
+from benchmarks.common import DOCS, NOT_MEASURED, RESULTS, load
+from learned_optim.summary import ratio_text, table, value_text
+
+#: Summed losses over 100 steps in the thesis's notebook: best hand-written optimizer, learned one.
+THESIS = {
+    "quadratic": ("98.8 (Adam)", "49.6"),
+    "mnist": ("86.2 (Adam)", "50.9"),
+    "mnist-40": ("detuned", "plot only"),
+    "mnist-2layer": ("detuned", "plot only"),
+    "mnist-relu": ("detuned", "plot only"),
+    "fashion": ("108.5 (Adam)", "about 80"),
+    "emnist-letters": ("236.2 (Adam)", "plot only"),
+    "cifar10": ("detuned", "plot only"),
+}
+LARGEST_SHOWN = 10.0  # the figure's axis ends there
+
+
+# ---- docs/results.md
+
+RESULTS_PAGE = """# Results
+
+How good are the learned optimizers, untuned, on tasks that people recognise? All figures are
+final training losses relative to a rival's: below 1 the learned optimizer is ahead. Intervals are
+95 % bootstrap intervals over tasks. Every task has {seeds} test seeds; the learning rates of
+tuned rivals are the best of {rates} on another seed.
+
+```sh
+python -m benchmarks results field    # hours; single runs stay in runs/, figures in docs/results/
+python -m benchmarks pages            # writes this page and its appendix
+```
+
+![Final training loss by task, times tuned AdamW's](results/field.png)
+
+## Whole runs
+
+{count} tasks of 1,000 to 5,000 steps ([protocol](evaluation.md)). `{name}` is told the number of
+steps and runs at `lr=1`.
+
+{whole}
+
+Its held-out loss is {held_out} times tuned AdamW's. It never diverged in these runs.
+
+## Shorter runs, more tuned rivals
+
+The same tasks for 300 to 1,000 steps; every rival of this table is tuned for each task.
+
+{short}
+
+## By task
+
+Columns 3 and 4 are over AdamW with warm-up and cosine, tuned for the task; the last is over the
+best of the tuned rivals in shorter runs. ‡: the best learning rate is at the edge of the grid.
+
+{tasks}
+
+## What these figures do not show
+
+- **The tasks are not untouched.** Failures of earlier checkpoints on them decided what was
+  changed, though the checkpoint was meta-trained on other tasks.
+- **Few seeds.** Intervals over tasks are wide; a mean lives on a few large gains.
+- **Sizes.** Networks have up to some hundred thousand parameters and run on one CPU thread.
+
+[The appendix](results-appendix.md) has the thesis's experiments and LightBench.
+"""
+
+
+def interval_text(found: dict[str, Any]) -> str:
+    """Returns a mean with its interval, without bold print."""
+    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def learned_name(summary: dict[str, Any]) -> str:
+    """Returns the first checkpoint of a summary."""
+    return next(iter(summary["protocol"]["checkpoints"]))
+
+
+def task_ratio(task: dict[str, Any], name: str, rival: str) -> float | None:
+    """Returns the ratio of two mean final losses; ``None`` if a run of either diverged."""
+    mine, theirs = (task["optimizers"][n]["final"]["mean"] for n in (name, rival))
+    return mine / theirs if mine is not None and theirs is not None else None
+
+
+def rivals_table(summary: dict[str, Any], rivals: list[str], costs: bool) -> str:
+    """Returns a row per rival: the ratio, the tasks won, and a step's cost."""
+    name, pairs = learned_name(summary), summary["untuned_pairs"]
+    rows = []
+    for rival in rivals:
+        ratios = [task_ratio(task, name, rival) for task in summary["tasks"].values()]
+        ahead = sum(r is None or r <= 1 for r in ratios)  # `None`: the rival diverged
+        overall, tuned = summary["overall"][rival], rival in summary["protocol"]["tuned"]
+        row = [f"{rival}, tuned" if tuned else rival, interval_text(pairs[name][rival])]
+        row.append(f"{ahead} of {len(ratios)}")
+        if costs:
+            row.append(f"{overall['optimizer_milliseconds']:.2f}")
+        rows.append(row)
+    own = f"{summary['overall'][name]['optimizer_milliseconds']:.2f}"
+    head = ["rival", "mean ratio [95 %]", "ahead or level on"]
+    return table([*head, f"ms per step ({name}: {own})"][: 3 + costs], rows)
+
+
+def tasks_table(whole: dict[str, Any], short: dict[str, Any] | None) -> str:
+    """Returns a row per task."""
+    name, rival = learned_name(whole), whole["protocol"]["tuned"][0]
+    grid = whole["protocol"]["lr_grid"]
+    rows = []
+    for task, entry in whole["tasks"].items():
+        mine, tuned = entry["optimizers"][name], entry["optimizers"][rival]
+        held_out = mine["test"]["loss"]["mean"] / tuned["test"]["loss"]["mean"]
+        edge = "‡" * (tuned["lr"] in (grid[0], grid[-1]))
+        row = [f"{task}, {entry['steps']:,}", f"{tuned['lr']:g}{edge}"]
+        row += [ratio_text(mine["ratio"]), f"{held_out:.2f}"]
+        if short is not None:
+            other = short["tasks"][task]
+            ratio = other["optimizers"][learned_name(short)]["ratio"]["mean"]
+            row.append(f"{ratio:.2f} ({other['best_tuned']})")
+        rows.append(row)
+    head = ["task, steps", "AdamW's rate", "final loss", "held-out loss", "best tuned, shorter"]
+    return table(head[: len(rows[0])], rows)
+
+
+def draw_field(summary: dict[str, Any], path: Path) -> None:
+    """Draws the final loss by task over tuned AdamW's, with an untuned rival beside it."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    name, untuned = learned_name(summary), "adamw-cosine-1e-3"
+    ratios = {t: e["optimizers"][name]["ratio"]["mean"] for t, e in summary["tasks"].items()}
+    order = sorted(ratios, key=lambda task: -(ratios[task] or math.inf))
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    axes = figure.add_subplot()
+    for optimizer, marker, colour, label in (
+        (untuned, "D", "#E69F00", "AdamW at 1e-3 with cosine, untuned"),
+        (name, "o", "#0072B2", f"{name}, untuned"),
+    ):
+        rows = [summary["tasks"][task]["optimizers"][optimizer]["ratio"] for task in order]
+        for y, row in enumerate(rows):
+            low, mean, high = (min(row[k] or math.inf, LARGEST_SHOWN) for k in _BOUNDS)
+            axes.plot([low, high], [y, y], color=colour, lw=2, alpha=0.5)
+            shown = ">" if mean == LARGEST_SHOWN else marker
+            axes.plot(mean, y, shown, color=colour, clip_on=False, label=None if y else label)
+    axes.axvline(1.0, color="black", lw=1)
+    axes.set_xscale("log")
+    axes.set_xlim(right=LARGEST_SHOWN)
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(range(len(order)), order, fontsize="small")
+    axes.set_xlabel("final training loss, times that of AdamW with cosine tuned for the task")
+    axes.grid(True, axis="x", alpha=0.3)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+_BOUNDS = ("low", "mean", "high")
+
+
+def results_page() -> str:
+    """Returns docs/results.md; draws its figure."""
+    whole, short = load(RESULTS / "field.json"), load(RESULTS / "field-quick.json")
+    if whole is None:
+        return f"# Results\n\n{NOT_MEASURED}\n"
+    name, protocol = learned_name(whole), whole["protocol"]
+    rivals = [n for n in (*protocol["tuned"], *protocol["untuned"]) if n != name]
+    text = RESULTS_PAGE.format(
+        name=name,
+        count=len(whole["tasks"]),
+        seeds=protocol["seeds"],
+        rates=len(protocol["lr_grid"]),
+        whole=rivals_table(whole, rivals, costs=True),
+        held_out=interval_text(whole["overall"][name]["test_ratio"]),
+        short=_short_table(short) if short else NOT_MEASURED,
+        tasks=tasks_table(whole, short),
+    )
+    if whole["overall"][name]["diverged"]:
+        text = text.replace("It never diverged in these runs.", "It diverged in some runs.")
+    return text
+
+
+def _short_table(short: dict[str, Any]) -> str:
+    best = short["overall"][learned_name(short)]["ratio"]
+    return (
+        rivals_table(short, short["protocol"]["tuned"], costs=True)
+        + f"\n\nAgainst the best of them on each task: {interval_text(best)}."
+    )
+
+
+# ---- docs/results-appendix.md
+
+APPENDIX = """# Appendix to the results
+
+## The thesis's question: how fast does the loss fall?
+
+Summed loss over the first steps, relative to the best hand-written optimizer (learning rate tuned
+per task and horizon over {{1, 3}} times powers of ten; 3 tuning seeds and 10 test seeds, fewer
+for larger networks). Means over tasks are geometric; *thesis* starts from weights of .001,
+*thesis-torch* from PyTorch's own. `mnist` and `quadratic` are the thesis's LSTM.
+
+{groups}
+
+### The published figures, measured again
+
+Summed loss over 100 steps.
+
+{thesis}
+
+The published comparison is flawed in three ways. Rows called *detuned* come from runs in which a
+left-over variable made every "tuned" optimizer Nesterov's, and Adam and RMSprop ran at a rate of
+1.0. The learned optimizer's loss on quadratics was the smallest of 100 noisy validations; ours is
+a mean over 1,000 functions that chose nothing. Every optimizer saw other random batches; ours are
+paired.
+
+## LightBench
+
+{tests} small tests that are passed or failed, in up to six difficulties (HeavyBall's suite,
+version {version}; at most {steps:,} steps and {seconds:g} processor seconds each;
+`python -m benchmarks light-bench`). The learned row was measured on a slower processor than the
+others, and seconds are a part of the test.
+
+{lightbench}
+"""
+
+
+def groups_table() -> str:
+    """Returns mean ratios of summed losses by group, horizon and checkpoint."""
+    rows, names = [], []
+    for group in results.GROUPS:
+        summary = load(RESULTS / f"{group}.json")
+        if summary is None or summary["protocol"].get("suite") == "field":
+            continue
+        names += [n for n in summary["protocol"]["checkpoints"] if n not in names]
+        for horizon in summary["protocol"]["horizons"]:
+            cells = [entry["horizons"][str(horizon)] for entry in summary["tasks"].values()]
+            rows.append((f"{group}, {len(cells)} tasks", f"{horizon:,}", cells))
+    body = [[group, steps, *(_mean_ratio(cells, n) for n in names)] for group, steps, cells in rows]
+    return table(["group", "steps", *(f"`{name}`" for name in names)], body)
+
+
+def _mean_ratio(cells: list[dict[str, Any]], name: str) -> str:
+    """Returns the geometric mean of ratios; empty where the checkpoint was not run."""
+    if name not in cells[0]["optimizers"]:
+        return ""
+    ratios = [cell["optimizers"][name]["ratio"]["mean"] for cell in cells]
+    finite = [ratio for ratio in ratios if ratio is not None]
+    diverged = f" ({len(ratios) - len(finite)} diverged)" if len(finite) < len(ratios) else ""
+    if not finite:
+        return diverged.strip()
+    mean = math.exp(sum(map(math.log, finite)) / len(finite))
+    return f"{mean:.2f}{diverged}"
+
+
+def thesis_table() -> str:
+    """Returns the thesis's figures beside ours."""
+    rows = []
+    for task, published in THESIS.items():
+        group, lstm = ("quadratic", "quadratic") if task == "quadratic" else ("thesis", "mnist")
+        summary = load(RESULTS / f"{group}.json")
+        if summary is None:
+            continue
+        cell = summary["tasks"][task]["horizons"]["100"]
+        best = cell["best_baseline"]
+        sums = {n: value_text(cell["optimizers"][n]["sum"]) for n in (best, lstm, "coordinatewise")}
+        rows.append(
+            [task, *published, f"{sums[best]} ({best})", sums[lstm], sums["coordinatewise"]]
+        )
+    head = ["task", "thesis: best hand-written", "thesis: learned", "ours: best hand-written"]
+    return table([*head, "the thesis's LSTM", "`coordinatewise`"], rows)
+
+
+def appendix() -> str:
+    """Returns docs/results-appendix.md."""
+    found = load(light_bench.OUTPUT)
+    protocol = found["protocol"] if found else {"version": "", "steps": 0, "seconds": 0}
+    return APPENDIX.format(
+        groups=groups_table(),
+        thesis=thesis_table(),
+        tests=len(found["tests"]) if found else 0,
+        lightbench=light_bench.results_table(found) if found else NOT_MEASURED,
+        **protocol,
+    )
+
+
+# ---- docs/performance.md
+
+PERFORMANCE_PAGE = """# Performance
+
+What does a step cost, in time and in memory? Times are the best of many turns that the compared
+optimizers take in one process: processor time on one thread, the clock's on two. Compare figures
+within a table. {machine}
+
+```sh
+python -m benchmarks step             # a minute
+python -m benchmarks memory           # seconds
+python -m benchmarks meta-training    # some minutes
+python -m benchmarks pages            # writes this page
+```
+
+## Time of a step
+
+{step}
+
+The step is compiled C++ that is built when the package is installed. Without a compiler the same
+rule runs in PyTorch; the last column is its cost on one thread. On the small network a third of
+the step is the compiled library; the rest is what torch puts around every optimizer's step, and
+checks that parameters, gradients and states are the tensors of the step before. On large tensors
+memory bounds the step: it reads and writes one number per parameter more than Adam.
+
+{graph}The shipped checkpoints on a million parameters in one tensor:
+
+{checkpoints}
+
+On a GPU the step runs in Triton kernels, which were tested in Triton's interpreter and never
+timed.
+
+## Memory
+
+Optimizer state in bytes per parameter, by model; parameters and gradients are extra. States of
+other optimizers follow from their reference implementations (`benchmarks/memory.py` states the
+formulas).
+
+{memory}
+
+`state_dtype=torch.bfloat16` halves the state of learned optimizers.
+
+## Meta-training
+
+Perceptrons by number of parameters, on batches of 128 random vectors and one thread. Steps of all
+networks that train side by side count. {meta_machine}
+
+{meta}
+"""
+
+
+def machine_text(found: dict[str, Any] | None) -> str:
+    """Returns where and when figures were measured."""
+    if found is None:
+        return ""
+    m = found["machine"]
+    return (
+        f"{m['processor']}, {m['cores']} cores, torch {m['torch']}, {m['date']}, "
+        f"load average {m['load']}."
+    )
+
+
+def performance_page() -> str:
+    """Returns docs/performance.md."""
+    steps, bytes_, rates = map(load, (step.OUTPUT, memory.OUTPUT, meta_training.OUTPUT))
+    graph = steps and steps.get("graph")
+    return PERFORMANCE_PAGE.format(
+        machine=machine_text(steps),
+        step=step.step_table(steps) if steps else NOT_MEASURED,
+        graph=f"Under `torch.compile` a step of the small network takes "
+        f"{graph['compiled'] / graph['eager']:.1f} times the eager one.\n\n"
+        if graph
+        else "",
+        checkpoints=step.checkpoint_table(steps) if steps else NOT_MEASURED,
+        memory=memory.memory_table(bytes_) if bytes_ else NOT_MEASURED,
+        meta_machine=machine_text(rates),
+        meta=meta_training.rate_table(rates) if rates else NOT_MEASURED,
+    )
+
+
+# ---- the command
+
+PAGES = {
+    DOCS / "results.md": results_page,
+    DOCS / "results-appendix.md": appendix,
+    DOCS / "performance.md": performance_page,
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    if options.check:
+        if stale := [path.name for path, page in PAGES.items() if path.read_text() != page()]:
+            raise SystemExit(f"not up to date: {', '.join(stale)}; run python -m benchmarks pages")
+        return
+    for path, page in PAGES.items():
+        path.write_text(page())
+    if (whole := load(RESULTS / "field.json")) is not None:
+        draw_field(whole, RESULTS / "field.png")
+    print(*(path.relative_to(DOCS.parent) for path in PAGES), sep="\n")
