@@ -61,7 +61,6 @@ LEFT_OUT = {
     r"torchrun .*/shared/": "needs a cluster and its shared folder",
     r"--print-completion": "writes into the reader's shell; a test runs it in one",
     r"train quick --metalr": "shows an error, which a test compares",
-    r"--formula|runs/closed-form": "takes minutes; a test fits formulas on fewer runs",
 }
 #: By a pattern, files that a command leaves in its folder, changed by it.
 LEAVES = {
