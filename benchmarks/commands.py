@@ -1,7 +1,7 @@
 """Runs every command of README and the documentation, as a reader does who types them in order.
 
     python -m benchmarks commands [FOLDER]     # an empty folder, not the checkout; some minutes
-    python -m benchmarks commands --pages README.md docs/recipes.md
+    python -m benchmarks commands --pages README.md docs/meta-training.md
 
 All pages share one folder, so that commands that disturb each other show. Long trainings and
 evaluations run with the options of ``SHORTER`` added. Files that a command leaves are looked at:
@@ -31,7 +31,7 @@ from benchmarks.common import DOCS, ROOT
 from learned_optim.cli import main as learned_optim
 
 #: Pages whose commands build on their Python blocks.
-WITH_CODE = ("docs/meta-training.md", "docs/extending.md")
+WITH_CODE = ("docs/meta-training.md",)
 TINY = "--epochs 1 --runs-per-epoch 2 --validation-runs 2 --test-runs 2"
 #: By the beginning of a command, what makes it short. The last that fits counts.
 SHORTER = {
@@ -40,10 +40,8 @@ SHORTER = {
     "learned-optim explain": "--short",
     "learned-optim train": f"{TINY} --horizon 10 --truncation 5",
     "learned-optim train my-recipe.toml": TINY,
-    "learned-optim train log-loss.toml": TINY,
     "learned-optim train diagonal": "--meta-steps 1 --pairs 1 --tasks-per-meta-step 1 "
     "--validation-tasks 1",
-    "learned-optim train --schema": "",
     "learned-optim search": "--trials 1 --trial-epochs 1 --runs-per-epoch 2 --validation-runs 2",
     "learned-optim evaluate": "--horizons 10 --seeds 2 --tuning-seeds 1 --baselines sgd",
     "learned-optim evaluate --suite field": "--quick --tasks regression --baselines adam-1e-3 "
@@ -59,8 +57,6 @@ LEFT_OUT = {
     r"^python -m pytest|^ruff |^mypy|mkdocs build|\.ci/run|^pre-commit": "`.ci/run` does it",
     r"^git |^cd |^export |^source ": "sets the shell up",
     r"torchrun .*/shared/": "needs a cluster and its shared folder",
-    r"--print-completion": "writes into the reader's shell; a test runs it in one",
-    r"train quick --metalr": "shows an error, which a test compares",
 }
 #: By a pattern, files that a command leaves in its folder, changed by it.
 LEAVES = {

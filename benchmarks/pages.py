@@ -47,8 +47,8 @@ python -m benchmarks pages            # writes this page and its appendix
 
 ## Whole runs
 
-{count} tasks of 1,000 to 5,000 steps ([protocol](evaluation.md)). `{name}` is told the number of
-steps and runs at `lr=1`.
+{count} tasks of 1,000 to 5,000 steps ([protocol](design.md#evaluation)). `{name}` is told the
+number of steps and runs at `lr=1`.
 
 {whole}
 

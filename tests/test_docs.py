@@ -1,40 +1,35 @@
-"""Every Python block of README and the documentation runs, top to bottom of its page.
+"""README and the documentation: Python blocks run, commands parse, workflows name what exists.
 
-A block titled with a file name is written to that file instead, as the reader would. A block under
-a comment ``<!-- not run: reason -->`` is left alone.
+A block titled with a file name is written to that file, as the reader would. A block under
+``<!-- not run: reason -->`` is left alone. Snippets of docs/using-with.md need other packages and
+run in ``tests/citizen/test_docs.py``.
 """
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from learned_optim.cli import main
 from learned_optim.rules import _registry
 
 ROOT = Path(__file__).parent.parent
-ELSEWHERE = {ROOT / "docs" / "using-with.md"}  # needs other packages: tests/citizen/test_docs.py
-PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - ELSEWHERE)]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 BLOCK = re.compile(
     r"^(?P<skip><!-- not run: .+? -->\n+)?"
-    r'^```python *(title="(?P<file>[^"]+)")?.*\n(?P<code>(?:.*\n)*?)^```$',
+    r'^```(?P<kind>\w+) *(title="(?P<file>[^"]+)")?.*\n(?P<code>(?:.*\n)*?)^```$',
     re.MULTILINE,
 )
 
 
-def blocks(page: Path) -> list[re.Match[str]]:
-    found = list(BLOCK.finditer(page.read_text()))
-    return [block for block in found if not block["skip"]]
+def blocks(page: Path, *kinds: str) -> list[re.Match[str]]:
+    found = BLOCK.finditer(page.read_text())
+    return [block for block in found if block["kind"] in kinds and not block["skip"]]
 
 
-WITH_CODE = [page for page in PAGES if blocks(page)]
-
-
-def test_the_blocks_are_found() -> None:
-    names = {page.relative_to(ROOT).as_posix() for page in WITH_CODE}
-    assert {"docs/index.md", "docs/meta-training.md", "docs/extending.md"} <= names
-    fences = sum(page.read_text().count("\n```python") for page in PAGES)
-    assert fences == sum(len(list(BLOCK.finditer(page.read_text()))) for page in PAGES)
+WITH_CODE = [p for p in PAGES if p.name != "using-with.md" and blocks(p, "python")]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
@@ -46,10 +41,49 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
     text = page.read_text()
     namespace: dict[str, object] = {"__name__": "__main__"}
-    for block in blocks(page):
+    for block in blocks(page, "python"):
         if block["file"]:
             (tmp_path / block["file"]).write_text(block["code"])
             continue
         line = text.count("\n", 0, block.start("code"))
         # Padded, so that a traceback shows the page's own line.
         exec(compile("\n" * line + block["code"], str(page), "exec"), namespace)
+
+
+def commands() -> list[str]:
+    """Every command of the pages, on one line and without its comment."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh", "console"):
+            for line in block["code"].replace("\\\n", " ").splitlines():
+                text = re.sub(r"(^|\s)#.*", "", line.removeprefix("$ "))
+                found += [part.strip() for part in text.split(" && ") if part.strip()]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_name_what_exists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Subcommands, scripts and modules are there; ``benchmarks.commands`` runs them."""
+    words = shlex.split(command)
+    if words[0] == "learned-optim":
+        try:
+            status = main([words[1], "--help"])
+        except SystemExit as end:
+            status = end.code
+        assert status == 0, capsys.readouterr().err
+    elif words[0] == "python" and (words[1] != "-m" or words[2].startswith(("bench", "learned"))):
+        path = ROOT / (words[2].replace(".", "/") if words[1] == "-m" else words[1])
+        assert path.exists() or path.with_suffix(".py").exists()
+
+
+def test_workflows_and_hooks_name_what_exists() -> None:
+    yaml = pytest.importorskip("yaml", reason="comes with the docs extra")
+    files = [*(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / ".pre-commit-config.yaml"]
+    assert len(files) == 3
+    named = set()
+    for file in files:
+        text = file.read_text()
+        assert yaml.safe_load(text)
+        named |= set(re.findall(r"tests/\w+\.py|\.ci/\w+", text))
+    assert len(named) > 3
+    assert all((ROOT / name).is_file() for name in named)

@@ -178,13 +178,6 @@ def test_rare_classes_are_rare() -> None:
     assert counts[0] > 20 * counts[50:100].double().mean()
 
 
-def test_documented_tasks_and_steps() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
-    for name, found in field_tasks().items():
-        assert f"| `{name}` | {found.steps:,} ({found.quick:,}) |" in page
-    assert f"\n{len(field_tasks())} tasks, each trained" in page
-
-
 # ---- figures by hand
 
 
