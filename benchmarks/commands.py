@@ -42,7 +42,6 @@ SHORTER = {
     "learned-optim train my-recipe.toml": TINY,
     "learned-optim train diagonal": "--meta-steps 1 --pairs 1 --tasks-per-meta-step 1 "
     "--validation-tasks 1",
-    "learned-optim search": "--trials 1 --trial-epochs 1 --runs-per-epoch 2 --validation-runs 2",
     "learned-optim evaluate": "--horizons 10 --seeds 2 --tuning-seeds 1 --baselines sgd",
     "learned-optim evaluate --suite field": "--quick --tasks regression --baselines adam-1e-3 "
     "--seeds 1",

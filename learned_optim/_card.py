@@ -142,7 +142,7 @@ def _results(record: dict[str, Any], evaluation: dict[str, Any] | None, curves: 
         # The report's headings go one level down, under the card's own.
         parts.append(re.sub(r"^#", "##", markdown(evaluation).strip(), flags=re.MULTILINE))
     parts += [f"![Learning curves: {Path(curve).stem}]({curve})" for curve in curves]
-    behind = (record.get("behind_adamw") or {}).get("last")
+    behind = (record.get("behind_adamw") or {}).get("average")
     if isinstance(behind, dict) and _is_number(behind, "mean"):
         parts.append(
             f"On validation tasks of its meta-training mixture, the final loss is "
@@ -178,16 +178,15 @@ def _tested_horizon(record: dict[str, Any]) -> int | None:
 
 
 def _limits(rule: UpdateRule, record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
-    recipe = record.get("recipe") or {}
     unknown = "an unknown number of"
-    trained = f"{recipe['horizon']:,}" if _is_number(recipe, "horizon") else unknown
+    trained = f"up to {rule.trained_steps:,}" if rule.trained_steps else unknown
     horizons = evaluation["protocol"]["horizons"] if evaluation else []
     longest = max([*horizons, _tested_horizon(record) or 0])
     tested = f"{longest:,}" if longest else unknown
     state = rule.init_state(torch.zeros(64, 64)).values()
     size = sum(entry.numel() * entry.element_size() for entry in state if entry.dim() > 1) / 64**2
     seen = f"runs of {trained} steps and tested on runs of {tested}"
-    if not _is_number(recipe, "horizon") and record.get("trained_for"):
+    if record.get("trained_for"):
         seen = record["trained_for"]
     rows = [
         f"- Trained on {seen}; what it does beyond is unknown.",

@@ -1,9 +1,9 @@
 """An update rule as one safetensors file: weights, and a header that rebuilds the rule.
 
-The header's metadata holds ``format``, ``format_version``, ``rule`` (registered name), ``config``
-(JSON), ``record`` (JSON: recipe, seed, commit, figures) and ``sha256``, a digest of everything
-else in the file. The same rule and record always give the same bytes. Nothing is ever unpickled.
-A rule keeps the dtype of its tensors.
+The header's metadata holds ``format``, ``format_version``, ``rule`` (registered name), and as JSON
+``config``, ``use`` (``warmup_steps`` and ``trained_steps`` of the rule) and ``record`` (recipe,
+seed, commit, figures); and ``sha256``, a digest of everything else. The same rule and record
+always give the same bytes. Nothing is ever unpickled. A rule keeps the dtype of its tensors.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from learned_optim.rules import UpdateRule, build_rule, rule_names
 
 FORMAT = "learned_optim"
 FORMAT_VERSION = 2
+
+#: Attributes of a rule that say how its weights are to be used; a checkpoint carries them.
+USE = ("trained_steps", "warmup_steps")
 
 #: The best checkpoint so far of a run folder.
 BEST_FILE = "best.safetensors"
@@ -171,6 +174,7 @@ def save_rule(
         "format_version": str(FORMAT_VERSION),
         "rule": rule.name,
         "config": json.dumps(rule.config_dict(), sort_keys=True),
+        "use": json.dumps({name: getattr(rule, name) for name in USE}),
         "record": as_json(record or {}),
     }
     metadata["sha256"] = content_digest(metadata, tensors)
@@ -287,12 +291,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
             if key in tensors and entry.is_floating_point():
                 entry.data = entry.data.to(tensors[key].dtype)
         rule.load_state_dict(tensors, strict=True)
+        for name, value in _use(metadata).items():
+            setattr(rule, name, value)
         record = _json_object({"record": "{}", **metadata}, "record")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path} does not describe a known update rule: {error}") from error
     return rule.eval(), record
+
+
+def _use(metadata: dict[str, str]) -> dict[str, int | None]:
+    found = _json_object({"use": "{}", **metadata}, "use")
+    for name, value in found.items():
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if name not in USE or not (is_count or (value is None and name == "trained_steps")):
+            raise ValueError(f"its use has {name}={value!r}")
+    return found
 
 
 def _check_finite(config: Mapping[str, Any]) -> None:

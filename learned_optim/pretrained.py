@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from learned_optim import hub
+from learned_optim import _download
 from learned_optim._discovery import did_you_mean, unknown_name
 from learned_optim.checkpoint import BEST_FILE, CheckpointError, read_checkpoint
 from learned_optim.rules import UpdateRule
@@ -54,14 +54,14 @@ def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = 
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint file at {path}{_beside(path)}")
         return path
-    if hub.is_hub_id(text):
+    if _download.is_hub_id(text):
         if "@" not in text and path.parent.is_dir():  # a mistyped path rather than a user's name
             near = _beside(path) or "."
             raise FileNotFoundError(
                 f"no checkpoint file or folder at {path}{near} A Hub repository of that name, "
                 f"where a folder {path.parent} exists, is {text}@main"
             )
-        return hub.download(text, local_files_only=local_files_only)
+        return _download.download(text, local_files_only=local_files_only)
     if path.name != text:
         raise FileNotFoundError(f"no checkpoint file or folder at {path}{_beside(path)}")
     raise unknown_name("checkpoint", text, list_pretrained())
@@ -74,7 +74,7 @@ def _in_folder(folder: Path) -> Path:
         FileNotFoundError: it holds none, or several of which none is any of these.
     """
     found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
-    for name in (hub.CHECKPOINT_FILE, f"{folder.resolve().name}.safetensors"):
+    for name in (_download.CHECKPOINT_FILE, f"{folder.resolve().name}.safetensors"):
         if name in found:
             return found[name]
     others = [name for name in found if name != BEST_FILE]
@@ -84,8 +84,8 @@ def _in_folder(folder: Path) -> Path:
         )
     if not found:
         raise FileNotFoundError(
-            f"no checkpoint in the folder {folder}: it holds no {hub.CHECKPOINT_FILE} or other "
-            f".safetensors file"
+            f"no checkpoint in the folder {folder}: it holds no {_download.CHECKPOINT_FILE} "
+            f"or other .safetensors file"
         )
     return found[others[0] if others else BEST_FILE]
 

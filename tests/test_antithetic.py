@@ -1,7 +1,6 @@
 """Evolution strategies on unrolls: against exact gradients, backpropagation and themselves."""
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,11 +128,10 @@ def test_estimators_are_unbiased_for_their_own_target(
     assert standard_errors(estimates, other) > 6
 
 
-@pytest.mark.parametrize("fitness", ["sum", "log-final"])
 def test_small_perturbations_along_every_weight_give_backpropagation(
-    fitness: str, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Perturbed one by one, the weights' differences are central differences of the fitness."""
+    """Perturbed one by one, the weights' differences are central differences of the loss."""
     rule = random_rule("horizon", torch.float64)
     count = sum(p.numel() for p in rule.parameters())
     monkeypatch.setattr(
@@ -142,7 +140,7 @@ def test_small_perturbations_along_every_weight_give_backpropagation(
         lambda rule, options: count**0.5 * torch.eye(count, dtype=torch.float64)[::9],
     )
     pairs = len(range(0, count, 9))
-    options = EstimatorOptions(fitness=fitness, sigma=1e-6, pairs=pairs)  # type: ignore[arg-type]
+    options = EstimatorOptions(sigma=1e-6, pairs=pairs)
     full, _ = on_quadratic(rule, "full", options, steps=3)
     found, _ = on_quadratic(rule, "es", options, steps=3)
     expected = torch.cat([g.flatten() for g in full.grads])
@@ -236,61 +234,6 @@ def test_a_pair_sees_one_dropout() -> None:
     assert all(torch.equal(a.losses, b.losses) for a, b in zip(found[:3], found[3:], strict=True))
 
 
-# ---- fitness and compression
-
-
-@pytest.mark.parametrize("name", ["lstm", "horizon"])
-def test_log_of_the_final_loss_in_replay_and_backpropagation(name: str) -> None:
-    rule = random_rule(name, torch.float64)
-    options = EstimatorOptions(fitness="log-final")
-    reference, _ = on_quadratic(rule, "autograd", options, steps=6)
-    replayed, _ = on_quadratic(rule, "replay", options, steps=6)
-    plain, _ = on_quadratic(rule, "replay", EstimatorOptions(), steps=6)
-    for a, b in zip(replayed.grads, reference.grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * b.abs().max().item())
-    assert not torch.allclose(replayed.grads[0], plain.grads[0], rtol=0.1)
-
-
-def test_compressions() -> None:
-    difference = torch.tensor([0.002, 2.0, -2.0, 0.0], dtype=torch.float64)
-    found = {name: each(difference, 0.1) for name, each in antithetic.COMPRESSIONS.items()}
-    assert torch.equal(found["none"], difference)
-    assert found["sign"].tolist() == [0.1, 0.1, -0.1, 0.0]
-    large = 0.1 * math.asinh(20.0)
-    assert found["asinh"].tolist() == pytest.approx([0.002, large, -large, 0.0], rel=1e-3)
-
-
-@pytest.mark.parametrize("compression", ["none", "asinh", "sign"])
-def test_diverged_runs_count_as_bad_ones_where_differences_are_compressed(
-    compression: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A rate of -1e100 overflows float64 in a few steps; that of 0, on the other side, does not."""
-    direction = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    monkeypatch.setattr(antithetic, "_perturbations", lambda rule, options: direction)
-    rule = TwoRates((-5e99, 0.0))
-    task = FromOnes(copies=1, noise=0.0)
-    found = []
-    for sigma in (5e99, -5e99):
-        optimizees = Optimizees(rule, [task], [Generator()], torch.float64)
-        options = EstimatorOptions(pairs=1, sigma=sigma, compression=compression)  # type: ignore[arg-type]
-        meta = ESTIMATORS["es"](rule, optimizees, 4, options)
-        found.append(meta.grads[0][0].item())
-    if compression == "none":
-        assert not any(map(math.isfinite, found))
-        return
-    expected = {"sign": -0.02, "asinh": -0.02 * math.asinh(3e30 / 0.02)}[compression]
-    assert found == pytest.approx([expected / 2 / 5e99] * 2)
-
-
-def test_signs_do_not_depend_on_the_scale_of_the_loss() -> None:
-    """Twice the copies have twice the loss; the compression of each optimizee's difference."""
-    found = [
-        run("es", task=FromOnes(copies=copies, noise=0.0), steps=4, compression="sign") * copies
-        for copies in (1, 2)
-    ]
-    assert torch.equal(found[0], found[1])
-
-
 # ---- several ranks
 
 
@@ -346,7 +289,7 @@ SMALL = Recipe(
 @pytest.mark.parametrize("name", ["es", "pes"])
 def test_interrupted_training_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     """Stopped in the middle of an epoch, after the particles of a run were lost."""
-    recipe = replace(SMALL, estimator=name, fitness="log-final", compression="asinh")
+    recipe = replace(SMALL, estimator=name)
     whole = MetaTrainer(recipe, tmp_path / "whole")
     start = [weight.clone() for weight in whole.rule.parameters()]
     whole.train()
@@ -386,7 +329,7 @@ def test_persistent_particles_go_through_the_trainers_runs(
 
 def test_evolution_strategies_train_without_derivatives_of_the_loss(tmp_path: Path) -> None:
     recipe = replace(
-        SMALL, epochs=1, runs_per_epoch=25, estimator="pes", pairs=4, fitness="log-final",
+        SMALL, epochs=1, runs_per_epoch=25, estimator="pes", pairs=4,
         meta_lr=0.03, validation_runs=32,
     )  # fmt: skip
     trainer = MetaTrainer(recipe, tmp_path)
@@ -435,16 +378,9 @@ def test_copies_of_optimizees_with_buffers_and_dropout_are_apart() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compression": "sign"}, "'sign' is of differences .* estimator='replay' has none"),
         ({"estimator": "pes", "unrolls_per_run": 2}, "leave out unrolls_per_run=2"),
         ({"estimator": "pes", "pairs": 0}, "pairs must be at least 1, got 0"),
         ({"estimator": "es", "sigma": 0.0}, "sigma must be positive, got 0.0"),
-        ({"fitness": "log-final", "relative_loss": True}, "leave one of them out"),
-        ({"fitness": "log-final", "loss_from": 0.5}, "last loss alone, and loss_from=0.5 by"),
-        ({"estimator": "es", "loss_power": 1.0}, "compares runs by .*, and loss_power=1.0 are"),
-        ({"estimator": "pes", "loss_transform": "log", "imitation": 0.1},
-         "and loss_transform='log', imitation=0.1 are of backpropagation"),
-        ({"fitness": "last"}, "fitness must be one of 'sum', 'log-final', got 'last'"),
     ],
 )  # fmt: skip
 def test_recipes_of_evolution_strategies_are_checked(

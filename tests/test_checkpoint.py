@@ -17,7 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import learned_optim
-from learned_optim import CheckpointError, list_pretrained, load_record, load_rule, save_rule
+from learned_optim import (
+    CheckpointError,
+    LearnedOptimizer,
+    list_pretrained,
+    load_record,
+    load_rule,
+    save_rule,
+)
 from learned_optim.checkpoint import (
     DTYPES,
     FORMAT_VERSION,
@@ -38,6 +45,29 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert loaded.config == rule.config
     assert not loaded.training
     assert load_record(tmp_path / "rule.safetensors") == {"seed": 3, "figures": [1.5, None]}
+
+
+def test_how_a_rule_is_used_survives(tmp_path: Path) -> None:
+    """A checkpoint carries the warm-up and the trained length, and the optimizer takes them."""
+    rule = random_rule("equivariant")
+    rule.warmup_steps, rule.trained_steps = 7, 300
+    save_rule(rule, tmp_path / "rule.safetensors")
+    loaded = load_rule(tmp_path / "rule.safetensors")
+    assert (loaded.warmup_steps, loaded.trained_steps) == (7, 300)
+    optimizer = LearnedOptimizer([torch.zeros(2, requires_grad=True)], loaded)
+    assert optimizer.param_groups[0]["warmup"] == 7
+    shipped = {name: load_rule(name) for name in ("coordinatewise", "diagonal", "mnist")}
+    assert {n: (r.warmup_steps, r.trained_steps) for n, r in shipped.items()} == {
+        "coordinatewise": (50, 2000),
+        "diagonal": (0, 3000),
+        "mnist": (0, 100),
+    }
+
+
+@pytest.mark.parametrize("use", ['{"warmup_steps": -1}', '{"warmup_steps": null}', '{"x": 1}', "3"])
+def test_an_unknown_use_is_refused(use: str, good: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"good\.safetensors.*use"):
+        load_rule(rewritten(good, use=use))
 
 
 def test_configuration_survives(tmp_path: Path) -> None:
@@ -326,7 +356,7 @@ def test_run_folders_are_checkpoints(tmp_path: Path) -> None:
 
 def test_mistyped_paths_do_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("learned_optim.hub.download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("learned_optim._download.download", lambda *_, **__: pytest.fail("asked"))
     (tmp_path / "runs" / "quadratic").mkdir(parents=True)
     save_rule(random_rule("lstm"), tmp_path / "runs" / "first.safetensors")
     for given, near in (
@@ -358,7 +388,7 @@ def test_hub_ids_are_still_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         asked.append(hub_id)
         return tmp_path / "fetched.safetensors"
 
-    monkeypatch.setattr("learned_optim.hub.download", download)
+    monkeypatch.setattr("learned_optim._download.download", download)
     for hub_id in ("somebody/repo", "somebody/repo@v2", "user/repo@main"):
         assert load_rule(hub_id).name == "lstm"
     assert asked == ["somebody/repo", "somebody/repo@v2", "user/repo@main"]

@@ -23,7 +23,6 @@ from learned_optim.meta.baselines import BASELINES
 from learned_optim.meta.evolution import EvolutionTrainConfig
 from learned_optim.meta.field import FieldConfig
 from learned_optim.meta.recipes import COMMON, GROUPS, recipe_from_json, recipes
-from learned_optim.meta.search import SearchConfig
 from learned_optim.meta.tasks import task_names
 from learned_optim.meta.trainer import TrainConfig
 from learned_optim.rules import rule_names
@@ -38,9 +37,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     usage = capsys.readouterr().out
-    assert all(
-        f"\n    {name} " in usage for name in ("list", "show", "search", "train", "evaluate")
-    )
+    assert all(f"\n    {name} " in usage for name in ("list", "show", "train", "evaluate"))
     assert main([]) == 2
     assert capsys.readouterr().out == usage
 
@@ -111,7 +108,6 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (TrainConfig, ["train", "coordinatewise"]),
         (EvolutionTrainConfig, ["train", "diagonal"]),
-        (SearchConfig, ["search", "coordinatewise"]),
         (EvaluateConfig, ["evaluate"]),
         (FieldConfig, ["evaluate", "--suite", "field"]),
     ],
@@ -214,7 +210,7 @@ def test_help_of_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--data-dir" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "search", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_help_needs_no_extra(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -523,7 +519,7 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "gone.toml"], "no recipe file at gone.toml"),
         (["train", "runs/gone"], "no recipe file or run folder at runs/gone"),
         (["train", "--epochs", "2", "quadratic"], "learned-optim train RECIPE --epochs ..."),
-        (["search", "--trials", "2"], "search takes the recipe first, then the options"),
+        (["train", "--epochs", "2"], "train takes the recipe first, then the options"),
         (["train", "quadratic", "--task", "fashion"], "'fashion' is for evaluation only"),
         (["evaluate", "--checkpoints", "nonesuch"], "unknown checkpoint 'nonesuch'; known: "),
         (["evaluate", "--checkpoints", "--tasks", "nonesuch"], "unknown task 'nonesuch'; known: "),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from learned_optim.cli import main
-from learned_optim.rules import _registry
+from learned_optim.rules import _config, rule_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,8 +37,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     # Rules that a page defines are not to be found by the tests that come after it.
-    _registry.rule_names()
-    monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
+    rule_names()
+    monkeypatch.setattr(_config, "RULES", dict(_config.RULES))
     text = page.read_text()
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page, "python"):

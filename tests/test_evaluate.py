@@ -23,7 +23,7 @@ from learned_optim.meta.baselines import BASELINES, LR_GRID, make_baseline
 from learned_optim.meta.report import brief, markdown, plot, table, write_report
 from learned_optim.meta.runs import Run, RunSpec
 from learned_optim.meta.statistics import curve, interval, median, ratio_interval, smooth
-from learned_optim.rules import _registry, rule_names
+from learned_optim.rules import _config, rule_names
 from learned_optim.rules.classical import AdamConfig, AdamRule
 
 NOTHING_LEARNED = EvaluateConfig(
@@ -805,7 +805,7 @@ class OwnRule(UpdateRule):
 def test_workers_know_rules_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In processes of its own: a script is run again."""
     rule_names()
-    monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
+    monkeypatch.setattr(_config, "RULES", dict(_config.RULES))
     (tmp_path / "own_rule_of_the_evaluation.py").write_text(OWN_RULE)
     monkeypatch.syspath_prepend(tmp_path)
     own = importlib.import_module("own_rule_of_the_evaluation")

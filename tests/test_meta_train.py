@@ -32,7 +32,7 @@ from learned_optim.meta import (
 from learned_optim.meta.recipes import recipe_from_json
 from learned_optim.meta.seeding import seeded
 from learned_optim.rules import RuleConfig, Segments, State, StepContext, UpdateRule
-from learned_optim.rules._registry import _RULES
+from learned_optim.rules._config import RULES
 from learned_optim.rules.classical import SGDRule
 from learned_optim.rules.equivariant import EquivariantConfig
 
@@ -208,7 +208,7 @@ def test_it_learns_and_the_checkpoint_is_used(tmp_path: Path) -> None:
     assert "3 tensors" not in str(trained.record["data"])
     assert "4 tensors of 37 parameters" in str(trained.record["data"])
     model = network()
-    optimizer = LearnedOptimizer(model.parameters(), trained.rule, warmup=0)
+    optimizer = LearnedOptimizer(model.parameters(), trained.rule)
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
@@ -217,6 +217,28 @@ def test_it_learns_and_the_checkpoint_is_used(tmp_path: Path) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_users_get_what_was_measured(tmp_path: Path) -> None:
+    """A loop with the checkpoint's own settings has the losses of a validation run."""
+    task = regression(batches=of_a_generator)
+    trained = meta_train(task, folder=tmp_path, rule="equivariant", **SHORT)
+    draws = seeded("user")
+    optimizees = Optimizees(trained.rule, [task], [draws])
+    measured = [optimizees.advance(trained.rule).item() for _ in range(12)]
+    draws, model = seeded("user"), network()
+    model.load_state_dict(task.init(draws))
+    optimizer = LearnedOptimizer(model.parameters(), trained.path)
+    losses = []
+    for _ in range(12):
+        x, y = of_a_generator(draws)
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(measured, rel=1e-3)
+    assert optimizer.rule.trained_steps == SHORT["horizon"]
 
 
 def test_after_an_interruption_the_same_bits(
@@ -355,11 +377,11 @@ class OwnRule(UpdateRule):
         return -self.log_lr.exp() * grad, {}
 
 
-_RULES.pop(OwnRule.name)  # of this module's tests alone
+RULES.pop(OwnRule.name)  # of this module's tests alone
 
 
 def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_RULES, OwnRule.name, OwnRule)
+    monkeypatch.setitem(RULES, OwnRule.name, OwnRule)
     fields = {**SHORT, "rule": OwnConfig(0.02), "meta_lr": 0.3}
     trained = meta_train(regression(normalized), folder=tmp_path, **fields)
     assert trained.record["recipe"]["estimator"] == "autograd"

@@ -1,8 +1,11 @@
 """The examples, in this process and shorter; the notebook from top to bottom."""
 
 import json
+import re
 import runpy
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +88,17 @@ def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
         numbers["schedule"] < 0.02 for numbers in namespace["optimizer"].diagnostics().values()
     )
     assert "rule of the saved state" in capsys.readouterr().out
+
+
+def test_search_for_a_meta_learning_rate(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(
+        "task = 'quadratic'\nrule = 'lstm'\nepochs = 9\nmeta_lr = 0.1\nruns_per_epoch = 1\n"
+        "horizon = 4\nvalidation_runs = 2\n"
+    )
+    command = [sys.executable, str(FOLDER / "search_meta_lr.py"), "--recipe", str(recipe)]
+    options = ["--trials", "2", "--epochs", "1", "--folder", str(tmp_path / "search")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^best: meta_lr=\S+, validation \S+$", done.stdout, re.M)
+    assert (tmp_path / "search" / "1" / "best.safetensors").is_file()

@@ -226,7 +226,6 @@ COMMANDS = {
     "list": "coordinatewise",
     "show default": '"fingerprint"',
     "train --help": "--folder",
-    "search --help": "--trials",
     "evaluate --help": "--checkpoints",
     "train quick": "scikit-learn: pip install 'learned-optim[meta]'",
 }

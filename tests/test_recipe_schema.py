@@ -62,12 +62,6 @@ def test_shipped_recipes_are_valid(name: str) -> None:
         {"relative_loss": 1},
         {"epochs": 0},
         {"sigma": 0.1},
-        {"horizons": 50},
-        {"horizons": "50"},
-        {"horizons": {"kind": "growing", "first": 1, "last": 9, "epochs": 2}},
-        {"horizons": {"kind": "growing", "first": 1, "last": 9}},
-        {"truncations": {"low": 1, "high": 9}},
-        {"truncations": {"kind": "log-uniform", "low": 1, "high": 9, "middle": 4}},
     ],
     ids=str,
 )

@@ -21,7 +21,6 @@ EXTRAS = {
         "filelock", "matplotlib", "numpy", "scipy", "shtab", "sklearn", "tensorboard", "tomli",
         "torchvision", "tqdm",
     ),
-    "search": ("optuna",),
 }  # fmt: skip
 
 

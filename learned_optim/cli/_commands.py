@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from learned_optim._discovery import did_you_mean
-from learned_optim.cli import _completion, _evaluate, _explain, _list, _search, _show, _train
+from learned_optim.cli import _completion, _evaluate, _explain, _list, _show, _train
 from learned_optim.cli._parser import Parser
 
 EXAMPLES = """examples:
@@ -41,7 +41,6 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "list": Command(_list.HELP, _list.configure, _list.run),
     "show": Command(_show.HELP, _show.configure, _show.run),
-    "search": Command(_search.HELP, _search.configure, _search.run),
     "train": Command(_train.HELP, _train.configure, _train.run),
     "evaluate": Command(_evaluate.HELP, _evaluate.configure, _evaluate.run),
     "explain": Command(_explain.HELP, _explain.configure, _explain.run),

@@ -1,4 +1,4 @@
-"""Options of the commands that start with a recipe: ``train`` and ``search``."""
+"""Options of the command ``train``, which starts with a recipe."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def run_folder(command: str, source: str) -> Path:
     if folder is not None and command == "train" and _is_run(folder):
         return folder
     name = folder.resolve().name if folder is not None else path.stem
-    return Path("runs") / (f"{name}-search" if command == "search" else name)
+    return Path("runs") / name
 
 
 def _is_run(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 Pairs of opposite perturbations of the rule's weights train copies of the optimizees, on the same
 batches and with the same random numbers, so that noise cancels in the difference of a pair
-(Salimans et al. 2017, arXiv 1703.03864). No derivatives are taken: the fitness may be anything,
+(Salimans et al. 2017, arXiv 1703.03864). No derivatives are taken:
 memory does not grow with the length of the unroll, and chaotic runs are smoothed on the scale of
 the perturbations (Metz et al. 2019, arXiv 1810.10180).
 
@@ -13,7 +13,6 @@ seed and runs some of them, and then only fitness and losses are exchanged, a fe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,20 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from learned_optim.meta._estimator import FITNESS, EstimatorOptions, MetaGradient
+from learned_optim.meta._estimator import EstimatorOptions, MetaGradient
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.rules import UpdateRule
-
-#: What becomes of the differences of fitness, given the unit: ``asinh`` lets those well below the
-#: unit pass and compresses larger ones, ``sign`` leaves nothing but which run was better.
-COMPRESSIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "none": lambda difference, unit: difference,
-    "asinh": lambda difference, unit: unit * torch.asinh(difference / unit),
-    "sign": lambda difference, unit: unit * torch.sign(difference),
-}
-
-# What compressions take for the loss of a run that diverged.
-_DIVERGED = 1e30
 
 
 @dataclass
@@ -142,8 +130,7 @@ def _estimate(
     """
     losses, fitness = _unroll(rule, optimizees, steps, options, fresh, particles)
     losses, fitness = _exchange(losses, fitness, options)
-    compress = COMPRESSIONS[options.compression]
-    difference = compress(fitness[:, 0] - fitness[:, 1], options.compression_unit)  # (pairs, B)
+    difference = fitness[:, 0] - fitness[:, 1]  # (pairs, B)
     slopes = difference.mean(1) / (2 * options.sigma)  # (pairs,)
     # Pair after pair, so that the sum's bits do not depend on how a matrix product is split.
     flat = torch.zeros_like(particles.directions[0])
@@ -184,22 +171,10 @@ def _unroll(
     stacked = torch.stack(losses).unflatten(0, (steps, len(runs)))  # (steps, runs, B)
     fitness = stacked.new_zeros((options.pairs, 2, len(optimizees)), dtype=torch.float64)
     if particles.runs:
-        each = _fitness(stacked[:, :-1], options)  # (runs of pairs, B)
+        # In float64: what the two of a pair have in common is much larger than their difference.
+        each = stacked[:, :-1].double().sum(0)  # (runs of pairs, B)
         fitness[list(particles.runs)] = each.unflatten(0, (-1, 2))
     return stacked[:, -1], fitness
-
-
-def _fitness(losses: Tensor, options: EstimatorOptions) -> Tensor:
-    """From losses ``(steps, ...)`` of perturbed runs to their fitness ``(...)``, float64.
-
-    To a compression, a run that diverged is worse than all others, and no more than that. Without
-    one it makes the estimate infinite, and the trainer drops the unroll.
-    """
-    # In float64: what the two of a pair have in common is much larger than their difference.
-    losses = losses.double()
-    if options.compression != "none":
-        losses = losses.nan_to_num(nan=_DIVERGED).clamp(max=_DIVERGED)
-    return FITNESS[options.fitness](losses)
 
 
 def _exchange(losses: Tensor, fitness: Tensor, options: EstimatorOptions) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,8 @@
 
 All estimators share one signature, ``estimator(rule, optimizees, steps, options) ->
 MetaGradient``, and leave ``optimizees`` where the unroll ended, detached. The meta-loss of an
-unroll is its fitness averaged over the optimizees: the sum over its steps of the loss at the
-parameters *before* each update (thesis eq. 3.4 with w_t = 1), or the logarithm of the last loss.
-Options may weigh the losses otherwise, and add an imitation loss, except with ``es`` and ``pes``.
+unroll is the sum over its steps of the loss at the parameters *before* each update (thesis eq. 3.4
+with w_t = 1), averaged over the optimizees.
 
 ``autograd``   truncated backpropagation through time with d grad / d phi = 0: the thesis's.
 ``replay``     the same gradients from a rollout without a graph: see :func:`replay`.
@@ -21,26 +20,19 @@ import torch
 from torch import Tensor
 
 from learned_optim.meta._estimator import (
-    FITNESS,
-    Compression,
     Estimator,
     EstimatorOptions,
-    Fitness,
     MetaGradient,
     Sampling,
 )
 from learned_optim.meta.antithetic import es, pes
-from learned_optim.meta.meta_loss import Imitation
-from learned_optim.meta.rollout import Optimizees, StepRecord
+from learned_optim.meta.rollout import Optimizees
 from learned_optim.rules import State, UpdateRule
 
 __all__ = [
     "ESTIMATORS",
-    "FITNESS",
-    "Compression",
     "Estimator",
     "EstimatorOptions",
-    "Fitness",
     "MetaGradient",
     "Sampling",
     "autograd",
@@ -56,13 +48,9 @@ REPLAY_ROWS = 1000
 
 
 def _backpropagate(
-    rule: UpdateRule,
-    optimizees: Optimizees,
-    steps: int,
-    options: EstimatorOptions,
-    first_order: bool,
+    rule: UpdateRule, optimizees: Optimizees, steps: int, first_order: bool
 ) -> MetaGradient:
-    losses, distances = [], []
+    losses = []
     with torch.enable_grad():
         for _ in range(steps):
             batch, packed = optimizees.next_batch(), optimizees.packed
@@ -76,18 +64,12 @@ def _backpropagate(
                 seen = packed
             losses.append(loss)
             update, state = optimizees.forward(rule, grad, seen, loss)
-            if options.imitation is not None:
-                target = options.imitation.target(grad, packed, optimizees.segments)
-                distances.append(options.imitation.distance(update, target))
             optimizees.packed = packed + update
             optimizees.state = {**optimizees.state, **state}
             optimizees.step += 1
         stacked = torch.stack(losses)  # (steps, B)
         weights = list(rule.parameters())
-        slopes = _loss_slopes(stacked.detach(), options)
-        weighted = stacked if slopes is None else stacked * slopes
-        meta_loss = weighted.sum(0).mean() + sum(distances)
-        meta = torch.autograd.grad(meta_loss, weights, allow_unused=True)
+        meta = torch.autograd.grad(stacked.sum(0).mean(), weights, allow_unused=True)
     optimizees.packed = optimizees.packed.detach()
     optimizees.state = {key: value.detach() for key, value in optimizees.state.items()}
     return MetaGradient(stacked.detach(), _zeros_for_none(meta, weights))
@@ -102,14 +84,14 @@ def autograd(
     rule: UpdateRule, optimizees: Optimizees, steps: int, options: EstimatorOptions
 ) -> MetaGradient:
     """Truncated backpropagation through the unroll with d grad / d phi = 0 (thesis section 3.2)."""
-    return _backpropagate(rule, optimizees, steps, options, first_order=True)
+    return _backpropagate(rule, optimizees, steps, first_order=True)
 
 
 def full(
     rule: UpdateRule, optimizees: Optimizees, steps: int, options: EstimatorOptions
 ) -> MetaGradient:
     """Backpropagation through the unroll with second derivatives: nothing is dropped."""
-    return _backpropagate(rule, optimizees, steps, options, first_order=False)
+    return _backpropagate(rule, optimizees, steps, first_order=False)
 
 
 def replay(
@@ -121,7 +103,6 @@ def replay(
 
         dL / dphi = sum_t sum_i A_{t,i} d u_{t,i} / d phi,   A_t = sum_{s > t} grad f(theta_s),
 
-    each gradient times the derivative of the fitness by the loss f(theta_s), 1 for their sum.
     An update is a sum of directions D, which do not depend on the weights, times gains, so that
 
         dL / dgain_{t,r,d} = sum over coordinates i of row r of A_{t,i} D_{t,i,d}.
@@ -146,67 +127,26 @@ def replay(
     else:
         rows, scale = _sample_coordinates(segments.sizes, options)
     start = {key: optimizees.state[key][rows] for key in rule.network_state}
-    record, imitation = [], []
-    for _ in range(steps):
-        before = optimizees.packed
-        record.append(optimizees.advance_recorded(rule))
-        if options.imitation is not None:
-            imitation.append(_imitation_slope(options.imitation, optimizees, before, record[-1]))
+    record = [optimizees.advance_recorded(rule) for _ in range(steps)]
     losses = torch.stack([step.losses for step in record])
-    grads = _weighted_grads(optimizees, record, losses, options)
+    grads = [step.grad for step in record]
 
     future_grads = torch.zeros_like(optimizees.packed if by_tensor else grads[0][rows])
     grad_gains = []  # dL / dgains, (r, d) per step, last first
     for t in reversed(range(steps)):
-        directions, slope = record[t].directions, future_grads
-        if imitation:
-            slope = slope + (imitation[t] if by_tensor else imitation[t][rows])
+        directions = record[t].directions
         if by_tensor:
-            products = [(direction, slope) for direction in directions.t()]
+            products = [(direction, future_grads) for direction in directions.t()]
             grad_gains.append(segments.sums(products).t())
             future_grads = future_grads + grads[t]
         else:
-            grad_gains.append(slope.unsqueeze(1) * directions[rows])
+            grad_gains.append(future_grads.unsqueeze(1) * directions[rows])
             future_grads = future_grads + grads[t][rows]
     slopes = torch.stack(grad_gains[::-1])  # (T, r, d)
     slopes = slopes * (scale / len(optimizees)).to(slopes.dtype).unsqueeze(1)
     features = torch.stack([step.features if by_tensor else step.features[rows] for step in record])
     meta = _backpropagate_gains(rule, features, slopes, start)
     return MetaGradient(losses, meta)
-
-
-def _loss_slopes(losses: Tensor, options: EstimatorOptions) -> Tensor | None:
-    """The derivative of every optimizee's meta-loss by its losses, both ``(steps, B)``.
-
-    ``None`` if it is 1, as that of the plain sum.
-    """
-    slopes = None
-    if options.fitness != "sum":
-        leaf = losses.clone().requires_grad_()
-        with torch.enable_grad():
-            (slopes,) = torch.autograd.grad(FITNESS[options.fitness](leaf).sum(), leaf)
-    if options.weights is not None:
-        weights = options.weights(losses)
-        slopes = weights if slopes is None else slopes * weights
-    return slopes
-
-
-def _weighted_grads(
-    optimizees: Optimizees, record: Sequence[StepRecord], losses: Tensor, options: EstimatorOptions
-) -> list[Tensor]:
-    """Gradients, ``(n,)`` per step, of the sum over the optimizees of each one's meta-loss."""
-    slopes = _loss_slopes(losses, options)
-    if slopes is None:
-        return [step.grad for step in record]
-    return [step.grad * optimizees.expand(s) for step, s in zip(record, slopes, strict=True)]
-
-
-def _imitation_slope(
-    imitation: Imitation, optimizees: Optimizees, before: Tensor, step: StepRecord
-) -> Tensor:
-    """The imitation loss's gradient in a step's update, ``(n,)``, for the sum over optimizees."""
-    target = imitation.target(step.grad, before, optimizees.segments)
-    return len(optimizees) * imitation.slope(optimizees.packed - before, target)
 
 
 def _backpropagate_gains(

@@ -34,7 +34,6 @@ from learned_optim.meta.progress import Report, TrainingError, event_writer, sec
 from learned_optim.meta.recipes import EvolutionRecipe
 from learned_optim.meta.references import Reference
 from learned_optim.meta.run_folder import RunFolder, source_modules
-from learned_optim.meta.schedules import schedule_text
 from learned_optim.meta.tasks import TaskFamily
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
@@ -181,11 +180,12 @@ class EvolutionTrainer:
     def kept(self, weights: Tensor | None = None) -> UpdateRule:
         """The rule with these weights, or with the averaged ones."""
         rule = rule_for(self.recipe.rule)
+        rule.warmup_steps, rule.trained_steps = 0, self.source.longest_run
         vector_to_parameters((self.ema if weights is None else weights).clone(), rule.parameters())
         return rule
 
     def last_validation(self) -> dict[str, Any] | None:
-        """Its ``meta_step``, and the figures of the ``last`` and the ``average`` weights."""
+        """Its ``meta_step``, and the figures of the ``average`` of the weights, which is kept."""
         validated = self._validated()
         if not validated:
             return None
@@ -213,7 +213,7 @@ class EvolutionTrainer:
             data = f"mixture {task}; MNIST's meta half is all real data in it"
             return {"data": data, "trained_for": TRAINED_FOR[task]}
         family = self._given or self.source.family()
-        trained_for = f"runs of {schedule_text(self.source.horizon)} steps of {task}"
+        trained_for = f"runs of {self.source.horizons} steps of {task}"
         data_sets = list(family.data_sets)
         if self._given is None:
             data = f"task family {task!r}, meta-training split alone"
@@ -222,14 +222,13 @@ class EvolutionTrainer:
         return {"data": given, "data_sets": data_sets, "trained_for": trained_for}
 
     def finish(self, output: Path | None = None) -> Path:
-        """Write the finished checkpoint: averaged weights, the start's share in them, the record.
+        """Write the finished checkpoint: averaged weights and their record.
 
         Args:
             output: where to; into the run folder, and named after it, if not given.
         """
         path = output or self.files.finished
-        start = initial_weights(self.rule, self.recipe.seed, self.recipe.start)
-        save_rule(self.kept(self.ema.lerp(start, self.recipe.start_share)), path, self.record())
+        save_rule(self.kept(), path, self.record())
         return path
 
     # ---- training
@@ -296,7 +295,11 @@ class EvolutionTrainer:
         first = 100_000 * (recipe.seed + 1) + self.meta_steps * recipe.tasks_per_meta_step
         todo = [
             jobs.TaskJob(
-                first + index, self.theta, recipe, self.source, step, self._is_large(index)
+                jobs.training_seed(first + index),
+                self.theta,
+                recipe,
+                self.source,
+                self._is_large(index),
             )
             for index in range(recipe.tasks_per_meta_step)
         ]
@@ -358,8 +361,7 @@ class EvolutionTrainer:
 
     def _validate(self, run: jobs.Map, report: Report | None) -> dict[str, Excess]:
         found = self._references(run, report)
-        weights = {"last": self.theta, "average": self.ema}
-        return validate(weights, self.recipe.rule, self.source, found, run, report)
+        return validate({"average": self.ema}, self.recipe.rule, self.source, found, run, report)
 
 
 def event_values(metrics: dict[str, Any]) -> dict[str, float | None]:

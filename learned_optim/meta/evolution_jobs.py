@@ -26,6 +26,7 @@ from learned_optim.meta.populations import ADAMW_LRS as MIXTURE_LRS
 from learned_optim.meta.populations import Population, fitness, roll, roll_adamw, scores
 from learned_optim.meta.progress import TrainingError
 from learned_optim.meta.recipes import EvolutionRecipe
+from learned_optim.meta.recipes._evolution import MOST_VALIDATION_TASKS
 from learned_optim.meta.references import ADAMW_LRS, Reference
 from learned_optim.meta.tasks import TaskFamily
 from learned_optim.rules import RuleConfig, UpdateRule, rule_for
@@ -33,8 +34,8 @@ from learned_optim.rules import RuleConfig, UpdateRule, rule_for
 #: Maps a function over jobs, in their order, as results come.
 Map: TypeAlias = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
-#: Seeds of the validation tasks begin here, far from those of training.
-FIRST_VALIDATION_SEED = 10_000_000
+#: Seeds of the validation tasks: training never has one of them, see :func:`training_seed`.
+VALIDATION_SEEDS = range(10_000_000, 10_000_000 + MOST_VALIDATION_TASKS)
 #: Validation runs are at least this long, where they are not too costly for that.
 SHORTEST_VALIDATION = 150
 
@@ -52,7 +53,6 @@ class TaskJob:
     weights: Tensor
     recipe: EvolutionRecipe
     source: RunSource
-    meta_step: int = 1
     large: bool = False
 
 
@@ -102,6 +102,11 @@ class ValidationJob:
     rule: RuleConfig
 
 
+def training_seed(number: int) -> int:
+    """The seed of a training task by its number; different numbers have different seeds."""
+    return number if number < VALIDATION_SEEDS.start else number + len(VALIDATION_SEEDS)
+
+
 def perturbations(seed: int, pairs: int, count: int) -> Tensor:
     """Standard normal directions of a task's pairs, float32 of shape ``(pairs, count)``."""
     return torch.randn(pairs, count, generator=torch.Generator().manual_seed(seed))
@@ -111,7 +116,7 @@ def run_task(job: TaskJob) -> TaskResult:
     """Run a task under all perturbed weights, side by side on the same batches."""
     started, family, recipe = time.perf_counter(), "", job.recipe
     try:
-        run = job.source.draw(job.seed, job.meta_step, job.large)
+        run = job.source.draw(job.seed, job.large)
         family = _kind(run.task)
         change = perturbations(job.seed, recipe.pairs, len(job.weights)) * recipe.sigma
         weights = torch.cat((job.weights + change, job.weights - change))
@@ -155,7 +160,7 @@ def meta_gradient(
 
 def validate_task(job: ValidationJob) -> list[float]:
     """Log of the final over the first loss, of every row of weights."""
-    seed = FIRST_VALIDATION_SEED + job.index
+    seed = VALIDATION_SEEDS.start + job.index
     run = job.source.draw_validation(seed, SHORTEST_VALIDATION)
     final: list[float] = scores(roll(_rule(job.rule), job.weights, run, seed))[0].tolist()
     return final
@@ -164,7 +169,7 @@ def validate_task(job: ValidationJob) -> list[float]:
 def reference_task(job: tuple[int, RunSource]) -> Reference:
     """AdamW on validation task ``job[0]``, at every peak learning rate."""
     index, source = job
-    seed = FIRST_VALIDATION_SEED + index
+    seed = VALIDATION_SEEDS.start + index
     run = source.draw_validation(seed, SHORTEST_VALIDATION)
     # Mixtures keep the rates that their references were always made with.
     rates = MIXTURE_LRS if source.is_mixture else ADAMW_LRS

@@ -18,7 +18,6 @@ from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations import MIXTURES, Batch, Draw, Params, Population, draw
 from learned_optim.meta.populations._mixture import SHORTEST_RUN, UNKNOWN_SHARE
 from learned_optim.meta.recipes import EvolutionRecipe
-from learned_optim.meta.schedules import Schedule, steps_of
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import (
     GIVEN,
@@ -111,42 +110,53 @@ class RunSource:
         task: a key of :data:`~learned_optim.meta.populations.MIXTURES`, the name of a task family,
             or that of the family that :func:`given_family` has.
         horizon: inner steps of a run; ``None`` for mixtures, which draw them.
-        meta_steps: of the whole training: validation runs are as long as its last ones.
+        shortest: if given, lengths are log-uniform between it and ``horizon``.
         data: where images are looked for.
     """
 
     task: str
-    horizon: Schedule | None
-    meta_steps: int
+    horizon: int | None
+    shortest: int | None
     data: DataOptions
 
     @classmethod
     def of(cls, recipe: EvolutionRecipe, data: DataOptions) -> RunSource:
         """That of a recipe."""
-        return cls(recipe.task, recipe.horizon, recipe.meta_steps, data)
+        return cls(recipe.task, recipe.horizon, recipe.shortest_horizon, data)
 
     @property
     def is_mixture(self) -> bool:
         """Whether populations are drawn."""
         return self.task in MIXTURES
 
-    def draw(self, seed: int, meta_step: int, large: bool = False) -> Draw:
+    @property
+    def longest_run(self) -> int:
+        """Inner steps of the longest runs."""
+        if self.horizon is not None:
+            return self.horizon
+        return max(family.longest_run for family in MIXTURES[self.task])
+
+    @property
+    def horizons(self) -> str:
+        """The lengths of runs, such as ``100`` or ``50 to 200``."""
+        return f"{self.shortest} to {self.horizon}" if self.shortest else str(self.horizon)
+
+    def draw(self, seed: int, large: bool = False) -> Draw:
         """The run of a seed in training.
 
         Args:
             seed: of the run.
-            meta_step: in which it is made, from 1: lengths may grow.
             large: take sizes from the upper part of their ranges, of mixtures.
         """
         if self.is_mixture:
             return draw(seed, self.data, SHORTEST_RUN, large=large, mixture=self.task)
-        return self._draw(seed, meta_step)
+        return self._draw(seed)
 
     def draw_validation(self, seed: int, shortest: int) -> Draw:
         """The run of a seed in validation; those of a mixture have ``shortest`` steps at least."""
         if self.is_mixture:
             return draw(seed, self.data, shortest, mixture=self.task)
-        return self._draw(seed, self.meta_steps)
+        return self._draw(seed)
 
     def family(self) -> TaskFamily:
         """The task family, unless it is a mixture.
@@ -159,13 +169,14 @@ class RunSource:
             return _given
         return _built(self.task, self.data)
 
-    def _draw(self, seed: int, meta_step: int) -> Draw:
+    def _draw(self, seed: int) -> Draw:
         family, generator = self.family(), seeded("evolution", self.task, seed)
         task = family.sample(generator)
         length, chance = torch.rand(2, generator=generator).tolist()
         stacked = family.stackable or obstacle_to_stacking(task) is None
         assert self.horizon is not None
-        steps = steps_of(self.horizon, meta_step, length)
+        shortest = self.shortest or self.horizon
+        steps = round(shortest * (self.horizon / shortest) ** length)
         return Draw(TaskPopulation(task, stacked), steps, known=chance >= UNKNOWN_SHARE)
 
 

@@ -71,7 +71,7 @@ class RunFolder:
                     f"recipe given here. Nothing else of the run is lost"
                 ) from error
             # Stopping earlier or later continues the same run, unless the schedule depends on it.
-            free = {"patience", "test_runs", "start_share"}
+            free = {"patience", "test_runs"}
             if isinstance(recipe, Recipe) and recipe.meta_lr_final is None:
                 free.add("epochs")
             if type(found) is not type(recipe):

@@ -29,14 +29,13 @@ from learned_optim.meta.progress import (
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.run_folder import RunFolder, source_modules
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
-from learned_optim.meta.tasks._rescaled import Rescaled
 from learned_optim.meta.unrolls import Ranks, train_run
 from learned_optim.meta.validation import Validator
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
 
 #: What has helped where training diverged.
-ADVICE = "Lower --meta-lr (learned-optim search tries several), or clip with --clip-norm"
+ADVICE = "Lower --meta-lr, or clip with --clip-norm"
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,6 @@ class MetaTrainer:
             self.meet()  # rank 0 downloads what is missing, alone
         self._given = family
         self.family = family or build_tasks(recipe.task, TaskOptions("meta", self.data))
-        self.training_family = self.family
-        if recipe.rescale:
-            self.training_family = Rescaled(self.family, recipe.rescale)
         self._test_family = test_family
         if test_family is None and recipe.test_task is None:
             self._test_family = family
@@ -141,11 +137,12 @@ class MetaTrainer:
                 f"estimator 'replay' needs a rule that splits into observation and response, and "
                 f"{self.rule.name!r} does not: use estimator='autograd' (--estimator autograd)"
             )
+        for rule in (self.rule, self.kept):  # what evaluation measures is what users get
+            rule.warmup_steps, rule.trained_steps = 0, recipe.longest_run
         self._start: str | None = None  # fingerprint of the weights before training, if learned
         if recipe.start is not None:
             self._start_from(recipe.start)
         self.kept.load_state_dict(self.rule.state_dict())
-        self._first = {name: weight.clone() for name, weight in self.rule.state_dict().items()}
         self.meta_optimizer = MetaOptimizer(recipe, self.rule, self.kept)
         self.validator = Validator(recipe, self.family, self.rank, self.world)
         self.pace = Pace()  # of the present epoch
@@ -259,11 +256,6 @@ class MetaTrainer:
             )
         rule, record = self._best_rule()
         record["recipe"] = self.recipe.to_json()
-        if self.recipe.start_share:
-            for name, weight in rule.state_dict().items():
-                weight.lerp_(self._first[name], self.recipe.start_share)
-            record["validation"] = self.validator.mean(rule, report, alone=True)
-            record["ratio_to_adamw"] = self.validator.ratio_to_adamw(record["validation"])
         family = self._test_family
         if family is None:
             family = build_tasks(self._test_task, TaskOptions("evaluation", self.data))
@@ -401,9 +393,7 @@ class MetaTrainer:
         return self.epoch >= self.recipe.epochs
 
     def _train_run(self, epoch: int, run: int) -> tuple[float, int]:
-        return train_run(
-            self.recipe, self.training_family, self.meta_optimizer, self.ranks, epoch, run
-        )
+        return train_run(self.recipe, self.family, self.meta_optimizer, self.ranks, epoch, run)
 
     def validate(self, rule: UpdateRule | None = None, report: Report | None = None) -> float:
         """Mean summed loss over the validation runs, of the kept weights unless a rule is given.

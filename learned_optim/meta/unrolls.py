@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Generator
 
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
-from learned_optim.meta.meta_loss import SMALLEST_LOSS, imitation, loss_weights
 from learned_optim.meta.meta_optimizer import MetaOptimizer
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
-from learned_optim.meta.schedules import Plan
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily
+
+# Loss below which nothing is divided any further: such a task is solved.
+SMALLEST_LOSS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,23 @@ class Ranks:
     def task_world(self) -> int:
         """Among how many processes the tasks are shared."""
         return 1 if self.perturbs else self.world
+
+
+def plan_of_run(recipe: Recipe, generator: Generator) -> list[tuple[int, bool]]:
+    """How a run is cut into unrolls: of each, its inner steps and whether it ends in a meta-step.
+
+    What follows the last meta-step is left out, because it would teach nothing.
+    """
+    length, truncation = recipe.horizon, recipe.truncation
+    tail, u = torch.rand(2, generator=generator).tolist()
+    if recipe.long_horizon is not None and tail < recipe.long_fraction:
+        length = round(length * (recipe.long_horizon / length) ** u)
+        truncation = recipe.long_truncation or truncation
+    whole, rest = divmod(length, truncation)
+    steps = [truncation] * whole + [rest] * (rest > 0)
+    drawn = torch.randperm(len(steps), generator=generator)[: recipe.unrolls_per_run or len(steps)]
+    chosen = set(drawn.tolist())
+    return [(n, i in chosen) for i, n in enumerate(steps[: max(chosen) + 1])]
 
 
 def train_run(
@@ -86,16 +105,15 @@ def _unrolls(
     tasks = [family.sample(generator) for generator in generators]
     optimizees = Optimizees(rule, tasks, generators, stacked=family.stackable)
     options = _estimator_options(recipe, ranks, epoch, run)
-    plan = Plan.draw(recipe, epoch, seeded(recipe.seed, "plan", epoch, run))
+    plan = plan_of_run(recipe, seeded(recipe.seed, "plan", epoch, run))
     total, done = 0.0, 0
-    unrolls = sum(learns for _, learns in plan.unrolls)
+    unrolls = sum(learns for _, learns in plan)
     runs_before = (epoch - 1) * recipe.runs_per_epoch + run
-    for steps, learns in plan.unrolls:
+    for steps, learns in plan:
         if not learns:
             for _ in range(steps):
                 total += optimizees.advance(rule).mean().item()
             continue
-        options = replace(options, weights=loss_weights(recipe, optimizees.step, plan.length))
         meta = ESTIMATORS[recipe.estimator](rule, optimizees, steps, options)
         packed = torch.cat([g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]])
         if ranks.task_world > 1:
@@ -112,21 +130,17 @@ def _unrolls(
         meta_optimizer.step(packed[:-1], (runs_before * unrolls + done) / every)
         done += 1
     # Per horizon, so that runs of different lengths compare.
-    return total * recipe.horizon / sum(steps for steps, _ in plan.unrolls), 0
+    return total * recipe.horizon / sum(steps for steps, _ in plan), 0
 
 
 def _estimator_options(recipe: Recipe, ranks: Ranks, epoch: int, run: int) -> EstimatorOptions:
-    """Of one run; their generator, and what is imitated, go on from unroll to unroll."""
+    """Of one run; their generator goes on from unroll to unroll."""
     return EstimatorOptions(
         coordinates=recipe.coordinates,
         generator=seeded(recipe.seed, "coordinates", epoch, run, ranks.task_rank),
         sampling=recipe.sampling,
-        fitness=recipe.fitness,
         pairs=recipe.pairs,
         sigma=recipe.sigma,
-        compression=recipe.compression,
-        compression_unit=recipe.compression_unit,
-        imitation=imitation(recipe, epoch),
         rank=ranks.rank,
         world=ranks.world,
     )

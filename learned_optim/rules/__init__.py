@@ -2,7 +2,13 @@
 
 from learned_optim.rules._base import State, StepContext, UpdateRule
 from learned_optim.rules._config import RuleConfig
-from learned_optim.rules._registry import build_rule, rule_class, rule_for, rule_names
+from learned_optim.rules._registry import (
+    build_rule,
+    rule_class,
+    rule_for,
+    rule_names,
+    rule_reference,
+)
 from learned_optim.rules._segments import Segments
 
 __all__ = [
@@ -15,4 +21,5 @@ __all__ = [
     "rule_class",
     "rule_for",
     "rule_names",
+    "rule_reference",
 ]

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from learned_optim.rules import _registry, _step
-from learned_optim.rules._config import ConfiguredModule, RuleConfig
+from learned_optim.rules import _step
+from learned_optim.rules._config import ConfiguredModule, RuleConfig, register
 from learned_optim.rules._context import BoundStep, State, StepContext
 from learned_optim.rules._segments import Product, Segments
 
@@ -64,8 +64,11 @@ class UpdateRule(ConfiguredModule):
     zero_preserving: ClassVar[bool] = False
     #: The rule reads ``context.total_steps`` and anneals its updates by itself.
     reads_horizon: ClassVar[bool] = False
-    #: Steps of warm-up that the optimizer applies unless it is told another number.
-    warmup_steps: ClassVar[int] = 0
+    #: Steps of warm-up that the optimizer applies unless it is told another number. Weights that
+    #: need it carry it in their checkpoint.
+    warmup_steps: int = 0
+    #: Inner steps of the longest runs that the weights were trained on; ``None`` if unknown.
+    trained_steps: int | None = None
     #: Configurations that the shared tests run over: the first with every part switched on, further
     #: ones that differ in kind; the default configuration if there are none.
     test_configs: ClassVar[tuple[RuleConfig, ...]] = ()
@@ -73,7 +76,7 @@ class UpdateRule(ConfiguredModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.name:
-            _registry.register(cls)
+            register(cls)
 
     @property
     def needs_loss(self) -> bool:

@@ -18,6 +18,29 @@ class RuleConfig:
     """Base of every rule's configuration: frozen and JSON-serializable."""
 
 
+#: Registered rules by name.
+RULES: dict[str, Any] = {}
+
+
+def register(cls: type[ConfiguredModule]) -> None:
+    """Register a rule class under its name.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+    taken = RULES.get(cls.name)
+    same = taken is not None and (taken.__module__, taken.__qualname__) == (
+        cls.__module__,
+        cls.__qualname__,
+    )
+    if taken is not None and not same:
+        raise ValueError(
+            f"{cls.__qualname__} cannot be named {cls.name!r}: {taken.__qualname__} of "
+            f"{taken.__module__} is, and checkpoints know rules by name"
+        )
+    RULES[cls.name] = cls
+
+
 class ConfiguredModule(nn.Module):
     """A module that its registered name, a configuration and weights rebuild.
 

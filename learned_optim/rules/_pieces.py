@@ -13,7 +13,7 @@ from torch import Tensor
 from learned_optim.rules._segments import Segments, is_plain_eager
 
 if TYPE_CHECKING:
-    from learned_optim.rules._base import State
+    from learned_optim.rules._context import State
 
 # Coordinates per block: temporaries of a block stay in the cache, and calls cost little beside it.
 BLOCK = 1 << 15

@@ -5,36 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from learned_optim._discovery import import_submodules, unknown_name
-
-if TYPE_CHECKING:
-    from learned_optim.rules._base import UpdateRule
-    from learned_optim.rules._config import RuleConfig
-
-_RULES: dict[str, type[UpdateRule]] = {}
-
-
-def register(cls: type[UpdateRule]) -> None:
-    """Register a rule class under its name.
-
-    Raises:
-        ValueError: the name is taken by another class.
-    """
-    taken = _RULES.get(cls.name)
-    same = taken is not None and (taken.__module__, taken.__qualname__) == (
-        cls.__module__,
-        cls.__qualname__,
-    )
-    if taken is not None and not same:
-        raise ValueError(
-            f"{cls.__qualname__} cannot be named {cls.name!r}: {taken.__qualname__} of "
-            f"{taken.__module__} is, and checkpoints know rules by name"
-        )
-    _RULES[cls.name] = cls
+from learned_optim.rules import _config
+from learned_optim.rules._base import UpdateRule
+from learned_optim.rules._config import RuleConfig
 
 
 def rule_class(name: str) -> type[UpdateRule]:
@@ -46,13 +24,14 @@ def rule_class(name: str) -> type[UpdateRule]:
     known = rule_names()
     if name not in known:
         raise unknown_name("update rule", name, known)
-    return _RULES[name]
+    found: type[UpdateRule] = _config.RULES[name]
+    return found
 
 
 def rule_names() -> list[str]:
     """Names of all registered update rules."""
     list(import_submodules("learned_optim.rules"))
-    return sorted(_RULES)
+    return sorted(_config.RULES)
 
 
 def rule_for(config: RuleConfig) -> UpdateRule:
@@ -61,13 +40,22 @@ def rule_for(config: RuleConfig) -> UpdateRule:
     Raises:
         TypeError: no rule, or more than one, is configured by this type.
     """
-    fitting = [name for name in rule_names() if _RULES[name].Config is type(config)]
+    fitting = [name for name in rule_names() if _config.RULES[name].Config is type(config)]
     if len(fitting) != 1:
         which = f"{', '.join(fitting)} are all" if fitting else "no update rule is"
         raise TypeError(
             f"{which} configured by {type(config).__name__}: give every rule a Config of its own"
         )
-    return _RULES[fitting[0]](config)
+    rule: UpdateRule = _config.RULES[fitting[0]](config)
+    return rule
+
+
+def rule_reference(config: RuleConfig) -> str:
+    """The name of a rule; with its module, where that is no part of this package."""
+    cls = type(rule_for(config))
+    ours = __name__.partition(".")[0]
+    foreign = cls.__module__.partition(".")[0] not in (ours, "__main__")
+    return f"{cls.__module__}:{cls.name}" if foreign else cls.name
 
 
 def build_rule(name: str, config: dict[str, Any]) -> UpdateRule:

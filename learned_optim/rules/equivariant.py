@@ -69,7 +69,6 @@ class EquivariantRule(UpdateRule):
     rows = "coordinates"
     coordinatewise = False
     zero_preserving = True
-    warmup_steps = 50  # the first updates of shipped weights are as large as trained weights
     network_state = LSTMStack.STATE
     config: EquivariantConfig
 

@@ -9,7 +9,7 @@ from torch import Generator
 
 from learned_optim._discovery import unknown_name
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Population, Sampler
+from learned_optim.meta.populations._base import Population, Sampler, UnusableTaskError
 from learned_optim.meta.populations.autoencoders import Autoencoder
 from learned_optim.meta.populations.boundary import BoundaryValue
 from learned_optim.meta.populations.classification import Classification, WideClassification
@@ -143,7 +143,7 @@ def _sample(
         family = sampler.choice(list(families), list(families.values()))
         try:
             task = family(sampler, data)  # type: ignore[call-arg]
-        except ValueError:  # UnusableTaskError, or sizes that do not go together
+        except UnusableTaskError:
             continue
         if sampler.chance(SCALED_SHARE):
             names = task.init(Generator().manual_seed(0))

@@ -12,10 +12,8 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from learned_optim._discovery import did_you_mean, import_submodules, unknown_name
 from learned_optim._fields import check_fields
-from learned_optim.meta.meta_loss import Transform
 from learned_optim.meta.recipes._evolution import METHOD, EvolutionRecipe
-from learned_optim.meta.schedules import SCHEDULE, Schedule, schedule_from_json
-from learned_optim.rules import RuleConfig, build_rule, rule_class, rule_for
+from learned_optim.rules import RuleConfig, build_rule, rule_class, rule_reference
 
 _AT_LEAST = {
     "epochs": 1,
@@ -25,7 +23,6 @@ _AT_LEAST = {
     "truncation": 1,
     "long_truncation": 1,
     "unrolls_per_run": 1,
-    "imitation_epochs": 1,
     "coordinates": 1,
     "pairs": 1,
     "validation_runs": 2,
@@ -51,9 +48,6 @@ class Recipe:
     start: str | None = None
     """Checkpoint whose weights training begins with, of a rule of the same kind and size; untrained
     weights if not given."""
-    start_share: float = 0.0
-    """Share of these weights in the finished ones, which then forget less of what `start` can do
-    and training did not show (Wortsman et al. 2022)."""
     runs_per_epoch: int = 100
     """Optimizee runs per epoch (thesis section 4.1), one after another."""
     tasks_per_meta_step: int = 1
@@ -68,20 +62,10 @@ class Recipe:
     """Share of runs whose length is log-uniform between ``horizon`` and ``long_horizon``."""
     long_truncation: int | None = None
     """Inner steps per unroll of the longer runs; ``truncation`` if not given."""
-    horizons: Schedule | None = dataclasses.field(default=None, metadata=SCHEDULE)
-    """Schedule of the inner steps of training runs, instead of ``horizon``: a number,
-    log-uniform:LOW:HIGH, or growing:FIRST:LAST:EPOCHS."""
-    truncations: Schedule | None = dataclasses.field(default=None, metadata=SCHEDULE)
-    """The same of the inner steps per unroll, instead of ``truncation``."""
-    rescale: float = 0.0
-    """Training tasks store every tensor divided by a factor of its own, log-uniform between
-    exp(-rescale) and exp(rescale): a re-parametrisation, with other gradients."""
     unrolls_per_run: int | None = None
     """Longer runs learn from this many of their unrolls, drawn at random; from all if not given."""
     estimator: Literal["replay", "autograd", "full", "es", "pes"] = "replay"
     """How meta-gradients are computed: by backpropagation, or by evolution strategies."""
-    fitness: Literal["sum", "log-final"] = "sum"
-    """What an unroll is judged by: the sum of its losses, or the logarithm of its last."""
     coordinates: int | None = None
     """Coordinates sampled per replay; all of them if not given."""
     sampling: Literal["uniform", "stratified"] = "uniform"
@@ -90,29 +74,12 @@ class Recipe:
     """Pairs of opposite perturbations of the weights, of `es` and `pes`."""
     sigma: float = 0.01
     """Standard deviation of the perturbations."""
-    compression: Literal["none", "asinh", "sign"] = "none"
-    """What becomes of the difference of fitness in a pair, so that no run outweighs all others."""
-    compression_unit: float = 0.02
-    """Differences well below it pass `asinh` unchanged."""
     meta_lr_final: float | None = None
     """Where a cosine takes the meta-learning rate by the last meta-step; constant if not given."""
     clip_norm: float | None = None
     """Largest norm of a meta-gradient; longer ones are scaled down."""
     relative_loss: bool = False
     """Divide every meta-gradient by its unroll's mean loss: tasks of all scales count alike."""
-    loss_transform: Transform = "identity"
-    """What of a step's loss enters the meta-loss: itself, or its logarithm."""
-    loss_from: float = 0.0
-    """Share of a run that passes before the meta-loss begins: 0.9 judges the last tenth."""
-    loss_power: float = 0.0
-    """Losses count by (step / horizon) to this power: above 0, late steps weigh more."""
-    imitation: float = 0.0
-    """Weight of an auxiliary meta-loss: squared distance of updates from Adam's, relative to its
-    learning rate."""
-    imitation_lr: float = 0.01
-    """Learning rate of the Adam that is imitated."""
-    imitation_epochs: int | None = None
-    """Epochs with that auxiliary loss, the first ones; all if not given."""
     average: float = 0.0
     """Decay of the moving average of weights that is validated and kept; 0 keeps the last."""
     validation_runs: int = 20
@@ -144,58 +111,12 @@ class Recipe:
                 f"long_fraction={self.long_fraction} needs a long_horizon of at least "
                 f"horizon={self.horizon}, got {self.long_horizon}"
             )
-        for name in ("meta_lr", "clip_norm", "sigma", "compression_unit", "imitation_lr"):
+        for name in ("meta_lr", "clip_norm", "sigma"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        self._check_schedules()
-        for name in ("rescale", "loss_power", "imitation"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.loss_from < 1:
-            raise ValueError(f"loss_from must lie in [0, 1), got {self.loss_from}")
-        if self.relative_loss and self.loss_transform == "log":
-            raise ValueError(
-                "relative_loss and loss_transform='log' both make tasks of all scales count alike: "
-                "choose one"
-            )
-        if not 0 <= self.start_share < 1:
-            raise ValueError(f"start_share must lie in [0, 1), got {self.start_share}")
-        if self.start_share and self.start is None:
-            raise ValueError(f"start_share={self.start_share} needs a start to share in")
         if not 0 <= self.average < 1:
             raise ValueError(f"average must lie in [0, 1), got {self.average}")
-        self._check_estimator()
-
-    def _check_estimator(self) -> None:
-        if self.compression != "none" and not self.perturbs:
-            raise ValueError(
-                f"compression={self.compression!r} is of differences between perturbed runs, and "
-                f"estimator={self.estimator!r} has none: use 'es' or 'pes'"
-            )
-        if self.fitness == "log-final" and self.relative_loss:
-            raise ValueError(
-                "relative_loss would divide by the loss what fitness='log-final' has divided by it "
-                "already: leave one of them out"
-            )
-        weighting = [
-            f"{name}={getattr(self, name)!r}"
-            for name, plain in (("loss_transform", "identity"), ("loss_from", 0), ("loss_power", 0))
-            if getattr(self, name) != plain
-        ]
-        if self.fitness == "log-final" and weighting:
-            raise ValueError(
-                f"fitness='log-final' judges an unroll by its last loss alone, and "
-                f"{', '.join(weighting)} by all: choose one"
-            )
-        if self.imitation:
-            weighting.append(f"imitation={self.imitation}")
-        if self.perturbs and weighting:
-            raise ValueError(
-                f"estimator={self.estimator!r} compares runs by their fitness alone, and "
-                f"{', '.join(weighting)} are of backpropagation: leave them out, or use 'replay', "
-                f"'autograd' or 'full'"
-            )
         if self.estimator == "pes" and self.unrolls_per_run is not None:
             raise ValueError(
                 f"estimator='pes' learns from every unroll of a run, because its particles go "
@@ -207,16 +128,10 @@ class Recipe:
         """Whether the estimator compares runs of perturbed weights: ranks then share the pairs."""
         return self.estimator in ("es", "pes")
 
-    def _check_schedules(self) -> None:
-        for name in ("horizons", "truncations"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.horizons is not None and self.long_fraction:
-            raise ValueError(
-                f"horizons={self.horizons} says how long runs are, and so does "
-                f"long_fraction={self.long_fraction}: choose one"
-            )
+    @property
+    def longest_run(self) -> int:
+        """Inner steps of the longest runs."""
+        return max(self.horizon, self.long_horizon or 0) if self.long_fraction else self.horizon
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON-ready data; :func:`recipe_from_json` reads it back."""
@@ -233,19 +148,14 @@ _R = TypeVar("_R", Recipe, EvolutionRecipe)
 
 #: Fields of a recipe by what they are about, for help.
 GROUPS = {
-    "what is trained": ("task", "start", "start_share"),
+    "what is trained": ("task", "start"),
     "how long": ("epochs", "runs_per_epoch", "patience"),
     "optimizee runs": (
         "tasks_per_meta_step", "horizon", "truncation", "long_horizon", "long_fraction",
-        "long_truncation", "horizons", "truncations", "unrolls_per_run", "rescale",
-    ),
-    "meta-loss": (
-        "fitness", "loss_transform", "loss_from", "loss_power", "relative_loss", "imitation",
-        "imitation_lr", "imitation_epochs",
+        "long_truncation", "unrolls_per_run",
     ),
     "meta-gradients": (
-        "estimator", "coordinates", "sampling", "pairs", "sigma", "compression",
-        "compression_unit", "clip_norm",
+        "estimator", "coordinates", "sampling", "pairs", "sigma", "clip_norm", "relative_loss",
     ),
     "meta-optimizer": ("meta_lr", "meta_lr_final", "average"),
     "validation and test": (
@@ -256,14 +166,6 @@ GROUPS = {
 
 #: Those that most people change.
 COMMON = ("epochs", "meta_lr", "horizon", "tasks_per_meta_step", "seed")
-
-
-def rule_reference(config: RuleConfig) -> str:
-    """The name of a rule; with its module, where that is no part of this package."""
-    cls = type(rule_for(config))
-    ours = __name__.partition(".")[0]
-    foreign = cls.__module__.partition(".")[0] not in (ours, "__main__")
-    return f"{cls.__module__}:{cls.name}" if foreign else cls.name
 
 
 def rule_config(name: str, values: dict[str, Any] | None = None) -> RuleConfig:
@@ -352,12 +254,6 @@ def _from_json(kind: type[_R], data: dict[str, Any]) -> _R:
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"not a recipe: rule: {error}") from error
     values = {**data, "rule": config}
-    for field in known:
-        if field.metadata == SCHEDULE:
-            try:
-                values[field.name] = schedule_from_json(data.get(field.name, field.default))
-            except ValueError as error:
-                raise ValueError(f"not a recipe: {field.name}: {error}") from error
     return kind(**values)
 
 

@@ -6,8 +6,7 @@ import dataclasses
 from typing import Any
 
 from learned_optim._fields import check_fields
-from learned_optim.meta.schedules import SCHEDULE, Schedule
-from learned_optim.rules import RuleConfig
+from learned_optim.rules import RuleConfig, rule_reference
 
 #: What the entry ``method`` of a recipe's JSON form says.
 METHOD = "evolution"
@@ -15,13 +14,17 @@ METHOD = "evolution"
 #: Mixtures of :mod:`learned_optim.meta.populations`: a recipe's task may be one of them.
 MIXTURE_NAMES = ("populations", "populations-2")
 
+#: Their seeds are kept free of training tasks.
+MOST_VALIDATION_TASKS = 100_000
+
 _AT_LEAST = {
-    "meta_steps": 0,
+    "meta_steps": 1,
     "tasks_per_meta_step": 1,
     "pairs": 1,
     "meta_lr_final": 0,
     "validation_tasks": 1,
     "validation_every": 1,
+    "horizon": 1,
     "seed": 0,
 }
 
@@ -36,8 +39,7 @@ class EvolutionRecipe:
     rule: RuleConfig
     """Configuration of the update rule; its type says which rule."""
     meta_steps: int
-    """Meta-steps, over which the meta-learning rate falls by a cosine. With none, the weights of
-    ``start`` are validated under this configuration of the rule, and are what is kept."""
+    """Meta-steps, over which the meta-learning rate falls by a cosine."""
     meta_lr: float
     """Learning rate of the meta-optimizer, Adam, at the first meta-step."""
     meta_lr_final: float
@@ -56,8 +58,6 @@ class EvolutionRecipe:
     start: str = ""
     """Checkpoint from whose weights the training starts (random ones if not given): a shipped name,
     a file or a Hub id, of a rule of the same kind and size."""
-    start_share: float = 0.0
-    """Share of the weights before training in the finished ones, which are a mean of both."""
     validation_tasks: int = 64
     """Tasks, always the same, on which weights are held against tuned AdamW."""
     validation_every: int = 50
@@ -66,19 +66,23 @@ class EvolutionRecipe:
     """Seed of everything random in the training."""
     task: str = "populations"
     """Mixture of tasks, `populations` or `populations-2`, or a task family that may meta-train."""
-    horizon: Schedule | None = dataclasses.field(default=None, metadata=SCHEDULE)
-    """Inner steps of the runs of a task family: a number, log-uniform:LOW:HIGH, or
-    growing:FIRST:LAST:META_STEPS. Mixtures draw their own."""
+    horizon: int | None = None
+    """Inner steps of the runs of a task family. Mixtures draw their own."""
+    shortest_horizon: int | None = None
+    """If given, the lengths of these runs are log-uniform between it and ``horizon``."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_fields(self.rule)
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not self.meta_steps and not self.start:
-            raise ValueError("meta_steps is 0 and there is no start: nothing would be learned")
+        if self.validation_tasks > MOST_VALIDATION_TASKS:
+            raise ValueError(
+                f"validation_tasks must be at most {MOST_VALIDATION_TASKS}, got "
+                f"{self.validation_tasks}"
+            )
         if (self.horizon is None) != (self.task in MIXTURE_NAMES):
             raise ValueError(
                 f"task {self.task!r} needs a horizon, the inner steps of its runs: the mixtures "
@@ -87,10 +91,13 @@ class EvolutionRecipe:
                 else f"horizon={self.horizon} does not apply to the mixture {self.task!r}, which "
                 f"draws the lengths of runs for each task"
             )
-        if isinstance(self.horizon, int) and self.horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {self.horizon}")
-        if not 0 <= self.start_share < 1:
-            raise ValueError(f"start_share must be in [0, 1), got {self.start_share}")
+        if self.shortest_horizon is not None and (
+            self.horizon is None or not 1 <= self.shortest_horizon <= self.horizon
+        ):
+            raise ValueError(
+                f"shortest_horizon must lie between 1 and horizon={self.horizon}, got "
+                f"{self.shortest_horizon}"
+            )
         if not 0 <= self.large_share <= 1:
             raise ValueError(f"large_share must be in [0, 1], got {self.large_share}")
         for name in ("meta_lr", "sigma"):
@@ -99,8 +106,6 @@ class EvolutionRecipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON-ready data; :func:`recipe_from_json` reads it back."""
-        from learned_optim.meta.recipes._base import rule_reference
-
         data = dataclasses.asdict(self)
         data["rule"] = {"name": rule_reference(self.rule), "config": data["rule"]}
         return {"method": METHOD, **data}
@@ -110,9 +115,8 @@ class EvolutionRecipe:
 EVOLUTION_GROUPS = {
     "how long": ("meta_steps",),
     "what is trained": ("task", "start"),
-    "optimizee runs": ("horizon",),
+    "optimizee runs": ("horizon", "shortest_horizon"),
     "meta-gradients": ("tasks_per_meta_step", "pairs", "sigma", "large_from", "large_share"),
-    "what is kept": ("start_share",),
     "meta-optimizer": ("meta_lr", "meta_lr_final"),
     "validation": ("validation_tasks", "validation_every"),
     "randomness": ("seed",),
