@@ -6,7 +6,6 @@ import typing
 if typing.TYPE_CHECKING:
     from learned_optim._card import model_card
     from learned_optim.checkpoint import CheckpointError, save_rule
-    from learned_optim.guard import Guard
     from learned_optim.hub import push_to_hub
     from learned_optim.optimizer import LearnedOptimizer
     from learned_optim.pretrained import list_pretrained, load_record, load_rule
@@ -16,7 +15,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
-    "Guard",
     "LearnedOptimizer",
     "UpdateRule",
     "__version__",
@@ -32,7 +30,6 @@ __all__ = [
 #: answer ``--help`` at once and be interrupted while torch is imported.
 _HOMES = {
     "CheckpointError": "checkpoint",
-    "Guard": "guard",
     "LearnedOptimizer": "optimizer",
     "UpdateRule": "rules",
     "list_pretrained": "pretrained",

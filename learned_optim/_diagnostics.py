@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from learned_optim._guarded import AGE, remaining
-from learned_optim._views import first_row, local, local_grad, real, real_shape, shard_groups
+from learned_optim._param_states import ParamStates, without_rows
+from learned_optim._views import local, local_grad, real, real_shape, shard_groups
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
 from learned_optim.rules import _history as history
 from learned_optim.rules._features import TINY, bias_correction
 from learned_optim.rules._pieces import as_rows
 from learned_optim.rules._step import DECAY_UNIT, decayed, sanitize_grad
 from learned_optim.rules.horizon import HorizonRule
-
-if TYPE_CHECKING:
-    from learned_optim.optimizer import LearnedOptimizer
 
 #: Directions by rule. A rule of another kind has them numbered.
 DIRECTION_NAMES = {
@@ -48,7 +46,8 @@ class Recorder:
         stepped: whether there has been a step.
     """
 
-    def __init__(self, optimizer: LearnedOptimizer) -> None:
+    def __init__(self, optimizer: Optimizer, states: ParamStates) -> None:
+        self._states = states
         self.found: dict[str, dict[str, float]] = {}
         self.stepped = False
         self._before: dict[Tensor, tuple[float, Tensor, State]] = {}
@@ -67,7 +66,7 @@ class Recorder:
         self._before = {}
         for group in optimizer.param_groups:
             for param in group["params"]:
-                rule, state = optimizer._frozen.on(param), optimizer.state.get(param, {})
+                rule, state = self._states.rule_on(param), optimizer.state.get(param, {})
                 own = real(local(param)).detach().clone()
                 entries = state if "step" in state else rule.init_state(own)
                 kept = {
@@ -85,27 +84,29 @@ class Recorder:
             ]
             for name, param in zip(names, group["params"], strict=True):
                 known = self._before.get(param)
-                # A frozen group, or a guard that went back, takes no step.
+                # A frozen group takes no step.
                 if param.grad is None or known is None:
                     continue
                 if float(optimizer.state.get(param, {}).get("step", -1.0)) == known[0] + 1:
-                    self.found[name] = _tensor_numbers(optimizer, group, param, known)
+                    rule, state = self._states.rule_on(param), optimizer.state[param]
+                    self.found[name] = _tensor_numbers(rule, state, group, param, known)
         self._before = {}
 
 
 def _entry(rule: UpdateRule, key: str, state: Mapping[str, Tensor], param: Tensor) -> Tensor:
     """A state entry of one parameter as the pure form takes it: ``(n, k)``, or ``(1, k)``."""
-    value = local(state[key]).to(rule.dtype)
-    if key in rule.tensor_state:
-        return first_row(value, real_shape(param)).reshape(1, -1)
-    return as_rows(value)
+    value = without_rows(rule, key, local(state[key]), real_shape(param)).to(rule.dtype)
+    return value.reshape(1, -1) if key in rule.tensor_state else as_rows(value)
 
 
 def _tensor_numbers(
-    optimizer: Any, group: dict[str, Any], param: Tensor, known: tuple[float, Tensor, State]
+    rule: UpdateRule,
+    state: Mapping[str, Tensor],
+    group: dict[str, Any],
+    param: Tensor,
+    known: tuple[float, Tensor, State],
 ) -> dict[str, float]:
     step, before, kept = known
-    rule: UpdateRule = optimizer._frozen.on(param)
     grad = sanitize_grad(
         real(local_grad(param.grad, param)).reshape(-1), rule.dtype, group["maximize"]
     )
@@ -118,7 +119,6 @@ def _tensor_numbers(
     )  # fmt: skip
     squares = segments.mean(torch.stack((grad**2, old**2, moved**2, -grad * moved)))[:, 0]
     grad_square, square, moved_square, along = squares.tolist()
-    age, total_steps = _as_the_rule_counts(optimizer, group, param, step)
     warmup = group["warmup"]
     numbers = {
         "step": step,
@@ -128,17 +128,17 @@ def _tensor_numbers(
         "step_ratio": (moved_square / square) ** 0.5 if square else 0.0,
         "effective_lr": along / grad_square if grad_square else 0.0,
         "cosine": along / (grad_square * moved_square) ** 0.5 if along else 0.0,
-        "schedule": min(1.0, (age + 1) / warmup) if warmup else 1.0,
+        "schedule": min(1.0, (step + 1) / warmup) if warmup else 1.0,
     }
-    if optimizer._by_adam or type(rule).forward is not UpdateRule.forward:
+    if type(rule).forward is not UpdateRule.forward:
         return numbers
     moments = {
-        key: _entry(rule, key, optimizer.state[param], param)
+        key: _entry(rule, key, state, param)
         for key in rule.state_keys
         if key not in rule.network_state
     }
-    count = torch.full((1,), age, dtype=rule.dtype, device=grad.device)
-    context = StepContext(count, total_steps=total_steps)
+    count = torch.full((1,), step, dtype=rule.dtype, device=grad.device)
+    context = StepContext(count, total_steps=group["total_steps"])
     own = {"step": count[0], **{key: kept[key][0] for key in rule.tensor_state}}
     decay = rule.scheduled_decay(group["weight_decay"], [own], context)
     (shrunk,) = decayed(rule, [old], [grad], DECAY_UNIT * float(group["lr"]) * decay)
@@ -149,17 +149,6 @@ def _tensor_numbers(
             _gains(rule, grad, {**moments, **network}, shrunk, segments, context, numbers)
         )
     return numbers
-
-
-def _as_the_rule_counts(
-    optimizer: Any, group: dict[str, Any], param: Tensor, step: float
-) -> tuple[float, float | None]:
-    """Number of the step and length of the run; a guard's rule that starts anew counts anew."""
-    state, total = optimizer.state[param], group["total_steps"]
-    if AGE not in state or optimizer._by_adam:
-        return step, total
-    age = float(local(state[AGE]).reshape(-1)[0]) - 1
-    return age, None if total is None else remaining(total, step - age)
 
 
 def _gains(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from learned_optim.pretrained import checkpoint_path, load_rule
+from learned_optim.pretrained import checkpoint_path, list_pretrained, load_rule
 from learned_optim.rules import UpdateRule
 from learned_optim.rules._registry import plain_defaults
 
@@ -24,6 +24,7 @@ class FrozenRule:
     def __init__(self, rule: UpdateRule) -> None:
         self.rule = rule.requires_grad_(False).eval()
         assert self.rule.state_keys is not None  # remembered before anything is compiled
+        self.needs_loss = self.rule.needs_loss
         self.identity = {"name": rule.name, "fingerprint": rule.fingerprint()}
         self._copies: dict[torch.device, UpdateRule] = {torch.device("cpu"): self.rule}
         self._fake: tuple[object, UpdateRule] | None = None
@@ -73,3 +74,14 @@ def freeze(rule: str | os.PathLike[str] | UpdateRule) -> FrozenRule:
         if key not in _SHARED:
             _SHARED[key] = FrozenRule(load_rule(rule))
         return _SHARED[key]
+
+
+def source_name(rule: str | os.PathLike[str] | UpdateRule) -> str | None:
+    """Name of a rule's checkpoint, with the alias that was used; ``None`` for a rule in hand."""
+    if isinstance(rule, UpdateRule):
+        return None
+    text = os.fspath(rule)
+    if text not in list_pretrained():
+        return text
+    name = checkpoint_path(text).stem
+    return name if name == text else f"{name} ({text})"

@@ -1,222 +1,193 @@
-"""One step of a parameter group: state in our layout, then one call of the rule.
-
-A group whose tensors are those of the step before, as they are in nearly every step, is *bound*:
-its call of the compiled kernel is prepared once, and a step only checks that nothing was replaced.
-"""
+"""The step of one parameter group: prepared once, repeated while its tensors stay the same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import MutableMapping, Sequence
 from itertools import chain
 from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from learned_optim import _groups
-from learned_optim._ambient import outliving_inference_mode, plain_arithmetic
-from learned_optim._views import (
-    dense,
-    first_row,
-    local,
-    local_grad,
-    real,
-    real_shape,
-    repeat_rows,
-    shard_groups,
-)
-from learned_optim.rules import State, UpdateRule
+from learned_optim._ambient import plain_arithmetic
+from learned_optim._param_states import ParamStates
+from learned_optim._views import local, local_grad, real, real_shape, shard_groups
+from learned_optim._watch import GroupWatch
+from learned_optim.rules import UpdateRule
 from learned_optim.rules._context import BoundStep
 from learned_optim.rules._segments import is_sharded
 
-if TYPE_CHECKING:
-    from learned_optim.optimizer import LearnedOptimizer
 
-
-# ---- state in our layout
-
-
-def init_group(optimizer: LearnedOptimizer, group: dict[str, Any], entries: list[State]) -> None:
-    """Create missing state of parameters with gradients, and accept what has been replaced.
+class GroupStep:
+    """The step of a group for the tensors that it has now.
 
     Args:
-        optimizer: owns the state.
-        group: a parameter group.
-        entries: the accepted state entries by position in the group, see :func:`_accept`.
+        index: of the group.
+        group: a parameter group; parameters with gradients have state in layout.
+        states: of the optimizer's parameters.
+        state: the optimizer's, by parameter.
+        watch: warns of what goes wrong in the group's updates.
     """
-    for position, param in enumerate(group["params"]):
-        if len(entries) <= position:
-            entries.append({})
-        if param.grad is None:
-            continue
-        if param.grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"LearnedOptimizer does not support sparse gradients, and a parameter of shape "
-                f"{tuple(param.shape)} has one of layout {param.grad.layout}: use sparse=False "
-                f"in the embedding, or give that parameter to torch.optim.SparseAdam"
+
+    def __init__(
+        self,
+        index: int,
+        group: dict[str, Any],
+        states: ParamStates,
+        state: MutableMapping[Tensor, Any],
+        watch: GroupWatch,
+    ) -> None:
+        self._index, self._watch = index, watch
+        self._params = list(group["params"])
+        self._with_grad = [param for param in self._params if param.grad is not None]
+        self._without_grad = [param for param in self._params if param.grad is None]
+        self._states = [state[param] for param in self._with_grad]
+        self._rule = states.rule
+        # Twice "step": of a single key itemgetter makes no tuple.
+        self._entries_of = itemgetter("step", "step", *self._rule.state_keys)
+        self._matrices = [[k for k in self._rule.matrix_state if k in s] for s in self._states]
+        self._entries = self._present_entries()
+        self._checked: tuple[object, ...] = (None, self, None)  # differs from all values of groups
+        self._calls = calls_of(index, group, states, state)
+        self._bound = _bind(self._calls)
+        if self._with_grad:
+            watch.begin(self._states)
+
+    def fits(self, params: Sequence[Tensor], state: MutableMapping[Tensor, Any]) -> bool:
+        """True if parameters and state are the same tensors as when the step was prepared."""
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            return False
+        if any(param.grad is not None for param in self._without_grad):
+            return False
+        states = list(map(state.get, self._with_grad))
+        try:
+            return all(map(is_, states, self._states)) and all(
+                map(is_, self._present_entries(), self._entries)
             )
-        state = optimizer.state[param]
-        rule = optimizer._rule_for(param)
-        if "step" not in state:
-            state.update({**optimizer._init_state(param), **state})
-        for key in rule.state_keys:
-            if state[key] is not entries[position].get(key):
-                _accept(rule, param, state, key, entries[position])
+        except KeyError:  # a tool has taken one away
+            return False
+
+    def _present_entries(self) -> list[Tensor]:
+        entries = list(chain.from_iterable(map(self._entries_of, self._states)))
+        if self._rule.matrix_state:
+            for keys, state in zip(self._matrices, self._states, strict=True):
+                entries += [state[key] for key in keys]
+        return entries
+
+    def step_(self, group: dict[str, Any], loss: float | Tensor | None) -> None:
+        """One update of all parameters with gradients; nothing at ``lr=0``.
+
+        Args:
+            group: its values are read, and checked where they are new.
+            loss: for rules that read it.
+        """
+        lr, watch = group["lr"], self._watch
+        values = group["weight_decay"], group["total_steps"], group["warmup"]
+        if not all(map(is_, values, self._checked)):
+            _groups.settle(self._rule, group)
+            self._checked = group["weight_decay"], group["total_steps"], group["warmup"]
+            watch.expect(group)
+        rate = lr if type(lr) is float and 0.0 < lr < math.inf else _groups.rate_of(lr, self._index)
+        if rate == 0.0 or not self._with_grad:
+            return
+        grads = [param.grad for param in self._with_grad]
+        if self._bound is None or not self._bound(
+            grads,
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            warmup=group["warmup"],
+            total_steps=group["total_steps"],
+        ):
+            for call in self._calls:
+                call.step_(group, loss)
+        watch.updates += 1
+        if rate is not None:
+            if rate < watch.rate:
+                watch.fall(group, rate)
+            watch.rate = rate
+        if watch.updates >= watch.due:
+            watch.look(group, self._states, grads)
 
 
-def _accept(
-    rule: UpdateRule, param: Tensor, state: dict[str, Any], key: str, entries: State
-) -> None:
-    """Bring a new state entry, a fresh or loaded one or what a tool left, into our layout.
+class Call(NamedTuple):
+    """One call of the rule: the parameters of one device and one way of sharding.
 
-    Of per-tensor entries, ``entries`` holds the base ``(k,)`` that the step writes to, and the
-    state a view of it with the parameter's rows.
+    Attributes:
+        rule: on that device.
+        params: with gradients.
+        states: as the rule takes them.
+        sharding: process groups over which the parameters are sharded.
+        sharded: true if they are DTensors.
     """
-    shape = real_shape(param)
-    with outliving_inference_mode():
-        if key in rule.tensor_state:
-            entries[f"{key} base"] = first_row(state[key], shape).clone()
-            state[key] = repeat_rows(entries[f"{key} base"], shape)
-        elif not is_sharded(param):
-            state[key] = dense(state[key])
-    entries[key] = state[key]
 
+    rule: UpdateRule
+    params: list[Tensor]
+    states: list[dict[str, Any]]
+    sharding: tuple[Any, ...]
+    sharded: bool
 
-def _rule_state(rule: UpdateRule, state: Mapping[str, Any], entries: State) -> dict[str, Any]:
-    """State as the rule takes it: per-tensor entries ``(k,)``."""
-    return {**state, **{key: entries[f"{key} base"] for key in rule.tensor_state}}
-
-
-# ---- the general step
-
-
-def step_group(
-    optimizer: LearnedOptimizer,
-    group: dict[str, Any],
-    entries: list[State],
-    loss: float | Tensor | None,
-) -> None:
-    """One call of the rule for all parameters of one device and one way of sharding."""
-    for (device, groups, sharded), positions in _buckets(group["params"]).items():
+    def step_(self, group: dict[str, Any], loss: float | Tensor | None) -> None:
+        """The rule's step in place, with the group's values."""
         # Graphs know the sizes of shards as symbols, which cannot be packed: not compiled.
-        run = _step_uncompiled if sharded else _step_tensors
-        run(optimizer, group, entries, positions, device, groups, loss)
+        (_step_uncompiled if self.sharded else _step_tensors)(self, group, loss)
 
 
-def _buckets(params: Sequence[Tensor]) -> dict[Any, list[int]]:
-    """Positions of parameters with gradients by device and way of sharding."""
-    found: dict[Any, list[int]] = {}
-    for position, param in enumerate(params):
+def calls_of(
+    index: int, group: dict[str, Any], states: ParamStates, state: MutableMapping[Tensor, Any]
+) -> list[Call]:
+    """The calls that step a group; state of its parameters with gradients is in layout."""
+    buckets: dict[Any, list[int]] = {}
+    for position, param in enumerate(group["params"]):
         if param.grad is not None:
             where = param.device, shard_groups(param), is_sharded(param)
-            found.setdefault(where, []).append(position)
-    return found
+            buckets.setdefault(where, []).append(position)
+    calls = []
+    for (_, sharding, sharded), positions in buckets.items():
+        params = [group["params"][i] for i in positions]
+        own = [states.for_rule(index, i, state[p]) for i, p in zip(positions, params, strict=True)]
+        calls.append(Call(states.rule_on(params[0]), params, own, sharding, sharded))
+    return calls
 
 
-def _step_tensors(
-    optimizer: LearnedOptimizer,
-    group: dict[str, Any],
-    entries: list[State],
-    positions: list[int],
-    device: torch.device,
-    groups: tuple[Any, ...],
-    loss: float | Tensor | None,
-) -> None:
-    params = [group["params"][position] for position in positions]
-    rule = optimizer._rule_for(params[0])
-    states: list[Any] = [optimizer.state[param] for param in params]
-    if rule.tensor_state:
-        own = [entries[position] for position in positions]
-        states = [_rule_state(rule, *pair) for pair in zip(states, own, strict=True)]
-    if is_sharded(params[0]):
-        states = [{k: local(v) for k, v in state.items()} for state in states]
+def _step_tensors(call: Call, group: dict[str, Any], loss: float | Tensor | None) -> None:
+    rule, params = call.rule, call.params
+    device = params[0].device
     with plain_arithmetic({device.type}):
         rule.step_(
             [real(local(param)) for param in params],
             [real(local_grad(param.grad, param)) for param in params],
-            states,
+            call.states,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
             warmup=group["warmup"],
-            loss=_groups.seen_loss(rule, loss, device) if optimizer.rule.needs_loss else None,
+            loss=_finite_loss(rule, loss, device) if rule.needs_loss else None,
             total_steps=group["total_steps"],
             shapes=[real_shape(param) for param in params],
-            shard_groups=groups,
+            shard_groups=call.sharding,
         )
 
 
 _step_uncompiled = _disable_dynamo(torch.no_grad()(_step_tensors))
 
 
-# ---- the bound step
+def _finite_loss(rule: UpdateRule, loss: float | Tensor | None, device: torch.device) -> Tensor:
+    """The loss as a rule reads it: finite, on its device and in its dtype."""
+    seen = torch.as_tensor(loss, dtype=rule.dtype, device=device)
+    return torch.nan_to_num(seen, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-class BoundGroup:
-    """A group whose rule has bound its step to the group's tensors.
-
-    Args:
-        params: of the group.
-        states: of the parameters with gradients, as in ``optimizer.state``.
-        rule: runs the step.
-        step: of these parameters.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        states: Sequence[dict[str, Any]],
-        rule: UpdateRule,
-        step: BoundStep,
-    ) -> None:
-        self._params, self._states, self._step = list(params), states, step
-        self._with_grad = [param for param in params if param.grad is not None]
-        self._without_grad = [param for param in params if param.grad is None]
-        self._entries_of = itemgetter("step", *rule.state_keys)
-        self._entries = list(chain.from_iterable(map(self._entries_of, states)))
-
-    def step_(self, optimizer: LearnedOptimizer, group: dict[str, Any]) -> bool:
-        """The step; false, and nothing done, unless parameters and state are the same tensors."""
-        params = group["params"]
-        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
-            return False
-        if any(param.grad is not None for param in self._without_grad):
-            return False
-        states = list(map(optimizer.state.get, self._with_grad))
-        if not all(map(is_, states, self._states)):
-            return False
-        try:
-            entries = list(chain.from_iterable(map(self._entries_of, self._states)))
-        except KeyError:  # a tool has taken one away
-            return False
-        return all(map(is_, entries, self._entries)) and self._step(
-            [param.grad for param in self._with_grad],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            warmup=group["warmup"],
-            total_steps=group["total_steps"],
-        )
-
-
-def bind(
-    optimizer: LearnedOptimizer, group: dict[str, Any], entries: list[State]
-) -> BoundGroup | None:
-    """The group's step, if the rule can bind one to its tensors, which have stepped before."""
-    if type(optimizer.rule).bind_step is UpdateRule.bind_step:
+def _bind(calls: Sequence[Call]) -> BoundStep | None:
+    """The rule's step of these very tensors, if there is one call and the rule can prepare it."""
+    if len(calls) != 1:
         return None
-    buckets = _buckets(group["params"])
-    if optimizer.guard is not None or optimizer.rule.needs_loss or len(buckets) != 1:
-        return None
-    (((_, _, sharded), positions),) = buckets.items()
-    params = [group["params"][position] for position in positions]
+    ((rule, params, states, _, sharded),) = calls
     # Of complex numbers a step sees views, which stay behind when the data are replaced.
-    if sharded or any(map(Tensor.is_complex, params)):
+    if sharded or rule.needs_loss or any(map(Tensor.is_complex, params)):
         return None
-    rule = optimizer._rule_for(params[0])
-    states = [optimizer.state[param] for param in params]
-    own = [entries[position] for position in positions]
-    step = rule.bind_step([*params], list(map(_rule_state, [rule] * len(own), states, own)))
-    return None if step is None else BoundGroup(group["params"], states, rule, step)
+    return rule.bind_step(params, states)

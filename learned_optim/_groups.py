@@ -1,23 +1,41 @@
-"""Hyperparameters of parameter groups: their checks, and warnings about how they go together."""
+"""Hyperparameters of parameter groups: their checks, and the rule's own weight decay."""
 
 from __future__ import annotations
 
 import math
 import os
-import warnings
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from learned_optim._discovery import did_you_mean
+from learned_optim._warn import warn
 from learned_optim.rules import UpdateRule
 from learned_optim.rules._step import needs_sync
 
-# A learning rate from Adam's world: kept by keyword, it would scale every learned update by it.
+# At or below this, lr is taken for another optimizer's: it would scale every learned update.
 SUSPICIOUS_LR = 0.01
+#: Hyperparameters of other optimizers; the learned rule has its own form of each, or needs none.
+FOREIGN = frozenset(
+    (
+        "alpha", "amsgrad", "beta", "beta1", "beta2", "beta3", "betas", "capturable", "centered",
+        "dampening", "decoupled_weight_decay", "differentiable", "eps", "etas", "foreach", "fused",
+        "initial_accumulator_value", "lambd", "lr_decay", "momentum", "momentum_decay", "nesterov",
+        "rho",
+    )
+)  # fmt: skip
+#: Values that every group of a learned optimizer has.
+OWN_KEYS = frozenset({"lr", "weight_decay", "maximize", "total_steps", "warmup"})
+#: Group key of the rule's own weight decay; ``None`` where the user gave one.
+OWN_DECAY = "default_weight_decay"
 
-#: Values of groups that were saved before the hyperparameter existed.
-ABSENT = {"maximize": False, "weight_decay": 0.0, "total_steps": None, "warmup": 0}
+
+# ---- the constructor's arguments
 
 
 def check_rule(rule: object) -> None:
@@ -40,31 +58,28 @@ def check_state_dtype(dtype: torch.dtype | None) -> None:
         )
 
 
-def check_total_steps(total: Any) -> None:
-    """Raise ``ValueError`` for what is no length of a run."""
-    if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
-        raise ValueError(
-            f"total_steps is the number of optimizer steps of the whole run, a positive integer, "
-            f"got {total!r}: pass epochs * len(loader), divided by the steps over which gradients "
-            f"are accumulated, or None if it is unknown"
+def check_unknown(unknown: Collection[str], known: Iterable[str]) -> None:
+    """Raise ``TypeError`` for keyword arguments that the constructor does not have."""
+    foreign = sorted(FOREIGN.intersection(unknown))
+    if foreign:
+        raise TypeError(
+            f"LearnedOptimizer takes no {', '.join(foreign)}: leave out "
+            f"{'it' if len(foreign) == 1 else 'them'}. The learned update rule has momenta and "
+            f"scaling of its own, and steps all tensors at once"
         )
+    for name in unknown:
+        raise TypeError(f"LearnedOptimizer has no argument {name!r}{did_you_mean(name, known)}")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for hyperparameters out of range."""
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not math.isfinite(lr) or lr < 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not math.isfinite(weight_decay) or weight_decay < 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    check_total_steps(group["total_steps"])
-    warmup = group["warmup"]
-    if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
-        raise ValueError(
-            f"warmup is a number of steps, an integer of 0 or more, got {warmup!r}: 0 is none, "
-            f"and None the rule's own"
+def warn_of_foreign_keys(group: dict[str, Any], said: set[str]) -> None:
+    """Warn once of another optimizer's hyperparameters in a group."""
+    foreign = sorted(FOREIGN.intersection(group))
+    if foreign and "foreign" not in said:
+        said.add("foreign")
+        warn(
+            f"{', '.join(foreign)} in a parameter group of LearnedOptimizer has no effect: the "
+            f"learned update rule has momenta and scaling of its own. Leave out what belongs to "
+            f"another optimizer"
         )
 
 
@@ -72,85 +87,104 @@ def warn_of_small_lr(groups: list[dict[str, Any]]) -> None:
     """Warn of learning rates that look like another optimizer's."""
     small = [float(g["lr"]) for g in groups if 0.0 < float(g["lr"]) <= SUSPICIOUS_LR]
     if small:
-        warnings.warn(
+        warn(
             f"LearnedOptimizer got lr={small[0]:g}, which scales every learned update "
             f"by that much and trains about {1 / small[0]:.0f} times too slowly. lr "
             f"multiplies the update; learning rates of other optimizers do not carry over. "
-            f"Leave it out, or pass lr=1.0",
-            stacklevel=3,
+            f"Leave it out, or pass lr=1.0"
         )
 
 
-class HorizonMonitor:
-    """Warns, once each, of what does not go with ``total_steps``."""
-
-    def __init__(self) -> None:
-        self._warned: set[str] = set()
-        self._steps: int | None = None
-        self._lrs: list[float] | None = None
-
-    def _warn(self, kind: str, message: str, stacklevel: int) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, stacklevel=stacklevel + 1)
-
-    def warn_if_ignored(self, rule: UpdateRule, group: dict[str, Any]) -> None:
-        """Warn if the rule does not read the length of the run that it is told."""
-        if group["total_steps"] is not None and not rule.reads_horizon:
-            self._warn(
-                "ignored",
-                f"total_steps={group['total_steps']} has no effect: the update rule {rule.name!r} "
-                f"does not know the length of a run. Leave it out, or choose a checkpoint of a "
-                f"rule that does",
-                stacklevel=5,
-            )
-
-    def watch(self, groups: list[dict[str, Any]], state: Any, rule: UpdateRule) -> None:
-        """Look at a step that was taken; costs nothing unless the rule anneals."""
-        if not rule.reads_horizon:
-            return
-        horizons = [group["total_steps"] for group in groups if group["total_steps"] is not None]
-        if not horizons:
-            return
-        lrs = [group["lr"] for group in groups if isinstance(group["lr"], (int, float))]
-        if not any(lrs):
-            return
-        # Groups that were added meanwhile have no earlier rate.
-        changes = zip(self._lrs or (), lrs, strict=False)
-        for before, after in (pair for pair in changes if pair[0] != pair[1]):
-            self._warn(
-                "schedule",
-                f"lr went from {before:g} to {after:g} while total_steps is given: the rule "
-                f"{rule.name!r} anneals by itself, and a scheduler on top anneals twice. Leave "
-                f"out one of them",
-                stacklevel=4,
-            )
-        self._lrs = lrs
-        if self._steps is None:
-            steps = [s["step"] for s in state.values() if "step" in s]
-            if not steps or any(needs_read(step) for step in steps):
-                return
-            self._steps = max(int(step) for step in steps)  # once: synchronizes a device
-        else:
-            self._steps += 1
-        if self._steps > min(horizons):
-            self._warn(
-                "past",
-                f"step {self._steps} is past total_steps={min(horizons)}: the rule {rule.name!r} "
-                f"holds the last rate. Construct the optimizer with the length of the whole run",
-                stacklevel=4,
-            )
+# ---- values of groups
 
 
-def needs_read(step: Tensor) -> bool:
-    """True for step counts without a value: on the meta device or fake."""
-    return step.device.type == "meta" or hasattr(step, "fake_mode")
+def whole_steps(total: Any) -> int | None:
+    """``total_steps`` as an integer; ``None`` if the length of the run is unknown.
+
+    Args:
+        total: a whole number of any type. Trainers write ``inf`` or -1 for an unknown length.
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = _number(total)
+    if total is None or number in (math.inf, -1):
+        return None
+    steps = _whole(number)
+    if steps is None or steps < 1:
+        raise ValueError(
+            f"total_steps is the number of optimizer steps of the whole run, a positive whole "
+            f"number, got {total!r}: pass epochs * len(loader), divided by the steps over which "
+            f"gradients are accumulated, or None if it is unknown"
+        )
+    return steps
 
 
-def seen_loss(rule: UpdateRule, loss: float | Tensor | None, device: torch.device) -> Tensor:
-    """The loss as a rule reads it: finite, on its device and in its dtype."""
-    seen = torch.as_tensor(loss, dtype=rule.dtype, device=device)
-    return torch.nan_to_num(seen, nan=0.0, posinf=0.0, neginf=0.0)
+def _number(value: Any) -> Any:
+    """Tensors and arrays of one element as plain numbers; anything else as it is."""
+    if hasattr(value, "item"):
+        with suppress(RuntimeError, ValueError):
+            return value.item()
+    return value
+
+
+def _whole(number: Any) -> int | None:
+    """A whole number of any type as an integer, else ``None``."""
+    known = isinstance(number, (Real, Decimal)) and not isinstance(number, bool)
+    if not known or not math.isfinite(number) or number != int(number):
+        return None
+    return int(number)
+
+
+def rate_of(lr: float | Tensor, index: int) -> float | None:
+    """The value of ``lr`` in this step; ``None`` if reading it would synchronize a device.
+
+    Raises:
+        ValueError: it is no learning rate; the message says who sets it in mid-run.
+    """
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if needs_sync(lr):
+        return None
+    rate = float(lr)
+    if not 0.0 <= rate < math.inf:
+        raise ValueError(
+            f"lr of parameter group {index} is {rate} in this step: a learning rate scheduler, or "
+            f"code that sets param_groups[{index}]['lr'], has made it so. It must be finite and 0 "
+            f"or more"
+        )
+    return rate
+
+
+def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
+    """Check the values that a group holds now, and let the rule's own weight decay follow them.
+
+    A rule's own weight decay depends on the length of the run. It follows a changed length unless
+    somebody has changed the weight decay.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    group["total_steps"] = whole_steps(group["total_steps"])
+    own = group.get(OWN_DECAY)
+    if own is not None and own == group["weight_decay"]:
+        group["weight_decay"] = rule.default_weight_decay(group["total_steps"])
+        group[OWN_DECAY] = group["weight_decay"]
+    else:
+        group[OWN_DECAY] = None
+    lr, weight_decay, warmup = group["lr"], group["weight_decay"], _whole(_number(group["warmup"]))
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not needs_sync(lr) and (not math.isfinite(lr) or lr < 0.0):
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not math.isfinite(weight_decay) or weight_decay < 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if warmup is None or warmup < 0:
+        raise ValueError(
+            f"warmup is a number of steps, a whole number of 0 or more, got {group['warmup']!r}: 0 "
+            f"is none, and None the rule's own"
+        )
+    group["warmup"] = warmup
 
 
 def is_zero_without_sync(lr: float | Tensor) -> bool:

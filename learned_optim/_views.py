@@ -65,19 +65,3 @@ def dense(value: Tensor) -> Tensor:
     if value.is_contiguous() or value.movedim(-1, 0).is_contiguous():
         return value
     return value.contiguous()
-
-
-def repeat_rows(value: Tensor, shape: torch.Size) -> Tensor:
-    """Per-tensor state ``(k,)`` as a view with the parameter's rows, ``(shape[0], k)``.
-
-    Tools that prune or append rows of parameters cut every state entry along its first dimension.
-    The view makes them work, and costs no memory.
-    """
-    return value.expand(shape[0], -1) if shape else value
-
-
-def first_row(value: Tensor, shape: torch.Size) -> Tensor:
-    """Per-tensor state ``(k,)`` from what :func:`repeat_rows` made, or such a tool left of it."""
-    if not shape or value.dim() < 2:
-        return value
-    return value[0] if len(value) else value.new_zeros(value.shape[1:])

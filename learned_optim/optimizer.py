@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any, overload
@@ -10,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from learned_optim import _diagnostics, _group_step, _groups, _guarded, _saved_state
-from learned_optim._ambient import outliving_inference_mode
-from learned_optim._frozen import FrozenRule, freeze
-from learned_optim._views import dense, local, real, shard_like
-from learned_optim.guard import Guard, GuardAction
-from learned_optim.rules import State, UpdateRule
-from learned_optim.rules._segments import is_sharded
+from learned_optim import _diagnostics, _groups
+from learned_optim._frozen import FrozenRule, freeze, source_name
+from learned_optim._group_step import GroupStep, calls_of
+from learned_optim._param_states import ParamStates
+from learned_optim._warn import warn
+from learned_optim._watch import GroupWatch
+from learned_optim.rules import UpdateRule
 
 
 class LearnedOptimizer(Optimizer):
@@ -40,17 +42,17 @@ class LearnedOptimizer(Optimizer):
         maximize: maximize the objective instead of minimizing it.
         state_dtype: dtype of per-coordinate state: float32, float64, bfloat16 (half the memory),
             or ``None`` for the rule's own (float32). Per-tensor state keeps the rule's.
-        guard: ``True`` or a :class:`~learned_optim.Guard` for falling back to Adam while the
-            learned updates do worse. ``step`` then needs a closure that returns the loss, and
-            every parameter has state of three times its size more.
-        total_steps: length of the run, for rules that read it
+        total_steps: length of the run, a whole number of any type, for rules that read it
             (:attr:`~learned_optim.rules.UpdateRule.reads_horizon`): they anneal their updates
-            towards its end by themselves, so leave out the scheduler. ``None`` if unknown.
+            towards its end by themselves, so leave out the scheduler. ``None``, ``inf`` or -1, as
+            trainers write it, if it is unknown.
         warmup: the updates of the first ``warmup`` steps of each parameter are multiplied by
             ``(step + 1) / warmup``; 0 for none, ``None`` for the rule's own
             (:attr:`~learned_optim.rules.UpdateRule.warmup_steps`).
+        unknown: refused; the error says what to leave out.
 
-    ``lr``, ``weight_decay``, ``maximize``, ``total_steps`` and ``warmup`` may differ by group.
+    ``lr``, ``weight_decay``, ``maximize``, ``total_steps`` and ``warmup`` may differ by group, and
+    may be set in ``param_groups`` in mid-run: the next step checks and follows them.
 
     Parameters may be float64, float32, bfloat16, float16 or complex (seen as pairs of reals), on
     any device, dense or sharded (DTensor). State of a parameter of shape ``S`` is ``step``, of
@@ -62,10 +64,11 @@ class LearnedOptimizer(Optimizer):
     step does not depend on autocast, default dtype or device, or matmul precision.
 
     Raises:
-        TypeError: a learning rate in the place of the rule (``LearnedOptimizer(params, 1e-3)``).
+        TypeError: a learning rate in the place of the rule (``LearnedOptimizer(params, 1e-3)``), or
+            an argument of another optimizer (``betas``, ``eps``, ``fused``).
         ValueError: a negative or non-finite learning rate or weight decay, another state dtype, a
-            ``total_steps`` or ``warmup`` that counts no steps, an unknown checkpoint name, an empty
-            parameter list, or a guard over groups of which some maximize and some minimize.
+            ``total_steps`` or ``warmup`` that counts no steps, an unknown checkpoint name, or an
+            empty parameter list.
         FileNotFoundError: a checkpoint file or Hub repository that is not there.
         CheckpointError: a checkpoint that is damaged, foreign or of a newer format.
 
@@ -87,55 +90,67 @@ class LearnedOptimizer(Optimizer):
         weight_decay: float | None = None,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
-        guard: Guard | bool | None = None,
-        total_steps: int | None = None,
+        total_steps: float | None = None,
         warmup: int | None = None,
+        **unknown: Any,
     ) -> None:
         _groups.check_rule(rule)
         _groups.check_state_dtype(state_dtype)
-        if not isinstance(guard, (Guard, bool, type(None))):
-            raise TypeError(f"guard must be True or a learned_optim.Guard, got {guard!r}")
+        if unknown:
+            _groups.check_unknown(unknown, inspect.signature(LearnedOptimizer).parameters)
         self.state_dtype = state_dtype
-        self.guard = Guard() if guard is True else guard or None
-        self._use(freeze(rule))
+        self._use(freeze(rule), source_name(rule))
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
             "maximize": maximize,
-            "total_steps": total_steps,
-            "warmup": self.rule.warmup_steps if warmup is None else warmup,
+            "total_steps": _groups.whole_steps(total_steps),
+            "warmup": self._frozen.rule.warmup_steps if warmup is None else warmup,
         }
         super().__init__(params, defaults)
         _groups.warn_of_small_lr(self.param_groups)
 
-    def _use(self, frozen: FrozenRule) -> None:
-        """Make this the rule, and drop what was derived from another one."""
-        self._frozen = frozen
-        self.rule = frozen.rule
-        self._guarded: dict[UpdateRule, _guarded.GuardedRule] = {}
-        self._by_adam = False  # whether the guard lets Adam take the present step
-        # State entries that were brought into our layout, by group and position: a step compares
-        # them with those in ``self.state``, which loading and tools replace.
-        self._accepted: list[list[State]] = []
-        self._bound: dict[int, _group_step.BoundGroup | None] = {}
-        self._monitor = _groups.HorizonMonitor()
+    def _use(self, frozen: FrozenRule, source: str | None) -> None:
+        """Make this the rule; ``source`` names its checkpoint."""
+        self._frozen, self._source = frozen, source
+        self._states = ParamStates(frozen, self.state_dtype)
+        # Lengths of the run that came from a loaded state dict, by group.
+        self._loaded_total_steps: list[int | None] = []
+        self._said: set[str] = set()  # kinds of warnings that were given
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """State was replaced: prepare every group's step anew, and count its updates anew."""
+        self._states.forget_layout()
+        self._group_steps: dict[int, GroupStep] = {}
+        self._watches: dict[int, GroupWatch] = {}
+        self._said.discard("past")
+
+    @property
+    def rule(self) -> UpdateRule:
+        """A copy of the update rule: changing it changes no optimizer."""
+        return copy.deepcopy(self._frozen.rule)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        given = {**self.defaults, **param_group}
-        if given["weight_decay"] is None:
-            _groups.check_total_steps(given["total_steps"])
-            decay = self.rule.default_weight_decay(given["total_steps"])
-            given["weight_decay"] = param_group["weight_decay"] = decay
-        _groups.check_group(given)
-        maximize = param_group.get("maximize", self.defaults["maximize"])
-        if self.guard and any(bool(g["maximize"]) != bool(maximize) for g in self.param_groups):
-            raise ValueError(
-                "a guard judges all groups by one loss: let all of them maximize it or none, or "
-                "give each direction an optimizer of its own"
-            )
+        rule = self._frozen.rule
+        group = {**self.defaults, _groups.OWN_DECAY: None, **param_group}
+        if group["weight_decay"] is None:
+            total_steps = _groups.whole_steps(group["total_steps"])
+            own = rule.default_weight_decay(total_steps)
+            group["weight_decay"] = group[_groups.OWN_DECAY] = own
+        _groups.settle(rule, group)
+        for key in ("total_steps", "warmup", "weight_decay", _groups.OWN_DECAY):
+            param_group[key] = group[key]
+        _groups.warn_of_foreign_keys(param_group, self._said)
         super().add_param_group(param_group)
-        self._monitor.warn_if_ignored(self.rule, self.param_groups[-1])
-        _guarded.sync_group(self.param_groups, self.guard)
+        ignored = group["total_steps"] is not None and not rule.reads_horizon
+        if ignored and "ignored" not in self._said:
+            self._said.add("ignored")
+            warn(
+                f"total_steps={group['total_steps']} has no effect: the update rule "
+                f"{rule.name!r} does not know the length of a run. Leave it out, or choose a "
+                f"checkpoint of a rule that does"
+            )
 
     # ---- one step
 
@@ -150,99 +165,57 @@ class LearnedOptimizer(Optimizer):
 
         Args:
             closure: recomputes the loss and its gradients and returns the loss. Needed by rules
-                that read the loss and by a guard, optional otherwise. Where loss and gradients
-                are at hand, ``lambda: loss`` will do. Under data parallelism it must return the
-                mean loss of all ranks, or the replicas drift apart.
+                that read the loss, optional otherwise. Where loss and gradients are at hand,
+                ``lambda: loss`` will do. Under data parallelism it must return the mean loss of all
+                ranks, or the replicas drift apart.
 
         Returns:
             The closure's loss, or ``None``.
 
         Raises:
             RuntimeError: a gradient is sparse.
-            ValueError: the rule or the guard reads the loss and there is no closure.
+            ValueError: the rule reads the loss and there is no closure, or a value of a group has
+                become one that the constructor would refuse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.rule.needs_loss and loss is None:
+        if loss is None and self._frozen.needs_loss:
             raise ValueError(
-                f"the update rule {self.rule.name!r} of this optimizer reads the loss: call "
-                f"step(closure) with a closure that returns it"
+                f"the update rule {self._frozen.rule.name!r} of this optimizer reads the loss: "
+                f"call step(closure) with a closure that returns it"
             )
-        if self.guard is not None:
-            action = _guarded.consult(self, self.guard, loss)
-            if action is GuardAction.RESTORE:
-                return loss
-            self._by_adam = action is GuardAction.ADAM
+        compiling = torch.compiler.is_compiling()
         for index, group in enumerate(self.param_groups):
-            self._step_group(index, group, loss)
-        if not torch.compiler.is_compiling():
-            self._monitor.watch(self.param_groups, self.state, self.rule)
+            if compiling:
+                self._traced_step(index, group, loss)
+                continue
+            step = self._group_steps.get(index)
+            if step is None or not step.fits(group["params"], self.state):
+                step = self._group_steps[index] = self._prepared(index, group)
+            step.step_(group, loss)
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any], loss: float | Tensor | None) -> None:
-        """The bound step of a group; or the general one, after which the group is bound."""
-        frozen = _groups.is_zero_without_sync(group["lr"])
-        compiling = torch.compiler.is_compiling()
-        if not (frozen or compiling):
-            bound = self._bound.get(index)
-            if bound is not None and bound.step_(self, group):
-                return
+    def _prepared(self, index: int, group: dict[str, Any]) -> GroupStep:
+        """The step of a group, whose missing state is created."""
+        self._states.lay_out(index, group["params"], self.state)
+        watch = self._watches.get(index)
+        if watch is None:
+            watch = self._watches[index] = GroupWatch(self._frozen.rule, self._said)
+        return GroupStep(index, group, self._states, self.state, watch)
+
+    def _traced_step(self, index: int, group: dict[str, Any], loss: float | Tensor | None) -> None:
+        """A group's step as torch.compile sees it: nothing prepared, and no warnings."""
         self._init_group(group)
-        if frozen:
-            return
-        entries = self._accepted[index]
-        _group_step.step_group(self, group, entries, loss)
-        if not compiling:
-            self._bound[index] = _group_step.bind(self, group, entries)
+        if not _groups.is_zero_without_sync(group["lr"]):
+            for call in calls_of(index, group, self._states, self.state):
+                call.step_(group, loss)
 
     def _init_group(self, group: dict[str, Any]) -> None:
         """Create missing state. torch.compile runs a method of this name instead of tracing it."""
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
-        while len(self._accepted) <= index:
-            self._accepted.append([])
-        _group_step.init_group(self, group, self._accepted[index])
-
-    def _rule_for(self, param: Tensor) -> UpdateRule:
-        """The rule with its weights on ``param``'s device, and the guard's around it."""
-        rule = self._frozen.on(param)
-        if self.guard is None:
-            return rule
-        if rule not in self._guarded:
-            self._guarded[rule] = _guarded.GuardedRule(rule, self.guard)
-        self._guarded[rule].by_adam = self._by_adam
-        return self._guarded[rule]
-
-    def _init_state(self, param: Tensor) -> State:
-        """State before the first gradient: the number of steps, and what the rule keeps."""
-        with outliving_inference_mode():
-            rule, own = self._rule_for(param), real(local(param))
-            state = rule.init_state(own)
-            for key, value in state.items():
-                if key not in rule.tensor_state:
-                    value = dense(value.to(self._state_dtype_of(key) or value.dtype))
-                    state[key] = shard_like(param, value) if is_sharded(param) else value
-            step = torch.zeros((), dtype=torch.float32, device=param.device)
-            return {"step": step, **state}
-
-    def _reset_state(self, param: Tensor, keep: Any) -> None:
-        """Give a parameter fresh state, except for some entries and those of wrappers."""
-        fresh = self._init_state(param)
-        self.state[param].update({k: v for k, v in fresh.items() if k not in keep})
-
-    def _state_dtype_of(self, key: str) -> torch.dtype | None:
-        """Dtype asked for an entry. Adam's moments stand still in bfloat16, and a copy is exact."""
-        return None if key in _guarded.GUARD_KEYS else self.state_dtype
-
-    @property
-    def guard_report(self) -> dict[str, int] | None:
-        """What the guard did so far, in numbers to log; ``None`` without a guard.
-
-        ``steps`` seen, ``interventions``, ``adam_steps`` of these, and ``active``: whether (1) or
-        not (0) Adam takes the next step unless the loss of that step says otherwise.
-        """
-        return None if self.guard is None else _guarded.report(self.param_groups[0])
+        self._states.lay_out(index, group["params"], self.state)
 
     # ---- what the last step did
 
@@ -255,7 +228,7 @@ class LearnedOptimizer(Optimizer):
         """
         if self._recorder is not None:
             self._recorder.remove()
-        self._recorder = _diagnostics.Recorder(self) if on else None
+        self._recorder = _diagnostics.Recorder(self, self._states) if on else None
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Numbers of the last step by tensor: its name if it has one, else group/position.
@@ -278,7 +251,7 @@ class LearnedOptimizer(Optimizer):
                 "no step has been recorded: call optimizer.diagnose() before optimizer.step(), "
                 "and optimizer.diagnose(False) when the numbers are no longer wanted"
             )
-        return self._recorder.found
+        return {name: dict(numbers) for name, numbers in self._recorder.found.items()}
 
     # ---- saving, copying, loading
 
@@ -287,58 +260,96 @@ class LearnedOptimizer(Optimizer):
         saved = super().state_dict()
         return {
             **saved,
-            "state": _saved_state.compact(self, saved["state"]),
+            "state": self._states.compact(self.param_groups, saved["state"]),
             "rule": dict(self._frozen.identity),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; recurrent state keeps its dtype and bits.
 
-        Entries that a wrapper added to the state of parameters are passed through untouched.
+        As in torch, values of groups are the saved ones. Only ``total_steps`` stays as this
+        optimizer was told where that differs, and a warning says so: runs are resumed to be
+        extended. If it was told none, the saved one is taken. The rule's own weight decay follows
+        the length that counts. Entries that a wrapper added to the state of parameters are passed
+        through untouched.
 
         Raises:
             ValueError: the state belongs to another update rule, or to other parameter groups.
         """
-        # torch casts floating state to the parameter's dtype, which would round the recurrent
-        # state of half-precision parameters: the saved values are put back before any other hook.
+        told = [
+            None if total == loaded else total
+            for total, loaded in zip(
+                (group["total_steps"] for group in self.param_groups),
+                [*self._loaded_total_steps, *[None] * len(self.param_groups)],
+                strict=False,
+            )
+        ]
         final: dict[str, Any] = {}
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            if _saved_state.has_as_many_parameters(self, loaded):  # else torch says so
-                _saved_state.check_identity(loaded, self._frozen.identity)
-                _saved_state.check_entries(self, loaded)
+            self._states.check(self.param_groups, loaded)
             final.update(loaded)
 
+        def restore(_: Optimizer) -> None:
+            self._states.restore(self.param_groups, self.state, final)
+            self._keep_total_steps(told)
+
+        # The first of the post-hooks: others find what was saved.
         last = self.register_load_state_dict_pre_hook(check)
-        first = self.register_load_state_dict_post_hook(
-            lambda _: _saved_state.restore(self, final), prepend=True
-        )
+        first = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
             first.remove()
 
+    def _keep_total_steps(self, told: list[Any]) -> None:
+        """Settle the groups of a loaded state dict, with the lengths that this optimizer was told.
+
+        Args:
+            told: by group; ``None`` where it was told none.
+        """
+        differing, self._loaded_total_steps = [], []
+        for group, total_steps in zip(self.param_groups, told, strict=True):
+            saved = group["total_steps"]
+            if total_steps is not None:
+                group["total_steps"] = total_steps
+                if _groups.whole_steps(total_steps) != saved:
+                    differing.append((total_steps, saved))
+            self._loaded_total_steps.append(saved if total_steps is None else None)
+            _groups.settle(self._frozen.rule, group)
+        if differing:
+            warn(
+                f"total_steps={differing[0][0]} of this optimizer is kept, and "
+                f"total_steps={differing[0][1]} of the loaded state is not: the run goes on as one "
+                f"of the new length. To finish the old one, construct the optimizer without "
+                f"total_steps"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps defaults, state and groups alone: the network would vanish in a copy.
-        kept = {"rule": self.rule, "state_dtype": self.state_dtype, "guard": self.guard}
+        kept = {
+            "state_dtype": self.state_dtype,
+            "_rule": self._frozen.rule,
+            "_source": self._source,
+            "_loaded_total_steps": self._loaded_total_steps,
+        }
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        rule = state.pop("_rule", None)
         super().__setstate__(state)
-        self.__dict__.setdefault("guard", None)  # pickled before there were guards
-        for group in self.param_groups:
-            for key, value in _groups.ABSENT.items():
-                group.setdefault(key, value)
-        _guarded.sync_group(self.param_groups, self.guard)
-        # load_state_dict comes by here as well, and keeps the rule.
-        self._use(FrozenRule(self.rule) if "rule" in state else self._frozen)
+        if rule is None:  # load_state_dict comes by here
+            self._forget_steps()
+        else:
+            self._use(FrozenRule(rule), state["_source"])
+            self._loaded_total_steps = state["_loaded_total_steps"]
 
     def __repr__(self) -> str:
-        rule = f"{self._frozen.identity['name']} {self._frozen.identity['fingerprint']}"
-        if self.guard is not None:
-            rule += f"\n{self.guard}"
-        # What the guard has seen is in guard_report, more legibly.
+        identity = self._frozen.identity
+        rule = f"{identity['name']} {identity['fingerprint']}"
+        if self._source is not None:
+            rule += f", checkpoint {self._source}"
         lines = super().__repr__().replace(" (\n", f" (\nUpdate rule: {rule}\n", 1).split("\n")
-        hidden = f"    {_guarded.STATE_KEY}: "
-        return "\n".join(line for line in lines if not line.startswith(hidden))
+        return "\n".join(line for line in lines if f" {_groups.OWN_DECAY}: " not in line)

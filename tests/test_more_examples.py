@@ -54,7 +54,7 @@ def test_accelerate() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch.distributed's own
 def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one process, with everything but the exchange; two are in tests/citizen."""
+    """On one process, with everything but the exchange; two are in tests/compat."""
     torch_fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(torch_fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")

@@ -1,4 +1,4 @@
-"""Everyday use of :class:`LearnedOptimizer`; its wider contract is tested in ``tests/citizen``."""
+"""Everyday use of :class:`LearnedOptimizer`; its wider contract is tested in ``tests/compat``."""
 
 import copy
 import io

@@ -431,8 +431,8 @@ def test_a_new_rule_is_one_file_and_no_other_edit(tmp_path: Path) -> None:
     """Found by being there: the contract, the estimators and the optimizer's tests run over it."""
     (tmp_path / "drifting.py").write_text(NEW_RULE)
     tests = Path(__file__).parent
-    files = ["test_rules.py", "test_estimators.py", "test_optimizer.py", "citizen/test_contract.py"]
-    files += ["citizen/test_ambient.py", "citizen/test_surgery.py"]
+    files = ["test_rules.py", "test_estimators.py", "test_optimizer.py", "compat/test_contract.py"]
+    files += ["compat/test_ambient.py", "compat/test_surgery.py"]
     code = (
         f"import sys, pytest, learned_optim.rules as rules;"
         f"rules.__path__.append({str(tmp_path)!r});"

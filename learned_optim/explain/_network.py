@@ -83,7 +83,7 @@ def recording(optimizer: LearnedOptimizer, sink: Callable[[Recorded], None]) -> 
 
     The optimizer must have been given a rule, not a name: rules of names are shared.
     """
-    rule = optimizer.rule
+    rule = optimizer._frozen.rule
     inner = rule.respond_
 
     def respond_(features: Tensor, state: State) -> Tensor:

@@ -28,13 +28,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from learned_optim import Guard, LearnedOptimizer
+from learned_optim import LearnedOptimizer
 
 from .common import SCENARIO_RULES, leave, make_rule, small_batch, small_net
 
 SETTINGS: dict[str, Any] = {"lr": 0.5, "weight_decay": 1.0}
-#: For a bad rule, which it stops twice in 40 steps.
-GUARD = Guard(lr=1e-2, window=5, patience=25, length=10)
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -175,51 +173,6 @@ def checkpoints(rule: str, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     return result
 
 
-def guarded_steps(model: nn.Module, opt: torch.optim.Optimizer, steps: int) -> None:
-    """As :func:`local_steps`; the guard is told the mean loss of all ranks."""
-    x, y = small_batch()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for _ in range(steps):
-        opt.zero_grad()
-        loss = nn.functional.cross_entropy(model(x[rank::world]), y[rank::world])
-        loss.backward()
-        mean = loss.detach() / world
-        dist.all_reduce(mean)
-        opt.step(lambda mean=mean: mean)
-
-
-def guarded(rule: str, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
-    """Under FSDP2, through a checkpoint written during an intervention; and under ZeRO."""
-    model, opt = sharded(rule, mesh, guard=GUARD)
-    guarded_steps(model, opt, 15)
-    active = opt.guard_report["active"]
-    saved = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, opt),
-    }
-    dcp.save(saved, checkpoint_id=folder)
-    guarded_steps(model, opt, 25)
-
-    model2, opt2 = sharded(rule, mesh, seed=1, guard=GUARD)
-    resume(model2, opt2, folder)
-    guarded_steps(model2, opt2, 25)
-
-    model3 = DistributedDataParallel(small_net())
-    opt3 = ZeroRedundancyOptimizer(
-        model3.parameters(), LearnedOptimizer, rule=make_rule(rule), guard=GUARD, **SETTINGS
-    )
-    guarded_steps(model3, opt3, 40)
-    return {
-        "active": active,
-        "params": [whole(p) for p in model.parameters()],
-        "report": opt.guard_report,
-        "resumed": [whole(p) for p in model2.parameters()],
-        "resumed_report": opt2.guard_report,
-        "zero": [whole(p) for p in model3.parameters()],
-        "zero_report": opt3.optim.guard_report,
-    }
-
-
 def resume(model: nn.Module, opt: LearnedOptimizer, folder: Path, **options: Any) -> None:
     """Load a distributed checkpoint into whatever sharding ``model`` has."""
     target = {
@@ -252,7 +205,6 @@ def main(folder: Path) -> None:
             scenarios[f"{name}-{rule}"] = (run, rule, *more, *place)
     scenarios["bad-batch-normalized"] = (bad_batch, "normalized", mesh)
     scenarios["compiled-lstm-descending"] = (compiled, "lstm-descending", mesh)
-    scenarios["guarded"] = (guarded, "lstm-ascending", mesh, folder / "dcp-guarded")
     for name, (run, *arguments) in scenarios.items():
         result = run(*arguments)
         if rank == 0:

@@ -104,17 +104,6 @@ def test_in_place_tools_work_as_well() -> None:
     assert torch.isfinite(param).all()
 
 
-def test_surgery_under_a_guard(rule: UpdateRule) -> None:
-    param = Parameter(torch.randn(20, 3))
-    opt = LearnedOptimizer([param], rule, guard=True)
-    param.grad = torch.randn(20, 3)
-    opt.step(lambda: 1.0)
-    param = operate(opt, param, CUTS["prune and append"])
-    param.grad = torch.randn(17, 3)
-    opt.step(lambda: 1.0)
-    assert torch.isfinite(param).all()
-
-
 def test_right_after_loading(rule: UpdateRule) -> None:
     opt, param = stepped(rule)
     fresh = LearnedOptimizer([param], rule)
@@ -125,44 +114,19 @@ def test_right_after_loading(rule: UpdateRule) -> None:
     assert fresh.state[param]["step"].item() == 4.0
 
 
-# ---- state dicts of earlier releases
-
-
-def test_old_counts_load_and_go(rule: UpdateRule) -> None:
-    """Formerly rules with bias corrections kept a ``count`` beside ``step``."""
-    opt, param = stepped(rule)
-    saved = copy.deepcopy(opt.state_dict())
-    for state in saved["state"].values():
-        state["count"] = state["step"].clone()
-    for group in saved["param_groups"]:
-        del group["warmup"], group["total_steps"]
-    twin_param = Parameter(param.detach().clone())
-    twin = LearnedOptimizer([twin_param], rule)
-    twin.load_state_dict(saved)
-    assert "count" not in twin.state[twin_param]
-    assert twin.param_groups[0]["warmup"] == 0  # a run that began without goes on without
-    opt.param_groups[0]["warmup"] = 0
-    param.grad = twin_param.grad = torch.randn(20, 3)
-    opt.step()
-    twin.step()
-    assert torch.equal(param, twin_param)
-
-
 # ---- entries of wrappers
 
 
-@pytest.mark.parametrize("guard", [None, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_entries_of_wrappers_pass_through(rule: UpdateRule, dtype, guard) -> None:
+def test_entries_of_wrappers_pass_through(rule: UpdateRule, dtype) -> None:
     """Untouched: dtype, bits, and what is no tensor, through a file and through casts."""
     model = small_net().to(dtype)
-    opt = LearnedOptimizer(model.parameters(), rule, guard=guard)
-    closure = (lambda: 1.0,) if guard else ()
+    opt = LearnedOptimizer(model.parameters(), rule)
 
     def step(optimizer: LearnedOptimizer) -> None:
         for p in model.parameters():
             p.grad = torch.ones_like(p)
-        optimizer.step(*closure)
+        optimizer.step()
 
     step(opt)
     extras = {}
@@ -178,7 +142,7 @@ def test_entries_of_wrappers_pass_through(rule: UpdateRule, dtype, guard) -> Non
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
-    fresh = LearnedOptimizer(model.parameters(), rule, guard=guard)
+    fresh = LearnedOptimizer(model.parameters(), rule)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     step(fresh)
     for p, extra in extras.items():

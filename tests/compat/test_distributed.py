@@ -21,8 +21,7 @@ from torch.testing import assert_close
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 
-from .common import SCENARIO_RULES, flat, make_rule, small_batch, small_net, train
-from .distributed_worker import GUARD
+from .common import SCENARIO_RULES, flat, make_rule, small_net, train
 
 SETTINGS: dict[str, Any] = {"lr": 0.5, "weight_decay": 1.0}
 SOME, ALL = SCENARIO_RULES["ddp"], SCENARIO_RULES["fsdp2"]
@@ -47,7 +46,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(folder: Path) -> None:
     tests = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "citizen.distributed_worker", str(folder)]
+    command = [sys.executable, "-m", "compat.distributed_worker", str(folder)]
     environment = {
         **os.environ,
         "WORLD_SIZE": "2",
@@ -181,29 +180,6 @@ def test_a_compiled_step_on_shards_gives_the_same_numbers(results: Path) -> None
     params, _ = alone("lstm-descending")
     for a, b in zip(found["params"], params, strict=True):
         assert_close(a, b, **CLOSE)
-
-
-def test_a_guard_on_shards_decides_as_on_the_whole(results: Path) -> None:
-    """And goes on as it was from a checkpoint of the shards, written during an intervention."""
-    found = load(results, "guarded")
-    model = small_net()
-    rule = make_rule("lstm-ascending")
-    opt = LearnedOptimizer(model.parameters(), rule, guard=GUARD, **SETTINGS)
-    x, y = small_batch()
-    for _ in range(40):
-        opt.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        opt.step(lambda loss=loss: loss)
-    assert found["active"] == 1
-    assert found["report"]["interventions"] == 2
-    for way in ("", "resumed_", "zero_"):
-        assert found[f"{way}report"] == opt.guard_report
-    for a, b in zip(found["params"], found["resumed"], strict=True):
-        assert torch.equal(a, b)
-    for way in ("params", "zero"):
-        for a, b in zip(found[way], model.parameters(), strict=True):
-            assert_close(a, b.detach(), **CLOSE)
 
 
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])

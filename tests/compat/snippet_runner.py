@@ -1,4 +1,4 @@
-"""Runs a snippet of the documentation: ``python -m citizen.snippet_runner FILE CHECKPOINTS``."""
+"""Runs a snippet of the documentation: ``python -m compat.snippet_runner FILE CHECKPOINTS``."""
 
 import runpy
 import sys

@@ -78,7 +78,7 @@ def run(code: str, checkpoints: Path, folder: Path, processes: int, **environmen
         "WORLD_SIZE": str(processes),
         **environment,
     }
-    command = [sys.executable, "-m", "citizen.snippet_runner", str(script), str(checkpoints)]
+    command = [sys.executable, "-m", "compat.snippet_runner", str(script), str(checkpoints)]
     running = [
         subprocess.Popen(
             command,

@@ -1,0 +1,265 @@
+"""The state of an optimizer's parameters: created, laid out, saved, checked, restored.
+
+Entries of a parameter of shape ``S``: ``step``, shape ``()``; per coordinate, ``(*S, k)``, sharded
+like the parameter; per tensor, ``(k,)``; and matrices of the tensor. Tools that prune or append
+rows of a parameter cut every entry but ``step`` along its first dimension. So small entries without
+the parameter's rows stand in the optimizer's state as views with repeated rows, which cost no
+memory. State dicts hold them once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim._ambient import outliving_inference_mode
+from learned_optim._frozen import FrozenRule
+from learned_optim._groups import FOREIGN, OWN_KEYS
+from learned_optim._views import dense, local, real, real_shape, shard_like
+from learned_optim.rules import State, UpdateRule
+from learned_optim.rules._segments import is_sharded
+
+# Larger entries are not repeated along the rows: copies to another device would be made in full.
+MOST_REPEATED = 1 << 12
+
+
+class ParamStates:
+    """State entries of parameters, in the layout that the rule's step takes.
+
+    The entries themselves lie in ``optimizer.state``, which loading and tools may replace.
+
+    Args:
+        rule: the update rule.
+        dtype: of per-coordinate entries; ``None`` for the rule's own.
+    """
+
+    def __init__(self, rule: FrozenRule, dtype: torch.dtype | None) -> None:
+        self.rule = rule.rule
+        self._frozen, self._dtype = rule, dtype
+        # By group and position: entries in our layout, and under "KEY once" those that the state
+        # holds as views with repeated rows.
+        self._laid_out: list[list[State]] = []
+
+    def rule_on(self, param: Tensor) -> UpdateRule:
+        """The rule with its weights on the device of ``param``."""
+        return self._frozen.on(param)
+
+    # ---- creation and layout
+
+    def create(self, param: Tensor) -> State:
+        """State before the first gradient: the number of steps, and what the rule keeps."""
+        with outliving_inference_mode():
+            rule, own = self.rule_on(param), real(local(param))
+            state = rule.init_state(own)
+            for key in state.keys() - {*rule.tensor_state, *rule.matrix_state}:
+                value = dense(state[key].to(self._dtype or state[key].dtype))
+                state[key] = shard_like(param, value) if is_sharded(param) else value
+            step = torch.zeros((), dtype=torch.float32, device=param.device)
+            return {"step": step, **state}
+
+    def lay_out(self, index: int, params: list[Tensor], states: Mapping[Tensor, Any]) -> None:
+        """Create missing state of parameters with gradients; bring replaced entries into layout.
+
+        Args:
+            index: of the parameter group.
+            params: of the group.
+            states: the optimizer's, by parameter.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        self._laid_out += ([] for _ in range(index + 1 - len(self._laid_out)))
+        known = self._laid_out[index]
+        known += ({} for _ in range(len(params) - len(known)))
+        for position, param in enumerate(params):
+            if param.grad is None:
+                continue
+            if param.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"LearnedOptimizer does not support sparse gradients, and a parameter of shape "
+                    f"{tuple(param.shape)} has one of layout {param.grad.layout}: use sparse=False "
+                    f"in the embedding, or give that parameter to torch.optim.SparseAdam"
+                )
+            self._lay_out(param, states[param], known[position])
+
+    def _lay_out(self, param: Tensor, state: dict[str, Any], known: State) -> None:
+        rule, fresh = self.rule_on(param), None
+        if "step" not in state:
+            known.clear()
+            state.update({**self.create(param), **state})
+        elif rule.matrix_state and any(
+            state.get(key) is not known.get(key) for key in (*rule.state_keys, *rule.matrix_state)
+        ):
+            fresh = self.create(param)
+            keep_fitting_matrices(rule, state, fresh, real_shape(param))
+        keys = [key for key in (*rule.state_keys, *rule.matrix_state) if key in state]
+        for key in known.keys() - {*keys, *(once(key) for key in keys)}:
+            del known[key]
+        for key in keys:
+            if state[key] is known.get(key):
+                continue
+            with outliving_inference_mode():
+                if key in rule.tensor_state or key in rule.matrix_state:
+                    shape = real_shape(param)
+                    known[once(key)] = without_rows(rule, key, state[key], shape).clone()
+                    state[key] = with_rows(known[once(key)], shape)
+                elif not is_sharded(param):
+                    state[key] = dense(state[key])
+            known[key] = state[key]
+
+    def for_rule(self, index: int, position: int, state: Mapping[str, Any]) -> dict[str, Any]:
+        """State as the rule takes it: local shards, and entries of the tensor without rows."""
+        known = self._laid_out[index][position]
+        return {
+            key: known[once(key)] if once(key) in known else local(value)
+            for key, value in state.items()
+        }
+
+    def forget_layout(self) -> None:
+        """All entries may have been replaced: lay them out again before the next step."""
+        self._laid_out = []
+
+    # ---- state dicts
+
+    def compact(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> dict[Any, Any]:
+        """The state part of a state dict, with entries of the tensor without repeated rows."""
+        own = [param for group in groups for param in group["params"]]
+        result = {}
+        for index, entries in state.items():
+            param = own[index] if isinstance(index, int) else index
+            rule, shape = self.rule_on(param), real_shape(param)
+            result[index] = {
+                key: without_rows(rule, key, value, shape) for key, value in entries.items()
+            }
+        return result
+
+    def check(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if a state dict belongs to another rule or to other parameters."""
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(group["params"]) for group in saved["param_groups"]]:
+            return  # torch reports that
+        self._check_identity(saved)
+        for param, entries in _matched(groups, saved):
+            if not entries:
+                continue
+            rule, shape = self.rule_on(param), real_shape(param)
+            expected = {
+                key: tuple(value.shape)
+                for key, value in self.create(param).items()
+                if key not in rule.matrix_state
+            }
+            found = {
+                key: tuple(getattr(without_rows(rule, key, value, shape), "shape", ()))
+                for key, value in entries.items()
+                if key not in rule.matrix_state
+            }
+            if any(found.get(key) != wanted for key, wanted in expected.items()):
+                raise ValueError(
+                    f"loaded state dict does not fit the update rule {rule.name!r}: for a "
+                    f"parameter of shape {tuple(param.shape)} it holds {found}, and the rule "
+                    f"keeps {expected}"
+                )
+
+    def _check_identity(self, saved: dict[str, Any]) -> None:
+        rule, identity = saved.get("rule"), self._frozen.identity
+        if rule is None:  # distributed checkpoints keep state and groups alone
+            for group in saved["param_groups"]:
+                foreign = ", ".join(sorted(FOREIGN.intersection(group)))
+                missing = ", ".join(sorted(OWN_KEYS.difference(group)))
+                if missing:
+                    raise ValueError(
+                        f"loaded state dict belongs to another optimizer: its groups "
+                        f"{f'have {foreign}' if foreign else f'lack {missing}'}, and its learning "
+                        f"rate would scale learned updates"
+                    )
+        elif rule != identity:
+            raise ValueError(
+                f"loaded state dict belongs to the update rule {rule['name']!r} "
+                f"({rule['fingerprint']}), and this optimizer runs {identity['name']!r} "
+                f"({identity['fingerprint']}): construct it with the same checkpoint"
+            )
+
+    def restore(
+        self,
+        groups: list[dict[str, Any]],
+        states: MutableMapping[Tensor, dict[str, Any]],
+        saved: dict[str, Any],
+    ) -> None:
+        """Put saved values back in their own dtypes, or in the one that this optimizer was told.
+
+        torch has cast them to the parameters' dtype. Entries of wrappers return as they were saved.
+        Matrices that are missing or do not fit start anew.
+        """
+        self.forget_layout()
+        for param, entries in _matched(groups, saved):
+            if not entries:
+                continue
+            rule, state, shape = self.rule_on(param), states[param], real_shape(param)
+            whole = {"step", *rule.tensor_state, *rule.matrix_state}
+            for key, value in entries.items():
+                if key == "step" and not isinstance(value, Tensor):
+                    value = torch.tensor(float(value), dtype=torch.float32)
+                if not isinstance(value, Tensor):
+                    state[key] = copy.deepcopy(value)
+                    continue
+                cast = key in rule.state_keys and key not in whole
+                dtype = (self._dtype if cast else None) or value.dtype
+                value = value.detach().to(param.device, dtype, copy=True)
+                state[key] = (
+                    with_rows(without_rows(rule, key, value, shape), shape)
+                    if key in whole
+                    else value
+                )
+            if rule.matrix_state:
+                keep_fitting_matrices(rule, state, self.create(param), shape)
+
+
+def _matched(
+    groups: list[dict[str, Any]], saved: dict[str, Any]
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Own parameters with their saved state, by position."""
+    own = [param for group in groups for param in group["params"]]
+    ids = [index for group in saved["param_groups"] for index in group["params"]]
+    for param, index in zip(own, ids, strict=False):
+        yield param, saved["state"].get(index, {})
+
+
+def once(key: str) -> str:
+    """Key of an entry without the repeated rows of its view."""
+    return f"{key} once"
+
+
+def with_rows(value: Tensor, shape: torch.Size) -> Tensor:
+    """A small entry of the tensor as a view with the parameter's rows, ``(shape[0], ...)``."""
+    if not shape or not value.dim() or value.numel() > MOST_REPEATED:
+        return value
+    return value.expand(shape[0], *value.shape)
+
+
+def without_rows(rule: UpdateRule, key: str, value: Any, shape: torch.Size) -> Any:
+    """An entry of the tensor from what :func:`with_rows` made, or a tool left of it.
+
+    Entries of other kinds return as they are.
+    """
+    dims = 1 if key in rule.tensor_state else 2 if key in rule.matrix_state else None
+    if dims is None or not isinstance(value, Tensor) or not shape or value.dim() <= dims:
+        return value
+    return value[0] if len(value) else value.new_zeros(value.shape[1:])
+
+
+def keep_fitting_matrices(
+    rule: UpdateRule, state: dict[str, Any], fresh: State, shape: torch.Size
+) -> None:
+    """Start those matrices anew that are missing or of another shape than those of ``fresh``."""
+    for key in rule.matrix_state:
+        if key not in fresh:
+            state.pop(key, None)
+            continue
+        value = state.get(key)
+        lost = value is None or (value.dim() > 2 and not len(value))
+        if lost or without_rows(rule, key, value, shape).shape != fresh[key].shape:
+            state[key] = with_rows(fresh[key], shape)

@@ -1,0 +1,193 @@
+"""Warnings about the updates of a parameter group, each given once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim._groups import SUSPICIOUS_LR
+from learned_optim._views import local
+from learned_optim._warn import warn
+from learned_optim.rules import State, UpdateRule
+
+# A learning rate that falls in this many updates follows a scheduler, not somebody's decision.
+FALLS_OF_A_SCHEDULE = 3
+# Below this, swa_lr is taken for a learning rate of SGD's or Adam's.
+SHORT_SWA_LR = 0.5
+# So many updates in a row without any finite gradient entry are no bad batch.
+UPDATES_WITHOUT_GRADIENT = 5
+# Gradients are looked at once in so many updates while they are finite.
+GRADIENT_INTERVAL = 64
+
+
+class GroupWatch:
+    """What is worth a warning in the updates of one group.
+
+    A step counts ``updates``, and calls :meth:`look` when ``due`` is reached and :meth:`fall` when
+    the learning rate is below ``rate``. It pays nothing else.
+
+    Args:
+        rule: of the optimizer.
+        said: kinds of warnings that the optimizer has given.
+
+    Attributes:
+        updates: number of updates of the group; may be too high where gradients come and go.
+        due: the update at which to look.
+        rate: learning rate of the last update; NaN before the first one.
+    """
+
+    def __init__(self, rule: UpdateRule, said: set[str]) -> None:
+        self._rule, self._said = rule, said
+        self.updates, self.due, self.rate = -1, 0.0, math.nan
+        self._falls = self._without_gradient = 0
+        self._ends: dict[str, float] = {}  # updates at which to warn, by kind of warning
+        self._next_gradient = 1.0
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def begin(self, states: Sequence[State]) -> None:
+        """Count on from the updates that the parameters have had; may synchronize a device."""
+        if self.updates < 0:
+            counts = self._rule.reads_horizon or _trained_steps(self._rule) is not None
+            self.updates = _updates_of(states) if counts else 0
+
+    def expect(self, group: dict[str, Any]) -> None:
+        """Take note of the length of the run."""
+        total = group["total_steps"] if self._anneals(group) else None
+        trained = _trained_steps(self._rule)
+        self._ends = {
+            kind: end + 1
+            for kind, end in (("past", total), ("trained", trained))
+            if end is not None and kind not in self._said
+        }
+        self._set_due()
+        peak = group.get("max_lr")
+        if peak is not None and 0.0 < peak <= SUSPICIOUS_LR:
+            self._warn(
+                "peak",
+                f"OneCycleLR rises to max_lr={peak:g}, which makes learned updates "
+                f"{1 / peak:.0f} times shorter: lr multiplies them, and learning rates of other "
+                f"optimizers do not carry over. Pass max_lr=1.0",
+            )
+
+    def _set_due(self) -> None:
+        self.due = min([self._next_gradient, *self._ends.values()])
+
+    def look(self, group: dict[str, Any], states: Sequence[State], grads: Sequence[Tensor]) -> None:
+        """Look at an update that was made."""
+        if self.updates >= self._next_gradient:
+            self._look_at_gradients(grads)
+        if any(self.updates >= end for end in self._ends.values()):
+            self._look_at_end(group, states)
+        self._set_due()
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warn(message)
+
+    # ---- the learning rate
+
+    def fall(self, group: dict[str, Any], rate: float) -> None:
+        """Take note of a learning rate that is below that of the update before."""
+        self._falls += 1
+        if "schedule" in self._said:
+            return
+        if "swa_lr" in group and float(group["swa_lr"]) < SHORT_SWA_LR:
+            swa = float(group["swa_lr"])
+            self._warn(
+                "schedule",
+                f"SWALR brings lr to swa_lr={swa:g}, which makes learned updates {1 / swa:.0f} "
+                f"times shorter: lr multiplies them, and learning rates of other optimizers do not "
+                f"carry over. Pass swa_lr=1.0, or the part of a full update that is meant",
+            )
+        elif self._falls >= FALLS_OF_A_SCHEDULE and self._anneals(group):
+            self._warn(
+                "schedule",
+                f"lr has fallen in {self._falls} steps, now to {rate:g}, while total_steps is "
+                f"given: the rule {self._rule.name!r} anneals by itself, and a scheduler on top "
+                f"anneals twice. Leave out one of them",
+            )
+
+    def _anneals(self, group: dict[str, Any]) -> bool:
+        return self._rule.reads_horizon and group["total_steps"] is not None
+
+    # ---- the length of the run
+
+    def _look_at_end(self, group: dict[str, Any], states: Sequence[State]) -> None:
+        self.updates = _updates_of(states)  # synchronizes a device, once
+        for kind, end in list(self._ends.items()):
+            if self.updates < end:
+                continue
+            del self._ends[kind]
+            if kind == "past":
+                self._warn(
+                    kind,
+                    f"step {self.updates} is past total_steps={group['total_steps']}: the rule "
+                    f"{self._rule.name!r} holds the last rate. Construct the optimizer with the "
+                    f"length of the whole run, or set param_groups[i]['total_steps']",
+                )
+            else:
+                self._warn(
+                    kind,
+                    f"step {self.updates} is past the {end - 1:.0f} steps of the longest runs that "
+                    f"the update rule {self._rule.name!r} was meta-trained on: what it does from "
+                    f"here on was never measured. Watch the loss, or take a rule that was trained "
+                    f"on longer runs",
+                )
+
+    # ---- gradients
+
+    def _look_at_gradients(self, grads: Sequence[Tensor]) -> None:
+        own = [grad for grad in map(local, grads) if grad.numel() and _has_values(grad)]
+        missing = self._has_no_finite_entry(min(own, key=Tensor.numel)) if own else False
+        if missing is None:  # the device has not answered yet
+            self._next_gradient = self.updates + 1
+            return
+        self._without_gradient = self._without_gradient + 1 if missing else 0
+        self._next_gradient = self.updates + (1 if missing else GRADIENT_INTERVAL)
+        if self._without_gradient >= UPDATES_WITHOUT_GRADIENT:
+            self._next_gradient = math.inf
+            self._warn(
+                "gradients",
+                f"the gradient of a parameter has had no finite entry in "
+                f"{self._without_gradient} steps. Entries that are NaN or infinite count as zero, "
+                f"so it does not train. Look for the operation that makes them: "
+                f"torch.autograd.set_detect_anomaly(True) names it",
+            )
+
+    def _has_no_finite_entry(self, grad: Tensor) -> bool | None:
+        """Whether no entry is finite; on a GPU what an earlier call asked, to wait for nothing."""
+        if grad.device.type == "cpu":
+            return not bool(grad.isfinite().any())
+        if grad.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return False
+        answer = None
+        if self._asked is not None:
+            found, arrived = self._asked
+            if not arrived.query():
+                return None
+            answer = not bool(found)
+        arrived = torch.cuda.Event()
+        self._asked = grad.isfinite().any().to("cpu", non_blocking=True), arrived
+        arrived.record()
+        return answer
+
+
+def _trained_steps(rule: UpdateRule) -> float | None:
+    """Length of the longest runs that the rule was meta-trained on, if it says so."""
+    found: float | None = getattr(rule, "trained_steps", None)
+    return found
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and not hasattr(tensor, "fake_mode")
+
+
+def _updates_of(states: Sequence[State]) -> int:
+    """The most updates that any of these parameters has had."""
+    steps = [state["step"] for state in states if _has_values(state["step"])]
+    return int(torch.stack(steps).max()) if steps else 0
