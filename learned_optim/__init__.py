@@ -10,6 +10,7 @@ if typing.TYPE_CHECKING:
     from learned_optim.optimizer import LearnedOptimizer
     from learned_optim.pretrained import list_pretrained, load_record, load_rule
     from learned_optim.rules import UpdateRule
+    from learned_optim.trainers import trainer_callback
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "model_card",
     "push_to_hub",
     "save_rule",
+    "trainer_callback",
 ]
 
 #: Where the public names are defined. They are imported when first used, so that the command can
@@ -38,6 +40,7 @@ _HOMES = {
     "model_card": "_card",
     "push_to_hub": "hub",
     "save_rule": "checkpoint",
+    "trainer_callback": "trainers",
 }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableMapping, Sequence
-from itertools import chain
-from operator import is_, itemgetter
+from itertools import chain, repeat
+from operator import is_, is_not, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,7 @@ class GroupStep:
         self._params = list(group["params"])
         self._with_grad = [param for param in self._params if param.grad is not None]
         self._without_grad = [param for param in self._params if param.grad is None]
+        self._grads = [param.grad for param in self._with_grad]
         self._states = [state[param] for param in self._with_grad]
         self._rule = states.rule
         # Twice "step": of a single key itemgetter makes no tuple.
@@ -60,6 +61,9 @@ class GroupStep:
     def fits(self, params: Sequence[Tensor], state: MutableMapping[Tensor, Any]) -> bool:
         """True if parameters and state are the same tensors as when the step was prepared."""
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            return False
+        self._grads = [param.grad for param in self._with_grad]
+        if not all(map(is_not, self._grads, repeat(None))):
             return False
         if any(param.grad is not None for param in self._without_grad):
             return False
@@ -86,6 +90,7 @@ class GroupStep:
             loss: for rules that read it.
         """
         lr, watch = group["lr"], self._watch
+        grads, self._grads = self._grads, []  # they must not outlive zero_grad()
         values = group["weight_decay"], group["total_steps"], group["warmup"]
         if not all(map(is_, values, self._checked)):
             _groups.settle(self._rule, group)
@@ -94,7 +99,6 @@ class GroupStep:
         rate = lr if type(lr) is float and 0.0 < lr < math.inf else _groups.rate_of(lr, self._index)
         if rate == 0.0 or not self._with_grad:
             return
-        grads = [param.grad for param in self._with_grad]
         if self._bound is None or not self._bound(
             grads,
             lr=lr,

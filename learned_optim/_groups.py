@@ -108,7 +108,7 @@ def whole_steps(total: Any) -> int | None:
         ValueError: anything else.
     """
     number = _number(total)
-    if total is None or number in (math.inf, -1):
+    if total is None or (isinstance(number, (Real, Decimal)) and number in (math.inf, -1)):
         return None
     steps = _whole(number)
     if steps is None or steps < 1:

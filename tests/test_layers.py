@@ -18,7 +18,7 @@ LAYERS = (
     ("_card",),
     ("_download", "hub", "pretrained"),
     ("_ambient", "_frozen", "_views"),
-    ("_diagnostics", "_group_step", "_groups", "_param_states", "_watch", "optimizer"),
+    ("_diagnostics", "_group_step", "_groups", "_param_states", "_watch", "optimizer", "trainers"),
     ("meta",),
     ("explain",),
     ("cli",),

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_state_of_a_hand_written_optimizer_is_refused() -> None:
     model = network()
     adam = torch.optim.Adam(model.parameters(), lr=1e-3).state_dict()
     optimizer = LearnedOptimizer(model.parameters(), random_rule("lstm"))
-    with pytest.raises(ValueError, match="belongs to another optimizer: its groups have betas"):
+    with pytest.raises(ValueError, match=r"belongs to another optimizer: its groups have .*betas"):
         optimizer.load_state_dict(adam)
     assert optimizer.param_groups[0]["lr"] == 1.0
 
@@ -303,10 +304,30 @@ def test_weights_are_copied_and_frozen() -> None:
     assert optimizer.rule.readout.weight.abs().sum() > 0
 
 
-def test_repr_names_rule_and_groups() -> None:
+def test_repr_names_rule_checkpoint_and_groups() -> None:
     text = repr(LearnedOptimizer(network().parameters(), random_rule("lstm"), weight_decay=0.1))
     assert text.startswith("LearnedOptimizer (\nUpdate rule: lstm ")
+    assert "checkpoint" not in text
     assert "weight_decay: 0.1" in text
+    named = LearnedOptimizer(network().parameters(), "mnist")
+    assert ", checkpoint mnist\n" in repr(copy.deepcopy(named))
+    assert re.search(
+        r", checkpoint \S+ \(default\)\n", repr(LearnedOptimizer([nn.Parameter(torch.ones(1))]))
+    )
+
+
+def test_a_rule_that_was_taken_out_and_changed_changes_no_optimizer() -> None:
+    models = [network(), network()]
+    optimizers = [LearnedOptimizer(model.parameters(), "mnist") for model in models]
+    saved = optimizers[1].state_dict()["rule"]
+    with torch.no_grad():
+        for weight in optimizers[0].rule.parameters():
+            weight.add_(1.0)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 3)
+        assert optimizer.state_dict()["rule"] == saved
+        assert optimizer.rule.fingerprint() == saved["fingerprint"]
+    assert torch.equal(*map(flat, models))
 
 
 class Largest(TorchDispatchMode):

@@ -470,7 +470,7 @@ def test_state_of_another_rule_is_refused_before_anything_changes() -> None:
         ours.load_state_dict(other.state_dict())
     adam = torch.optim.Adam(params)
     step_with_random_grads(adam)
-    with pytest.raises(ValueError, match="belongs to another optimizer: its groups have betas"):
+    with pytest.raises(ValueError, match=r"belongs to another optimizer: its groups have .*betas"):
         ours.load_state_dict(adam.state_dict())
     bare = {**adam.state_dict(), "param_groups": ours.state_dict()["param_groups"]}
     with pytest.raises(ValueError, match=r"does not fit the update rule 'lstm'.*exp_avg"):

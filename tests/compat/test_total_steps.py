@@ -76,7 +76,8 @@ def more(opt: LearnedOptimizer, steps: int) -> list[float]:
 
 
 def test_a_rule_is_told_the_length_of_the_run() -> None:
-    assert updates(Annealed(), 4, total_steps=4)[0] == pytest.approx([-1, -0.75, -0.5, -0.25])
+    moves = updates(Annealed(), 4, total_steps=4, weight_decay=0.0)[0]
+    assert moves == pytest.approx([-1, -0.75, -0.5, -0.25])
     assert updates(Annealed(), 5)[0] == pytest.approx([-1] * 5)
 
 
@@ -122,7 +123,7 @@ def test_what_is_no_length(bad: object) -> None:
 def test_groups_have_their_own_length_and_warmup() -> None:
     a, b = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
     groups = [{"params": [a], "total_steps": 2}, {"params": [b], "warmup": 4}]
-    opt = LearnedOptimizer(groups, Annealed(), total_steps=8)
+    opt = LearnedOptimizer(groups, Annealed(), total_steps=8, weight_decay=0.0)
     for _ in range(2):
         a.grad = b.grad = torch.ones(1)
         opt.step()
@@ -310,7 +311,7 @@ def test_weight_decay_is_not_warmed_up() -> None:
     assert param.item() == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("name", ["general-2", "general-2-fast"])
+@pytest.mark.parametrize("name", ["coordinatewise"])
 def test_the_first_updates_do_not_undo_a_layer(name: str) -> None:
     """Relative change of fresh weights after three equal gradients: Adam's is .06."""
 

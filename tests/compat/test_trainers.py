@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from learned_optim import LearnedOptimizer, save_rule
+from learned_optim import LearnedOptimizer, save_rule, trainer_callback
 
 from .common import descending_lstm, flat, small_batch, small_net, train
 
@@ -105,6 +105,41 @@ def test_lightning_accumulates_and_clips(tmp_path: Path) -> None:
     assert sum(module.losses[-2:]) < sum(module.losses[:2])
 
 
+class AnnealedNet(LightningNet):
+    """Told the length of the run as the documentation says."""
+
+    def configure_optimizers(self) -> Any:
+        steps = self.trainer.estimated_stepping_batches
+        return LearnedOptimizer(self.parameters(), "default", total_steps=steps)
+
+
+@lightning_warnings
+def test_lightning_extends_a_run(tmp_path: Path) -> None:
+    options = {**QUIET, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(max_epochs=3, **options)
+    trainer.fit(AnnealedNet(), loader())
+    assert trainer.optimizers[0].param_groups[0]["total_steps"] == 3
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    longer = lightning.Trainer(max_epochs=9, **options)
+    longer.fit(AnnealedNet(), loader(), ckpt_path=tmp_path / "end.ckpt")
+    (opt,) = longer.optimizers
+    assert opt.param_groups[0]["total_steps"] == 9
+    assert all(state["step"].item() == 9.0 for state in opt.state.values())
+
+
+@lightning_warnings
+def test_lightning_without_a_maximum_tells_an_unknown_length(tmp_path: Path) -> None:
+    options = {**QUIET, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(max_epochs=-1, max_steps=-1, limit_train_batches=1, **options)
+
+    class Stops(AnnealedNet):
+        def on_train_epoch_end(self) -> None:
+            self.trainer.should_stop = True
+
+    trainer.fit(Stops(), loader())
+    assert trainer.optimizers[0].param_groups[0]["total_steps"] is None
+
+
 # ---- Accelerate
 
 
@@ -164,6 +199,23 @@ def test_accelerate_accumulates_gradients() -> None:
     assert [state["step"].item() for state in states] == [3.0] * 4
 
 
+def test_accelerate_extends_a_run(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    for total_steps in (3, 9):
+        accelerator, model = Accelerator(cpu=True), small_net()
+        opt = LearnedOptimizer(model.parameters(), total_steps=total_steps)
+        model, opt, data = accelerator.prepare(model, opt, loader())
+        if total_steps == 9:
+            with pytest.warns(UserWarning, match="total_steps=9 of this optimizer is kept"):
+                accelerator.load_state(tmp_path / "state")
+        for x, y in data:
+            accelerator.backward(nn.functional.cross_entropy(model(x), y))
+            opt.step()
+        accelerator.save_state(tmp_path / "state")
+        assert opt.param_groups[0]["total_steps"] == total_steps
+
+
 # ---- Hugging Face Trainer
 
 
@@ -179,7 +231,7 @@ class HFNet(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def hf_trainer(folder: Path, model: nn.Module, **options: Any) -> Any:
+def hf_trainer(folder: Path, model: nn.Module, max_steps: int = 6, **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments, set_seed
 
     set_seed(0)
@@ -187,7 +239,7 @@ def hf_trainer(folder: Path, model: nn.Module, **options: Any) -> Any:
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=16,
-        max_steps=6,
+        max_steps=max_steps,
         logging_steps=1,
         save_steps=3,
         use_cpu=True,
@@ -228,6 +280,40 @@ def test_hugging_face_trainer_through_both_arguments(tmp_path: Path) -> None:
     assert torch.equal(flat(resumed.model), flat(two.model))
     steps = [s["step"].item() for s in resumed.optimizer.optimizer.state.values()]
     assert steps == [6.0] * 4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_callback_tells_the_length_and_extends_a_run(tmp_path: Path) -> None:
+    optimizers = []
+    for max_steps, resumed in ((6, None), (12, str(tmp_path / "checkpoint-6"))):
+        model = HFNet()
+        opt = LearnedOptimizer(model.parameters())
+        trainer = hf_trainer(
+            tmp_path, model, max_steps, optimizers=(opt, None), callbacks=[trainer_callback()]
+        )
+        trainer.train(resume_from_checkpoint=resumed)
+        optimizers.append(opt)
+        (group,) = opt.param_groups
+        assert group["total_steps"] == max_steps
+        assert group["weight_decay"] == opt.rule.default_weight_decay(max_steps)
+        assert all(state["step"].item() == max_steps for state in opt.state.values())
+    model = HFNet()
+    adam = torch.optim.Adam(model.parameters())
+    trainer = hf_trainer(tmp_path, model, optimizers=(adam, None), callbacks=[trainer_callback()])
+    with pytest.raises(ValueError, match="is for learned optimizers"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:lr has fallen:UserWarning"
+)
+def test_the_callback_warns_of_the_trainers_own_schedule(tmp_path: Path) -> None:
+    model = HFNet()
+    opt = LearnedOptimizer(model.parameters())
+    trainer = hf_trainer(tmp_path, model, optimizers=(opt, None), callbacks=[trainer_callback()])
+    trainer.args.lr_scheduler_type = "linear"
+    with pytest.warns(UserWarning, match=r"lr_scheduler_type='linear'.* pass .*'constant'"):
+        trainer.train()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
