@@ -2,7 +2,7 @@
 
 A block titled with a file name is written to that file, as the reader would. A block under
 ``<!-- not run: reason -->`` is left alone. Snippets of docs/using-with.md need other packages and
-run in ``tests/citizen/test_docs.py``.
+run in ``tests/compat/test_docs.py``.
 """
 
 import re
