@@ -33,15 +33,17 @@ from learned_optim.cli import main as learned_optim
 #: Pages whose commands build on their Python blocks.
 WITH_CODE = ("docs/meta-training.md",)
 TINY = "--epochs 1 --runs-per-epoch 2 --validation-runs 2 --test-runs 2"
+EVOLVE = "--meta-steps 1 --pairs 1 --tasks-per-meta-step 1 --validation-tasks 1"
 #: By the beginning of a command, what makes it short. The last that fits counts.
 SHORTER = {
     "python examples/train_classifier.py": "--steps 10 --seeds 1",
     "python examples/meta_train_your_own.py": "--steps 10 --epochs 1 --runs-per-epoch 2",
+    "python examples/search_meta_lr.py": "--trials 1 --epochs 1",
     "learned-optim explain": "--short",
     "learned-optim train": f"{TINY} --horizon 10 --truncation 5",
     "learned-optim train my-recipe.toml": TINY,
-    "learned-optim train diagonal": "--meta-steps 1 --pairs 1 --tasks-per-meta-step 1 "
-    "--validation-tasks 1",
+    "learned-optim train quick-evolution": EVOLVE,
+    "learned-optim train diagonal": EVOLVE,
     "learned-optim evaluate": "--horizons 10 --seeds 2 --tuning-seeds 1 --baselines sgd",
     "learned-optim evaluate --suite field": "--quick --tasks regression --baselines adam-1e-3 "
     "--seeds 1",
