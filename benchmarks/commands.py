@@ -39,7 +39,6 @@ SHORTER = {
     "python examples/train_classifier.py": "--steps 10 --seeds 1",
     "python examples/meta_train_your_own.py": "--steps 10 --epochs 1 --runs-per-epoch 2",
     "python examples/search_meta_lr.py": "--trials 1 --epochs 1",
-    "learned-optim explain": "--short",
     "learned-optim train": f"{TINY} --horizon 10 --truncation 5",
     "learned-optim train my-recipe.toml": TINY,
     "learned-optim train quick-evolution": EVOLVE,

@@ -114,7 +114,9 @@ def _training(record: dict[str, Any]) -> str:
         "seed": "Seed",
     }
     rows += [
-        f"- {label}: {recipe[key]:,}" for key, label in known.items() if _is_number(recipe, key)
+        f"- {label}: {recipe[key]:,}"
+        for key, label in known.items()
+        if _is_number(recipe, key) and (recipe[key] or key == "seed")
     ]
     if record.get("trained_for"):
         rows.append(f"- Trained for: {record['trained_for']}")

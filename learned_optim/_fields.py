@@ -1,14 +1,8 @@
-"""Fields of a dataclass: held against their annotations, and described by the strings under them.
-
-Configurations may come from any file.
-"""
+"""Checks the fields of a dataclass against their annotations: values may come from any file."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import textwrap
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -53,27 +47,3 @@ def _described(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The strings under a dataclass's fields, by field; bases of the class included."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        try:
-            source = inspect.getsource(base)
-        except OSError:  # an installation without sources: options without descriptions
-            continue
-        (tree,) = ast.parse(textwrap.dedent(source)).body
-        assert isinstance(tree, ast.ClassDef)
-        for field, below in zip(tree.body, tree.body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-                and isinstance(below.value.value, str)
-            ):
-                found[field.target.id] = " ".join(below.value.value.split())
-    return found

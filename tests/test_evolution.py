@@ -424,8 +424,6 @@ def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "--meta-steps INT" in shown
     assert "--epochs" not in shown
-    assert main(["train", "diagonal", "--help-all"]) == 0
-    shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--sigma FLOAT", "--warmup-share FLOAT", "--workers INT"))
 
 

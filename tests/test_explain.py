@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from learned_optim import load_rule
-from learned_optim.cli import main
 from learned_optim.explain import _dependence, _figures, _histories, _report, _runs, _words
 from learned_optim.explain._dependence import Dependence, Response
 from learned_optim.explain._histories import Curve
@@ -234,15 +233,6 @@ def test_a_watched_run_has_the_numbers_of_every_step() -> None:
     assert list(run.numbers) == ["weight", "bias"]
     assert [n["step"] for n in run.numbers["weight"]] == list(range(8))
     assert Watched([3.0] * 9 + [1.0], {}).final == 1.0
-
-
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "--help"]) == 0
-    assert "--short" in capsys.readouterr().out
-    assert main(["explain", "no-such-checkpoint"]) == 1
-    assert "no-such-checkpoint" in capsys.readouterr().err
-    assert main(["explain"]) == 1
-    assert "explain takes one checkpoint" in capsys.readouterr().err
 
 
 def test_quick_trials_are_the_same_for_all() -> None:

@@ -1,75 +1,161 @@
-"""The ``learned-optim`` command.
-
-Commands are argparse's, one module each, in the table of :mod:`learned_optim.cli._commands`; their
-options come from the configurations' dataclasses (:mod:`learned_optim.cli._options`).
-"""
+"""The ``learned-optim`` command: tyro makes options, help and completion from dataclasses."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Annotated, Any, Union
 
-from learned_optim.cli._commands import COMMANDS, run
+from learned_optim._extras import EXTRAS, how_to_install
+from learned_optim.cli._arguments import take
 from learned_optim.cli._progress import ProgressBar, TrainingProgress
 
 __all__ = ["ProgressBar", "TrainingProgress", "main"]
 
-#: Modules that the package is installed without unless asked, by the extra they come with.
-EXTRAS = {
-    "meta": (
-        "filelock", "matplotlib", "numpy", "scipy", "shtab", "sklearn", "tensorboard", "tomli",
-        "torchvision", "tqdm",
-    ),
-}  # fmt: skip
+#: Help of the commands. Their modules are imported when they are given: help of all commands does
+#: not wait for torch.
+COMMANDS = {
+    "list": "Print the shipped checkpoints, update rules, tasks, recipes and baselines.",
+    "show": "Print what a checkpoint is and how it was trained.",
+    "train": "Meta-train an update rule by a recipe; resumes an interrupted run.",
+    "evaluate": "Compare learned optimizers with tuned hand-written ones.",
+    "explain": "Write a report with plots on what an update rule does.",
+}
+
+#: Packages that a command uses after hours of computing; it looks for them before.
+NEEDS = {
+    "train": ("tqdm", "filelock"),
+    "evaluate": ("tqdm", "scipy", "matplotlib"),
+    "explain": ("matplotlib",),
+}
+
+DESCRIPTION = """Meta-train, evaluate and inspect learned optimizers.
+
+`learned-optim COMMAND --help` describes a command; `learned-optim --version` prints the version;
+`--rules MODULE`, with any command, imports a module that defines update rules."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status.
+    """Run a command.
 
-    Raises:
-        SystemExit: with status 2, of arguments that do not parse.
+    Args:
+        arguments: those of the process if not given.
+
+    Returns:
+        The exit status: 0, 1 after an error, 2 after a usage error, 130 after Ctrl-C, 141 if the
+        reader of the output closed the pipe.
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
-    # As under `python -m`: tasks of one's own, "my_tasks:name", may lie in the current folder.
+    # As under `python -m`: a task "my_tasks:name" may lie in the current folder.
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
-        status = _reported(args)
-        sys.stdout.flush()  # now, where a closed pipe can still be caught
+        status = _run(args)
+        sys.stdout.flush()  # here, where a closed pipe is still caught
         return status
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("\nlearned-optim: interrupted; the same command goes on from here", file=sys.stderr)
+        print("\nlearned-optim: interrupted; the same command resumes", file=sys.stderr)
         return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"learned-optim: {_message(error, args)}", file=sys.stderr)
+        return 1
     finally:
         sys.path.remove(here)
 
 
-def _reported(args: list[str]) -> int:
-    """Run a command; what goes wrong is a line on standard error."""
-    try:
-        return run(args)
-    except SystemExit as end:  # argparse's way to end after --help, and after a usage error
-        if end.code:
-            raise
+def _run(args: list[str]) -> int:
+    modules, args = take(args, "--rules")
+    if modules:
+        from learned_optim.meta.recipes import import_rules
+
+        for module in modules:
+            import_rules(module)
+    if args == ["--version"]:
+        from learned_optim import __version__
+
+        print(f"learned-optim {__version__}")
         return 0
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, ImportError) as error:
-        print(f"learned-optim: {_message(error, args)}", file=sys.stderr)
-        return 1
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            command, parsed = _parse(args or ["--help"])
+    except SystemExit as end:
+        if end.code:
+            print(f"learned-optim: {_one_line(errors.getvalue())}", file=sys.stderr)
+        return 2 if end.code or not args else 0
+    status: int = command.run(parsed)
+    return status
 
 
-def _message(error: Exception, args: list[str]) -> str:
-    """What went wrong; for a missing package of an extra, how to get it."""
+def _parse(args: list[str]) -> tuple[ModuleType, Any]:
+    """The module of the command, and its configuration.
+
+    Raises:
+        SystemExit: after help, and with status 2 after a usage error on standard error.
+    """
+    import tyro
+
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    name = args[0]
+    if name in COMMANDS:
+        if not {"-h", "--help"} & set(args):
+            _check_needs(name)
+        command = _module(name)
+        prog, options, rest = command.options(args[1:])
+        return command, tyro.cli(**options, prog=f"learned-optim {prog}", args=rest, config=config)
+    # Help, completion or a misspelt command: one parser of all commands.
+    whole = any("completion" in arg for arg in args)
+    kinds = {
+        name: _module(name).options([])[1]["f"] if whole else dataclasses.make_dataclass(name, [])
+        for name in COMMANDS
+    }
+    every: Any = Union[  # noqa: UP007 - of a computed tuple
+        tuple(
+            Annotated[kind, tyro.conf.subcommand(name, description=COMMANDS[name])]
+            for name, kind in kinds.items()
+        )
+    ]
+    tyro.cli(every, prog="learned-optim", description=DESCRIPTION, args=args, config=config)
+    raise AssertionError(f"{args} parse, though they begin with no command")
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"learned_optim.cli._{command}")
+
+
+def _one_line(box: str) -> str:
+    """The text of tyro's error box, without its title and the help of suggested options."""
+    box = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", box)  # colours and borders
+    text = " ".join(row for row in box.splitlines()[1:] if not row.startswith(" " * 8))
+    text = re.sub(r"Error parsing (?!-)\S+: ", "", text)
+    parts = (" ".join(part.split()) for part in re.split("[─-]{3,}", text))
+    return "; ".join(filter(None, parts))
+
+
+def _check_needs(command: str) -> None:
+    for package in NEEDS.get(command, ()):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
+
+
+def _message(error: Exception, args: Sequence[str]) -> str:
+    """The text of the error; for a missing package of an extra, how to install it."""
     missing = (getattr(error, "name", None) or "").partition(".")[0]
     for extra, modules in EXTRAS.items():
         if isinstance(error, ImportError) and missing in modules:
-            command = next((arg for arg in args if arg in COMMANDS), args[0])
-            return f"{command} needs {missing}: pip install 'learned-optim[{extra}]'"
+            command = next((arg for arg in args if arg in COMMANDS), "the command line")
+            return f"{command} needs {missing}: {how_to_install(extra)}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         return str(error.strerror)  # without "[Errno 28]"
     return str(error)

@@ -1,65 +1,74 @@
-"""``learned-optim list``: what ships, by name."""
+"""``learned-optim list``: the names that commands take."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-
-from learned_optim.cli._options import entry, listing, section
-from learned_optim.cli._parser import Parser, paragraph
-
-HELP = "shipped checkpoints, update rules, tasks, recipes and baselines"
+import dataclasses
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
-def configure(parser: Parser, args: Sequence[str]) -> None:
-    parser.usage = "learned-optim list"
-    parser.description = paragraph(
-        "Prints the names of shipped checkpoints, update rules, tasks, recipes and baselines, and "
-        "what they are."
-    )
-    parser.add_argument("extra", nargs="*", help=argparse.SUPPRESS)
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Print the shipped checkpoints, update rules, tasks, recipes and baselines."""
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the lists.
+def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
+    return "list", {"f": List}, args
 
-    Raises:
-        ValueError: there are arguments.
-    """
-    if options.extra:
-        raise ValueError(f"list takes no arguments, got {' '.join(options.extra)}")
+
+def run(config: List) -> int:
+    """Print the lists."""
     from learned_optim.meta.baselines import BASELINES
     from learned_optim.meta.recipes import recipe_descriptions
     from learned_optim.meta.tasks import described_families
+    from learned_optim.pretrained import ALIASES, list_pretrained
     from learned_optim.rules import rule_class, rule_names
 
-    def lines(described: dict[str, str]) -> list[str]:
-        return [line for name, text in described.items() for line in entry(name, text)]
-
-    rules = {name: (rule_class(name).__doc__ or "").partition("\n")[0] for name in rule_names()}
+    recipes = recipe_descriptions()
+    shipped = {
+        name: f"stands for {ALIASES[name]}" if name in ALIASES else recipes.get(name, "")
+        for name in list_pretrained()
+    }
     tasks: list[str] = []
     for about, names in described_families().items():
-        tasks += [f"  {about}", *listing(names, 6)]
+        tasks += [f"  {about}", *_names(names, 6)]
     groups = {
-        "checkpoints": lines(_shipped()),
-        "update rules": lines(rules),
+        "checkpoints": _described(shipped),
+        "update rules": _described(
+            {name: (rule_class(name).__doc__ or "").partition("\n")[0] for name in rule_names()}
+        ),
         "tasks": tasks,
-        "recipes": lines(recipe_descriptions()),
-        "baselines": listing(BASELINES),
+        "recipes": _described(
+            {n: "of the checkpoint" if n in shipped else text for n, text in recipes.items()}
+        ),
+        "baselines": _names(BASELINES, 2),
     }
-    print("".join(section(*group) for group in groups.items()).lstrip("\n"), end="")
+    print("\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in groups.items()))
     return 0
 
 
-def _shipped() -> dict[str, str]:
-    """What the shipped checkpoints are, by name; aliases first."""
-    from learned_optim.pretrained import ALIASES, list_pretrained, load_record, load_rule
+def _described(texts: Mapping[str, str]) -> list[str]:
+    """Lines of names with their descriptions."""
+    left = 2 + max(map(len, texts)) + 2
+    return [
+        line
+        for name, text in texts.items()
+        for line in _wrapped(text.replace("`", ""), f"  {name}".ljust(left), " " * left)
+    ]
 
-    found = {alias: f"stands for {name}" for alias, name in ALIASES.items()}
-    for name in list_pretrained():
-        if name not in ALIASES:
-            recipe = load_record(name).get("recipe", {})
-            whole = "whole runs of the mixture " if recipe.get("method") == "evolution" else ""
-            task = f"{whole}{recipe.get('task', 'an unknown task')!r}"
-            found[name] = f"update rule {load_rule(name).name!r}, meta-trained on {task}"
-    return {name: text for name, text in found.items() if name in list_pretrained()}
+
+def _names(names: Iterable[str], indent: int) -> list[str]:
+    return _wrapped(", ".join(names), " " * indent, " " * indent)
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+    width = max(60, min(100, shutil.get_terminal_size().columns))
+    return textwrap.wrap(
+        text or "(no description)",
+        width,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_on_hyphens=False,
+    )

@@ -1,55 +1,57 @@
-"""``learned-optim show``: what a checkpoint is, as JSON."""
+"""``learned-optim show``: what a checkpoint is and how it was trained."""
 
 from __future__ import annotations
 
-import argparse
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-from learned_optim.cli._parser import Parser, paragraph
+import tyro
 
-HELP = "what a checkpoint is and how it was made"
-
-
-def configure(parser: Parser, args: Sequence[str]) -> None:
-    parser.usage = "learned-optim show CHECKPOINT"
-    parser.description = paragraph(
-        "Prints what a checkpoint is as JSON: update rule, configuration, number of weights, "
-        "fingerprint, and the record of how it was made."
-    )
-    parser.add_argument(
-        "checkpoints",
-        nargs="*",
-        metavar="CHECKPOINT",
-        help="a shipped name, a file, a run folder or a Hub id",
-    )
+#: Parts of a model card that are for the Hub: front matter, the record as JSON, the licence.
+FOR_THE_HUB = re.compile(r"\A---.*?---\n+|\n*<details>.*?</details>|\n*## Licence.*", re.DOTALL)
 
 
-def run(options: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Show:
+    """Print what a checkpoint is and how it was trained."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A shipped name, a file, a run folder or a Hub id."""
+    json: bool = False
+    """Print the configuration and the whole record of the training as JSON."""
+
+
+def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
+    return "show", {"f": Show}, args
+
+
+def run(config: Show) -> int:
     """Print the description.
 
     Raises:
-        ValueError: not exactly one checkpoint, or none of that name.
-        OSError: no such file, or it cannot be read.
+        ValueError: there is no checkpoint of that name.
+        OSError: the file does not exist or cannot be read.
     """
-    if len(options.checkpoints) != 1:
-        raise ValueError(
-            "show takes one checkpoint: a shipped name, a file, a run folder or a Hub id"
-        )
-    (source,) = options.checkpoints
+    from learned_optim import model_card
     from learned_optim.checkpoint import as_json
     from learned_optim.pretrained import checkpoint_path, load_record, load_rule
 
-    path = checkpoint_path(source)
-    rule = load_rule(path)
-    described = {
-        "rule": rule.name,
-        "config": rule.config_dict(),
-        "weights": sum(p.numel() for p in rule.parameters()),
-        "fingerprint": rule.fingerprint(),
-        "record": load_record(path),
-    }
-    if path != Path(source):
-        described["file"] = str(path)
-    print(as_json(described, indent=2))
+    path = checkpoint_path(config.checkpoint)
+    rule, record = load_rule(path), load_record(path)
+    if config.json:
+        described = {
+            "rule": rule.name,
+            "config": rule.config_dict(),
+            "weights": sum(p.numel() for p in rule.parameters()),
+            "fingerprint": rule.fingerprint(),
+            "record": record,
+            "file": str(path),
+        }
+        print(as_json(described, indent=2))
+        return 0
+    card = model_card(rule, config.checkpoint, record=record)
+    print(FOR_THE_HUB.sub("", card).strip())
+    print(f"\nFile: {path}, fingerprint {rule.fingerprint()}. With --json: the whole record.")
     return 0

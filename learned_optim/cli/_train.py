@@ -1,68 +1,100 @@
-"""``learned-optim train``: meta-train an update rule."""
+"""``learned-optim train RECIPE``: meta-train an update rule."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learned_optim.cli import _recipes
-from learned_optim.cli._options import parsed
-from learned_optim.cli._parser import Parser, paragraph
+import tyro
+
+from learned_optim.cli._arguments import take
 from learned_optim.cli._progress import ProgressBar, TrainingProgress
 
 if TYPE_CHECKING:
     from learned_optim.meta.evolution import EvolutionTrainConfig
     from learned_optim.meta.trainer import MetaTrainer, TrainConfig
 
-HELP = "meta-train an update rule"
+    AnyConfig = TrainConfig | EvolutionTrainConfig
 
-EXAMPLES = """examples:
-  learned-optim train quick
-  learned-optim train quick --meta-lr 0.003 --folder runs/slower
-  learned-optim train my-recipe.toml --tensorboard
-"""
+DESCRIPTION = """Meta-train an update rule by a recipe, in a run folder.
+
+RECIPE is one of the names below, a TOML or JSON file, or a run folder. Every field of a recipe is
+an option, listed by "learned-optim train RECIPE --help". "--rule NAME" replaces the update rule;
+NAME may be "module:name", a rule of your own. Run again, the same command resumes an interrupted
+run. "learned-optim train --schema" prints the JSON Schema of recipe files."""
 
 
-def configure(parser: Parser, args: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Schema:
+    """Print the JSON Schema of recipe files."""
+
+
+def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
+    """The configuration of the recipe, or of all recipes if none is given.
+
+    Raises:
+        ValueError: no such recipe or update rule, or an option before the recipe.
+    """
+    from learned_optim.meta.recipes import recipe_descriptions
+
+    if list(args) == ["--schema"]:
+        return "train", {"f": Schema}, []
+    if args and not args[0].startswith("-"):
+        rules, rest = take(args[1:], "--rule")
+        config = configuration(args[0], rules[-1] if rules else None)
+        options = {"f": type(config), "default": config, "description": DESCRIPTION}
+        return f"train {args[0]}", options, rest
+    if args and args[0] not in ("-h", "--help"):
+        raise ValueError(
+            f"train takes the recipe first, then the options: learned-optim train RECIPE "
+            f"{args[0]} ..."
+        )
+    texts = recipe_descriptions()
+    every = tyro.extras.subcommand_type_from_defaults(
+        {name: configuration(name, None) for name in texts}, texts
+    )
+    return "train", {"f": every, "description": DESCRIPTION}, args
+
+
+def configuration(source: str, rule: str | None) -> AnyConfig:
+    """The configuration of a training by a recipe, with another update rule if one is given."""
     from learned_optim.meta.evolution import EvolutionTrainConfig
+    from learned_optim.meta.recipes import EvolutionRecipe, load_recipe, rule_config
     from learned_optim.meta.trainer import TrainConfig
 
-    parser.description = paragraph(
-        "Meta-trains an update rule in a run folder; given again, the same command goes on with "
-        "an interrupted run."
-    )
-    parser.epilog = EXAMPLES
-    parser.add_argument("--schema", action=PrintSchema, help="print the JSON Schema of recipes")
-    if "--schema" not in args:
-        _recipes.configure(parser, "train", args, TrainConfig, EvolutionTrainConfig)
+    recipe, folder = load_recipe(source), run_folder(source)
+    if rule is not None:
+        recipe = replace(recipe, rule=rule_config(rule))
+    if isinstance(recipe, EvolutionRecipe):
+        return EvolutionTrainConfig(recipe=recipe, folder=folder)
+    return TrainConfig(recipe=recipe, folder=folder)
 
 
-class PrintSchema(argparse.Action):
-    """Prints the schema of recipe files and ends, as ``--help`` does."""
+def run_folder(source: str) -> Path:
+    """The run folder of a recipe: the folder that the recipe is from, if that is a run folder."""
+    from learned_optim.meta.run_folder import RunFolder
 
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
-        import json
-
-        from learned_optim.meta.recipes import recipe_schema
-
-        print(json.dumps(recipe_schema(), indent=2))
-        parser.exit()
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent if path.name == "recipe.json" else None
+    if folder is not None and RunFolder.is_one(folder):
+        return folder
+    return Path("runs") / (folder.resolve().name if folder is not None else path.stem)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(config: AnyConfig | Schema) -> int:
     """Train by the method of the recipe."""
-    if _recipes.no_recipe(options):
-        return 2
-    from learned_optim.meta.evolution import EvolutionTrainConfig
+    import json
 
-    config = parsed(options, options.template)
+    from learned_optim.meta.evolution import EvolutionTrainConfig
+    from learned_optim.meta.recipes import recipe_schema
+
+    if isinstance(config, Schema):
+        print(json.dumps(recipe_schema(), indent=2))
+        return 0
     if isinstance(config, EvolutionTrainConfig):
         return _run_evolution(config)
     return _run_training(config)

@@ -1,8 +1,6 @@
 """Meta-training recipes, one file each, found by being there."""
 
 from learned_optim.meta.recipes._base import (
-    COMMON,
-    GROUPS,
     AnyRecipe,
     Recipe,
     import_rules,
@@ -13,17 +11,11 @@ from learned_optim.meta.recipes._base import (
     rule_config,
 )
 from learned_optim.meta.recipes._evolution import (
-    EVOLUTION_COMMON,
-    EVOLUTION_GROUPS,
     EvolutionRecipe,
 )
 from learned_optim.meta.recipes._schema import recipe_schema
 
 __all__ = [
-    "COMMON",
-    "EVOLUTION_COMMON",
-    "EVOLUTION_GROUPS",
-    "GROUPS",
     "AnyRecipe",
     "EvolutionRecipe",
     "Recipe",

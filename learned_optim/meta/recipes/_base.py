@@ -146,28 +146,6 @@ AnyRecipe: TypeAlias = Recipe | EvolutionRecipe
 _R = TypeVar("_R", Recipe, EvolutionRecipe)
 
 
-#: Fields of a recipe by what they are about, for help.
-GROUPS = {
-    "what is trained": ("task", "start"),
-    "how long": ("epochs", "runs_per_epoch", "patience"),
-    "optimizee runs": (
-        "tasks_per_meta_step", "horizon", "truncation", "long_horizon", "long_fraction",
-        "long_truncation", "unrolls_per_run",
-    ),
-    "meta-gradients": (
-        "estimator", "coordinates", "sampling", "pairs", "sigma", "clip_norm", "relative_loss",
-    ),
-    "meta-optimizer": ("meta_lr", "meta_lr_final", "average"),
-    "validation and test": (
-        "validation_runs", "validation_horizon", "validation_mean", "test_runs", "test_task",
-    ),
-    "randomness": ("seed",),
-}  # fmt: skip
-
-#: Those that most people change.
-COMMON = ("epochs", "meta_lr", "horizon", "tasks_per_meta_step", "seed")
-
-
 def rule_config(name: str, values: dict[str, Any] | None = None) -> RuleConfig:
     """The configuration of an update rule from its name and plain data.
 

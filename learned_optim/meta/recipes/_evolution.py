@@ -109,18 +109,3 @@ class EvolutionRecipe:
         data = dataclasses.asdict(self)
         data["rule"] = {"name": rule_reference(self.rule), "config": data["rule"]}
         return {"method": METHOD, **data}
-
-
-#: Fields of a recipe by what they are about, for help.
-EVOLUTION_GROUPS = {
-    "how long": ("meta_steps",),
-    "what is trained": ("task", "start"),
-    "optimizee runs": ("horizon", "shortest_horizon"),
-    "meta-gradients": ("tasks_per_meta_step", "pairs", "sigma", "large_from", "large_share"),
-    "meta-optimizer": ("meta_lr", "meta_lr_final"),
-    "validation": ("validation_tasks", "validation_every"),
-    "randomness": ("seed",),
-}
-
-#: Those that most people change.
-EVOLUTION_COMMON = ("meta_steps", "tasks_per_meta_step", "pairs", "meta_lr", "seed")
