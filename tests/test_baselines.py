@@ -161,9 +161,9 @@ def test_every_optional_package_is_in_the_extra(monkeypatch: pytest.MonkeyPatch)
     }  # fmt: skip
     for name in needing:
         assert why_missing(name) is None
-        message = f"the baseline '{name}' needs its package: pip install 'learned-optim[baselines]'"
+        message = f"the baseline '{name}' needs its package: install the extra 'baselines'"
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, str(BASELINES[name].package), None)
-            assert why_missing(name) == message
-            with pytest.raises(ImportError, match="learned-optim"):
+            assert (why_missing(name) or "").startswith(message)
+            with pytest.raises(ImportError, match=message):
                 make_baseline(name, [torch.zeros(1)], 1.0, 10)

@@ -409,7 +409,7 @@ def test_rival_without_its_package(
     summary = FieldEvaluation(config).execute()
     assert list(summary["protocol"]["skipped"]) == ["prodigy"]
     text = markdown(summary)
-    assert "Without prodigy: the baseline 'prodigy' needs its package: pip install" in text
+    assert "Without prodigy: the baseline 'prodigy' needs its package: install the extra" in text
     assert "No tuned rival took part." in text
     with pytest.raises(ValueError, match="at least one optimizer whose package is installed"):
         FieldEvaluation(replace(config, baselines=("prodigy",)))

@@ -11,7 +11,7 @@ PACKAGE = Path(learned_optim.__file__).parent
 
 #: From the lowest layer up (docs/design.md); a module may import its own layer and those before it.
 LAYERS = (
-    ("_bytes", "_discovery", "_fields", "_shapes", "_warn", "preprocessing"),
+    ("_bytes", "_discovery", "_extras", "_fields", "_shapes", "_warn", "preprocessing"),
     ("kernels",),
     ("rules",),
     ("checkpoint", "summary"),

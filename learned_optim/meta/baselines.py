@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from learned_optim._discovery import unknown_name
+from learned_optim._extras import how_to_install
 
 #: {1, 3} x 10^k over [1e-5, 10]: what every baseline's learning rate is tuned over, per task.
 LR_GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
@@ -305,7 +306,7 @@ def why_missing(name: str) -> str | None:
         present = False
     if present:
         return None
-    return f"the baseline {name!r} needs its package: pip install 'learned-optim[baselines]'"
+    return f"the baseline {name!r} needs its package: {how_to_install('baselines')}"
 
 
 def make_baseline(name: str, params: Iterable[Tensor], lr: float, total_steps: int) -> Optimizer:

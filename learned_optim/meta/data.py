@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from learned_optim._extras import how_to_install
+
 DATA_VARIABLE = "LEARNED_OPTIM_DATA"
 
 
@@ -106,7 +108,7 @@ def _load_digits(train: bool) -> Images:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the digits set comes with scikit-learn: pip install 'learned-optim[meta]'"
+            f"the digits set comes with scikit-learn: {how_to_install('meta')}"
         ) from error
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)  # (1797, 1, 8, 8), 0..16
@@ -121,7 +123,7 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
         from torchvision import datasets
     except ImportError as error:
         raise ImportError(
-            f"the image set {name!r} is read through torchvision: pip install 'learned-optim[meta]'"
+            f"the image set {name!r} is read through torchvision: {how_to_install('meta')}"
         ) from error
     split = "train" if train else "test"
     builders = {

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from learned_optim._extras import how_to_install
+
 #: Told ``(what, done, total)`` while runs are validated or tested, or tuned AdamW makes them.
 Report: TypeAlias = Callable[[str, int, int], None]
 
@@ -120,7 +122,7 @@ def event_writer(folder: Path, wanted: bool) -> Iterator[WriteEvents]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "TensorBoard events need its package: pip install 'learned-optim[meta]'"
+            f"TensorBoard events need its package: {how_to_install('meta')}"
         ) from error
     with SummaryWriter(str(folder / "tensorboard")) as writer:
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learned_optim._extras import how_to_install
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import Horizon, ModuleTask, evaluation_family
 from learned_optim.meta.tasks._examples import Examples, draws
@@ -68,7 +69,7 @@ def _pixels() -> Examples:
         from sklearn.datasets import load_sample_image
     except ImportError as error:
         raise ImportError(
-            "the photograph comes with scikit-learn: pip install 'learned-optim[meta]'"
+            f"the photograph comes with scikit-learn: {how_to_install('meta')}"
         ) from error
     image = torch.tensor(load_sample_image("china.jpg")).float() / 127.5 - 1.0  # (427, 640, 3)
     image = F.avg_pool2d(image.permute(2, 0, 1), 4).permute(1, 2, 0)  # (106, 160, 3)

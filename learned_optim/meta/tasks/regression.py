@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from learned_optim._extras import how_to_install
 from learned_optim.meta.tasks._base import (
     FixedTask,
     Horizon,
@@ -31,7 +32,7 @@ def _diabetes() -> Examples:
         from sklearn.datasets import load_diabetes
     except ImportError as error:
         raise ImportError(
-            "the regression data comes with scikit-learn: pip install 'learned-optim[meta]'"
+            f"the regression data comes with scikit-learn: {how_to_install('meta')}"
         ) from error
     inputs, targets = load_diabetes(return_X_y=True)
     x, y = torch.tensor(inputs).float(), torch.tensor(targets).float().unsqueeze(1)

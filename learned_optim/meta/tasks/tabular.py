@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learned_optim._extras import how_to_install
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import Horizon, ModuleTask, evaluation_family
 from learned_optim.meta.tasks._examples import Examples, standardized
@@ -46,9 +47,7 @@ def _table(name: str) -> tuple[Examples, int]:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ImportError(
-            "the tables come with scikit-learn: pip install 'learned-optim[meta]'"
-        ) from error
+        raise ImportError(f"the tables come with scikit-learn: {how_to_install('meta')}") from error
     if name == "friedman":
         x, y = datasets.make_friedman1(4000, n_features=10, noise=1.0, random_state=0)
         target = standardized(torch.tensor(y).float().unsqueeze(1))
