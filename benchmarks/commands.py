@@ -48,7 +48,7 @@ SHORTER = {
     "--seeds 1",
     "torchrun": f"{TINY} --horizon 10 --truncation 5",
     "python -m benchmarks": "--help",
-    "python -m benchmarks memory": "",
+    "python -m benchmarks step": "--quick",
     "python -m benchmarks pages": "--check",
 }
 #: By a pattern, why a command is not run here.
@@ -56,7 +56,6 @@ LEFT_OUT = {
     r"pip install": "`.ci/run` installs into an environment of its own",
     r"^python -m pytest|^ruff |^mypy|mkdocs build|\.ci/run|^pre-commit": "`.ci/run` does it",
     r"^git |^cd |^export |^source ": "sets the shell up",
-    r"torchrun .*/shared/": "needs a cluster and its shared folder",
 }
 #: By a pattern, files that a command leaves in its folder, changed by it.
 LEAVES = {
@@ -66,7 +65,7 @@ LEAVES = {
     r"train_classifier\.py": ("*.png",),
 }
 #: What reads image sets.
-NEEDS_DATA = r"train (mnist|general|cifar10|all-but)|--tasks mnist|runs/all-but|nproc.* mnist"
+NEEDS_DATA = r"train (mnist|diagonal|coordinatewise)|--tasks mnist|nproc.* mnist"
 
 BLOCK = re.compile(
     r"^```(?P<kind>\w+)?"
@@ -115,8 +114,6 @@ def execute(command: str) -> tuple[int, str]:
     text, _, target = command.partition(" > ")
     words = shlex.split(text)
     shown = io.StringIO()
-    if "my_rules" in text:  # a Python block has defined the rule in this process
-        words = ["python", "-m", "learned_optim.cli", *words[1:]]
     if words[:2] == ["python", "-m"] or words[0] == "torchrun":
         process = [sys.executable, *words[1:]] if words[0] == "python" else words
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -169,8 +166,6 @@ def run_page(page: str) -> int:
         elif block["kind"] == "python" and page in WITH_CODE:
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(block["body"], page, "exec"), namespace)
-            if "class LearnedMomentum" in block["body"]:  # as the page says in words
-                Path("my_rules.py").write_text(block["body"])
         failures += sum(not passes(page, command) for command in commands(block))
     return failures
 

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from learned_optim.meta.data import DATA_VARIABLE, DataOptions
 from learned_optim.rules import RuleConfig, Segments, State, StepContext, UpdateRule, rule_class
 
+# Drawn examples are the same in every run, and no test depends on time.
+settings.register_profile("seeded", derandomize=True, deadline=None)
+settings.load_profile("seeded")
 # One thread here and in the processes that tests start: two of them spin where both cores are busy.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -59,7 +59,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
         sampler=RandomSampler(DATA, replacement=True, generator=torch.Generator()),
     ),
     "weighted": lambda: loader(shuffle=None, sampler=WeightedRandomSampler([1.0] * 96, 96)),
-    "workers": lambda: loader(num_workers=2, persistent_workers=True, timeout=5),
+    "workers": lambda: loader(num_workers=2, persistent_workers=True, timeout=600),
     "augmented": lambda: DataLoader(Augmented(), batch_size=8, shuffle=True),
     "a stream": lambda: DataLoader(Stream(), batch_size=8),
     "a list": lambda: [(INPUTS[i : i + 8], TARGETS[i : i + 8]) for i in range(0, 96, 8)],

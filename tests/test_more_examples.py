@@ -3,13 +3,13 @@
 import json
 import re
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent.parent / "examples"
 
@@ -58,12 +58,11 @@ def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(torch_fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # A store that listens already: a port that is merely free now may be taken later.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in {
         "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, str(value))
     assert falls(main_of("with_fsdp2")(40), 0.3)
