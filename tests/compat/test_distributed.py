@@ -67,7 +67,7 @@ def launch(folder: Path) -> None:
                 )
             )
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait() for process in processes]
     finally:
         for process in processes:
             process.kill()

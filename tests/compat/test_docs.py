@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from learned_optim import list_pretrained, pretrained, save_rule
 
@@ -65,16 +65,16 @@ def run(code: str, checkpoints: Path, folder: Path, processes: int, **environmen
     """Run a snippet in processes of its own, set up as torchrun sets them up."""
     script = folder / "snippet.py"
     script.write_text(SHARED + code)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # A store that listens already: a port that is merely free now may be taken later.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     tests = str(Path(__file__).parents[1])
     base = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([tests, *filter(None, sys.path)]),
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(processes),
         **environment,
     }
@@ -91,7 +91,7 @@ def run(code: str, checkpoints: Path, folder: Path, processes: int, **environmen
         for rank in range(processes)
     ]
     try:
-        output = [process.communicate(timeout=120)[0] for process in running]
+        output = [process.communicate()[0] for process in running]
     finally:
         for process in running:
             process.kill()
