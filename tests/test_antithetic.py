@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import random_rule
 from noisy_quadratic import ExactGradients, NoisyQuadratic, TwoRates, exact_gradients
+from test_trainer import stop_at
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -294,17 +295,9 @@ def test_interrupted_training_gives_the_same_bits(name: str, tmp_path: Path) -> 
     start = [weight.clone() for weight in whole.rule.parameters()]
     whole.train()
 
-    class Stopped(Exception):
-        pass
-
-    def stop(epoch: int, run: int, meta_loss: float) -> None:
-        if (epoch, run) == (2, 0):
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        MetaTrainer(recipe, tmp_path / "parts").train(stop)
+    stop_at(MetaTrainer(recipe, tmp_path / "parts"), 3)
     resumed = MetaTrainer(recipe, tmp_path / "parts")
-    assert resumed.epoch == 1
+    assert resumed.round == 1
     resumed.train()
     for a, b, old in zip(resumed.rule.parameters(), whole.rule.parameters(), start, strict=True):
         assert torch.equal(a, b)

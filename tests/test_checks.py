@@ -90,7 +90,7 @@ def test_useless_tasks_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     family = FixedTask(Part(**parts))
-    monkeypatch.setattr("learned_optim.meta.trainer.build_tasks", lambda *_: family)
+    monkeypatch.setattr("learned_optim.meta.unrolls.build_tasks", lambda *_: family)
     with pytest.raises(ValueError, match=rf"task 'quadratic'.*{message}"):
         MetaTrainer(SMALL, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -159,7 +159,7 @@ TOGETHER = {
 
 def train(family: FixedTask, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Three validation figures of a short training, under a global generator of no importance."""
-    monkeypatch.setattr("learned_optim.meta.trainer.build_tasks", lambda *_: family)
+    monkeypatch.setattr("learned_optim.meta.unrolls.build_tasks", lambda *_: family)
     torch.seed()
     recipe = replace(SMALL, tasks_per_meta_step=1, epochs=2, runs_per_epoch=1, coordinates=None)
     trainer = MetaTrainer(recipe, folder)
@@ -285,7 +285,7 @@ def test_torchvision_networks_train(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     build = lambda: models.shufflenet_v2_x0_5(num_classes=3)  # noqa: E731
     family = FixedTask(ModuleTask(build, colours))
-    monkeypatch.setattr("learned_optim.meta.trainer.build_tasks", lambda *_: family)
+    monkeypatch.setattr("learned_optim.meta.unrolls.build_tasks", lambda *_: family)
     small = replace(
         SMALL, tasks_per_meta_step=1, epochs=1, runs_per_epoch=1, horizon=2, truncation=2,
         validation_runs=2,

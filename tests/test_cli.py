@@ -18,7 +18,7 @@ from test_trainer import SMALL
 
 import learned_optim
 from learned_optim import list_pretrained, load_record, load_rule, save_rule
-from learned_optim.cli import ProgressBar, TrainingProgress, main
+from learned_optim.cli import ProgressBar, main
 from learned_optim.meta import DataOptions, MetaTrainer, load_recipe
 from learned_optim.meta.baselines import BASELINES
 from learned_optim.meta.recipes import recipe_from_json, recipe_schema, recipes
@@ -188,7 +188,7 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "4/4" in captured.err  # the progress bar: optimizee runs
     assert "nan" not in captured.err
-    assert record["epochs_run"] == 2
+    assert record["rounds"] == 2
     assert (record["recipe"]["horizon"], record["recipe"]["clip_norm"]) == (6, None)
     config = record["recipe"]["rule"]["config"]
     assert (config["hidden_size"], config["preprocessing"], config["p"]) == (4, "log_sign", 5.0)
@@ -215,7 +215,7 @@ def test_a_run_folders_recipe_goes_on_in_the_folder(
         assert main(["train", source]) == 0
         assert capsys.readouterr().out.endswith("wrote runs/mine/mine.safetensors\n")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
-    assert load_record("runs/mine")["epochs_run"] == 2
+    assert load_record("runs/mine")["rounds"] == 2
     # A recipe in a folder that is no run folder names a run after that folder.
     (tmp_path / "recipes").mkdir()
     (tmp_path / "runs" / "mine" / "recipe.json").rename(tmp_path / "recipes" / "recipe.json")
@@ -244,16 +244,20 @@ def test_progress_goes_on_where_an_earlier_process_stopped(
     recipe = recipe_from_json({**SMALL.to_json(), "meta_lr_final": None, "validation_runs": 8})
     MetaTrainer(replace(recipe, epochs=1), tmp_path).train()
     trainer = MetaTrainer(replace(recipe, epochs=2), tmp_path)
-    progress = TrainingProgress(trainer, lambda *told: seen.append(told))
-    trainer.train(progress.on_run, progress.report)
-    trainer.finish(report=progress.report)
+
+    def report(text: str) -> None:
+        seen.append((*trainer.progress, text))
+
+    report("starting")
+    trainer.train(report)
+    trainer.finish(report=report)
     first = trainer.history[0]
-    best = f"starting best {first.validation:.2f}, {first.ratio_to_adamw:.2f} of tuned AdamW's"
-    assert seen[0] == (3, 6, best)
-    assert all("runs/s" in text for _, _, text in seen[1:])
+    best = f"best {first.validation:.4g}, {first.ratio_to_adamw:.2f} of tuned AdamW's"
+    assert seen[0] == (3, 6, "starting")
+    assert all(best in text and text.endswith("runs/s") for _, _, text in seen[1:4])
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
-    assert any(text.startswith("epoch 2 validation 8/8 best ") for _, _, text in seen)
-    assert any(text.startswith("test 8/8 best ") for _, _, text in seen)
+    assert any(text.startswith("validation 8/8, best ") for _, _, text in seen)
+    assert any(text.startswith("test 8/8, best ") for _, _, text in seen)
     bar = ProgressBar("again")
     with bar as show:
         for told in seen:

@@ -11,29 +11,36 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_trainer import stop_at
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from learned_optim import load_rule
 from learned_optim.checkpoint import save_rule
 from learned_optim.cli import main
 from learned_optim.hub import model_card
-from learned_optim.meta import evolution, evolution_jobs, evolution_tasks
+from learned_optim.meta import MetaTrainer, evolution_jobs, evolution_tasks, whole_runs
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.evolution import EvolutionTrainConfig, EvolutionTrainer, initial_weights
 from learned_optim.meta.evolution_jobs import (
     VALIDATION_SEEDS,
     TaskResult,
+    ValidationJob,
     meta_gradient,
     perturbations,
     training_seed,
+    validate_task,
     worker_map,
 )
+from learned_optim.meta.evolution_tasks import RunSource
+from learned_optim.meta.meta_optimizer import MetaOptimizer
+from learned_optim.meta.method import Validation
 from learned_optim.meta.populations import MIXTURES, TRAINED_FOR, Draw, Sampler, sample
 from learned_optim.meta.populations._base import UnusableTaskError
 from learned_optim.meta.populations.quadratics import Quadratic
 from learned_optim.meta.progress import TrainingError
 from learned_optim.meta.recipes import EvolutionRecipe, Recipe, load_recipe, recipe_from_json
 from learned_optim.meta.recipes._evolution import MIXTURE_NAMES
+from learned_optim.meta.references import read_references
 from learned_optim.pretrained import load_record
 from learned_optim.rules.classical import AdamConfig
 from learned_optim.rules.equivariant import EquivariantConfig
@@ -60,7 +67,7 @@ def _quadratics(monkeypatch: pytest.MonkeyPatch) -> None:
         return Draw(Quadratic(sampler, data), steps=8, known=seed % 2 == 0)
 
     monkeypatch.setattr(evolution_tasks, "draw", draw)
-    monkeypatch.setattr(evolution, "load_images", lambda *_: None)
+    monkeypatch.setattr(whole_runs, "load_images", lambda *_: None)
 
 
 def result(seed: int, fitness: Tensor | None) -> TaskResult:
@@ -107,118 +114,105 @@ def test_the_estimate_by_hand() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-def test_initial_weights_make_the_untrained_rule() -> None:
-    rule = HorizonRule()
-    weights = initial_weights(rule, 0)
-    assert torch.equal(weights, initial_weights(rule, 0))
-    assert not torch.equal(weights, initial_weights(rule, 1))
-    hidden = rule.hidden.weight.numel()
-    assert weights[:hidden].std() == pytest.approx(21**-0.5, rel=0.1)
-    assert weights[hidden:].abs().max() == 0
+def test_untrained_weights_follow_the_seed(tmp_path: Path) -> None:
+    def hidden(seed: int) -> Tensor:
+        trainer = MetaTrainer(
+            replace(SMALL, seed=seed), tmp_path / str(len(list(tmp_path.iterdir())))
+        )
+        rule = trainer.rule
+        assert isinstance(rule, HorizonRule)
+        assert all(not weight.any() for weight in [*rule.readout.parameters(), rule.direct.weight])
+        return rule.hidden.weight
+
+    assert torch.equal(hidden(0), hidden(0))
+    assert not torch.equal(hidden(0), hidden(1))
 
 
-def test_meta_optimizer_is_adam(tmp_path: Path) -> None:
-    """With a cosine; and the average of the weights is a plain mean at first."""
-    trainer = EvolutionTrainer(replace(SMALL, meta_steps=40), tmp_path)
-    param = torch.nn.Parameter(trainer.theta.clone())
+def test_meta_optimizer_is_adam_with_a_cosine_and_an_average() -> None:
+    """The average is a plain mean of all weights at first, those before training included."""
+    rule = HorizonRule(HorizonConfig(hidden_size=3))
+    optimizer = MetaOptimizer(
+        rule, meta_lr=1e-2, meta_lr_final=1e-3, average=0.98, betas=(0.9, 0.99)
+    )
+    param = torch.nn.Parameter(optimizer.weights.clone())
     adam = torch.optim.Adam([param], betas=(0.9, 0.99))
-    seen = [trainer.theta]
+    seen = [optimizer.weights.clone()]
     for step in range(40):
-        gradient, meta_lr = torch.randn_like(param), trainer._meta_lr()
-        assert meta_lr == pytest.approx(1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * step / 40)))
+        gradient = torch.randn_like(param)
+        optimizer.step(gradient, step / 40)
+        meta_lr = 1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * step / 40))
+        assert optimizer.lr == pytest.approx(meta_lr)
         adam.param_groups[0]["lr"], param.grad = meta_lr, gradient
         adam.step()
-        trainer.meta_steps += 1
-        trainer._follow(gradient, meta_lr)
-        seen.append(trainer.theta)
-        torch.testing.assert_close(trainer.theta, param.detach())
-    torch.testing.assert_close(trainer.ema, torch.stack(seen).mean(0), rtol=1e-3, atol=1e-5)
+        seen.append(optimizer.weights.clone())
+        torch.testing.assert_close(seen[-1], param.detach())
+    kept = parameters_to_vector(optimizer.kept.parameters())
+    torch.testing.assert_close(kept, torch.stack(seen).mean(0), rtol=1e-3, atol=1e-5)
 
 
 # ---- the trainer
 
 
-class Stop(Exception):
-    """Ends a training as a kill does, after a meta-step."""
-
-
-def stop(metrics: dict[str, Any]) -> None:
-    raise Stop
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def without_times(line: dict[str, Any]) -> dict[str, Any]:
-    tasks = [{**task, "seconds": 0} for task in line["tasks"]]
-    timed = ("seconds", "seconds_left", "runs_per_second", "validation_seconds")
-    rest = {name: value for name, value in line.items() if name not in timed}
-    return {**rest, "tasks": tasks}
+def figures(trainer: MetaTrainer) -> list[tuple[Any, ...]]:
+    return [(m.meta_loss, m.validation, m.ratio_to_adamw, m.meta_lr) for m in trainer.history]
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole = EvolutionTrainer(SMALL, tmp_path / "whole")
+    whole = MetaTrainer(SMALL, tmp_path / "whole")
     whole.train()
-    for _ in range(2):
-        with pytest.raises(Stop):
-            EvolutionTrainer(SMALL, tmp_path / "parts").train(stop)
-    parts = EvolutionTrainer(SMALL, tmp_path / "parts")
+    for done in (1, 2):
+        stop_at(MetaTrainer(SMALL, tmp_path / "parts"), done)
+    parts = MetaTrainer(SMALL, tmp_path / "parts")
     assert parts.meta_steps == 2
     parts.train()
-    for name in ("theta", "m", "v", "ema"):
-        assert torch.equal(getattr(parts, name), getattr(whole, name))
-    assert list(map(without_times, parts.history)) == list(map(without_times, whole.history))
-    assert files(tmp_path / "whole") == files(tmp_path / "parts") == [
+    for one, other in ((parts.rule, whole.rule), (parts.kept, whole.kept)):
+        assert one.fingerprint() == other.fingerprint()
+    assert figures(parts) == figures(whole)
+    assert [m.round for m in parts.history if m.validation is not None] == [2, 3]
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {
         ".lock", "best.safetensors", "metrics.jsonl", "protocol.json", "recipe.json",
         "references.json", "resume.pt",
-    ]  # fmt: skip
-    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == parts.history
-    assert [line["meta_step"] for line in parts.history if "validation" in line] == [2, 3]
-    # Nothing is left to do.
-    again = EvolutionTrainer(SMALL, tmp_path / "parts")
-    again.train(stop)
-    assert torch.equal(again.theta, whole.theta)
+    }  # fmt: skip
+    MetaTrainer(SMALL, tmp_path / "parts").train(lambda _: pytest.fail("nothing is left to do"))
 
 
 def test_validation_is_against_tuned_adamw(tmp_path: Path) -> None:
-    """References are run once, and the weights' own excess is reported."""
-    trainer = EvolutionTrainer(SMALL, tmp_path)
-    told: list[tuple[str, int, int]] = []
-    references = trainer.compute_references(lambda *progress: told.append(progress))
-    assert told == [("references", 1, 2), ("references", 2, 2)]
+    """References are run once, and the excess of the averaged weights is reported."""
+    trainer, told = MetaTrainer(SMALL, tmp_path), []
+    trainer.train(told.append)
+    assert sum(text.startswith("AdamW ") for text in told) == 2
+    references = read_references(tmp_path)
     assert [reference.index for reference in references] == [0, 1]
     assert all(len(reference.scores) == 6 for reference in references)
-    told.clear()
-    trainer.train(report=lambda *progress: told.append(progress))
-    assert {what for what, _, _ in told} == {"validation"}
-    job = evolution_jobs.ValidationJob(0, trainer.source, trainer.ema[None], SMALL.rule)
+    weights = parameters_to_vector(trainer.kept.parameters()).detach()[None]
+    source = RunSource.of(SMALL, DataOptions())
     excess = [
-        evolution_jobs.validate_task(replace(job, index=i))[0] - min(references[i].scores)
+        validate_task(ValidationJob(i, source, weights, SMALL.rule))[0] - min(references[i].scores)
         for i in range(2)
     ]
-    found = trainer.history[-1]["validation"]["average"]
+    found = trainer.record()["behind_adamw"]["average"]
+    assert found["mean"] == trainer.history[-1].validation
     assert found["mean"] == pytest.approx(np.minimum(excess, 1.5).mean())
     assert found["share_ahead"] == np.mean([e < 0 for e in excess])
+    assert trainer.history[-1].ratio_to_adamw == pytest.approx(math.exp(found["mean"]))
     (tmp_path / "references.json").write_text("[{}]")
     with pytest.raises(ValueError, match=r"references\.json is damaged .*delete it"):
-        trainer.compute_references()
+        trainer.validate()
 
 
 def test_finished_checkpoint(tmp_path: Path) -> None:
-    trainer = EvolutionTrainer(SMALL, tmp_path / "run")
+    """Averaged weights of the end, whatever validation was best, and the record of these."""
+    trainer = MetaTrainer(SMALL, tmp_path / "run")
     trainer.train()
     path = trainer.finish()
     assert path == tmp_path / "run" / "run.safetensors"
     rule, record = load_rule(path), load_record(path)
-    weights = torch.nn.utils.parameters_to_vector(rule.parameters())
-    assert torch.equal(weights, trainer.ema)
+    assert rule.fingerprint() == trainer.kept.fingerprint()
+    assert (rule.warmup_steps, rule.trained_steps) == (0, 3000)
     assert recipe_from_json(record["recipe"]) == SMALL
-    assert record["meta_steps"] == 3
-    assert record["skipped_tasks"] == 0
+    assert (record["meta_steps"], record["dropped"]) == (3, 0)
+    assert record["behind_adamw"]["average"]["mean"] == trainer.history[-1].validation
     assert "- Meta-steps of evolution strategies: 3\n" in model_card(rule, "me/run", record=record)
-    assert record["behind_adamw"]["meta_step"] == 3
     assert load_rule(tmp_path / "run" / "best.safetensors").name == "horizon"
 
 
@@ -232,14 +226,14 @@ def test_tasks_grow_from_the_meta_step_that_is_named(
         return good(seed, *rest, **options)
 
     monkeypatch.setattr(evolution_tasks, "draw", draw)
-    trainer = EvolutionTrainer(replace(SMALL, large_from=2, validation_every=9), tmp_path)
-    monkeypatch.setattr(trainer, "_validate", lambda *_: {"average": {"mean": 0.0}})
+    trainer = MetaTrainer(replace(SMALL, large_from=2, validation_every=9), tmp_path)
+    monkeypatch.setattr(trainer.method, "validate", lambda *_: Validation(0.0))
     trainer.train()
     assert asked == [False] * 4 + [True] * 2
     asked.clear()
     share = replace(SMALL, large_from=2, large_share=0.5, validation_every=9)
-    trainer = EvolutionTrainer(share, tmp_path / "share")
-    monkeypatch.setattr(trainer, "_validate", lambda *_: {"average": {"mean": 0.0}})
+    trainer = MetaTrainer(share, tmp_path / "share")
+    monkeypatch.setattr(trainer.method, "validate", lambda *_: Validation(0.0))
     trainer.train()
     assert asked == [False] * 4 + [True, False]
 
@@ -253,16 +247,16 @@ def test_tasks_that_fail_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return good(seed, *rest, **options)
 
     monkeypatch.setattr(evolution_tasks, "draw", draw)
-    trainer = EvolutionTrainer(replace(SMALL, validation_every=9, meta_steps=2), tmp_path)
-    monkeypatch.setattr(trainer, "_validate", lambda *_: {"average": {"mean": 0.0}})
+    trainer = MetaTrainer(replace(SMALL, validation_every=9, meta_steps=2), tmp_path)
+    monkeypatch.setattr(trainer.method, "validate", lambda *_: Validation(0.0))
     trainer.train()
-    skipped = [line["skipped"] for line in trainer.history]
+    skipped = [line.details["skipped"] for line in trainer.history]
     assert [[s["error"] for s in line] for line in skipped] == [["ValueError: no usable task"]] * 2
-    assert trainer.record()["skipped_tasks"] == 2
+    assert trainer.record()["dropped"] == 2
 
 
 def test_no_finite_fitness_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = EvolutionTrainer(SMALL, tmp_path)
+    trainer = MetaTrainer(SMALL, tmp_path)
     nan = np.full(4, math.nan)
     monkeypatch.setattr(evolution_jobs, "fitness", lambda *_: nan)
     with pytest.raises(TrainingError, match=r"meta-step 1 taught nothing.*no fitness was finite"):
@@ -271,58 +265,22 @@ def test_no_finite_fitness_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_rules_can_be_trained(tmp_path: Path) -> None:
-    trainer = EvolutionTrainer(replace(SMALL, rule=EquivariantConfig(hidden_size=2)), tmp_path)
-    before = trainer.theta
+    trainer = MetaTrainer(replace(SMALL, rule=EquivariantConfig(hidden_size=2)), tmp_path)
+    before = trainer.rule.fingerprint()
     trainer.train()
-    assert not torch.equal(before, trainer.theta)
+    assert trainer.rule.fingerprint() != before
 
 
 def test_rules_that_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rule 'adam' has no weights to train"):
-        EvolutionTrainer(replace(SMALL, rule=AdamConfig()), tmp_path)
+        MetaTrainer(replace(SMALL, rule=AdamConfig()), tmp_path)
 
 
-def test_errors_of_the_folder(tmp_path: Path) -> None:
-    trainer = EvolutionTrainer(SMALL, tmp_path)
-    trainer.train()
-    with pytest.raises(ValueError, match=r"another recipe \(different: pairs\).*4 here"):
-        EvolutionTrainer(replace(SMALL, pairs=4), tmp_path)
-    state = tmp_path / "resume.pt"
-    whole = state.read_bytes()
-    state.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"resume\.pt is damaged .*begins again"):
-        EvolutionTrainer(SMALL, tmp_path)
-    torch.save({"theta": torch.zeros(3)}, state)
-    with pytest.raises(ValueError, match=r"damaged \(theta has shape \(3,\), not \(191,\)"):
-        EvolutionTrainer(SMALL, tmp_path)
-    torch.save({"theta": torch.zeros(191)}, state)
-    with pytest.raises(ValueError, match=r"damaged \('m'\)"):
-        EvolutionTrainer(SMALL, tmp_path)
-    state.write_bytes(whole)
-    trainer = EvolutionTrainer(SMALL, tmp_path)
-    assert trainer.meta_steps == 3
-    with trainer.files.locked(), pytest.raises(ValueError, match="another process is training"):
-        EvolutionTrainer(SMALL, tmp_path).train()
+def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
+    MetaTrainer(SMALL, tmp_path).train()
     gradient = Recipe(task="quadratic", rule=SMALL.rule, epochs=1, meta_lr=1e-3)
-    (tmp_path / "recipe.json").write_text(json.dumps(gradient.to_json()))
     with pytest.raises(ValueError, match="a recipe of another method: choose another folder"):
-        EvolutionTrainer(SMALL, tmp_path)
-
-
-def test_a_state_without_history_can_be_continued(tmp_path: Path) -> None:
-    """Weights, moments, average and their count are all that the next meta-step needs."""
-    trainer = EvolutionTrainer(SMALL, tmp_path / "one")
-    with pytest.raises(Stop):
-        trainer.train(stop)
-    tmp_path.joinpath("two").mkdir()
-    state = torch.load(tmp_path / "one" / "resume.pt", weights_only=True)
-    del state["history"]
-    torch.save(state, tmp_path / "two" / "resume.pt")
-    other = EvolutionTrainer(SMALL, tmp_path / "two")
-    trainer.train()
-    other.train()
-    assert torch.equal(other.theta, trainer.theta)
-    assert len(other.history) == 2
+        MetaTrainer(gradient, tmp_path)
 
 
 def test_workers() -> None:
@@ -370,15 +328,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = str(tmp_path / "run")
-    assert main(["train", "diagonal", *TINY, "--folder", folder, "--references-only"]) == 0
-    assert files(tmp_path / "run") == [".lock", "protocol.json", "recipe.json", "references.json"]
     output = tmp_path / "out.safetensors"
     command = ["train", "diagonal", *TINY, "--folder", folder, "--output", str(output)]
     assert main([*command, "--tensorboard"]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for name in ("runs_per_second", "seconds_left", "gradient_norm"):
+    for name in ("runs_per_second", "seconds_left", "meta_loss"):
         values = [line[name] for line in lines]
         assert [s.value for s in events.Scalars(name)] == pytest.approx(values)
     assert [s.step for s in events.Scalars("ratio_to_adamw")] == [2]
@@ -386,9 +342,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, wrote = captured.out.splitlines()
     ratio = load_record(output)["ratio_to_adamw"]
     assert figures.startswith(
-        f"final loss on 2 validation tasks: {ratio:.3f} of tuned AdamW's (geometric mean), median "
+        f"final loss on 2 validation runs: {ratio:.2f} of tuned AdamW's (geometric mean), ahead on"
     )
-    assert f"{ratio:.2f} of tuned AdamW's, " in captured.err
+    assert f"{ratio:.2f} of tuned AdamW's" in captured.err
     assert wrote == f"wrote {output}"
     assert "2/2" in captured.err
     first = load_rule(output).fingerprint()
@@ -414,9 +370,11 @@ def test_errors_of_the_command(
     assert message in capsys.readouterr().err
 
 
-def test_workers_must_be_positive() -> None:
+def test_options_that_do_not_apply(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
-        EvolutionTrainConfig(SMALL, workers=0)
+        MetaTrainer(SMALL, tmp_path, workers=0)
+    with pytest.raises(ValueError, match="against_adamw=False does not apply"):
+        MetaTrainer(SMALL, tmp_path, against_adamw=False)
 
 
 def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,11 +394,11 @@ def test_start_from_a_rule_of_the_same_kind_and_size(tmp_path: Path) -> None:
         torch.nn.init.normal_(weight)
     save_rule(old, tmp_path / "old.safetensors", {})
     recipe = replace(SMALL, rule=old.config, start=str(tmp_path / "old.safetensors"))
-    trainer = EvolutionTrainer(recipe, tmp_path / "run")
-    assert all(map(torch.equal, trainer.kept().parameters(), old.parameters()))
+    trainer = MetaTrainer(recipe, tmp_path / "run")
+    assert all(map(torch.equal, trainer.kept.parameters(), old.parameters()))
     for rule in (HorizonConfig(hidden_size=4), EquivariantConfig()):
         with pytest.raises(ValueError, match="must be of one kind and size"):
-            EvolutionTrainer(replace(recipe, rule=rule), tmp_path / rule.__class__.__name__)
+            MetaTrainer(replace(recipe, rule=rule), tmp_path / rule.__class__.__name__)
 
 
 # ---- truth of the records
@@ -466,7 +424,7 @@ def test_seed_99_trains_on_other_tasks_than_it_validates(
         return good(seed, *rest, **options)
 
     monkeypatch.setattr(evolution_tasks, "draw", draw)
-    EvolutionTrainer(replace(SMALL, seed=99), tmp_path).train()
+    MetaTrainer(replace(SMALL, seed=99), tmp_path).train()
     assert len(set(seeds["train"])) == 6
     assert not set(seeds["train"]) & set(seeds["validate"])
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from learned_optim import LearnedOptimizer, load_record, load_rule
 from learned_optim.meta import FixedTask, ModuleTask, build_tasks, meta_train
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.evolution import EvolutionTrainer, initial_weights
 from learned_optim.meta.evolution_tasks import RunSource, TaskPopulation, given_family
 from learned_optim.meta.populations import Draw, roll
+from learned_optim.meta.whole_runs import WholeRuns
 from learned_optim.rules import RuleConfig, Segments, State, StepContext, UpdateRule
 from learned_optim.rules._config import RULES
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
@@ -62,7 +63,7 @@ def evolve(tasks: Any, folder: Path, **changes: Any) -> Any:
 def test_copies_train_as_they_would_alone(build: Any) -> None:
     """Under other weights beside them, with buffers of their own and the same masks."""
     rule = HorizonRule(HorizonConfig(hidden_size=3))
-    weights = torch.stack([initial_weights(rule, seed) for seed in range(3)])
+    weights = torch.stack([parameters_to_vector(rule.parameters()).detach()] * 3)
     weights += 0.1 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))
     family = FixedTask(regression(build))
     assert family.stackable == (build is network)
@@ -133,7 +134,7 @@ def test_it_learns_and_the_checkpoint_is_used(
     trained = evolve(regression(), tmp_path / "run", **fields, sigma=0.3)
     assert trained.path == tmp_path / "run" / "run.safetensors"
     assert trained.rule.log_lr.exp().item() > 0.0025
-    ratios = [line["ratio_to_adamw"] for line in trained.history if "ratio_to_adamw" in line]
+    ratios = [m.ratio_to_adamw for m in trained.history if m.ratio_to_adamw is not None]
     assert len(ratios) == 3
     assert ratios[-1] < ratios[0]
     record = load_record(trained.path)
@@ -144,7 +145,7 @@ def test_it_learns_and_the_checkpoint_is_used(
     model = network()
     optimizer = LearnedOptimizer(model.parameters(), trained.path)
     losses = []
-    for step in range(30):
+    for step in range(20):
         x, y = batches(torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), y)
@@ -159,20 +160,20 @@ def test_after_an_interruption_the_same_bits(
 ) -> None:
     tasks = {"plain": regression(), "normalized": regression(normalized)}
     whole = evolve(tasks, tmp_path / "whole", weights={"plain": 2, "normalized": 1})
-    step, done = EvolutionTrainer._meta_step, []
+    step, done = WholeRuns.train_round, []
 
-    def interrupted(self: EvolutionTrainer, run: Any) -> Any:
-        done.append(self.meta_steps)
+    def interrupted(self: WholeRuns, number: int, *rest: Any) -> Any:
+        done.append(number)
         if len(done) == 2:
             raise KeyboardInterrupt
-        return step(self, run)
+        return step(self, number, *rest)
 
-    monkeypatch.setattr(EvolutionTrainer, "_meta_step", interrupted)
+    monkeypatch.setattr(WholeRuns, "train_round", interrupted)
     again = {**SHORT, "weights": [2, 1]}
     with pytest.raises(KeyboardInterrupt):
         meta_train(tasks, "quick-evolution", folder=tmp_path / "parts", **again)
     parts = meta_train(tasks, "quick-evolution", folder=tmp_path / "parts", **again)
-    assert done == [0, 1, 1, 2]
+    assert done == [1, 2, 2, 3]
     assert parts.rule.fingerprint() == whole.rule.fingerprint()
     written = parts.path.stat().st_mtime_ns
     meta_train(tasks, "quick-evolution", folder=tmp_path / "parts", **again)
@@ -211,13 +212,13 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.removeprefix("meta_train: ") for line in err.splitlines()]
     assert out == ""
     assert lines[0] == f"starting in {tmp_path}: 3 meta-steps"
-    assert lines[1].startswith("meta-step 2/3: fitness ")
-    ratio = trained.history[1]["ratio_to_adamw"]
+    assert lines[1].startswith("meta-step 2/3: meta-loss ")
+    ratio = trained.history[1].ratio_to_adamw
     assert f"{ratio:.2f} of tuned AdamW's, " in lines[1]
     assert lines[1].endswith(" left")
     assert lines[2].startswith("meta-step 3/3: ")
     assert not lines[2].endswith(" left")
-    assert "final loss on validation runs, ahead on " in lines[3]
+    assert lines[3].startswith("final loss on 2 validation runs: ")
     assert lines[4] == f"wrote {trained.path}"
 
 

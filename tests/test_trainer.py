@@ -21,14 +21,15 @@ import learned_optim
 from learned_optim import CheckpointError, load_record, load_rule
 from learned_optim.meta import (
     EvolutionRecipe,
-    EvolutionTrainer,
     MetaTrainer,
     Recipe,
     load_recipe,
     recipes,
 )
+from learned_optim.meta.method import Validation
 from learned_optim.meta.progress import TrainingError
 from learned_optim.meta.recipes import AnyRecipe, recipe_from_json
+from learned_optim.meta.unrolls import Unrolls
 from learned_optim.meta.validation import ADAMW_LRS
 from learned_optim.rules import RuleConfig
 from learned_optim.rules._config import RULES
@@ -59,21 +60,27 @@ def bits(trainer: MetaTrainer) -> list[torch.Tensor]:
     return [*trainer.rule.state_dict().values(), *trainer.kept.state_dict().values()]
 
 
-def test_resumed_run_equals_uninterrupted(tmp_path: Path) -> None:
-    whole = MetaTrainer(SMALL, tmp_path / "whole")
-    whole.train()
+class Stopped(Exception):
+    """Ends a training between two writes."""
 
-    class Stopped(Exception):
-        pass
 
-    def stop(epoch: int, run: int, meta_loss: float) -> None:
-        if (epoch, run) == (3, 1):  # in the middle of an epoch
+def stop_at(trainer: MetaTrainer, done: int) -> None:
+    """Train until so many runs, or meta-steps of evolution strategies, are done."""
+
+    def report(text: str) -> None:
+        if trainer.progress[0] == done:
             raise Stopped
 
     with pytest.raises(Stopped):
-        MetaTrainer(SMALL, tmp_path / "parts").train(stop)
+        trainer.train(report)
+
+
+def test_resumed_run_equals_uninterrupted(tmp_path: Path) -> None:
+    whole = MetaTrainer(SMALL, tmp_path / "whole")
+    whole.train()
+    stop_at(MetaTrainer(SMALL, tmp_path / "parts"), 2 * 3 + 2)  # in the middle of an epoch
     resumed = MetaTrainer(SMALL, tmp_path / "parts")
-    assert resumed.epoch == 2
+    assert resumed.round == 2
     resumed.train()
     for a, b in zip(bits(resumed), bits(whole), strict=True):
         assert torch.equal(a, b)
@@ -82,7 +89,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path: Path) -> None:
     ]
     assert figures[0] == figures[1]
     lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
     best = [load_rule(tmp_path / f / "best.safetensors").fingerprint() for f in ("whole", "parts")]
     assert best[0] == best[1]
 
@@ -97,12 +104,6 @@ RECIPES = [
     EVOLVED,
 ]
 BOTH = pytest.mark.parametrize("recipe", RECIPES, ids=["unrolls", "evolution"])
-
-
-def trainer_of(recipe: AnyRecipe, folder: Path) -> MetaTrainer | EvolutionTrainer:
-    if isinstance(recipe, Recipe):
-        return MetaTrainer(recipe, folder)
-    return EvolutionTrainer(recipe, folder)
 
 
 #: Where a training is killed: before or after the n-th time that a file is renamed into place, or
@@ -149,18 +150,16 @@ def die_at(when: str, what: str, count: int) -> None:
 def test_a_kill_changes_nothing(
     recipe: AnyRecipe, point: tuple[str, str, int], tmp_path: Path, whole_runs: dict[str, Path]
 ) -> None:
-    if point[0] == "inside" and isinstance(recipe, EvolutionRecipe):
-        return  # its meta-step has no optimizer of torch's
     folder, whole = tmp_path / "run", whole_runs[type(recipe).__name__]
     child = os.fork()
     if not child:
         die_at(*point)
-        trainer_of(recipe, folder).train()
+        MetaTrainer(recipe, folder).train()
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     for checkpoint in folder.glob("*.safetensors"):
         load_rule(checkpoint)
-    trainer_of(recipe, folder).train()
+    MetaTrainer(recipe, folder).train()
     states = [torch.load(path / "resume.pt", weights_only=True) for path in (folder, whole)]
     assert_same(*states)
     assert load_rule(folder).fingerprint() == load_rule(whole).fingerprint()
@@ -174,7 +173,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for recipe in RECIPES:
         folder = folders[type(recipe).__name__] = tmp_path_factory.mktemp("whole")
-        trainer_of(recipe, folder).train()
+        MetaTrainer(recipe, folder).train()
     return folders
 
 
@@ -198,19 +197,19 @@ def assert_same(one: Any, other: Any) -> None:
 def test_resuming_under_another_version_is_refused(
     recipe: AnyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer_of(recipe, tmp_path)
+    MetaTrainer(recipe, tmp_path)
     ours = learned_optim.__version__
     with monkeypatch.context() as patch:
         patch.setattr(learned_optim, "__version__", "9.9.9")
         with pytest.raises(ValueError, match=rf"learned_optim: {ours} then, 9\.9\.9 now"):
-            trainer_of(recipe, tmp_path)
+            MetaTrainer(recipe, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "9.9.9+cpu")
         with pytest.raises(ValueError, match=r"torch: .* then, 9\.9\.9 now"):
-            trainer_of(recipe, tmp_path)
+            MetaTrainer(recipe, tmp_path)
     with pytest.raises(ValueError, match=r"another recipe .*\(seed: 0 there, 1 here\)"):
-        trainer_of(replace(recipe, seed=1), tmp_path)
-    trainer_of(recipe, tmp_path)
+        MetaTrainer(replace(recipe, seed=1), tmp_path)
+    MetaTrainer(recipe, tmp_path)
 
 
 def test_training_lowers_the_meta_loss(tmp_path: Path) -> None:
@@ -223,13 +222,12 @@ def test_training_lowers_the_meta_loss(tmp_path: Path) -> None:
     path = trainer.finish()
     record = load_record(path)
     assert record["validation"] == trainer.best.validation
-    assert record["epoch"] == trainer.best.epoch
+    assert record["epoch"] == trainer.best.round
     assert record["test"]["runs"] == 8
     assert record["recipe"] == recipe.to_json()
     assert recipe_from_json(record["recipe"]) == recipe
     # The best epoch's weights are kept, not the last one's.
-    trainer.kept.load_state_dict(load_rule(path).state_dict())
-    assert trainer.validate() == trainer.best.validation
+    assert trainer.validate(load_rule(path)) == trainer.best.validation
 
 
 def test_one_bad_run_is_dropped_and_counted(
@@ -265,7 +263,7 @@ def test_training_starts_from_a_checkpoint(tmp_path: Path) -> None:
     for rule in (second.rule, second.kept):
         assert rule.fingerprint() == load_rule(checkpoint).fingerprint()
     second.train()
-    assert second.rule.fingerprint() != second._start == load_rule(checkpoint).fingerprint()
+    assert second.rule.fingerprint() != load_rule(checkpoint).fingerprint()
     record = load_record(second.finish(tmp_path / "second.safetensors"))
     assert record["start"] == load_rule(checkpoint).fingerprint()
     again = MetaTrainer(recipe, tmp_path / "second")  # resumes, and does not start over
@@ -310,7 +308,7 @@ def test_cosine_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_early_stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([5.0, 4.0, 6.0, 7.0, 3.0])
-    monkeypatch.setattr(MetaTrainer, "validate", lambda self, report: next(figures))
+    monkeypatch.setattr(Unrolls, "validate", lambda *_: Validation(next(figures)))
     trainer = MetaTrainer(replace(SMALL, epochs=5, patience=2), tmp_path)
     trainer.train()
     assert [m.validation for m in trainer.history] == [5.0, 4.0, 6.0, 7.0]
@@ -326,7 +324,7 @@ def test_longer_training_continues_without_a_schedule(tmp_path: Path) -> None:
     short = replace(SMALL, meta_lr_final=None, epochs=1)
     MetaTrainer(short, tmp_path).train()
     longer = MetaTrainer(replace(short, epochs=2), tmp_path)
-    assert longer.epoch == 1
+    assert longer.round == 1
     with pytest.raises(ValueError, match="different: epochs"):
         MetaTrainer(SMALL, tmp_path / "scheduled") and MetaTrainer(
             replace(SMALL, epochs=9), tmp_path / "scheduled"
@@ -369,10 +367,12 @@ def test_a_flipped_bit_of_the_resume_state_is_noticed(tmp_path: Path) -> None:
         lambda whole: whole[:-200],
         lambda whole: b"",
         lambda whole: b"\x80\x04K\x01.",
-        lambda whole: saved({"rule": {}}),
+        lambda whole: saved({"optimizer": {}}),
         lambda whole: saved([1, 2]),
-        lambda whole: saved({**torch.load(io.BytesIO(whole)), "history": [{"epoch": 1}]}),
-        lambda whole: saved({**torch.load(io.BytesIO(whole)), "kept": {"w": torch.ones(2)}}),
+        lambda whole: saved({**torch.load(io.BytesIO(whole)), "history": [{"round": 1}]}),
+        lambda whole: saved(
+            {**torch.load(io.BytesIO(whole)), "optimizer": {"rule": {"w": torch.ones(2)}}}
+        ),
     ],
 )
 def test_damaged_resume_state_says_what_to_delete(
@@ -384,7 +384,7 @@ def test_damaged_resume_state_says_what_to_delete(
     with pytest.raises(ValueError, match=r"resume\.pt is damaged \(.*delete it.*begins again"):
         MetaTrainer(trainer.recipe, tmp_path)
     file.unlink()
-    assert MetaTrainer(trainer.recipe, tmp_path).epoch == 0
+    assert MetaTrainer(trainer.recipe, tmp_path).round == 0
 
 
 def saved(state: Any) -> bytes:
@@ -401,7 +401,7 @@ def test_damaged_descriptions_say_what_to_delete(name: str, content: str, tmp_pa
     with pytest.raises(ValueError, match=rf"{name} is damaged \(.*delete it"):
         MetaTrainer(trainer.recipe, tmp_path)
     (tmp_path / name).unlink()
-    assert MetaTrainer(trainer.recipe, tmp_path).epoch == 2
+    assert MetaTrainer(trainer.recipe, tmp_path).round == 2
 
 
 def test_damaged_best_checkpoint_is_named(tmp_path: Path) -> None:
@@ -426,16 +426,21 @@ def test_one_training_in_a_folder(tmp_path: Path) -> None:
     ]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
 
-    def meanwhile(epoch: int, run: int, meta_loss: float) -> None:
-        if (epoch, run) == (2, 0):
+    trainer = MetaTrainer(SMALL, tmp_path)
+    asked = []
+
+    def meanwhile(text: str) -> None:
+        if trainer.progress[0] == 4 and not asked:
+            asked.append(text)
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             assert done.returncode == 1
             assert f"another process is training in {tmp_path}" in done.stderr
 
-    MetaTrainer(SMALL, tmp_path).train(meanwhile)
+    trainer.train(meanwhile)
+    assert asked
     with pytest.raises(ValueError, match="another process went on with the run in"):
         waiting.train()
-    assert MetaTrainer(SMALL, tmp_path).epoch == SMALL.epochs
+    assert MetaTrainer(SMALL, tmp_path).round == SMALL.epochs
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
@@ -466,7 +471,7 @@ def test_full_disk_keeps_the_last_epoch(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(OSError, match=r"cannot write .*: No space left on device"):
             trainer.train()
     assert not list(tmp_path.glob(".*.tmp"))
-    assert MetaTrainer(recipe, tmp_path).epoch == 1
+    assert MetaTrainer(recipe, tmp_path).round == 1
 
 
 TASKS_OF_MINE = """
@@ -556,7 +561,7 @@ def on_two_ranks(
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
     trainer = MetaTrainer(recipe, folder / "two")
-    assert trainer.epoch == recipe.epochs
+    assert trainer.round == recipe.epochs
     return trainer
 
 

@@ -100,7 +100,7 @@ def test_record_says_what_was_trained_on_and_tested_on(
     assert record["test"]["task"] == "mnist"
     family = build_tasks("mnist")
     seeds = [(recipe.seed, "test", i) for i in range(2)]
-    sums = trainer.validator.sums(trainer.kept, family, list(seeds), "test")
+    sums = trainer.method.validator.sums(trainer.kept, family, list(seeds), "test")
     assert record["test"]["mean"] == pytest.approx(sums.mean().item(), rel=1e-6)
 
 

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Union
 
 from learned_optim._extras import EXTRAS, how_to_install
 from learned_optim.cli._arguments import take
-from learned_optim.cli._progress import ProgressBar, TrainingProgress
+from learned_optim.cli._progress import ProgressBar
 
-__all__ = ["ProgressBar", "TrainingProgress", "main"]
+__all__ = ["ProgressBar", "main"]
 
 #: Help of the commands. Their modules are imported when they are given: help of all commands does
 #: not wait for torch.

@@ -1,12 +1,8 @@
-"""Progress on standard error: a bar, and what a meta-training tells it."""
+"""Progress on standard error: a bar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from learned_optim.meta.trainer import MetaTrainer
 
 
 class ProgressBar:
@@ -45,36 +41,3 @@ class ProgressBar:
 
     def __exit__(self, *exc: object) -> None:
         self.tqdm.close()
-
-
-class TrainingProgress:
-    """Shows a training's runs, validation and test in one bar.
-
-    Args:
-        trainer: whose progress.
-        show: takes ``(done, total, what)``.
-    """
-
-    def __init__(self, trainer: MetaTrainer, show: Callable[[int, int, str], None]) -> None:
-        self.trainer, self.show = trainer, show
-        self.per_epoch = trainer.recipe.runs_per_epoch
-        self.total = trainer.recipe.epochs * self.per_epoch
-        self.done, self.loss = trainer.epoch * self.per_epoch, ""
-        self._tell("starting")
-
-    def on_run(self, epoch: int, run: int, meta_loss: float) -> None:
-        self.done = (epoch - 1) * self.per_epoch + run + 1
-        self.loss = f"loss {meta_loss:.1f}"
-        self._tell(f"epoch {epoch} {self.loss}")
-
-    def report(self, what: str, done: int, total: int) -> None:
-        epoch = "" if what == "test" else f"epoch {self.trainer.epoch + 1} "
-        self._tell(f"{epoch}{what} {done}/{total}")
-
-    def _tell(self, what: str) -> None:
-        from learned_optim.meta.progress import pace_text
-
-        best = self.trainer.best
-        said = f"{what} best {best.validation:.2f}" if best else what
-        pace = pace_text(self.trainer.pace.per_second, best.ratio_to_adamw if best else None)
-        self.show(self.done, self.total, ", ".join([said] + [pace] * bool(pace)))

@@ -3,7 +3,6 @@
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions, MetaGradient
 from learned_optim.meta.evaluate import EvaluateConfig, Evaluation
-from learned_optim.meta.evolution import EvolutionTrainer
 from learned_optim.meta.recipes import EvolutionRecipe, Recipe, load_recipe, recipes
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.tasks import (
@@ -26,7 +25,6 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "EvolutionRecipe",
-    "EvolutionTrainer",
     "FixedTask",
     "MetaGradient",
     "MetaTrained",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+from torch.optim.swa_utils import AveragedModel
 
-from learned_optim.meta.recipes import Recipe
 from learned_optim.rules import UpdateRule
 
 
@@ -15,46 +17,85 @@ class MetaOptimizer:
     """Clips a meta-gradient, takes Adam's step, and averages the weights.
 
     Args:
-        recipe: meta-learning rate and its schedule, largest norm, decay of the average.
         rule: whose weights are trained.
-        kept: holds their moving average, which is validated and saved.
+        meta_lr: Adam's learning rate.
+        meta_lr_final: where a cosine takes it by the last meta-step; constant if ``None``.
+        average: decay of the moving average, which is a plain mean of all weights, the first ones
+            included, until a meta-step has a share of ``1 - average`` in it.
+        betas: Adam's.
+        clip_norm: largest norm of a meta-gradient; longer ones are scaled down.
 
     Attributes:
-        adam: the optimizer of the weights.
         steps: meta-steps taken.
+        lr: learning rate of the last one.
     """
 
-    def __init__(self, recipe: Recipe, rule: UpdateRule, kept: UpdateRule) -> None:
-        self.recipe, self.rule, self.kept = recipe, rule, kept
-        self.adam = torch.optim.Adam(rule.parameters(), lr=recipe.meta_lr)
+    def __init__(
+        self,
+        rule: UpdateRule,
+        *,
+        meta_lr: float,
+        meta_lr_final: float | None,
+        average: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip_norm: float | None = None,
+    ) -> None:
+        self.rule, self._clip_norm = rule, clip_norm
+        self._first, self._final = meta_lr, meta_lr if meta_lr_final is None else meta_lr_final
+        self._adam = torch.optim.Adam(rule.parameters(), lr=meta_lr, betas=betas)
+
+        def averaged(mean: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
+            return mean.lerp(new, max(1 - average, 1 / (int(count) + 1)))
+
+        self._averaged = AveragedModel(rule, avg_fn=averaged)
+        self._averaged.n_averaged += 1  # the first weights are one of them
         self.steps = 0
 
-    def step(self, flat_grad: Tensor, progress: float) -> None:
+    @property
+    def lr(self) -> float:
+        rate: float = self._adam.param_groups[0]["lr"]
+        return rate
+
+    @property
+    def kept(self) -> UpdateRule:
+        """The rule with the average of the weights."""
+        return cast(UpdateRule, self._averaged.module)
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights in training as one vector, ``(n,)``."""
+        return parameters_to_vector(self.rule.parameters()).detach()
+
+    def step(self, gradient: Tensor, progress: float) -> None:
         """One meta-step.
 
         Args:
-            flat_grad: the meta-gradient, in the order of ``rule.parameters()``; shape ``(n,)``.
+            gradient: of the meta-loss, in the order of ``rule.parameters()``; shape ``(n,)``.
             progress: share of the whole training done before.
         """
-        recipe = self.recipe
-        if recipe.clip_norm is not None:
-            flat_grad = flat_grad * (recipe.clip_norm / (flat_grad.norm() + 1e-12)).clamp(max=1.0)
+        if self._clip_norm is not None:
+            gradient = gradient * (self._clip_norm / (gradient.norm() + 1e-12)).clamp(max=1.0)
         weights = list(self.rule.parameters())
-        parts = flat_grad.split([w.numel() for w in weights])
+        parts = gradient.split([weight.numel() for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             weight.grad = part.view_as(weight).clone()
-        for group in self.adam.param_groups:
-            group["lr"] = self.lr(progress)
-        self.adam.step()
-        self.steps += 1
-        with torch.no_grad():
-            for kept, weight in zip(self.kept.parameters(), weights, strict=True):
-                kept.lerp_(weight, 1.0 - recipe.average)
-
-    def lr(self, progress: float) -> float:
-        """Cosine from ``meta_lr`` to ``meta_lr_final`` over the whole training, or constant."""
-        recipe = self.recipe
-        if recipe.meta_lr_final is None:
-            return recipe.meta_lr
         swing = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return recipe.meta_lr_final + (recipe.meta_lr - recipe.meta_lr_final) * swing
+        for group in self._adam.param_groups:
+            group["lr"] = self._final + (self._first - self._final) * swing
+        self._adam.step()
+        self._averaged.update_parameters(self.rule)
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rule": self.rule.state_dict(),
+            "averaged": self._averaged.state_dict(),
+            "adam": self._adam.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rule.load_state_dict(state["rule"])
+        self._averaged.load_state_dict(state["averaged"])
+        self._adam.load_state_dict(state["adam"])
+        self.steps = int(state["steps"])

@@ -1,36 +1,31 @@
-"""Meta-training by unrolls: epochs of runs, validation, and a run folder that survives a kill."""
+"""One meta-training: rounds, validation, and a run folder that survives a kill.
+
+What happens in a round, and where its meta-gradients come from, is a :class:`Method`: an epoch of
+optimizee runs cut into unrolls, or a meta-step of evolution strategies on whole runs.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from learned_optim.checkpoint import CheckpointError, read_checkpoint, save_rule
 from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.meta_optimizer import MetaOptimizer
-from learned_optim.meta.progress import (
-    EpochMetrics,
-    Pace,
-    Report,
-    TrainingError,
-    event_writer,
-    seconds_left,
-)
-from learned_optim.meta.recipes import Recipe
+from learned_optim.meta.method import Method
+from learned_optim.meta.progress import Report, TrainingError, event_writer, pace_text, seconds_left
+from learned_optim.meta.recipes import AnyRecipe, EvolutionRecipe, Recipe
 from learned_optim.meta.run_folder import RunFolder, source_modules
-from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
-from learned_optim.meta.unrolls import Ranks, train_run
-from learned_optim.meta.validation import Validator
+from learned_optim.meta.tasks import TaskFamily
+from learned_optim.meta.unrolls import Unrolls
+from learned_optim.meta.whole_runs import WholeRuns
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
 
@@ -57,351 +52,373 @@ class TrainConfig:
     """Where image sets are looked for."""
 
 
+@dataclass(frozen=True)
+class EvolutionTrainConfig:
+    """Meta-train an update rule; an interrupted run goes on when started again."""
+
+    recipe: EvolutionRecipe
+    folder: Path = Path("runs")
+    """Run folder: metrics, best checkpoint, resume state."""
+    output: Path | None = None
+    """Where the finished checkpoint goes; into the run folder if not given."""
+    workers: int = 1
+    """Processes that share the tasks of a meta-step, a core each."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run folder."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """Where image sets are looked for."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One line of ``metrics.jsonl``.
+
+    Attributes:
+        round: epochs or, of evolution strategies, meta-steps done.
+        meta_steps: meta-steps done.
+        meta_loss: mean over the round's runs: of the loss summed over the horizon, or, of evolution
+            strategies, of the fitness.
+        meta_lr: meta-learning rate of the last meta-step.
+        dropped: unrolls or tasks left out because something in them was not finite.
+        seconds: duration of the round without validation.
+        runs_per_second: optimizee runs trained per second.
+        validation: of the kept weights, the lower the better; ``None`` in rounds without one.
+        ratio_to_adamw: validation relative to tuned AdamW on the same runs; ``None`` if unknown.
+        validation_seconds: duration of the validation.
+        seconds_left: of the remaining rounds, if they take as long as the last ones.
+        details: of the method.
+    """
+
+    round: int
+    meta_steps: int
+    meta_loss: float
+    meta_lr: float
+    dropped: int
+    seconds: float
+    runs_per_second: float
+    validation: float | None = None
+    ratio_to_adamw: float | None = None
+    validation_seconds: float = 0.0
+    seconds_left: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
 class MetaTrainer:
     """Runs a recipe in a folder; a second trainer on the same folder goes on where it stopped.
 
     The folder holds ``recipe.json``, ``protocol.json`` (versions, and the source of a task or rule
-    of one's own), ``metrics.jsonl`` (one line per epoch), ``references.json`` (tuned AdamW on the
+    of one's own), ``metrics.jsonl`` (one line per round), ``references.json`` (tuned AdamW on the
     validation runs), ``best.safetensors`` (best by validation) and ``resume.pt``. A kill loses at
-    most the current epoch, and a resumed run gives the same bits as an uninterrupted one.
+    most the current round, and a resumed run gives the same bits as an uninterrupted one.
 
     Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients;
     or, with the estimators ``es`` and ``pes``, the pairs of perturbations, and exchange fitness.
+    Recipes of evolution strategies share the tasks of a meta-step among ``workers`` instead.
 
     Args:
         recipe: what to train.
         folder: the run folder, created if needed.
         data: where image sets are looked for.
         tensorboard: also write the metrics as TensorBoard events into the folder.
+        workers: processes of a training by evolution strategies.
         family: the tasks, if ``recipe.task`` is no registered name: see
             :func:`~learned_optim.meta.meta_train`.
         test_family: those for the figures in the checkpoint; if not given, ``recipe.test_task``'s
             or, without one, ``family``.
         against_adamw: tune AdamW on the validation runs before training, and report validation as
-            a ratio to it.
+            a ratio to it. Evolution strategies always do.
 
     Raises:
-        ValueError: the task cannot be meta-trained on (:func:`check_family`); the folder belongs to
-            a run of another recipe, torch, release or source of tasks, or is damaged; or the
-            checkpoint to start from belongs to another rule or to one of other sizes.
+        ValueError: the rule or the task cannot be meta-trained (:func:`check_family`); the folder
+            belongs to a run of another recipe, torch, release or source of tasks, or is damaged; or
+            the checkpoint to start from belongs to another rule or to one of another size.
+
+    Attributes:
+        rule: the rule in training.
+        kept: the moving average of its weights, which is validated and saved.
+        history: the metrics of each round.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        folder: Path,
+        recipe: AnyRecipe,
+        folder: str | Path,
         data: DataOptions | None = None,
         tensorboard: bool = False,
         *,
+        workers: int = 1,
         family: TaskFamily | None = None,
         test_family: TaskFamily | None = None,
         against_adamw: bool = True,
     ) -> None:
         self.recipe, self.folder, self.tensorboard = recipe, Path(folder), tensorboard
-        self.against_adamw = against_adamw
-        self.data = data or DataOptions()
-        self.files = RunFolder(self.folder)
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.ranks = Ranks(self.rank, self.world, recipe.perturbs)
-        if recipe.perturbs and recipe.pairs < self.world:
-            raise ValueError(
-                f"pairs={recipe.pairs} leave some of {self.world} ranks nothing to do: give each "
-                f"one at least"
-            )
-        if recipe.tasks_per_meta_step % self.ranks.task_world:
-            raise ValueError(
-                f"tasks_per_meta_step={recipe.tasks_per_meta_step} cannot be shared evenly by "
-                f"{self.world} ranks: make it a multiple"
-            )
-        if self.rank > 0:
-            self.meet()  # rank 0 downloads what is missing, alone
-        self._given = family
-        self.family = family or build_tasks(recipe.task, TaskOptions("meta", self.data))
-        self._test_family = test_family
-        if test_family is None and recipe.test_task is None:
-            self._test_family = family
-        elif test_family is None:  # missing data fails now, not after the training
-            build_tasks(self._test_task, TaskOptions("evaluation", self.data))
-        if self.rank == 0:
-            self.meet()
-        check_family(self.family, recipe.task)
-        if test_family is not None and test_family is not family:  # now, not after the training
-            check_family(test_family, f"{recipe.task} (test)")
+        self.data, self.files = data or DataOptions(), RunFolder(Path(folder))
+        self.given = family
+        self.method = _method_of(recipe, self.data, workers, family, test_family, against_adamw)
+        if self.method.family is not None:
+            check_family(self.method.family, recipe.task)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
-            self.kept = rule_for(recipe.rule)  # the moving average: what is validated and saved
-        if recipe.estimator == "replay" and self.rule.rows == "none":
-            raise ValueError(
-                f"estimator 'replay' needs a rule that splits into observation and response, and "
-                f"{self.rule.name!r} does not: use estimator='autograd' (--estimator autograd)"
-            )
-        for rule in (self.rule, self.kept):  # what evaluation measures is what users get
-            rule.warmup_steps, rule.trained_steps = 0, recipe.longest_run
+        self.method.initialize(self.rule)
         self._start: str | None = None  # fingerprint of the weights before training, if learned
-        if recipe.start is not None:
-            self._start_from(recipe.start)
-        self.kept.load_state_dict(self.rule.state_dict())
-        self.meta_optimizer = MetaOptimizer(recipe, self.rule, self.kept)
-        self.validator = Validator(recipe, self.family, self.rank, self.world)
-        self.pace = Pace()  # of the present epoch
-        self.epoch = 0
-        self.history: list[EpochMetrics] = []
-        self._open_folder()
-
-    def _start_from(self, source: str) -> None:
-        start = load_rule(source)
-        try:
+        if recipe.start:
+            start = load_rule(recipe.start)
             self.rule.init_from(start)
-        except ValueError as error:
-            raise ValueError(f"start={source!r} does not fit the recipe: {error}") from error
-        self._start = start.fingerprint()
+            self._start = start.fingerprint()
+        self.optimizer = self.method.optimizer(self.rule)
+        self.history: list[Metrics] = []
+        self._report: Report = lambda _: None
+        conditions = self.files.check(recipe, self._conditions())
+        saved = self.files.read_state()
+        if saved is not None:
+            self._load(saved)
+        self.method.load(self.folder)
+        if self.method.rank == 0:
+            self.files.begin(recipe, conditions)
 
     @property
-    def _test_task(self) -> str:
-        return self.recipe.test_task or self.recipe.task
+    def kept(self) -> UpdateRule:
+        return self.optimizer.kept
 
     @property
-    def best(self) -> EpochMetrics | None:
-        """The epoch with the smallest validation."""
-        return min(self.history, key=lambda m: m.validation, default=None)
+    def round(self) -> int:
+        """Rounds done: epochs, or, of evolution strategies, meta-steps."""
+        return len(self.history)
 
     @property
     def meta_steps(self) -> int:
         """Meta-steps done."""
-        return self.meta_optimizer.steps
+        return self.optimizer.steps
 
-    def meet(self) -> None:
-        """Wait until every rank is here."""
-        if self.world > 1:
-            dist.all_reduce(torch.zeros(1))
+    @property
+    def best(self) -> Metrics | None:
+        """The round with the smallest validation."""
+        return min(self._validated(), key=lambda line: line.validation or 0.0, default=None)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Runs or meta-steps done, and in all."""
+        per_round = self.method.runs_per_round
+        done = self.round * per_round + self.method.runs_done
+        return done, self.method.rounds * per_round
+
+    def _validated(self) -> list[Metrics]:
+        return [line for line in self.history if line.validation is not None]
 
     # ---- the run folder
 
-    def _open_folder(self) -> None:
-        recipe = self.recipe
-        classes = (type(self.rule), type(recipe.rule))
-        named = [recipe.task] if self._given is None else []
-        if self._test_family is None and self._test_task not in named:
-            named.append(self._test_task)
-        conditions = provenance.conditions(named, self.data, source_modules(*classes))
-        conditions |= provenance.conditions_of_main(*classes)
-        if self._given is not None:
-            conditions |= provenance.conditions_of_given(recipe.task, self._given)
+    def _conditions(self) -> dict[str, str]:
+        """What the run depends on besides the recipe."""
+        classes = (type(self.rule), type(self.recipe.rule))
+        found = provenance.conditions(self.method.task_names(), self.data, source_modules(*classes))
+        found |= provenance.conditions_of_main(*classes)
+        if self.given is not None:
+            found |= provenance.conditions_of_given(self.recipe.task, self.given)
         if self._start is not None:
-            conditions["weights of start"] = self._start
-        conditions = self.files.check(recipe, conditions)
-        saved = self.files.read_state()
-        if saved is not None:
-            self._load(saved)
-        self.validator.load_adamw(self.folder)
-        if self.rank == 0:
-            self.files.begin(recipe, conditions)
+            found["weights of start"] = self._start
+        return found
 
     def _load(self, saved: dict[str, Any]) -> None:
         try:
-            ranks = saved.get("ranks", self.world)
-            self.rule.load_state_dict(saved["rule"])
-            self.kept.load_state_dict(saved["kept"])
-            self.meta_optimizer.adam.load_state_dict(saved["meta_optimizer"])
-            self.epoch, self.meta_optimizer.steps = saved["epoch"], saved["meta_steps"]
-            self.history = [EpochMetrics(**line) for line in saved["history"]]
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.history = [Metrics(**line) for line in saved["history"]]
+            ranks = saved["ranks"]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise self.files.damaged(error) from error
-        sampled = self.recipe.coordinates is not None and not self.recipe.perturbs
-        if ranks != self.world and sampled:
+        if ranks != self.method.world and self.method.draws_by_rank:
             raise ValueError(
                 f"{self.folder} holds a run of {ranks} ranks, and each draws its own sample of "
-                f"coordinates: resume it with as many, not {self.world}"
+                f"coordinates: resume it with as many, not {self.method.world}"
             )
 
     def _save(self) -> None:
-        """Best checkpoint first, resume state last: a kill in between repeats the epoch."""
-        if self.rank != 0:
+        """Best checkpoint first, resume state last: a kill in between repeats the round."""
+        if self.method.rank != 0:
             return
         if self.best is self.history[-1]:
             save_rule(self.kept, self.files.best, self.record())
-        history = [asdict(metrics) for metrics in self.history]
+        history = [asdict(line) for line in self.history]
         state = {
-            "rule": self.rule.state_dict(),
-            "kept": self.kept.state_dict(),
-            "meta_optimizer": self.meta_optimizer.adam.state_dict(),
-            "epoch": self.epoch,
-            "meta_steps": self.meta_steps,
-            "ranks": self.world,
+            "optimizer": self.optimizer.state_dict(),
+            "ranks": self.method.world,
             "history": history,
         }
         self.files.write_state(state, history)
 
+    def record(self) -> dict[str, Any]:
+        """How the kept weights were made, for the checkpoint's header."""
+        validated = self._validated()
+        last = validated[-1] if validated and validated[-1] is self.history[-1] else None
+        return {
+            "recipe": self.recipe.to_json(),
+            "commit": provenance.source_version(),
+            **({"epoch": self.round} if self.method.unit == "epoch" else {}),
+            "meta_steps": self.meta_steps,
+            "ratio_to_adamw": last.ratio_to_adamw if last else None,
+            "dropped": sum(line.dropped for line in self.history),
+            **(last.details.get("validation", {}) if last else {}),
+            **self.method.trained_on(),
+            "torch": torch.__version__.split("+")[0],
+            **({"start": self._start} if self._start else {}),
+        }
+
     def finish(self, output: Path | None = None, report: Report | None = None) -> Path:
-        """Test the best weights on fresh tasks and write the finished checkpoint.
+        """Test the finished weights on fresh runs, and write their checkpoint.
 
         Args:
             output: where to; into the run folder, and named after it, if not given.
-            report: told ``("test", runs done, runs in all)``.
+            report: told what is being done.
 
         Returns:
-            The file written. Its record holds the recipe, the commit, and the validation and test
-            figures; test tasks come from the evaluation split and choose nothing.
+            The file written. Its record describes the weights in it: recipe, commit, validation
+            and test figures. Test tasks come from the evaluation split and choose nothing.
 
         Raises:
-            TrainingError: no epoch has a finite validation, so that no weights are worth keeping.
+            TrainingError: no validation is finite, so that no weights are worth keeping.
             CheckpointError: the best checkpoint of the folder is damaged.
         """
-        if self.best is None or not math.isfinite(self.best.validation):
+        if self.best is None or not math.isfinite(self.best.validation or 0.0):
             raise TrainingError(
-                f"none of the {self.epoch} epochs in {self.folder} has a finite validation loss: "
-                f"there are no weights worth keeping. {ADVICE}"
+                f"none of the {self.round} {self.method.unit}s in {self.folder} has a finite "
+                f"validation: there are no weights worth keeping. {ADVICE}"
             )
-        rule, record = self._best_rule()
+        rule, record = self.kept, self.record()
+        if self.method.keeps_best:
+            rule, record = self._best_rule()
         record["recipe"] = self.recipe.to_json()
-        family = self._test_family
-        if family is None:
-            family = build_tasks(self._test_task, TaskOptions("evaluation", self.data))
-        seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
-        sums = self.validator.sums(rule, family, seeds, "test", report)
-        logs = sums.log()
-        record["test"] = {
-            "mean": sums.mean().item(),
-            "std": sums.std().item(),
-            "geometric_mean": logs.mean().exp().item(),
-            "runs": len(sums),
-            "task": self._test_task,
-        }
-        record |= {
-            "epochs_run": self.epoch,
-            "meta_steps": self.meta_steps,
-            "data": self._data_read(),
-            "torch": torch.__version__.split("+")[0],
-        }
+        record["rounds"] = self.round
+        record |= self.method.test(rule, self._teller(report))
         path = output or self.files.finished
         save_rule(rule, path, record)
         return path
-
-    def _data_read(self) -> str | dict[str, str]:
-        """What the meta-training has read, for the checkpoint's header."""
-        if self._given is None:
-            return f"task family {self.recipe.task!r}, meta-training split alone"
-        return provenance.conditions_of_given(self.recipe.task, self._given)
 
     def _best_rule(self) -> tuple[UpdateRule, dict[str, Any]]:
         try:
             return read_checkpoint(self.files.best)
         except (CheckpointError, FileNotFoundError) as error:
             raise CheckpointError(
-                f"{error}. To train again from epoch 1, delete the run folder {self.folder}"
+                f"{error}. To train again from the beginning, delete the run folder {self.folder}"
             ) from error
-
-    def record(self) -> dict[str, Any]:
-        """How the kept weights were made, for the checkpoint's header."""
-        best = self.best
-        return {
-            "recipe": self.recipe.to_json(),
-            "commit": provenance.source_version(),
-            "epoch": best.epoch if best else 0,
-            "validation": best.validation if best else None,
-            "ratio_to_adamw": best.ratio_to_adamw if best else None,
-            "dropped_unrolls": sum(m.dropped for m in self.history),
-            "data_sets": list(self.family.data_sets),
-            **({"start": self._start} if self._start else {}),
-        }
 
     # ---- training
 
-    def train(
-        self,
-        on_run: Callable[[int, int, float], None] | None = None,
-        report: Report | None = None,
-    ) -> None:
-        """Run the remaining epochs.
+    def train(self, report: Report | None = None) -> None:
+        """Run the remaining rounds.
 
         Args:
-            on_run: told ``(epoch, run, meta_loss)`` after every optimizee run.
-            report: told ``("AdamW" or "validation", runs done, runs in all)``.
+            report: told what is being done, in a line, after every run and meta-step.
 
         Raises:
-            TrainingError: every unroll of an epoch was dropped and its validation is not finite.
+            TrainingError: nothing in a round was finite.
             ValueError: another process trains in the folder.
-            OSError: a file cannot be written; the folder holds the last epoch before.
+            OSError: a file cannot be written; the folder holds the last round before.
         """
-        with self._alone(), event_writer(self.folder, self.tensorboard and self.rank == 0) as write:
-            if self.against_adamw and not self._is_over():
-                self.validator.tune_adamw(self.folder, report)
-            while not self._is_over():
-                self._train_epoch(self.epoch + 1, on_run, report)
-                values = asdict(self.history[-1])
-                write(values.pop("epoch"), values)
+        if self.is_over():
+            return
+        tell, first = self._teller(report), self.method.rank == 0
+        with (
+            self.files.locked() if first else nullcontext(),
+            self.method.session(self.folder, tell),
+            event_writer(self.folder, self.tensorboard and first) as write,
+        ):
+            while not self.is_over():
+                self._train_round(self.round + 1, tell)
+                line = self.history[-1]
+                write(
+                    line.round,
+                    {n: v for n, v in asdict(line).items() if isinstance(v, (int, float))},
+                )
+                tell("")
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other trainings out of the folder; of several ranks, the first does."""
-        if self.rank > 0:
-            yield
-        else:
-            with self.files.locked():
-                yield
-
-    def _train_epoch(
-        self,
-        epoch: int,
-        on_run: Callable[[int, int, float], None] | None,
-        report: Report | None,
-    ) -> None:
+    def _train_round(self, number: int, tell: Report) -> None:
         started = time.perf_counter()
-        sums, dropped, self.pace = [], 0, Pace()
-        for run in range(self.recipe.runs_per_epoch):
-            with self.pace.counting(self.recipe.tasks_per_meta_step):
-                meta_loss, lost = self._train_run(epoch, run)
-            sums.append(meta_loss)
-            dropped += lost
-            if on_run is not None:
-                on_run(epoch, run, meta_loss)
-        finite = [s for s in sums if math.isfinite(s)]
-        validation = self.validate(report=report)
-        if not finite and not math.isfinite(validation):
-            raise TrainingError(
-                f"epoch {epoch} taught nothing: all of its {dropped} unrolls met a loss or a "
-                f"gradient that is not finite, and so did validation. {ADVICE}. {self.folder} "
-                f"holds the {self.epoch} epochs before"
-            )
-        previous = self.best.validation if self.best else math.inf
+        done = self.method.train_round(number, self.optimizer, tell)
         seconds = time.perf_counter() - started
-        metrics = EpochMetrics(
-            epoch=epoch,
-            meta_loss=sum(finite) / len(finite) if finite else math.inf,
-            validation=validation,
-            best=min(previous, validation),
-            dropped=dropped,
-            meta_lr=self.meta_optimizer.adam.param_groups[0]["lr"],
-            seconds=seconds,
-            ratio_to_adamw=self.validator.ratio_to_adamw(validation),
-            runs_per_second=self.pace.per_second,
-            seconds_left=seconds_left(
-                [*(m.seconds for m in self.history), seconds], self.recipe.epochs - epoch
-            ),
-        )
-        self.epoch = epoch
-        self.history.append(metrics)
+        validation, details = None, done.details
+        if self.method.validates_after(number):
+            validation = self.method.validate(self.kept, tell)
+            details = {**details, "validation": validation.figures}
+        if not math.isfinite(done.meta_loss) and not (
+            validation and math.isfinite(validation.value)
+        ):
+            raise TrainingError(
+                f"{self.method.unit} {number} taught nothing: {done.why}. {ADVICE}. {self.folder} "
+                f"holds the {self.round} {self.method.unit}s before"
+            )
+        line = Metrics(
+            number, self.meta_steps, done.meta_loss, self.optimizer.lr, done.dropped, seconds,
+            done.runs / seconds,
+            validation.value if validation else None,
+            validation.ratio_to_adamw if validation else None,
+            time.perf_counter() - started - seconds,
+            details=details,
+        )  # fmt: skip
+        remaining = range(number + 1, self.method.rounds + 1)
+        left = self._seconds_left(line, remaining)
+        self.history.append(replace(line, seconds_left=left))
+        self.method.runs_done = 0
         self._save()
 
-    def _is_over(self) -> bool:
-        """Whether all epochs are done, or too many without a better validation."""
-        best, patience = self.best, self.recipe.patience
-        if best is not None and patience is not None and self.epoch - best.epoch >= patience:
+    def _seconds_left(self, line: Metrics, remaining: range) -> float:
+        """Of the remaining rounds and validations, if they take as long as the last ones."""
+        left = seconds_left([m.seconds for m in [*self.history, line]], len(remaining))
+        taken = [m.validation_seconds for m in [*self.history, line] if m.validation is not None]
+        if taken:
+            validations = sum(map(self.method.validates_after, remaining))
+            left += seconds_left(taken, validations)
+        return left
+
+    def is_over(self) -> bool:
+        """Whether all rounds are done, or too many without a better validation."""
+        best, patience = self.best, getattr(self.recipe, "patience", None)
+        if best is not None and patience is not None and self.round - best.round >= patience:
             return True
-        return self.epoch >= self.recipe.epochs
+        return self.round >= self.method.rounds
 
-    def _train_run(self, epoch: int, run: int) -> tuple[float, int]:
-        return train_run(self.recipe, self.family, self.meta_optimizer, self.ranks, epoch, run)
+    def validate(self, rule: UpdateRule | None = None) -> float:
+        """:meth:`Method.validate` of the kept weights, unless a rule is given."""
+        return self.method.validate(rule or self.kept, lambda _: None).value
 
-    def validate(self, rule: UpdateRule | None = None, report: Report | None = None) -> float:
-        """Mean summed loss over the validation runs, of the kept weights unless a rule is given.
+    # ---- progress
 
-        Infinite if it is not finite. All ranks must take part.
+    def _teller(self, report: Report | None) -> Report:
+        """Reports with what is known of the training so far."""
+        if report is None:
+            return lambda _: None
+        told = report
 
-        Args:
-            rule: whose loss, if not that of the kept weights.
-            report: told ``("validation", runs done, runs in all)``.
-        """
-        return self.validator.mean(rule or self.kept, report)
+        def tell(what: str) -> None:
+            best, last = self.best, self.history[-1] if self.history else None
+            parts = [what or f"{self.method.unit} {self.round}"]
+            if best is not None:
+                parts.append(f"best {best.validation:.4g}")
+            pace = pace_text(
+                last.runs_per_second if last else None, best.ratio_to_adamw if best else None
+            )
+            told(", ".join([*parts, *[pace] * bool(pace)]))
+
+        return tell
+
+
+def _method_of(
+    recipe: AnyRecipe,
+    data: DataOptions,
+    workers: int,
+    family: TaskFamily | None,
+    test_family: TaskFamily | None,
+    against_adamw: bool,
+) -> Method:
+    if isinstance(recipe, Recipe):
+        if workers != 1:
+            raise ValueError(
+                f"workers={workers} apply to recipes of evolution strategies: start others by "
+                f"torchrun"
+            )
+        return Unrolls(recipe, data, family, test_family, against_adamw)
+    if not against_adamw:
+        raise ValueError(
+            "against_adamw=False does not apply to recipes of evolution strategies, whose "
+            "validation is relative to tuned AdamW"
+        )
+    return WholeRuns(recipe, data, workers, family)

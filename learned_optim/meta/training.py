@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -9,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from learned_optim._discovery import did_you_mean
 from learned_optim.checkpoint import CheckpointError, check_writable, read_checkpoint
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.evolution import EvolutionTrainer
 from learned_optim.meta.given_tasks import Tasks, family_of, names_of
-from learned_optim.meta.progress import EpochMetrics
+from learned_optim.meta.progress import pace_text, time_text
 from learned_optim.meta.ranks import process_group
 from learned_optim.meta.recipes import (
     AnyRecipe,
@@ -26,11 +26,13 @@ from learned_optim.meta.recipes import (
     rule_config,
 )
 from learned_optim.meta.recipes.quick import RECIPE as QUICK
-from learned_optim.meta.tasks import TaskFamily, TaskOptions
-from learned_optim.meta.trainer import MetaTrainer
-from learned_optim.meta.training_lines import EpochLines, MetaStepLines
+from learned_optim.meta.tasks import TaskOptions
+from learned_optim.meta.trainer import MetaTrainer, Metrics
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import RuleConfig, UpdateRule, rule_for
+
+# Seconds of silence after which whatever is done next is said.
+_SILENCE = 30.0
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,13 @@ class MetaTrained:
             :func:`~learned_optim.push_to_hub` and ``learned-optim evaluate`` take.
         rule: the trained update rule.
         record: how it was made, with its validation and test figures; the file holds it too.
-        history: metrics of every epoch; of every meta-step, as a dictionary, with a recipe of
-            evolution strategies.
+        history: metrics of every epoch, or, with a recipe of evolution strategies, meta-step.
     """
 
     path: Path
     rule: UpdateRule
     record: dict[str, Any]
-    history: list[EpochMetrics] | list[dict[str, Any]]
+    history: list[Metrics]
 
 
 def meta_train(
@@ -82,7 +83,7 @@ def meta_train(
 
     With a recipe of evolution strategies (``"quick-evolution"``, ``"diagonal"``), the way the
     shipped default was trained, whole runs of the tasks are compared under perturbed weights, and
-    processes are ``workers``; see :class:`EvolutionTrainer`.
+    processes are ``workers``.
 
     Args:
         tasks: a task, usually a :class:`ModuleTask`, a family of them, or the name of a registered
@@ -128,30 +129,41 @@ def meta_train(
     chosen = _recipe(label, recipe, changes)
     if output is not None:
         check_writable(Path(output))
-    settings = _Settings(
-        Path(folder), output, options, tensorboard, against_adamw, workers, progress
-    )
-    if isinstance(chosen, EvolutionRecipe):
-        if test_tasks is not None:
+    test_family = None
+    if test_tasks is not None:
+        if isinstance(chosen, EvolutionRecipe):
             raise ValueError(
                 "test_tasks do not apply to a recipe of evolution strategies, which selects "
                 "nothing by its validation runs: evaluate on them instead"
             )
-        with _threads(threads):
-            return _evolve(chosen, family, settings)
-    if workers != 1:
-        raise ValueError(
-            f"workers={workers} apply to recipes of evolution strategies: start others by torchrun"
-        )
-    test_family = None
-    if test_tasks is not None:
         shares = weights if names_of(test_tasks) == names_of(tasks) else None
         tested, test_family = family_of(test_tasks, shares, TaskOptions("evaluation", options))
         chosen = replace(chosen, test_task=tested)
-    elif family is not None:
+    elif family is not None and isinstance(chosen, Recipe):
         _, test_family = family_of(tasks, weights, TaskOptions("evaluation", options))
     with _threads(threads), process_group():
-        return _unroll(chosen, family, test_family, settings)
+        trainer = MetaTrainer(
+            chosen,
+            folder,
+            options,
+            tensorboard,
+            workers=workers,
+            family=family,
+            test_family=test_family,
+            against_adamw=against_adamw,
+        )
+        first = trainer.method.rank == 0
+        report = _Lines(trainer) if progress and first else None
+        trainer.train(report)
+        path = trainer.files.finished if output is None else Path(output)
+        if first and not _is_finished(path, trainer):
+            trainer.finish(path, report)
+        trainer.method.barrier()  # no rank reads the file before it is there
+        rule, record = read_checkpoint(path)
+    if report:
+        report.say(trainer.method.summary(record))
+        report.say(f"wrote {path}")
+    return MetaTrained(path, rule, record, trainer.history)
 
 
 # ---- the recipe
@@ -196,77 +208,52 @@ def _rule(rule: Any) -> RuleConfig:
 # ---- the run
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What :func:`meta_train` was told about where and how to train."""
+class _Lines:
+    """Reports on standard error: a line per validated round, and after half a minute of silence."""
 
-    folder: Path
-    output: str | Path | None
-    data: DataOptions
-    tensorboard: bool
-    against_adamw: bool
-    workers: int
-    progress: bool
-
-
-def _unroll(
-    recipe: Recipe, family: TaskFamily | None, test_family: TaskFamily | None, settings: _Settings
-) -> MetaTrained:
-    trainer = MetaTrainer(
-        recipe,
-        settings.folder,
-        settings.data,
-        settings.tensorboard,
-        family=family,
-        test_family=test_family,
-        against_adamw=settings.against_adamw,
-    )
-    lines = EpochLines(trainer) if settings.progress and trainer.rank == 0 else None
-    report = lines.report if lines else None
-    trainer.train(lines.on_run if lines else None, report)
-    path = trainer.files.finished if settings.output is None else Path(settings.output)
-    done = {"recipe": recipe.to_json(), "epochs_run": trainer.epoch}
-    if trainer.rank == 0 and not _is_finished(path, done):
-        trainer.finish(path, report)
-    trainer.meet()  # no rank reads the file before it is there
-    rule, record = read_checkpoint(path)
-    if lines:
-        lines.end(path, record)
-    return MetaTrained(path, rule, record, trainer.history)
-
-
-def _evolve(recipe: EvolutionRecipe, family: TaskFamily | None, settings: _Settings) -> MetaTrained:
-    if dist.is_torchelastic_launched():
-        raise ValueError(
-            "evolution strategies share work among processes of one machine: start them without "
-            "torchrun, with workers="
+    def __init__(self, trainer: MetaTrainer) -> None:
+        self._trainer, self._shown = trainer, trainer.round
+        self.say(
+            f"{'resuming' if trainer.round else 'starting'} in {trainer.folder}: "
+            f"{trainer.method.rounds} {trainer.method.unit}s"
         )
-    trainer = EvolutionTrainer(
-        recipe,
-        settings.folder,
-        settings.workers,
-        settings.data,
-        settings.tensorboard,
-        family=family,
-    )
-    lines = MetaStepLines(trainer) if settings.progress else None
-    trainer.train(lines.on_step if lines else None, lines.report if lines else None)
-    path = trainer.files.finished if settings.output is None else Path(settings.output)
-    done = {"recipe": recipe.to_json(), "meta_steps": trainer.meta_steps}
-    if not _is_finished(path, done):
-        trainer.finish(path)
-    rule, record = read_checkpoint(path)
-    if lines:
-        lines.end(path, record)
-    return MetaTrained(path, rule, record, trainer.history)
+        if trainer.method.note:
+            self.say(trainer.method.note)
+
+    def __call__(self, text: str) -> None:
+        new = self._trainer.history[self._shown :]
+        self._shown += len(new)
+        for line in new:
+            if line.validation is not None:
+                self.say(self._of(line))
+        if time.monotonic() - self._said > _SILENCE:
+            self.say(text)
+
+    def _of(self, line: Metrics) -> str:
+        best = self._trainer.best
+        assert best is not None
+        parts = [
+            f"meta-loss {line.meta_loss:.4g}",
+            f"validation {line.validation:.4g} (best {best.validation:.4g})",
+            pace_text(line.runs_per_second, line.ratio_to_adamw),
+            f"{line.dropped} dropped" if line.dropped else "",
+            f"{time_text(line.seconds_left)} left" if line.seconds_left else "",
+        ]
+        place = f"{self._trainer.method.unit} {line.round}/{self._trainer.method.rounds}"
+        return f"{place}: {', '.join(filter(None, parts))}"
+
+    def say(self, text: str) -> None:
+        self._said = time.monotonic()
+        print(f"meta_train: {text}", file=sys.stderr, flush=True)
 
 
-def _is_finished(path: Path, done: dict[str, Any]) -> bool:
+def _is_finished(path: Path, trainer: MetaTrainer) -> bool:
     """Whether the checkpoint is there already, and its record says what is done."""
     try:
         _, record = read_checkpoint(path)
     except (FileNotFoundError, CheckpointError):
         return False
+    done = {"recipe": trainer.recipe.to_json(), "rounds": trainer.round}
     return all(record.get(name) == value for name, value in done.items())
 
 

@@ -1,51 +1,33 @@
-"""One optimizee run of a meta-training by unrolls: a meta-gradient and a meta-step for each."""
+"""Meta-training by unrolls: epochs of optimizee runs, cut into unrolls of a meta-step each."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Generator
 
+from learned_optim.meta import provenance
+from learned_optim.meta.checks import check_family
+from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
 from learned_optim.meta.meta_optimizer import MetaOptimizer
+from learned_optim.meta.method import Method, Round, Validation
+from learned_optim.meta.progress import Report, pace_text
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import global_generator_seeded, seeded
-from learned_optim.meta.tasks import TaskFamily
+from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
+from learned_optim.meta.validation import Validator
+from learned_optim.rules import UpdateRule
 
 # Loss below which nothing is divided any further: such a task is solved.
 SMALLEST_LOSS = 1e-3
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """What this process does of a meta-step.
-
-    Ranks share the tasks, or, where the estimator perturbs the weights, the pairs of perturbed runs
-    of all tasks.
-
-    Attributes:
-        rank: number of this process.
-        world: processes in all.
-        perturbs: whether the pairs are shared.
-    """
-
-    rank: int
-    world: int
-    perturbs: bool
-
-    @property
-    def task_rank(self) -> int:
-        """The first task of this process."""
-        return 0 if self.perturbs else self.rank
-
-    @property
-    def task_world(self) -> int:
-        """Among how many processes the tasks are shared."""
-        return 1 if self.perturbs else self.world
 
 
 def plan_of_run(recipe: Recipe, generator: Generator) -> list[tuple[int, bool]]:
@@ -65,82 +47,225 @@ def plan_of_run(recipe: Recipe, generator: Generator) -> list[tuple[int, bool]]:
     return [(n, i in chosen) for i, n in enumerate(steps[: max(chosen) + 1])]
 
 
-def train_run(
-    recipe: Recipe,
-    family: TaskFamily,
-    meta_optimizer: MetaOptimizer,
-    ranks: Ranks,
-    epoch: int,
-    run: int,
-) -> tuple[float, int]:
-    """Train the rule on one run of ``recipe.tasks_per_meta_step`` optimizees side by side.
+class Unrolls(Method):
+    """Epochs of runs; the best validation chooses the weights, which are tested on fresh runs.
+
+    Ranks share the tasks of a run, or, where the estimator perturbs the weights, the pairs of
+    perturbed runs of all tasks.
 
     Args:
         recipe: how.
-        family: of the optimizees.
-        meta_optimizer: takes a step per unroll.
-        ranks: the share of this process.
-        epoch: number of the epoch, from 1.
-        run: number of the run in it, from 0.
-
-    Returns:
-        The mean over optimizees of the mean loss times the horizon, infinite if something was not
-        finite; and the number of unrolls dropped for that, 0 or 1: the run ends there.
+        data: where image sets are looked for.
+        family: the tasks, if they have no registered name.
+        test_family: those of the test runs, if others than the recipe's ``test_task`` or ``task``.
+        against_adamw: tune AdamW on the validation runs.
     """
-    with global_generator_seeded(recipe.seed, "forward", epoch, run, ranks.task_rank):
-        return _unrolls(recipe, family, meta_optimizer, ranks, epoch, run)
+
+    unit, keeps_best = "epoch", True
+    family: TaskFamily
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: DataOptions,
+        family: TaskFamily | None,
+        test_family: TaskFamily | None,
+        against_adamw: bool,
+    ) -> None:
+        self.recipe, self.data, self.given = recipe, data, family
+        self.rounds, self.runs_per_round = recipe.epochs, recipe.runs_per_epoch
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.draws_by_rank = recipe.coordinates is not None and not recipe.perturbs
+        self._first, self._stride = (0, 1) if recipe.perturbs else (self.rank, self.world)
+        if recipe.perturbs and recipe.pairs < self.world:
+            raise ValueError(
+                f"pairs={recipe.pairs} leave some of {self.world} ranks nothing to do: give each "
+                f"one at least"
+            )
+        if recipe.tasks_per_meta_step % self._stride:
+            raise ValueError(
+                f"tasks_per_meta_step={recipe.tasks_per_meta_step} cannot be shared evenly by "
+                f"{self.world} ranks: make it a multiple"
+            )
+        if self.rank > 0:
+            self.barrier()  # rank 0 downloads what is missing, alone
+        self.family = family or build_tasks(recipe.task, TaskOptions("meta", data))
+        self._test_family = test_family
+        if test_family is None:
+            self._test_family = family if recipe.test_task is None else None
+        if self._test_family is None:  # missing data fails now, not after the training
+            build_tasks(self._test_task, TaskOptions("evaluation", data))
+        if self.rank == 0:
+            self.barrier()
+        if test_family is not None and test_family is not family:
+            check_family(test_family, f"{recipe.task} (test)")
+        self.validator = Validator(recipe, self.family, self.rank, self.world)
+        self._against_adamw = against_adamw
+        alone = None if self.family.stackable else self.family.alone_because
+        if alone and recipe.tasks_per_meta_step > self._stride:
+            self.note = f"forward passes one optimizee after another: {alone}"
+
+    @property
+    def _test_task(self) -> str:
+        return self.recipe.test_task or self.recipe.task
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1))
+
+    def initialize(self, rule: UpdateRule) -> None:
+        if self.recipe.estimator == "replay" and rule.rows == "none":
+            raise ValueError(
+                f"estimator 'replay' needs a rule that splits into observation and response, and "
+                f"{rule.name!r} does not: use estimator='autograd' (--estimator autograd)"
+            )
+        rule.warmup_steps, rule.trained_steps = 0, self.recipe.longest_run
+
+    def optimizer(self, rule: UpdateRule) -> MetaOptimizer:
+        recipe = self.recipe
+        return MetaOptimizer(
+            rule, meta_lr=recipe.meta_lr, meta_lr_final=recipe.meta_lr_final,
+            average=recipe.average, clip_norm=recipe.clip_norm,
+        )  # fmt: skip
+
+    def load(self, folder: Path) -> None:
+        self.validator.load_adamw(folder)
+
+    @contextmanager
+    def session(self, folder: Path, report: Report) -> Iterator[None]:
+        if self._against_adamw:
+            self.validator.tune_adamw(folder, report)
+        yield
+
+    # ---- training
+
+    def train_round(self, number: int, optimizer: MetaOptimizer, report: Report) -> Round:
+        losses, dropped = [], 0
+        for run in range(self.recipe.runs_per_epoch):
+            loss = self.train_run(optimizer, number, run)
+            dropped += not math.isfinite(loss)
+            losses.append(loss)
+            self.runs_done = run + 1
+            report(f"epoch {number} loss {loss:.1f}")
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        why = (
+            f"all of its {dropped} unrolls met a loss or a gradient that is not finite, and so did "
+            f"validation"
+        )
+        mean = sum(finite) / len(finite) if finite else math.inf
+        return Round(mean, dropped, why, len(losses) * self.recipe.tasks_per_meta_step)
+
+    def train_run(self, optimizer: MetaOptimizer, epoch: int, run: int) -> float:
+        """Train the rule on one run of ``tasks_per_meta_step`` optimizees side by side.
+
+        Args:
+            optimizer: takes a step per unroll.
+            epoch: number of the epoch, from 1.
+            run: number of the run in it, from 0.
+
+        Returns:
+            The mean over optimizees of the mean loss times the horizon; infinite if something in an
+            unroll was not finite: it is dropped, and the run ends there.
+        """
+        with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self._first):
+            return self._train_run(optimizer, epoch, run)
+
+    def _train_run(self, optimizer: MetaOptimizer, epoch: int, run: int) -> float:
+        recipe, rule = self.recipe, optimizer.rule
+        share = range(self._first, recipe.tasks_per_meta_step, self._stride)
+        generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
+        tasks = [self.family.sample(generator) for generator in generators]
+        optimizees = Optimizees(rule, tasks, generators, stacked=self.family.stackable)
+        options = EstimatorOptions(
+            coordinates=recipe.coordinates,
+            generator=seeded(recipe.seed, "coordinates", epoch, run, self._first),
+            sampling=recipe.sampling,
+            pairs=recipe.pairs,
+            sigma=recipe.sigma,
+            rank=self.rank,
+            world=self.world,
+        )
+        plan = plan_of_run(recipe, seeded(recipe.seed, "plan", epoch, run))
+        total, done = 0.0, 0
+        unrolls = sum(learns for _, learns in plan)
+        runs_before = (epoch - 1) * recipe.runs_per_epoch + run
+        for steps, learns in plan:
+            if not learns:
+                for _ in range(steps):
+                    total += optimizees.advance(rule).mean().item()
+                continue
+            meta = ESTIMATORS[recipe.estimator](rule, optimizees, steps, options)
+            packed = torch.cat([*map(torch.flatten, meta.grads), meta.losses.mean(1).sum()[None]])
+            if self._stride > 1:
+                dist.all_reduce(packed)
+                packed /= self._stride
+            if not torch.isfinite(packed).all():
+                # Averaging it in would poison the weights, and the optimizee will not recover.
+                return math.inf
+            unroll_loss = packed[-1].item()
+            total += unroll_loss
+            if recipe.relative_loss:
+                packed /= max(unroll_loss / steps, SMALLEST_LOSS)
+            every = recipe.epochs * recipe.runs_per_epoch * unrolls
+            optimizer.step(packed[:-1], (runs_before * unrolls + done) / every)
+            done += 1
+        # Per horizon, so that runs of different lengths compare.
+        return total * recipe.horizon / sum(steps for steps, _ in plan)
+
+    # ---- validation and test
+
+    def validates_after(self, number: int) -> bool:
+        return True
+
+    def validate(self, rule: UpdateRule, report: Report) -> Validation:
+        value = self.validator.mean(rule, report)
+        return Validation(value, self.validator.ratio_to_adamw(value), {"validation": value})
+
+    def test(self, rule: UpdateRule, report: Report) -> dict[str, Any]:
+        family = self._test_family
+        if family is None:
+            family = build_tasks(self._test_task, TaskOptions("evaluation", self.data))
+        seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
+        sums = self.validator.sums(rule, family, seeds, "test", report)
+        figures = {
+            "mean": sums.mean().item(),
+            "std": sums.std().item(),
+            "geometric_mean": sums.log().mean().exp().item(),
+            "runs": len(sums),
+            "task": self._test_task,
+        }
+        return {"test": figures}
+
+    # ---- what is said of it
+
+    def trained_on(self) -> dict[str, Any]:
+        data: str | dict[str, str] = f"task family {self.recipe.task!r}, meta-training split alone"
+        if self.given is not None:
+            data = provenance.conditions_of_given(self.recipe.task, self.given)
+        return {"data": data, "data_sets": list(self.family.data_sets)}
+
+    def task_names(self) -> list[str]:
+        names = [self.recipe.task] if self.given is None else []
+        if self._test_family is None and self._test_task not in names:
+            names.append(self._test_task)
+        return names
+
+    def summary(self, record: dict[str, Any]) -> str:
+        recipe, test = self.recipe, record["test"]
+        if recipe.validation_mean == "geometric":
+            tested = f"{_number(test['geometric_mean'])} (geometric means)"
+        else:
+            tested = f"{_number(test['mean'])} ± {_number(test['std'])}"
+        of = f" of {recipe.test_task}" if recipe.test_task else ""
+        against = pace_text(None, record["ratio_to_adamw"])
+        return (
+            f"loss summed over {self.validator.horizon} steps: validation "
+            f"{_number(record['validation'])} ({f'{against}, ' if against else ''}best epoch "
+            f"{record['epoch']} of {record['rounds']}), test on {test['runs']} fresh runs{of} "
+            f"{tested}"
+        )
 
 
-def _unrolls(
-    recipe: Recipe,
-    family: TaskFamily,
-    meta_optimizer: MetaOptimizer,
-    ranks: Ranks,
-    epoch: int,
-    run: int,
-) -> tuple[float, int]:
-    rule = meta_optimizer.rule
-    share = range(ranks.task_rank, recipe.tasks_per_meta_step, ranks.task_world)
-    generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
-    tasks = [family.sample(generator) for generator in generators]
-    optimizees = Optimizees(rule, tasks, generators, stacked=family.stackable)
-    options = _estimator_options(recipe, ranks, epoch, run)
-    plan = plan_of_run(recipe, seeded(recipe.seed, "plan", epoch, run))
-    total, done = 0.0, 0
-    unrolls = sum(learns for _, learns in plan)
-    runs_before = (epoch - 1) * recipe.runs_per_epoch + run
-    for steps, learns in plan:
-        if not learns:
-            for _ in range(steps):
-                total += optimizees.advance(rule).mean().item()
-            continue
-        meta = ESTIMATORS[recipe.estimator](rule, optimizees, steps, options)
-        packed = torch.cat([g.flatten() for g in meta.grads] + [meta.losses.mean(1).sum()[None]])
-        if ranks.task_world > 1:
-            dist.all_reduce(packed)
-            packed /= ranks.task_world
-        if not torch.isfinite(packed).all():
-            # Averaging it in would poison the weights, and the optimizee will not recover.
-            return math.inf, 1
-        unroll_loss = packed[-1].item()
-        total += unroll_loss
-        if recipe.relative_loss:
-            packed /= max(unroll_loss / steps, SMALLEST_LOSS)
-        every = recipe.epochs * recipe.runs_per_epoch * unrolls
-        meta_optimizer.step(packed[:-1], (runs_before * unrolls + done) / every)
-        done += 1
-    # Per horizon, so that runs of different lengths compare.
-    return total * recipe.horizon / sum(steps for steps, _ in plan), 0
-
-
-def _estimator_options(recipe: Recipe, ranks: Ranks, epoch: int, run: int) -> EstimatorOptions:
-    """Of one run; their generator goes on from unroll to unroll."""
-    return EstimatorOptions(
-        coordinates=recipe.coordinates,
-        generator=seeded(recipe.seed, "coordinates", epoch, run, ranks.task_rank),
-        sampling=recipe.sampling,
-        pairs=recipe.pairs,
-        sigma=recipe.sigma,
-        rank=ranks.rank,
-        world=ranks.world,
-    )
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

@@ -117,20 +117,18 @@ class Validator:
         self._adamw: float | None = None
 
     @torch.no_grad()
-    def mean(self, rule: UpdateRule, report: Report | None = None, alone: bool = False) -> float:
+    def mean(self, rule: UpdateRule, report: Report | None = None) -> float:
         """Mean summed loss over the validation runs, infinite if it is not finite.
 
         Args:
             rule: whose.
-            report: told ``("validation", runs done, runs in all)``.
-            alone: make all runs here, and none on other ranks, which need not take part.
+            report: told how far it is.
         """
-        shared = self.world > 1 and not alone
-        seeds = self.seeds[self.rank :: self.world] if shared else self.seeds
+        seeds = self.seeds[self.rank :: self.world]
         sums = self.sums(rule, self.family, seeds, "validation", report).double()
         geometric = self.recipe.validation_mean == "geometric"
         total = (sums.log() if geometric else sums).sum()
-        if shared:
+        if self.world > 1:
             dist.all_reduce(total)
         mean = total.item() / len(self.seeds)
         if not math.isfinite(mean):
@@ -152,7 +150,7 @@ class Validator:
             family: of the optimizees.
             seeds: of the runs.
             what: what ``report`` is told they are for.
-            report: told ``(what, runs done, runs in all)``.
+            report: told how far it is.
         """
         if not seeds:
             return torch.zeros(0)
@@ -178,7 +176,7 @@ class Validator:
 
         Args:
             folder: where.
-            report: told ``("AdamW", runs done, runs in all)``.
+            report: told how far it is.
 
         Raises:
             ValueError: the file is damaged.
@@ -241,4 +239,4 @@ def _counted(
     """Reports of runs done, given how many were done before these."""
     if report is None:
         return None
-    return lambda done: report(what, before + done, total)
+    return lambda done: report(f"{what} {before + done}/{total}")

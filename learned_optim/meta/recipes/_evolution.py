@@ -33,7 +33,7 @@ _AT_LEAST = {
 class EvolutionRecipe:
     """What to meta-train by antithetic evolution strategies, and how.
 
-    See :class:`~learned_optim.meta.evolution.EvolutionTrainer`.
+    See :mod:`learned_optim.meta.whole_runs`.
     """
 
     rule: RuleConfig
