@@ -11,7 +11,7 @@ import torch
 
 from learned_optim.checkpoint import FORMAT, as_json
 from learned_optim.rules import UpdateRule
-from learned_optim.summary import curve_file, markdown, plot
+from learned_optim.summary import markdown
 
 
 def model_card(
@@ -143,7 +143,7 @@ def _results(record: dict[str, Any], evaluation: dict[str, Any] | None, curves: 
     if evaluation is not None:
         # The report's headings go one level down, under the card's own.
         parts.append(re.sub(r"^#", "##", markdown(evaluation).strip(), flags=re.MULTILINE))
-    parts += [f"![Learning curves: {Path(curve).stem}]({curve})" for curve in curves]
+    parts += [f"![{Path(curve).stem}]({curve})" for curve in curves]
     behind = (record.get("behind_adamw") or {}).get("average")
     if isinstance(behind, dict) and _is_number(behind, "mean"):
         parts.append(
@@ -182,8 +182,8 @@ def _tested_horizon(record: dict[str, Any]) -> int | None:
 def _limits(rule: UpdateRule, record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     unknown = "an unknown number of"
     trained = f"up to {rule.trained_steps:,}" if rule.trained_steps else unknown
-    horizons = evaluation["protocol"]["horizons"] if evaluation else []
-    longest = max([*horizons, _tested_horizon(record) or 0])
+    steps = [entry["steps"] for entry in evaluation["tasks"].values()] if evaluation else []
+    longest = max([*steps, _tested_horizon(record) or 0])
     tested = f"{longest:,}" if longest else unknown
     state = rule.init_state(torch.zeros(64, 64)).values()
     size = sum(entry.numel() * entry.element_size() for entry in state if entry.dim() > 1) / 64**2
@@ -199,12 +199,3 @@ def _limits(rule: UpdateRule, record: dict[str, Any], evaluation: dict[str, Any]
     if not rule.zero_preserving:
         rows.append("- Parameters whose gradient stays exactly zero still drift.")
     return "\n".join(rows)
-
-
-def plot_curves(evaluation: dict[str, Any], folder: Path) -> list[str]:
-    """Learning curves of every task at the longest horizon as PNGs in ``folder``; their names."""
-    horizon = max(evaluation["protocol"]["horizons"])
-    names = {task: curve_file(task, horizon) for task in evaluation["tasks"]}
-    for task, name in names.items():
-        plot(evaluation, task, horizon, folder / name)
-    return list(names.values())

@@ -13,11 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from learned_optim._card import model_card, plot_curves
+from learned_optim._card import model_card
 from learned_optim._download import CHECKPOINT_FILE, CONFIG_FILE, is_hub_id
 from learned_optim.checkpoint import FORMAT, FORMAT_VERSION, save_rule
 from learned_optim.pretrained import load_record, load_rule
 from learned_optim.rules import UpdateRule
+from learned_optim.summary import draw
 
 CARD_FILE = "README.md"
 
@@ -81,7 +82,7 @@ def push_to_hub(
             "fingerprint": rule.fingerprint(),
         }
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        curves = plot_curves(evaluation, folder) if evaluation else []
+        curves = draw(evaluation, folder) if evaluation else []
         card = model_card(
             rule, repo, record=record, evaluation=evaluation, curves=curves, license=license
         )

@@ -1,4 +1,4 @@
-"""An evaluation's summary as Markdown tables and learning-curve plots.
+"""An evaluation's summary as Markdown tables and plots.
 
 A summary is plain data, as ``learned-optim evaluate`` writes it into ``summary.json``; nothing
 here knows of tasks or optimizers. The evaluation's report and the Hub's model card are drawn with
@@ -8,128 +8,22 @@ it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from learned_optim.checkpoint import write_text
 
 #: Colours of Okabe and Ito (2008), told apart by readers with any colour vision.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 
-#: Beside a learning rate in tables and legends.
-MARKS = {
-    "†": "the learning rate that was best on the tuning seeds diverged on a test seed: this is "
-    "the next best that does not",
-    "‡": "at the edge of the grid of learning rates: beyond it there may be a better one",
-}
+#: Most tasks whose figures are printed one by one, and whose curves are drawn.
+FEW = 8
+
+EDGE = "‡: at the edge of the grid of learning rates; beyond it there may be a better one."
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """The tables: one overview per horizon, then the figures of every task."""
-    protocol = summary["protocol"]
-    seeds = f"{protocol['seeds']} test seeds, learning rates tuned on {protocol['tuning_seeds']}"
-    parts = [f"Mean ± half the 95 % interval; {seeds} others."]
-    parts += [f"{mark} {meaning}." for mark, meaning in MARKS.items() if mark in _marks(summary)]
-    for horizon in protocol["horizons"]:
-        parts.append(f"## Summed loss over {horizon:,} steps\n\n" + _overview(summary, horizon))
-    for task, entry in summary["tasks"].items():
-        parts.append(
-            f"## {task}\n\n" + "\n\n".join(_detail(h, v) for h, v in entry["horizons"].items())
-        )
-    return "\n\n".join(parts) + "\n"
-
-
-def brief(summary: dict[str, Any]) -> str:
-    """A row per task, horizon and optimizer, narrow enough for a terminal."""
-    parts = []
-    for horizon in summary["protocol"]["horizons"]:
-        rows = []
-        for task, entry in summary["tasks"].items():
-            cell = entry["horizons"][str(horizon)]
-            for name, row in cell["optimizers"].items():
-                ratio = ratio_text(row.get("ratio")) if row["kind"] == "learned" else ""
-                mark = " (best)" if name == cell["best_baseline"] else ""
-                rows.append([task, name + mark, lr_text(row), _sum(row), ratio])
-        head = ["task", "optimizer", "lr", "summed loss", "over the best baseline's"]
-        parts.append(f"Summed loss over {horizon:,} steps:\n\n" + table(head, rows))
-    return "\n\n".join(parts) + "\n"
-
-
-def _marks(summary: dict[str, Any]) -> set[str]:
-    """The marks that some learning rate of a summary carries."""
-    cells = [cell for task in summary["tasks"].values() for cell in task["horizons"].values()]
-    rows = [row for cell in cells for row in cell["optimizers"].values()]
-    rows += [row["tuned_by_final"] for row in rows if "tuned_by_final" in row]
-    return {mark for row in rows for mark in lr_text(row)} & set(MARKS)
-
-
-def _names(summary: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Learned optimizers and baselines, in the order they were asked for."""
-    protocol = summary["protocol"]
-    return list(protocol["checkpoints"]), list(protocol["baselines"])
-
-
-def _overview(summary: dict[str, Any], horizon: int) -> str:
-    learned, baselines = _names(summary)
-    head = ["task", *learned, *(f"{name} / best baseline" for name in learned), *baselines]
-    rows = []
-    for task, entry in summary["tasks"].items():
-        cell = entry["horizons"][str(horizon)]
-        rows.append(
-            [
-                task,
-                *(_sum(cell["optimizers"][name]) for name in learned),
-                *(ratio_text(cell["optimizers"][name].get("ratio")) for name in learned),
-                *(
-                    _with_lr(cell["optimizers"][name], name == cell["best_baseline"])
-                    for name in baselines
-                ),
-            ]
-        )
-    return table(head, rows)
-
-
-def _detail(horizon: str, cell: dict[str, Any]) -> str:
-    """All figures of one task at one horizon."""
-    optimizers = cell["optimizers"]
-    tests = sorted({name for row in optimizers.values() for name in row.get("test", {})})
-    long = any("worst_after_1000" in row for row in optimizers.values())
-    head = ["optimizer", "lr", "summed loss", "last 10 steps", "lr by last 10", "last 10 so tuned"]
-    head += [f"test {name}" for name in tests]
-    head += ["worst mean of ten after step 1,000"] * long
-    best = cell.get("best_final_baseline")
-    head += ["ms per step", f"steps to last 10 so tuned of {best}" if best else "steps"]
-    rows = []
-    for name, row in optimizers.items():
-        final = row.get("tuned_by_final")
-        rows.append(
-            [
-                f"**{name}**" if row["kind"] == "learned" else name,
-                lr_text(row),
-                _sum(row),
-                value_text(row["last"], 3),
-                lr_text(final) if final else "",
-                value_text(final["last"], 3) if final else "",
-                *(value_text(row["test"].get(test), 3) for test in tests),
-                *([value_text(row.get("worst_after_1000"), 3)] * long),
-                value_text(row.get("milliseconds_per_step"), 2),
-                _steps(row),
-            ]
-        )
-    return f"{int(horizon):,} steps\n\n" + table(head, rows)
-
-
-def _sum(row: dict[str, Any]) -> str:
-    """The summed loss, or on how many seeds the optimizer diverged."""
-    count = row.get("diverged", 0)
-    return f"{count} diverged" if count else value_text(row["sum"])
-
-
-def _steps(row: dict[str, Any]) -> str:
-    if "steps_to_best" not in row:
-        return ""
-    if row["steps_to_best"] is None:
-        return "never"
-    seconds = row.get("seconds_to_best")
-    return f"{row['steps_to_best']:,.0f}" + (f" ({seconds:.2g} s)" if seconds else "")
+# ---- tables
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -153,14 +47,8 @@ def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
     return mean if interval["half"] is None else f"{mean} ± {interval['half']:.{digits}f}"
 
 
-def lr_text(row: dict[str, Any]) -> str:
-    """The learning rate of a summary's row, with those of :data:`MARKS` that apply."""
-    replaced = row.get("tuned_lr", row["lr"]) != row["lr"]
-    return f"{row['lr']:g}" + "†" * replaced + "‡" * row.get("lr_at_edge", False)
-
-
 def ratio_text(ratio: dict[str, Any] | None) -> str:
-    """A ratio with its interval, as ``"0.61 [0.58, 0.64]"``, bold if below 1.
+    """A ratio with its interval, as ``"0.61 [0.58, 0.64]"``, bold if all of it is below 1.
 
     Args:
         ratio: ``mean``, ``low`` and ``high`` of a summary; ``None``, where there was no baseline
@@ -171,82 +59,428 @@ def ratio_text(ratio: dict[str, Any] | None) -> str:
     if ratio["mean"] is None:
         return "diverged"
     text = f"{ratio['mean']:.2f}"
-    if ratio["low"] is not None and ratio["high"] is not None:
-        text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    return f"**{text}**" if ratio["mean"] < 1 else text
+    if ratio["low"] is None or ratio["high"] is None:
+        return text
+    text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"**{text}**" if ratio["high"] < 1 else text
 
 
-def _with_lr(row: dict[str, Any], best: bool) -> str:
-    text = f"{_sum(row)} (lr {lr_text(row)})"
-    return f"**{text}**" if best else text
+def markdown(summary: dict[str, Any]) -> str:
+    """Protocol, the tables over all tasks, and those of every task."""
+    parts = [describe(summary)]
+    if any(by for by in summary["worth"].values()):
+        parts.append("## What one untuned run is worth\n\n" + worth_table(summary))
+    if len(summary["protocol"]["untuned"]) > len(summary["protocol"]["checkpoints"]):
+        parts += [
+            "## Untuned against untuned\n\n" + untuned_table(summary),
+            "Geometric mean of final losses, row over column; below 1 the row is ahead:\n\n"
+            + pairs_table(summary),
+        ]
+    parts += [
+        "## Untuned against tuned\n\n" + tuned_table(summary),
+        "## By task\n\nFinal loss over that of the best tuned rival, which is named with its "
+        "learning rate [95 % interval]:\n\n" + ratios_table(summary),
+    ]
+    parts += [f"### {task}\n\n" + task_table(summary, task) for task in summary["tasks"]]
+    return "\n\n".join(parts) + "\n"
 
 
-def plot(summary: dict[str, Any], task: str, horizon: int, path: Path) -> None:
-    """Learning curves of one task: log loss, learned solid, baselines dashed, 95 % shaded.
+def brief(summary: dict[str, Any]) -> str:
+    """What a terminal shows: a few tasks one by one, or everybody over all of many."""
+    parts = [in_words(summary)]
+    if len(summary["tasks"]) <= FEW:
+        rows = [
+            [
+                task,
+                name,
+                _lr(summary, name, row["lr"]),
+                _or_diverged(row, value_text(row["final"], 4)),
+                value_text(row["test"].get("loss"), 3),
+                value_text(row["sum"]),
+                ratio_text(row.get("ratio")) if name != entry["best_tuned"] else "best tuned",
+            ]
+            for task, entry in summary["tasks"].items()
+            for name, row in entry["optimizers"].items()
+        ]
+        head = ["task", "optimizer", "lr", "final loss", "held-out", "summed", "final / best tuned"]
+    else:
+        head = ["optimizer", "final loss / best tuned", "held-out loss", "best untuned on"]
+        rows = [
+            [
+                name,
+                ratio_text(row.get("ratio")),
+                ratio_text(row.get("test_ratio")),
+                f"{summary['profiles']['untuned'][name][0]:.0%}"
+                if name in summary["profiles"]["untuned"]
+                else "",
+            ]
+            for name, row in summary["overall"].items()
+        ]
+    return "\n\n".join(part for part in (*parts, table(head, rows), _skipped(summary)) if part)
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """What was run, in a paragraph, and who could not take part."""
+    protocol = summary["protocol"]
+    by = "summed" if protocol["tune_by"] == "sum" else "final"
+    tier = " of the quick tier" if protocol["quick"] else ""
+    seeds = _counted(protocol["seeds"], "test seed")
+    text = (
+        f"{_counted(len(summary['tasks']), 'task')}{tier}, {seeds}, learning rates of tuned rivals "
+        f"chosen from {', '.join(f'{lr:g}' for lr in protocol['lr_grid'])} by the {by} loss on "
+        f"{protocol['tuning_seeds']} other. The final loss is the mean over the last 5 % of the "
+        f"steps. Means over tasks are geometric, of ratios cut off at 1/10 and 10; a run that "
+        f"diverged counts as 10. Bold: the whole 95 % interval is below 1. Times are processor "
+        f"time of one thread. {EDGE}"
+    )
+    return "\n\n".join(part for part in (text, _skipped(summary)) if part)
+
+
+def worth_table(summary: dict[str, Any]) -> str:
+    """Of how many tuned runs an untuned one equals the best, by group of tasks."""
+    rows = []
+    for name, rivals in summary["worth"].items():
+        for rival, groups in rivals.items():
+            for group, found in groups.items():
+                last = {end: found[end][-1] for end in ("mean", "low", "high")}
+                rows.append([_name(summary, name), rival, group, str(found["tasks"]),
+                             _equals(found), ratio_text(last)])  # fmt: skip
+    head = ["one run of", "rival", "tasks", "number", "equals the best of", "best of all over it"]
+    return table(head, rows)
+
+
+def untuned_table(summary: dict[str, Any]) -> str:
+    """Everything untuned: how often best, how near the best, and what it costs."""
+    profile, factors = summary["profiles"]["untuned"], summary["profiles"]["factors"]
+    at = [max(i for i, f in enumerate(factors) if f <= x + 1e-9) for x in (1.0, 1.1, 2.0)]
+    head = ["optimizer", "best on", "within 1.1 times the best", "within 2 times", "diverged",
+            "stalled", "optimizer ms per step", "state, MB over all tasks"]  # fmt: skip
+    rows = [
+        [
+            _name(summary, name),
+            *(f"{profile[name][i]:.0%}" for i in at),
+            *_costs(summary["overall"][name]),
+        ]
+        for name in summary["protocol"]["untuned"]
+    ]
+    return table(head, rows)
+
+
+def tuned_table(summary: dict[str, Any]) -> str:
+    """Everybody against the best tuned rival of each task."""
+    if not any("ratio" in row for row in summary["overall"].values()):
+        return "No tuned rival took part."
+    head = ["optimizer", "final loss / best tuned [95 %]", "held-out loss", "summed loss",
+            "at most the tuned one's", "within 5 %", "reaches it on", "share of its steps",
+            "share of its time", "diverged", "stalled", "optimizer ms per step",
+            "state, MB over all tasks"]  # fmt: skip
+    rows = [
+        [
+            _name(summary, name),
+            *(ratio_text(row[ratio]) for ratio in ("ratio", "test_ratio", "sum_ratio")),
+            *(f"{row[c]} of {row['tasks']}" for c in ("at_most_tuned", "within_5_percent")),
+            f"{row['reached']} of {row['tasks']}",
+            *(
+                "never" if row[share] is None else f"{row[share]:.0%}"
+                for share in ("step_share_to_target", "second_share_to_target")
+            ),
+            *_costs(row),
+        ]
+        for name, row in summary["overall"].items()
+    ]
+    return table(head, rows)
+
+
+def pairs_table(summary: dict[str, Any]) -> str:
+    """Learned optimizers (rows) against every other one, untuned and tuned (columns)."""
+    pairs, protocol = summary["untuned_pairs"], summary["protocol"]
+    learned, names = list(protocol["checkpoints"]), (*protocol["untuned"], *protocol["tuned"])
+    others = [other for other in names if any(other in pairs[name] for name in learned)]
+    rows = [
+        [_name(summary, name), *(ratio_text(pairs[name].get(other)) for other in others)]
+        for name in learned
+    ]
+    head = [f"{other}, tuned" if other in protocol["tuned"] else other for other in others]
+    return table(["", *head], rows)
+
+
+def ratios_table(summary: dict[str, Any]) -> str:
+    """Per task, everybody's final loss over the best tuned rival's."""
+    names = list(summary["overall"])
+    rows = []
+    for task, entry in summary["tasks"].items():
+        best, optimizers = entry["best_tuned"], entry["optimizers"]
+        rival = f"{best} ({_lr(summary, best, optimizers[best]['lr'])})" if best else "none"
+        cells = [
+            _or_diverged(row, ratio_text(row.get("ratio")))
+            + (f" ({row['stalled']} stalled)" if row["stalled"] else "")
+            for row in (optimizers[name] for name in names)
+        ]
+        rows.append([task, f"{entry['steps']:,}", rival, *cells])
+    return table(["task", "steps", "best tuned rival", *names], rows)
+
+
+def task_table(summary: dict[str, Any], task: str) -> str:
+    """All figures of one task."""
+    entry = summary["tasks"][task]
+    tests = sorted({name for row in entry["optimizers"].values() for name in row["test"]})
+    head = ["optimizer", "lr", "final loss", *(f"held-out {t}" for t in tests), "summed loss",
+            "steps to the tuned one's final loss", "seconds", "ms per step", "of it the optimizer",
+            "state, kB"]  # fmt: skip
+    rows = []
+    for name, row in entry["optimizers"].items():
+        steps, seconds = row.get("steps_to_target"), row.get("seconds_to_target")
+        rows.append(
+            [
+                _name(summary, name),
+                _lr(summary, name, row["lr"]),
+                _or_diverged(row, value_text(row["final"], 4)),
+                *(value_text(row["test"].get(test), 4) for test in tests),
+                value_text(row["sum"]),
+                f"{steps:,.0f}" if steps else "never",
+                f"{seconds:.2g}" if seconds else "never",
+                value_text(row["milliseconds_per_step"], 2),
+                value_text(row["optimizer_milliseconds"], 2),
+                f"{row['state_bytes'] / 1000:,.0f}",
+            ]
+        )
+    return f"{entry['steps']:,} steps\n\n" + table(head, rows)
+
+
+def in_words(summary: dict[str, Any]) -> str:
+    """Per learned optimizer, what the tables say; ahead and behind are what intervals carry."""
+    protocol, overall = summary["protocol"], summary["overall"]
+    lines = []
+    for name in protocol["checkpoints"]:
+        pairs, row = summary["untuned_pairs"][name], overall[name]
+        text = f"- `{name}`, untuned:"
+        others = [other for other in protocol["untuned"] if other in pairs]
+        ahead = [o for o in others if pairs[o]["high"] is not None and pairs[o]["high"] < 1]
+        behind = [o for o in others if pairs[o]["low"] is not None and pairs[o]["low"] > 1]
+        level = [o for o in others if o not in ahead + behind]
+        groups = (("ahead of", ahead), ("level with", level), ("behind", behind))
+        said = [f"{where} {', '.join(group)}" for where, group in groups if group]
+        if said:
+            text += f" {', '.join(said)} in the geometric mean of final losses."
+        if row.get("ratio"):
+            text += (
+                f" Its final loss is {row['ratio']['mean']:.2f} times the best tuned rival's, and "
+                f"at most that rival's on {row['at_most_tuned']} of {row['tasks']} tasks."
+            )
+        for rival, found in summary["worth"][name].items():
+            if "all" in found:
+                text += f" One run equals the best of {_equals(found['all'])} {rival} runs."
+        for kind in ("diverged", "stalled"):
+            tasks = [t for t, e in summary["tasks"].items() if e["optimizers"][name][kind]]
+            text += f" It {kind} on {', '.join(tasks)}." if tasks else f" It never {kind}."
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def _skipped(summary: dict[str, Any]) -> str:
+    skipped = summary["protocol"]["skipped"]
+    notes = [f"Without {name}: {why}." for name, why in skipped.items()]
+    return "\n\n".join([f"{len(notes)} left out.", *notes]) if notes else ""
+
+
+def _equals(found: dict[str, Any]) -> str:
+    count = len(found["mean"])
+    return f"more than {count}" if found["equals"] is None else f"{found['equals']:.1f}"
+
+
+def _name(summary: dict[str, Any], name: str) -> str:
+    """A learned optimizer in bold."""
+    return f"**{name}**" if name in summary["protocol"]["checkpoints"] else name
+
+
+def _lr(summary: dict[str, Any], name: str, lr: float) -> str:
+    """A learning rate, marked where it was tuned to an edge of the grid."""
+    grid, tuned = summary["protocol"]["lr_grid"], name in summary["protocol"]["tuned"]
+    return f"{lr:g}" + "‡" * (tuned and lr in (grid[0], grid[-1]))
+
+
+def _or_diverged(row: dict[str, Any], text: str) -> str:
+    return f"{row['diverged']} diverged" if row["diverged"] else text
+
+
+def _costs(row: dict[str, Any]) -> list[str]:
+    """Failures, time and memory of one optimizer over all tasks."""
+    spent = row["optimizer_milliseconds"]
+    return [
+        f"{row['diverged']:.0%}",
+        f"{row['stalled']:.0%}",
+        "" if spent is None else f"{spent:.2f}",
+        f"{row['state_bytes'] / 1e6:.2f}",
+    ]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
+# ---- plots
+
+
+def write_report(summary: dict[str, Any], folder: Path) -> list[Path]:
+    """``table.md`` and the plots in ``folder``; returns what was written."""
+    written = [folder / "table.md"]
+    write_text(written[0], markdown(summary))
+    return written + [folder / name for name in draw(summary, folder)]
+
+
+def draw(summary: dict[str, Any], folder: Path) -> list[str]:
+    """The plots of a summary as PNGs in ``folder``; their names.
+
+    Curves of every task if there are few, the performance profile if there are several, and what
+    an untuned run is worth if there were learned optimizers and tuned rivals.
+    """
+    names = []
+    if len(summary["tasks"]) <= FEW:
+        for task in summary["tasks"]:
+            names.append(f"{task.replace(':', '.')}.png")
+            plot_curves(summary, task, folder / names[-1])
+    if len(summary["tasks"]) > 1:
+        names.append("profile.png")
+        plot_profile(summary, folder / names[-1])
+    if any("all" in found for by in summary["worth"].values() for found in by.values()):
+        names.append("worth.png")
+        plot_worth(summary["worth"], folder / names[-1])
+    return names
+
+
+def plot_curves(summary: dict[str, Any], task: str, path: Path) -> None:
+    """Learning curves of one task: log loss, learned solid, baselines dashed, 95 % shaded."""
+    entry, protocol = summary["tasks"][task], summary["protocol"]
+    curves = {
+        f"{name} (learned)"
+        if name in protocol["checkpoints"]
+        else f"{name} (lr {_lr(summary, name, row['lr'])})": row["curve"]
+        for name, row in entry["optimizers"].items()
+    }
+    draw_curves(curves, path, f"{task}, mean of {_counted(protocol['seeds'], 'seed')}")
+
+
+def draw_curves(curves: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    """Loss by step on a log scale; labels that end in ``(learned)`` are solid.
 
     Args:
-        path: the image to write; its suffix says which kind.
+        curves: ``step``, ``mean`` and ``half`` by label; a curve ends where its mean is ``None``.
+        path: the image; its suffix says which kind.
+        title: of the plot.
     """
+    figure, axes = _axes(title, "step", "training loss")
+    for (label, curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        mean, half = (
+            [math.nan if x is None else x for x in curve[part]] for part in ("mean", "half")
+        )
+        learned = label.endswith("(learned)")
+        axes.plot(
+            curve["step"], mean,
+            color=colour,
+            linestyle="-" if learned else "--",
+            linewidth=2.0 if learned else 1.3,
+            label=label,
+            zorder=3 if learned else 2,
+        )  # fmt: skip
+        # A log axis has no room for an interval that reaches below zero.
+        low = [max(m - h, 0.05 * m) for m, h in zip(mean, half, strict=True)]
+        high = [m + h for m, h in zip(mean, half, strict=True)]
+        axes.fill_between(curve["step"], low, high, color=colour, alpha=0.15, lw=0)
+    positive = [[m for m in curve["mean"] if m and m > 0] for curve in curves.values()]
+    positive = [means for means in positive if means]
+    if positive:
+        # Not the excursions far above the start: they would flatten everything else.
+        low, high = 0.8 * min(map(min, positive)), 2.0 * max(means[0] for means in positive)
+        axes.set_yscale("log")
+        axes.set_ylim(low, min(high, 1.1 * max(map(max, positive))))
+        _plain_numbers(axes.yaxis, (1, 2, 5) if high < 1000 * low else (1,))
+    else:
+        axes.text(0.5, 0.5, "no loss was finite", transform=axes.transAxes, ha="center")
+    _save(figure, axes, path)
+
+
+def plot_profile(summary: dict[str, Any], path: Path) -> None:
+    """Performance profiles over all tasks: learned solid, untuned dashed, tuned dotted."""
+    from matplotlib.ticker import PercentFormatter
+
+    protocol, profiles = summary["protocol"], summary["profiles"]
+    shares = f"share of {len(summary['tasks'])} tasks"
+    figure, axes = _axes("", "final loss, times the smallest of all optimizers", shares)
+    colours = _colours(len(profiles["all"]))
+    for (name, within), colour in zip(profiles["all"].items(), colours, strict=True):
+        learned, tuned = name in protocol["checkpoints"], name in protocol["tuned"]
+        axes.plot(
+            profiles["factors"], within,
+            color=colour,
+            linestyle="-" if learned else ":" if tuned else "--",
+            linewidth=2.4 if learned else 1.3,
+            label=f"{name} (learned)" if learned else f"{name} (tuned)" if tuned else name,
+            zorder=3 if learned else 2,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlim(1, profiles["factors"][-1])
+    axes.set_xticks([1, 1.1, 1.5, 2, 5, 10])
+    _plain_numbers(axes.xaxis)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _save(figure, axes, path)
+
+
+def plot_worth(worth: dict[str, Any], path: Path) -> None:
+    """The best of ``k`` tuned runs relative to one untuned run, for the first learned optimizer.
+
+    Args:
+        worth: the entry of that name of a summary.
+        path: the image; its suffix says which kind.
+    """
+    name, rivals = next(iter(worth.items()))
+    label = f"final loss of their best, times one run of {name}"
+    figure, axes = _axes("", "runs of the rival, at randomly chosen learning rates", label)
+    rivals = {rival: groups["all"] for rival, groups in rivals.items() if "all" in groups}
+    for (rival, found), colour in zip(rivals.items(), _colours(len(rivals)), strict=True):
+        k = range(1, len(found["mean"]) + 1)
+        text = f"{rival}: one run equals the best of {_equals(found)}"
+        axes.plot(k, found["mean"], color=colour, marker="o", markersize=4, label=text)
+        if found["low"][0] is not None:
+            axes.fill_between(k, found["low"], found["high"], color=colour, alpha=0.12, lw=0)
+    axes.axhline(1.0, color="black", linewidth=1.6, label=f"one run of {name}, untuned")
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis, (1, 1.5, 2, 3, 5, 7))
+    _save(figure, axes, path)
+
+
+def _colours(count: int) -> Iterable[Any]:
+    """``count`` different colours."""
+    from matplotlib import colormaps
+
+    if count <= len(COLOURS):
+        return COLOURS[:count]
+    return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    optimizers = summary["tasks"][task]["horizons"][str(horizon)]["optimizers"]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    learned, baselines = _names(summary)
-    for index, name in enumerate([*learned, *baselines]):
-        _draw(axes, name, optimizers[name], COLOURS[index % len(COLOURS)])
-    axes.set_xlim(0, horizon)
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    axes.set_title(f"{task}, mean of {summary['protocol']['seeds']} seeds")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(True, which="both", alpha=0.2)
-    _set_log_axis(axes, optimizers)
-    axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return figure, axes
 
 
-def _draw(axes: Any, name: str, row: dict[str, Any], colour: str) -> None:
-    """One optimizer's curve with its interval; it ends where a seed diverged."""
-    step, mean, half = (
-        [math.nan if x is None else x for x in row["curve"][part]]
-        for part in ("step", "mean", "half")
-    )
-    is_learned = row["kind"] == "learned"
-    axes.plot(
-        step, mean,
-        color=colour,
-        linestyle="-" if is_learned else "--",
-        linewidth=2.0 if is_learned else 1.3,
-        label=f"{name} (learned)" if is_learned else f"{name} (lr {lr_text(row)})",
-        zorder=3 if is_learned else 2,
-    )  # fmt: skip
-    # A log axis has no room for an interval that reaches below zero.
-    low = [max(m - h, 0.05 * m) for m, h in zip(mean, half, strict=True)]
-    high = [m + h for m, h in zip(mean, half, strict=True)]
-    axes.fill_between(step, low, high, color=colour, alpha=0.15, lw=0)
-
-
-def _set_log_axis(axes: Any, optimizers: dict[str, Any]) -> None:
-    """Plain numbers, and a range that shows every curve from its start down."""
+def _plain_numbers(axis: Any, multiples: tuple[float, ...] = ()) -> None:
+    """Ticks of a log axis as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    curves = [[m for m in row["curve"]["mean"] if m] for row in optimizers.values()]
-    curves = [curve for curve in curves if curve]
-    if not curves:  # everything diverged at once
-        axes.text(0.5, 0.5, "no loss was finite", transform=axes.transAxes, ha="center")
-        return
-    axes.set_yscale("log")
-    # Not the excursions far above the start: they would flatten everything else.
-    low, high = 0.8 * min(map(min, curves)), 2.0 * max(curve[0] for curve in curves)
-    top = 1.1 * max(map(max, curves))
-    axes.set_ylim(low, min(high, top))
-    within_three_decades = high < 1000 * low
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if within_three_decades else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if multiples:
+        axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def curve_file(task: str, horizon: int) -> str:
-    """Name of the image of a task's learning curves; ``module:name`` becomes ``module.name``."""
-    return f"{task.replace(':', '.')}-{horizon}.png"
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    # Beside the axes, a legend covers no curve.
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.set_figwidth(10.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

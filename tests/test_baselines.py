@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from learned_optim.meta.baselines import (
+from learned_optim.evaluation.baselines import (
     BASELINES,
     OUTER,
     MuonAdamW,

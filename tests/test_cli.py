@@ -20,7 +20,7 @@ import learned_optim
 from learned_optim import list_pretrained, load_record, load_rule, save_rule
 from learned_optim.cli import ProgressBar, main
 from learned_optim.meta import DataOptions, MetaTrainer, load_recipe
-from learned_optim.meta.baselines import BASELINES
+from learned_optim.evaluation.baselines import BASELINES
 from learned_optim.meta.recipes import recipe_from_json, recipe_schema, recipes
 from learned_optim.meta.tasks import task_names
 from learned_optim.rules import rule_names

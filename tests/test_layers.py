@@ -20,6 +20,7 @@ LAYERS = (
     ("_ambient", "_frozen", "_views"),
     ("_diagnostics", "_group_step", "_groups", "_param_states", "_watch", "optimizer", "trainers"),
     ("meta",),
+    ("evaluation",),
     ("explain",),
     ("cli",),
     ("__main__",),

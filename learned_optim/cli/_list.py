@@ -20,7 +20,7 @@ def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
 
 def run(config: List) -> int:
     """Print the lists."""
-    from learned_optim.meta.baselines import BASELINES
+    from learned_optim.evaluation.baselines import BASELINES
     from learned_optim.meta.recipes import recipe_descriptions
     from learned_optim.meta.tasks import described_families
     from learned_optim.pretrained import ALIASES, list_pretrained

@@ -1,8 +1,7 @@
-"""Meta-training and evaluation of update rules: tasks, meta-gradients, trainer, baselines."""
+"""Meta-training of update rules: tasks, meta-gradients, trainers."""
 
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions, MetaGradient
-from learned_optim.meta.evaluate import EvaluateConfig, Evaluation
 from learned_optim.meta.recipes import EvolutionRecipe, Recipe, load_recipe, recipes
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.tasks import (
@@ -22,8 +21,6 @@ __all__ = [
     "ESTIMATORS",
     "DataOptions",
     "EstimatorOptions",
-    "EvaluateConfig",
-    "Evaluation",
     "EvolutionRecipe",
     "FixedTask",
     "MetaGradient",

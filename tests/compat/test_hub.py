@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import zeros
 
 from learned_optim import model_card, push_to_hub, save_rule
-from learned_optim._card import plot_curves
 from learned_optim.checkpoint import FORMAT_VERSION, content_digest
-from learned_optim.meta import EvaluateConfig, Evaluation
+from learned_optim.evaluation import EvaluateConfig, Evaluation
 from learned_optim.rules import UpdateRule
+from learned_optim.summary import draw
 
 from .common import descending_lstm, make_rule
 from .fake_hub import Files, Hub, serve
@@ -304,22 +304,22 @@ def test_the_card_shows_an_evaluation_with_its_curves(tmp_path: Path) -> None:
         checkpoints=(str(tmp_path / "mine.safetensors"),),
         tasks=("quadratic",),
         baselines=("sgd",),
-        horizons=(10, 20),
+        steps=20,
         seeds=2,
         tuning_seeds=1,
         output=tmp_path / "evaluation",
     )
     summary = Evaluation(config).execute()
-    curves = plot_curves(summary, tmp_path)
-    assert curves == ["quadratic-20.png"]
-    assert (tmp_path / "quadratic-20.png").read_bytes().startswith(b"\x89PNG")
+    curves = draw(summary, tmp_path)
+    assert curves == ["quadratic.png", "worth.png"]
+    assert (tmp_path / "quadratic.png").read_bytes().startswith(b"\x89PNG")
     card = model_card(
         descending_lstm(), "user/mine", record=RECORD, evaluation=summary, curves=curves
     )
-    mean = summary["tasks"]["quadratic"]["horizons"]["20"]["optimizers"]["mine"]["sum"]["mean"]
+    mean = summary["tasks"]["quadratic"]["optimizers"]["mine"]["sum"]["mean"]
     assert f"{mean:.1f} ± " in card
-    assert "### Summed loss over 20 steps" in card
-    assert "![Learning curves: quadratic-20](quadratic-20.png)" in card
+    assert "### Untuned against tuned" in card
+    assert "![quadratic](quadratic.png)" in card
     assert "Trained on runs of 100 steps and tested on runs of 100;" in card
 
 

@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Loss figures of a run are means over this many last steps.
-LAST_STEPS = 10
-
 
 def finite(x: float) -> float | None:
     """JSON has no infinity."""
@@ -70,7 +67,7 @@ def _bootstrapped(values: tuple[Tensor, ...], statistic: Any) -> dict[str, float
     from scipy import stats
 
     data = tuple(v.double().numpy() for v in values)
-    if not all(numpy.isfinite(d).all() for d in data):
+    if not all(len(d) and numpy.isfinite(d).all() for d in data):
         return {"mean": None, "low": None, "high": None}
     mean = float(statistic(*data, axis=-1))
     if len(data[0]) < 2:
@@ -94,6 +91,8 @@ def performance_profile(
     Returns:
         Per solver, one share for each factor.
     """
+    if not values:
+        return {}
     table = torch.tensor(list(values.values()), dtype=torch.float64)  # (solvers, problems)
     best = table.amin(0)
     within = [table <= factor * best for factor in factors]
@@ -108,27 +107,35 @@ def pooled(losses: Sequence[float], stretches: int) -> list[float]:
     return [math.fsum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
-def smooth(losses: Tensor, width: int = LAST_STEPS) -> Tensor:
-    """Running mean over the last ``width`` steps (fewer at the start), same shape."""
+def smooth(losses: Tensor, width: int) -> Tensor:
+    """Running mean over the last ``width`` columns (fewer at the start), same shape."""
     head = losses[:, : width - 1].cumsum(1) / torch.arange(1, width)
     return torch.cat((head, losses.unfold(1, width, 1).mean(2)), dim=1)
 
 
-def curve(losses: Tensor, points: int = 200) -> dict[str, list[float | None]]:
-    """Mean and 95 % interval over the seeds at up to ``points`` steps, for plotting.
+def curve(losses: Tensor, steps: int) -> dict[str, list[float | None]]:
+    """Mean and 95 % interval over the seeds, for plotting.
 
-    Longer runs are averaged over equal stretches of steps first.
+    Args:
+        losses: means over equal stretches of a run, ``(seeds, stretches)``.
+        steps: length of the run.
     """
-    stretch = math.ceil(losses.shape[1] / points)
-    length = losses.shape[1] // stretch * stretch
-    pooled = losses[:, :length].unflatten(1, (-1, stretch)).mean(2)  # (seeds, points)
-    cells = [interval(column) for column in pooled.t()]
+    cells = [interval(column) for column in losses.t()]
     return {
-        "step": [float(i * stretch + (stretch - 1) / 2) for i in range(pooled.shape[1])],
-        "mean": [short(c["mean"]) for c in cells],
-        "half": [short(c["half"]) for c in cells],
+        "step": [(i + 0.5) * steps / len(cells) for i in range(len(cells))],
+        "mean": [_short(c["mean"]) for c in cells],
+        "half": [_short(c["half"]) for c in cells],
     }
 
 
-def short(x: float | None) -> float | None:
-    return None if x is None else float(f"{x:.5g}")
+def best_of(values: Sequence[float], k: int) -> float:
+    """Expected minimum of ``k`` different ones of ``values``, exact over all subsets."""
+    ordered, n = sorted(values), len(values)
+    # The i-th smallest is the minimum of those subsets whose other members are larger.
+    return math.fsum(v * math.comb(n - 1 - i, k - 1) for i, v in enumerate(ordered)) / math.comb(
+        n, k
+    )
+
+
+def _short(x: float | None) -> float | None:
+    return None if x is None else float(f"{x:.4g}")

@@ -1,4 +1,4 @@
-"""The figures of the field, from its runs: plain data, ready for JSON.
+"""The figures of an evaluation, from its runs: plain data, ready for JSON.
 
 Ratios of losses are cut off at 1/10 and 10 before they enter a mean over tasks, so that no single
 task decides it; a run that diverged counts as 10.
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.meta.runs import OptimizerSpec, Run
-from learned_optim.meta.statistics import (
+from learned_optim.evaluation.runs import OptimizerSpec, Run
+from learned_optim.evaluation.statistics import (
+    curve,
     finite,
     geometric_mean,
     interval,
@@ -37,13 +38,8 @@ FACTORS = tuple(10 ** (i / 40) for i in range(41))
 
 def final_loss(run: Run) -> float:
     """Mean loss of a run's last 5 %; infinite if it diverged."""
-    count = _final_count(len(run.losses))
+    count = math.ceil(FINAL_SHARE * len(run.losses))
     return math.fsum(run.losses[-count:]) / count
-
-
-def _final_count(stretches: int) -> int:
-    """How many of a run's last losses are averaged to its final one."""
-    return max(1, math.ceil(FINAL_SHARE * stretches))
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Figures:
         def column(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64)
 
-        names = sorted({"loss", *(name for run in found for name in run.test)})
+        names = sorted({name for run in found for name in run.test})
         missing = {name: math.inf if name == "loss" else math.nan for name in names}
         tests = [{**missing, **run.test} for run in found]
         return Figures(
@@ -89,6 +85,11 @@ class Figures:
             column([run.optimizer_seconds for run in found]) / steps,
             max(run.state_bytes for run in found),
         )
+
+    @property
+    def held_out(self) -> Tensor:
+        """The held-out loss, ``(seeds,)``; infinite where it was not measured."""
+        return self.test.get("loss", torch.full_like(self.final, math.inf))
 
     @property
     def diverged(self) -> Tensor:
@@ -107,16 +108,19 @@ class Figures:
 
         Shape ``(seeds,)``, as ``target``; infinite where it never is.
         """
-        width = _final_count(self.losses.shape[1])
+        width = math.ceil(FINAL_SHARE * self.losses.shape[1])
         reached = smooth(self.losses, width) <= target.unsqueeze(1)
         steps = (reached.int().argmax(1) + 1).double() * self.steps / self.losses.shape[1]
         return torch.where(reached.any(1), steps, math.inf)
 
 
 def summarize(
-    figures: dict[str, dict[str, Figures]], tuned: Sequence[str], untuned: Sequence[str]
+    figures: dict[str, dict[str, Figures]],
+    tuned: Sequence[str],
+    untuned: Sequence[str],
+    by: str = "final",
 ) -> dict[str, Any]:
-    """The summary of a field: per task, over all tasks, and the performance profiles.
+    """The summary of an evaluation: per task, over all tasks, and the performance profiles.
 
     ``untuned_pairs`` has a row for every untuned optimizer, over all others, tuned ones included.
 
@@ -124,12 +128,13 @@ def summarize(
         figures: by task and optimizer.
         tuned: labels of the rivals that were tuned per task.
         untuned: labels of all others.
+        by: the loss that decides which rival is best, ``"final"`` or ``"sum"``.
     """
     tasks, best_tuned = {}, []
     for task, entries in figures.items():
-        best = _best([entries[label] for label in tuned])
+        best = _best([entries[label] for label in tuned], by)
         best_tuned.append(best)
-        rival = _best([entries[label] for label in untuned])
+        rival = _best([entries[label] for label in untuned], by)
         tasks[task] = {
             "steps": next(iter(entries.values())).steps,
             "best_tuned": best.optimizer.label if best else None,
@@ -170,10 +175,12 @@ def ratio(mine: Tensor, theirs: Tensor) -> float:
     return min(max(above / below, 1.0 / LARGEST_RATIO), LARGEST_RATIO)
 
 
-def _best(entries: Sequence[Figures]) -> Figures | None:
-    """The entry with the smallest final loss over the seeds; none if all diverged."""
+def _best(entries: Sequence[Figures], by: str) -> Figures | None:
+    """The entry with the smallest loss over the seeds; none if all diverged."""
     alive = [e for e in entries if not e.diverged.any()]
-    return min(alive, key=lambda e: e.final.mean().item(), default=None)
+    return min(
+        alive, key=lambda e: (e.final if by == "final" else e.losses).mean().item(), default=None
+    )
 
 
 def _row(entry: Figures, best: Figures | None) -> dict[str, Any]:
@@ -185,6 +192,7 @@ def _row(entry: Figures, best: Figures | None) -> dict[str, Any]:
         "final": interval(entry.final),
         "sum": interval(entry.losses.mean(1) * entry.steps),
         "test": {name: interval(values) for name, values in entry.test.items()},
+        "curve": curve(entry.losses, entry.steps),
         "milliseconds_per_step": interval(1000 * entry.step_seconds),
         "optimizer_milliseconds": interval(1000 * entry.optimizer_step_seconds),
         "state_bytes": entry.state_bytes,
@@ -222,7 +230,7 @@ def _overall(entries: Sequence[Figures], best_tuned: Sequence[Figures | None]) -
         row |= {
             "ratio": geometric_mean(ratios),
             "test_ratio": geometric_mean(
-                [ratio(e.test["loss"], best.test["loss"]) for e, best in compared]
+                [ratio(e.held_out, best.held_out) for e, best in compared if best.test]
             ),
             "sum_ratio": geometric_mean(
                 [ratio(e.losses.mean(1), best.losses.mean(1)) for e, best in compared]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -24,14 +24,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from learned_optim.meta.baselines import baseline, make_baseline, mark_outer
+from learned_optim.evaluation.baselines import baseline, make_baseline, mark_outer
+from learned_optim.evaluation.statistics import finite, pooled
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import seeded
-from learned_optim.meta.statistics import finite
 from learned_optim.meta.tasks import Params, TaskFamily, TaskOptions, build_tasks
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.pretrained import checkpoint_path, load_rule
 from learned_optim.rules import UpdateRule, rule_class, rule_names
+
+#: A run's losses are kept as means over at most this many equal stretches of its steps.
+STRETCHES = 100
 
 Progress = Callable[[int, int, str], None]
 
@@ -46,15 +49,17 @@ class OptimizerSpec:
         identity: what its runs are remembered by: a baseline's name, a checkpoint's fingerprint
             (so that a retrained file of the same name is not mistaken for the one evaluated
             before, and a file that was moved is known again).
-        anneals: it is a learned optimizer that anneals to the end of the run that it is told, so
-            that part of a longer run says nothing of a shorter one.
     """
 
     label: str
     kind: Literal["learned", "baseline"]
     source: str
     identity: str
-    anneals: bool = False
+
+    @property
+    def tuned(self) -> bool:
+        """Whether its learning rate is chosen per task."""
+        return self.kind == "baseline" and baseline(self.source).lr is None
 
     def make(self, params: Iterable[Tensor], lr: float, total_steps: int) -> Optimizer:
         """The optimizer itself; ``lr`` multiplies a learned update.
@@ -77,13 +82,10 @@ class OptimizerSpec:
 def learned_optimizer(
     params: Iterable[Tensor], rule: str | UpdateRule, total_steps: int, lr: float = 1.0
 ) -> Optimizer:
-    """A learned optimizer as its rule was trained: without the warm-up that users get.
-
-    It is told the length of the run if its rule reads it.
-    """
+    """A learned optimizer at its defaults, told the length of the run if its rule reads it."""
     loaded = load_rule(rule) if isinstance(rule, str) else rule
     horizon = total_steps if loaded.reads_horizon else None
-    return LearnedOptimizer(params, loaded, lr=lr, warmup=0, total_steps=horizon)
+    return LearnedOptimizer(params, loaded, lr=lr, total_steps=horizon)
 
 
 def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> list[OptimizerSpec]:
@@ -106,7 +108,7 @@ def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> lis
             raise ValueError(f"the checkpoint {given!r} is named like a baseline: give its path")
         path = str(checkpoint_path(given))
         rule = load_rule(path)
-        found.append(OptimizerSpec(label, "learned", path, rule.fingerprint(), rule.reads_horizon))
+        found.append(OptimizerSpec(label, "learned", path, rule.fingerprint()))
     for name in baselines:
         make_baseline(name, [torch.zeros(1)], lr=1.0, total_steps=1)  # fails now if it ever does
         settings = baseline(name).settings
@@ -151,7 +153,8 @@ class Run:
     """The outcome of a :class:`RunSpec`.
 
     Attributes:
-        losses: training loss before each step, ``steps`` numbers; inf from divergence on.
+        losses: training loss before each step, ``steps`` numbers; inf from divergence on. Those
+            in a log are means over at most :data:`STRETCHES` stretches.
         seconds: processor seconds of forward, backward and optimizer steps; drawing batches is
             not counted. Infinite for a run that diverged.
         test: held-out figures after the last step.
@@ -180,7 +183,8 @@ def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | N
         return spec.optimizer.make(params, spec.lr, total_steps)
 
     given = (families or {}).get(spec.task)
-    return train(spec.task, make, spec.phase, spec.seed, spec.steps, data, given)
+    finished = train(spec.task, make, spec.phase, spec.seed, spec.steps, data, given)
+    return replace(finished, losses=pooled(finished.losses, STRETCHES))
 
 
 def train(
@@ -305,14 +309,14 @@ def _number(x: float | None) -> float:
     return math.inf if x is None else x
 
 
-def modules_of_own_rules() -> list[str]:
-    """Modules outside of the package that define rules: workers have to import them, too."""
+def _modules_of_own_rules() -> list[str]:
+    """Modules outside of the package that define rules."""
     modules = {rule_class(name).__module__ for name in rule_names()}
     return sorted(m for m in modules if not m.startswith("learned_optim.") and m != "__main__")
 
 
-def import_modules(modules: list[str]) -> None:
-    """Import, in a worker, what :func:`modules_of_own_rules` found."""
+def _import_modules(modules: list[str]) -> None:
+    """Import, in a worker, what :func:`_modules_of_own_rules` found."""
     for module in modules:
         with suppress(ImportError):  # a rule that no run needs may live in a notebook or a test
             importlib.import_module(module)
@@ -338,8 +342,8 @@ class Runner:
             self._pool = ProcessPoolExecutor(
                 self.workers,
                 mp_context=get_context("spawn"),
-                initializer=import_modules,
-                initargs=(modules_of_own_rules(),),
+                initializer=_import_modules,
+                initargs=(_modules_of_own_rules(),),
             )
         return self
 

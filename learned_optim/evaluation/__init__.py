@@ -1,0 +1,22 @@
+"""Evaluation: learned optimizers, untuned, beside hand-written ones that were tuned."""
+
+from learned_optim.evaluation.baselines import BASELINES, Baseline, make_baseline
+from learned_optim.evaluation.compare import compare
+from learned_optim.evaluation.protocol import EvaluateConfig, Evaluation, measure
+from learned_optim.evaluation.worth import worth
+from learned_optim.summary import brief, markdown, plot_worth, write_report
+
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "EvaluateConfig",
+    "Evaluation",
+    "brief",
+    "compare",
+    "make_baseline",
+    "markdown",
+    "measure",
+    "plot_worth",
+    "worth",
+    "write_report",
+]

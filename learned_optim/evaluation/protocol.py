@@ -1,0 +1,434 @@
+"""The evaluation protocol: learned optimizers, untuned, against hand-written ones.
+
+It asks what a user asks: is an optimizer, untuned, better than AdamW with a warm-up and a cosine
+that was tuned a little, and better than rivals that promise no tuning? Per seed, all optimizers
+start from the same weights and see the same batches. A baseline without a learning rate of its own
+is tuned per task on tuning seeds; the figures come from other seeds. Where the chosen rate
+diverges on one of those, the next best takes its place, in the baseline's favour. Learned
+optimizers run at their defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from learned_optim.checkpoint import write_text
+from learned_optim.evaluation import runs
+from learned_optim.evaluation.baselines import (
+    BASELINES,
+    LR_GRID,
+    baseline,
+    make_baseline,
+    why_missing,
+)
+from learned_optim.evaluation.figures import Figures, final_loss, summarize
+from learned_optim.evaluation.leaks import check_blind
+from learned_optim.evaluation.runs import (
+    MakeOptimizer,
+    OptimizerSpec,
+    Progress,
+    Run,
+    RunLog,
+    Runner,
+    RunSpec,
+    learned_optimizer,
+    train,
+)
+from learned_optim.evaluation.worth import worth_by_group
+from learned_optim.meta import provenance
+from learned_optim.meta.checks import check_family, check_finite
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.seeding import seeded
+from learned_optim.meta.tasks import (
+    Task,
+    TaskFamily,
+    TaskOptions,
+    as_family,
+    build_tasks,
+    field_horizon,
+    field_tasks,
+)
+
+#: Learning rates over which baselines are tuned on the field.
+FIELD_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+#: Rivals that need no tuning, each at its authors' constants.
+UNTUNED = tuple(name for name, found in BASELINES.items() if found.lr is not None)
+#: Rivals that the quick tier leaves out, for they are close relatives of others.
+NOT_QUICK = ("prodigy", "dadapt-adam", "muon-cosine-2e-2", "soap-cosine-3e-3")
+#: Rivals that are tuned per task.
+TUNED = ("adamw-cosine", "adamw-linear", "muon-cosine", "soap-cosine", "schedulefree")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, on what, and how thoroughly."""
+
+    checkpoints: tuple[str, ...] = ("default",)
+    """Shipped names, files or Hub ids of learned optimizers; they run at their defaults."""
+    suite: Literal["short", "field"] = "short"
+    """Usual values of what is not given: the thesis's short runs, or the field of real ones."""
+    tasks: tuple[str, ...] = ()
+    """Names of tasks; quadratic and digits, or the whole field, if not given."""
+    baselines: tuple[str, ...] = ()
+    """Rivals, tuned and untuned; the suite's usual ones if not given."""
+    steps: int = 0
+    """Steps of every run; 100, or the task's own number in the field, if 0."""
+    quick: bool = False
+    """The field's quick tier: fewer steps, seeds and rivals."""
+    seeds: int = 0
+    """Test seeds; 10, or in the field 3 (2 in the quick tier), if 0."""
+    tuning_seeds: int = 0
+    """Seeds on which learning rates are chosen, never those of the test; 3, or 1, if 0."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates of tuned rivals; thirteen in 1e-5 to 10, or seven in 1e-4 to 1e-1."""
+    tune_by: Literal["", "final", "sum"] = ""
+    """The loss that decides: summed in short runs, final in the field, if not given."""
+    output: Path = Path("evaluation")
+    """Folder for the runs, the tables and the plots."""
+    workers: int = 1
+    """Processes; each computes on one thread."""
+    data: DataOptions = field(default_factory=DataOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoints", "tasks", "baselines", "lrs"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} names something twice: {', '.join(map(str, given))}")
+        for name, least in (("steps", 0), ("seeds", 0), ("tuning_seeds", 0), ("workers", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def filled(self) -> EvaluateConfig:
+        """This configuration with the suite's usual values where nothing is given."""
+        if self.suite == "short":
+            usual: dict[str, Any] = {
+                "tasks": ("quadratic", "digits"),
+                "baselines": ("sgd", "nesterov", "rmsprop", "adam"),
+                "steps": 100,
+                "seeds": 10,
+                "tuning_seeds": 3,
+                "lrs": LR_GRID,
+                "tune_by": "sum",
+            }
+        else:
+            left_out = NOT_QUICK if self.quick else ()
+            usual = {
+                "tasks": tuple(field_tasks()),
+                "baselines": tuple(b for b in (*TUNED, *UNTUNED) if b not in left_out),
+                "seeds": 2 if self.quick else 3,
+                "tuning_seeds": 1,
+                "lrs": FIELD_LRS,
+                "tune_by": "final",
+            }
+        return replace(self, **{k: v for k, v in usual.items() if not getattr(self, k)})
+
+    def steps_of(self, task: str) -> int:
+        """Steps of a run of a task.
+
+        Raises:
+            ValueError: it has no stated number of steps.
+        """
+        if self.steps:
+            return self.steps
+        horizon = field_horizon(task)
+        return horizon.quick if self.quick else horizon.steps
+
+
+class Evaluation:
+    """Carries out an :class:`EvaluateConfig`; finished runs are kept in ``output/runs.jsonl``.
+
+    Rivals whose package is missing and tasks whose data is missing are left out and named.
+
+    Args:
+        config: what to run.
+        progress: told ``(runs done, runs in all, what)``; ``what`` has the time left.
+        tasks: tasks of one's own, by the names that ``config.tasks`` has for them. With several
+            workers they must be fit for pickling.
+
+    Raises:
+        ValueError: an unknown task, checkpoint or baseline (the message lists those that exist), a
+            task that cannot be trained or whose images meta-trained a checkpoint, or runs in
+            ``output`` made under other conditions.
+        FileNotFoundError: a checkpoint file is not there, or the data of no task is.
+    """
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        progress: Progress | None = None,
+        *,
+        tasks: Mapping[str, Task | TaskFamily] | None = None,
+    ) -> None:
+        config = config.filled()
+        self._show = progress or (lambda done, total, what: None)
+        self._given = {name: as_family(task) for name, task in (tasks or {}).items()}
+        _check_given(self._given, config)
+        missing = {name: why_missing(name) for name in config.baselines}
+        #: Why rivals and tasks do not take part, by name.
+        self.skipped = {name: why for name, why in missing.items() if why}
+        present = [name for name in config.baselines if name not in self.skipped]
+        self.optimizers = runs.optimizer_specs(config.checkpoints, present)
+        if not self.optimizers:
+            raise ValueError("evaluate needs at least one optimizer whose package is installed")
+        self.steps = {task: config.steps_of(task) for task in config.tasks}
+        for index, task in enumerate(config.tasks):
+            if task not in self._given:
+                self._show(index, len(config.tasks), f"checking {task}")
+                try:
+                    family = build_tasks(task, TaskOptions("evaluation", config.data))
+                except FileNotFoundError as error:
+                    self.skipped[task] = str(error)
+                    continue
+                check_finite(family.sample(seeded("check", task)), task)
+        ready = tuple(task for task in config.tasks if task not in self.skipped)
+        if not ready:
+            raise FileNotFoundError(self.skipped[config.tasks[0]])
+        self.config = config = replace(config, tasks=ready)
+        registered = [task for task in ready if task not in self._given]
+        check_blind(config.checkpoints, registered, config.data)
+        conditions = provenance.conditions(registered, config.data)
+        for name, family in self._given.items():
+            conditions |= provenance.conditions_of_given(name, family)
+        self._conditions = provenance.check(config.output, conditions)
+        self._log = RunLog(config.output / "runs.jsonl")
+        self._planned: list[RunSpec] = []
+
+    def execute(self) -> dict[str, Any]:
+        """Tune, test, and summarize.
+
+        Returns:
+            The summary that :mod:`learned_optim.summary` draws; also in ``summary.json``.
+        """
+        config = self.config
+        provenance.remember(config.output, self._conditions)
+        self._planned = self._specs()
+        perform = partial(runs.run, families=self._given) if self._given else runs.run
+        with Runner(self._log, config.data, config.workers, self._progress, perform) as runner:
+            runner.run_missing(self._planned, "tuning and testing")
+            # Where a tuned learning rate diverges, the next best one is tested too.
+            while tests := self._missing_tests():
+                self._planned = tests
+                runner.run_missing(tests, "testing")
+        summary = self.summary()
+        write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        """Every figure of the finished runs."""
+        config = self.config
+        figures = {
+            task: {
+                optimizer.label: Figures.of(
+                    optimizer,
+                    lr := self._lr(task, optimizer),
+                    self.steps[task],
+                    [self._log.runs[s.key] for s in self._runs(task, optimizer, lr, "test")],
+                )
+                for optimizer in self.optimizers
+            }
+            for task in config.tasks
+        }
+        tuned = [o.label for o in self.optimizers if o.tuned]
+        untuned = [o.label for o in self.optimizers if not o.tuned]
+        protocol = {
+            "suite": config.suite,
+            "quick": config.quick,
+            "checkpoints": {o.label: o.identity for o in self.optimizers if o.kind == "learned"},
+            "tuned": tuned,
+            "untuned": untuned,
+            "skipped": self.skipped,
+            "seeds": config.seeds,
+            "tuning_seeds": config.tuning_seeds,
+            "tune_by": config.tune_by,
+            "lr_grid": list(config.lrs),
+            "torch": torch.__version__.split("+")[0],
+        }
+        summarized = summarize(figures, tuned, untuned, config.tune_by)
+        return {"protocol": protocol, **summarized, "worth": self._worth(figures)}
+
+    def _worth(self, figures: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
+        """What one run of every learned optimizer is worth in runs of every tuned rival."""
+        tuning = {
+            rival.label: {
+                task: [self._tuned_loss(task, rival, lr) for lr in self.config.lrs]
+                for task in figures
+            }
+            for rival in self.optimizers
+            if rival.tuned
+        }
+        found = {}
+        for optimizer in self.optimizers:
+            if optimizer.kind == "learned":
+                mine = {task: row[optimizer.label].final for task, row in figures.items()}
+                losses = {task: final.mean().item() for task, final in mine.items()}
+                found[optimizer.label] = {
+                    rival: worth_by_group(losses, rows) for rival, rows in tuning.items()
+                }
+        return found
+
+    # ---- which runs
+
+    def _specs(self) -> list[RunSpec]:
+        """What can be run at once: tuning runs, and tests of everything untuned.
+
+        The first run of every task comes before the second of any: what is wrong shows early, and
+        the time left is known.
+        """
+        tests = [
+            self._runs(task, optimizer, self._lr(task, optimizer), "test")[seed]
+            for seed in range(self.config.seeds)
+            for optimizer in self.optimizers
+            if not optimizer.tuned
+            for task in self.config.tasks
+        ]
+        tuning = [
+            spec
+            for optimizer in self.optimizers
+            if optimizer.tuned
+            for lr in self.config.lrs
+            for task in self.config.tasks
+            for spec in self._runs(task, optimizer, lr, "tune")
+        ]
+        return tests + tuning
+
+    def _missing_tests(self) -> list[RunSpec]:
+        """All test runs at the learning rates that are chosen now, if one has still to be done."""
+        tests = [
+            spec
+            for optimizer in self.optimizers
+            for task in self.config.tasks
+            for spec in self._runs(task, optimizer, self._lr(task, optimizer), "test")
+        ]
+        return tests if any(s.key not in self._log.runs for s in tests) else []
+
+    def _runs(
+        self, task: str, optimizer: OptimizerSpec, lr: float, phase: Literal["tune", "test"]
+    ) -> list[RunSpec]:
+        seeds = self.config.seeds if phase == "test" else self.config.tuning_seeds
+        steps = self.steps[task]
+        return [RunSpec(task, optimizer, lr, phase, seed, steps) for seed in range(seeds)]
+
+    def _tuned_loss(
+        self, task: str, optimizer: OptimizerSpec, lr: float, by: str = "final"
+    ) -> float:
+        """Mean loss of the tuning runs at a learning rate."""
+        done = [self._log.runs[s.key] for s in self._runs(task, optimizer, lr, "tune")]
+        losses = [final_loss(r) if by == "final" else sum(r.losses) / len(r.losses) for r in done]
+        return sum(losses) / len(losses)
+
+    def _lr(self, task: str, optimizer: OptimizerSpec) -> float:
+        """The learning rate of an optimizer's test runs: its own, or the best that is alive."""
+        if not optimizer.tuned:
+            own = 1.0 if optimizer.kind == "learned" else baseline(optimizer.source).lr
+            assert own is not None
+            return own
+
+        def diverges(lr: float) -> bool:
+            specs = self._runs(task, optimizer, lr, "test")
+            done = [self._log.runs[s.key] for s in specs if s.key in self._log.runs]
+            return any(math.isinf(run.losses[-1]) for run in done)
+
+        by = self.config.tune_by
+        ranked = sorted(self.config.lrs, key=lambda lr: self._tuned_loss(task, optimizer, lr, by))
+        return next((lr for lr in ranked if not diverges(lr)), ranked[0])
+
+    def _progress(self, done: int, total: int, what: str) -> None:
+        self._show(done, total, f"{what}, {self._time_left()} left")
+
+    def _time_left(self) -> str:
+        """An estimate for the planned runs, from the processor time of finished ones.
+
+        A run is taken to be as long as the mean one of the same task and kind of optimizer, or,
+        if there is none yet, as the mean of all.
+        """
+        known: dict[tuple[str, str], list[float]] = {}
+        waiting = []
+        for spec in self._planned:
+            finished, like = self._log.runs.get(spec.key), (spec.task, spec.optimizer.kind)
+            if finished is None:
+                waiting.append(like)
+            elif math.isfinite(finished.seconds):
+                known.setdefault(like, []).append(finished.seconds)
+        if not known:
+            return "unknown time"
+        means = {like: sum(seconds) / len(seconds) for like, seconds in known.items()}
+        usual = sum(means.values()) / len(means)
+        minutes = sum(means.get(like, usual) for like in waiting) / self.config.workers / 60.0
+        return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
+
+
+def _check_given(tasks: Mapping[str, TaskFamily], config: EvaluateConfig) -> None:
+    idle = [name for name in tasks if name not in config.tasks]
+    if idle:
+        raise ValueError(f"tasks has {', '.join(idle)}, which config.tasks does not name")
+    for name, family in tasks.items():
+        check_family(family, name)
+    if config.workers > 1:
+        try:
+            pickle.dumps(tasks)
+        except Exception as error:  # whatever an object of the user's raises
+            raise ValueError(
+                f"workers={config.workers} need tasks that can be sent to other processes, and "
+                f"these cannot ({error}): make them of functions and classes of a module, or set "
+                f"workers=1"
+            ) from error
+
+
+def measure(
+    optimizers: Mapping[str, MakeOptimizer | str],
+    tasks: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    quick: bool = True,
+    data: DataOptions | None = None,
+) -> dict[tuple[str, str, int], float]:
+    """Final training losses of optimizers on the field, in this process, without a log.
+
+    For trying things out; :class:`Evaluation` is the protocol.
+
+    Args:
+        optimizers: by label, functions ``(parameters, total steps) -> optimizer``, or one of
+            ``"baseline:NAME"``, ``"baseline:NAME@LR"`` and a checkpoint's name or file.
+        tasks: names of the field; all of them if not given.
+        seeds: test seeds.
+        quick: take the quick tier's steps.
+        data: where images and texts are.
+
+    Returns:
+        By task, label and seed; infinite for a run that diverged.
+    """
+    config = EvaluateConfig(suite="field", quick=quick)
+    makers = {
+        label: _maker(made) if isinstance(made, str) else made for label, made in optimizers.items()
+    }
+
+    def loss(task: str, label: str, seed: int) -> float:
+        steps = config.steps_of(task)
+        run: Run = train(task, makers[label], "test", seed, steps, data or DataOptions())
+        return final_loss(run)
+
+    return {
+        (task, label, seed): loss(task, label, seed)
+        for task in tasks or field_tasks()
+        for label in makers
+        for seed in seeds
+    }
+
+
+def _maker(text: str) -> MakeOptimizer:
+    """An optimizer of :func:`measure` from its name."""
+    if not text.startswith("baseline:"):
+        return lambda params, total_steps: learned_optimizer(params, text, total_steps)
+    name, _, given = text.removeprefix("baseline:").partition("@")
+    lr = float(given) if given else baseline(name).lr
+    if lr is None:
+        raise ValueError(f"the baseline {name!r} has no learning rate of its own: say {name}@LR")
+    return lambda params, total_steps: make_baseline(name, params, lr, total_steps)

@@ -1,0 +1,824 @@
+"""The evaluation protocol: pairing, tuning, resuming, figures by hand, and the report."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_rule
+
+from learned_optim import LearnedOptimizer, load_rule, save_rule
+from learned_optim.cli import main
+from learned_optim.evaluation import (
+    BASELINES,
+    EvaluateConfig,
+    Evaluation,
+    brief,
+    make_baseline,
+    markdown,
+    runs,
+    write_report,
+)
+from learned_optim.evaluation.baselines import LR_GRID
+from learned_optim.evaluation.figures import Figures, final_loss, ratio, summarize
+from learned_optim.evaluation.protocol import FIELD_LRS
+from learned_optim.evaluation.runs import OptimizerSpec, Run, RunSpec, learned_optimizer
+from learned_optim.evaluation.statistics import (
+    best_of,
+    curve,
+    geometric_mean,
+    interval,
+    median,
+    performance_profile,
+    pooled,
+    ratio_interval,
+    smooth,
+)
+from learned_optim.meta import DataOptions, build_tasks
+from learned_optim.meta.tasks import field_horizon, field_tasks
+from learned_optim.rules import _registry, rule_names
+from learned_optim.rules.classical import AdamConfig, AdamRule
+from learned_optim.summary import ratio_text, table
+
+NOTHING_LEARNED = EvaluateConfig(
+    checkpoints=(), tasks=("quadratic",), baselines=("sgd", "adam"), steps=20, seeds=2,
+    tuning_seeds=1,
+)  # fmt: skip
+FIELD = EvaluateConfig(
+    suite="field", checkpoints=(), tasks=("regression", "matrix-factorization"), quick=True,
+    seeds=2, baselines=("adamw-cosine", "adam-1e-3"),
+)  # fmt: skip
+
+Losses = Callable[[RunSpec], list[float]]
+
+
+@pytest.fixture
+def adam_checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint whose behaviour is known: Adam at lr 0.1 as an update rule."""
+    path = tmp_path / "handmade.safetensors"
+    save_rule(AdamRule(AdamConfig(lr=0.1)), path)
+    return path
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Losses], list[RunSpec]]:
+    """Replaces training by given losses; the list returned fills with the runs asked for."""
+
+    def install(losses: Losses) -> list[RunSpec]:
+        asked: list[RunSpec] = []
+
+        def run(spec: RunSpec, data: DataOptions) -> Run:
+            asked.append(spec)
+            values = losses(spec)
+            good = all(map(math.isfinite, values))
+            test = {"loss": 1.0, "accuracy": 0.75} if good else {}
+            return Run(values, 0.5 if good else math.inf, test, 0.25, 8)
+
+        monkeypatch.setattr(runs, "run", run)
+        return asked
+
+    return install
+
+
+def without_times(summary: Any) -> Any:
+    """A summary less what a clock measured."""
+    if isinstance(summary, dict):
+        clock = ("milliseconds", "seconds", "second_share")
+        return {k: without_times(v) for k, v in summary.items() if not any(c in k for c in clock)}
+    return summary
+
+
+# ---- statistics by hand
+
+
+def test_interval_by_hand() -> None:
+    # Student's t at 97.5 % with 2 degrees of freedom is 4.302653; the deviation of 1, 2, 3 is 1.
+    result = interval(torch.tensor([1.0, 2.0, 3.0]))
+    assert result == {"mean": 2.0, "half": pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)}
+    assert interval(torch.tensor([1.0, math.inf])) == {"mean": None, "half": None}
+
+
+def test_ratio_interval_by_hand() -> None:
+    # Resampling the pairs (1, 1) and (3, 1) gives 1, 2 and 3 with chances 1/4, 1/2 and 1/4.
+    result = ratio_interval(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
+    assert result == {"mean": 2.0, "low": 1.0, "high": 3.0}
+    # Pairing matters: where every pair has the same ratio there is nothing uncertain about it.
+    theirs = torch.tensor([1.0, 10.0, 100.0])
+    result = ratio_interval(0.5 * theirs, theirs)
+    assert result == {k: pytest.approx(0.5) for k in ("mean", "low", "high")}
+    diverged = ratio_interval(torch.tensor([1.0, math.inf]), torch.tensor([1.0, 1.0]))
+    assert diverged["mean"] is None
+
+
+def test_geometric_mean_by_hand() -> None:
+    # Resampling two values gives both ends with a chance of a quarter each.
+    assert geometric_mean([0.5, 2.0]) == {
+        "mean": pytest.approx(1.0), "low": pytest.approx(0.5), "high": pytest.approx(2.0),
+    }  # fmt: skip
+    assert geometric_mean([3.0]) == {"mean": pytest.approx(3.0), "low": None, "high": None}
+    assert geometric_mean([]) == {"mean": None, "low": None, "high": None}
+
+
+def test_small_statistics_by_hand() -> None:
+    assert median(torch.tensor([7.0, 1.0, 3.0, 4.0])) == 3.5
+    # Half of the seeds never got there: so did the median.
+    assert median(torch.tensor([1.0, math.inf, 2.0, math.inf])) == math.inf
+    found = smooth(torch.arange(12.0)[None], 10)[0].tolist()
+    assert found == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.5, 6.5]
+    assert pooled([1.0, 3.0, 5.0, 7.0], 2) == [2.0, 6.0]
+    assert pooled([1.0, 2.0, 3.0, 4.0, 5.0], 2) == [1.5, 4.0]
+    assert pooled([1.0, math.inf], 1) == [math.inf]
+    # Two values 2 apart: t at 1 degree of freedom is 12.7062, and so is half the interval.
+    drawn = curve(torch.tensor([[1.0, 3.0], [3.0, 5.0]]).double(), 20)
+    assert drawn == {"step": [5.0, 15.0], "mean": [2.0, 4.0], "half": [12.71, 12.71]}
+
+
+def test_performance_profile_by_hand() -> None:
+    costs = {"a": [1.0, 4.0, math.inf], "b": [2.0, 1.0, math.inf]}
+    assert performance_profile(costs, [1.0, 2.0, 4.0]) == {
+        "a": pytest.approx([1 / 3, 1 / 3, 2 / 3]),
+        "b": pytest.approx([1 / 3, 2 / 3, 2 / 3]),
+    }
+
+
+def test_best_of_by_hand() -> None:
+    """Pairs of 1, 2, 4 have the minima 1, 1 and 2."""
+    assert [best_of([4.0, 1.0, 2.0], k) for k in (1, 2, 3)] == pytest.approx([7 / 3, 4 / 3, 1.0])
+
+
+def test_ratios_are_cut_off_and_divergence_counts() -> None:
+    one = torch.ones(2)
+    assert ratio(3 * one, 2 * one) == 1.5
+    assert ratio(one, 100 * one) == 0.1
+    assert ratio(torch.tensor([1.0, math.inf]), one) == 10.0
+    assert ratio(one, math.inf * one) == 0.1
+
+
+def figures(label: str, losses: list[float], seconds: float = 1.0) -> Figures:
+    """One seed's figures over 100 steps."""
+    done = Run(losses, seconds if math.isfinite(losses[-1]) else math.inf, {}, 0.5, 64)
+    return Figures.of(OptimizerSpec(label, "baseline", label, label), 0.1, 100, [done])
+
+
+def test_summary_by_hand() -> None:
+    """A rival falls at step 50, another at 25; one stalls, one diverges."""
+    everybody = {
+        "rival": figures("rival", [2.0] * 10 + [1.0] * 10),
+        "fast": figures("fast", [2.0] * 5 + [0.5] * 15, seconds=4.0),
+        "stuck": figures("stuck", [2.0] * 19 + [1.95]),
+        "gone": figures("gone", [2.0] * 10 + [math.inf] * 10),
+    }
+    found = summarize({"t": everybody}, ["rival"], ["fast", "stuck", "gone"])
+    rows = found["tasks"]["t"]["optimizers"]
+    assert found["tasks"]["t"]["best_tuned"] == "rival"
+    assert found["tasks"]["t"]["best_untuned"] == "fast"
+    # The last 5 % of twenty stretches are one; its mean is the final loss.
+    assert final_loss(Run([3.0] * 19 + [1.0], 1.0, {})) == 1.0
+    assert rows["fast"]["ratio"]["mean"] == 0.5
+    assert rows["fast"]["sum"]["mean"] == pytest.approx(100 * (5 * 2.0 + 15 * 0.5) / 20)
+    assert (rows["rival"]["steps_to_target"], rows["fast"]["steps_to_target"]) == (55.0, 30.0)
+    assert rows["fast"]["seconds_to_target"] == pytest.approx(30 * 4.0 / 100)
+    assert rows["stuck"]["steps_to_target"] is None
+    assert (rows["stuck"]["stalled"], rows["stuck"]["diverged"]) == (1, 0)
+    assert (rows["gone"]["stalled"], rows["gone"]["diverged"]) == (0, 1)
+    overall = found["overall"]
+    assert overall["gone"]["ratio"]["mean"] == pytest.approx(10.0)
+    assert (overall["gone"]["diverged"], overall["stuck"]["stalled"]) == (1.0, 1.0)
+    assert overall["fast"]["step_share_to_target"] == pytest.approx(0.3)
+    # In units of the rival's whole run: 30 steps of 40 ms against 100 of 10 ms.
+    assert overall["fast"]["second_share_to_target"] == pytest.approx(1.2)
+    assert found["untuned_pairs"]["stuck"]["fast"]["mean"] == pytest.approx(3.9)
+    profile = found["profiles"]["all"]
+    assert (profile["fast"][0], profile["rival"][0], profile["gone"][-1]) == (1.0, 0.0, 0.0)
+    json.dumps(found, allow_nan=False)
+
+
+def test_state_bytes_by_hand() -> None:
+    param = torch.nn.Parameter(torch.zeros(3, 5))
+    optimizer = torch.optim.Adam([param])
+    assert runs.state_bytes(optimizer) == 0
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert runs.state_bytes(optimizer) == 2 * 15 * 4 + 4  # two moments and the step
+
+
+# ---- the protocol
+
+
+def test_everybody_sees_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Initial parameters and batches depend on phase and seed, never on the optimizer or lr."""
+    seen: dict[tuple[object, ...], list[torch.Tensor]] = {}
+    current: list[torch.Tensor] = []
+
+    class Recording:
+        def __init__(self, task: Any) -> None:
+            self.task = task
+
+        def sample(self, generator: torch.Generator) -> "Recording":
+            return Recording(self.task.sample(generator))
+
+        def init(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+            params = self.task.init(generator)
+            current.extend(p.clone() for p in params.values())
+            return params
+
+        def batch(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+            batch = self.task.batch(generator)
+            current.extend(batch)
+            return batch
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.task, name)
+
+    real = runs.run
+
+    def recorded(spec: RunSpec, data: DataOptions) -> Run:
+        current.clear()
+        result = real(spec, data)
+        seen[spec.optimizer.label, spec.lr, spec.phase, spec.seed] = list(current)
+        return result
+
+    monkeypatch.setattr(
+        runs, "build_tasks", lambda name, options: Recording(build_tasks(name, options))
+    )
+    monkeypatch.setattr(runs, "run", recorded)
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+    config = replace(
+        NOTHING_LEARNED, checkpoints=(str(path),), tasks=("digits-torch",), steps=10,
+        lrs=(0.03, 0.1), tuning_seeds=2, output=tmp_path,
+    )  # fmt: skip
+    Evaluation(config).execute()
+    groups: dict[tuple[object, object], list[list[torch.Tensor]]] = {}
+    for (_, _, phase, seed), record in seen.items():
+        groups.setdefault((phase, seed), []).append(record)
+    assert {key: len(group) for key, group in groups.items() if key[0] == "tune"} == {
+        ("tune", 0): 4, ("tune", 1): 4,
+    }  # fmt: skip
+    assert {label for label, _, phase, _ in seen if phase == "test"} == {"rule", "sgd", "adam"}
+    for group in groups.values():
+        assert len(group[0]) == 4 + 10 * 2  # parameters, then ten batches of images and labels
+        for record in group[1:]:
+            for a, b in zip(record, group[0], strict=True):
+                assert torch.equal(a, b)
+    firsts = [group[0] for group in groups.values()]
+    assert len(firsts) == 4  # two tuning seeds and two test seeds, all different
+    for index, one in enumerate(firsts):
+        for other in firsts[:index]:
+            assert not torch.equal(one[0], other[0])
+            assert not torch.equal(one[4], other[4])
+
+
+def test_a_learned_optimizer_runs_as_its_users_run_it() -> None:
+    """With the defaults of the class, its warm-up included; told the steps if its rule asks."""
+    for name in ("lstm", "horizon"):
+        rule = random_rule(name)
+        made = learned_optimizer([torch.zeros(1)], rule, 700).param_groups[0]
+        told = 700 if rule.reads_horizon else None
+        users = LearnedOptimizer([torch.zeros(1)], rule, total_steps=told).param_groups[0]
+        assert {k: made[k] for k in made if k != "params"} == {
+            k: users[k] for k in users if k != "params"
+        }
+    assert not load_rule("quadratic").reads_horizon
+
+
+def test_the_same_optimizer_twice(monkeypatch: pytest.MonkeyPatch, adam_checkpoint: Path) -> None:
+    """Adam under two names, and as an update rule run like a learned one."""
+    monkeypatch.setitem(BASELINES, "adam-again", BASELINES["adam"])
+    config = replace(
+        NOTHING_LEARNED, checkpoints=(str(adam_checkpoint),), baselines=("adam", "adam-again"),
+        lrs=(0.01, 0.1), output=adam_checkpoint.parent,
+    )  # fmt: skip
+    rows = without_times(Evaluation(config).execute()["tasks"]["quadratic"]["optimizers"])
+    assert rows["adam"] == rows["adam-again"]
+    assert rows["adam"]["lr"] == 0.1
+    assert rows["handmade"]["sum"]["mean"] == pytest.approx(rows["adam"]["sum"]["mean"], rel=1e-4)
+    assert rows["handmade"]["ratio"]["mean"] == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(("by", "lr"), [("sum", 0.3), ("final", 0.01)])
+def test_tuned_lr_is_the_argmin(
+    by: Any, lr: float, scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    """By the sum 0.3 is best on average (not on every seed); by the final loss 0.01 is."""
+
+    def losses(spec: RunSpec) -> list[float]:
+        if spec.lr == 0.3:
+            return [1.0 if spec.seed else 2.0] * 20
+        if spec.lr == 0.01:
+            return [4.0] * 10 + [0.5] * 10
+        return [0.1] * 19 + [math.inf] if spec.lr == 10.0 else [1.8] * 20
+
+    asked = scripted(losses)
+    config = replace(
+        NOTHING_LEARNED, baselines=("sgd",), tuning_seeds=2, tune_by=by, output=tmp_path
+    )
+    assert Evaluation(config).execute()["tasks"]["quadratic"]["optimizers"]["sgd"]["lr"] == lr
+    tuning = [spec for spec in asked if spec.phase == "tune"]
+    assert sorted({spec.lr for spec in tuning}) == list(LR_GRID)
+    assert len(tuning) == 2 * len(LR_GRID)
+    assert {(s.lr, s.seed) for s in asked if s.phase == "test"} == {(lr, 0), (lr, 1)}
+
+
+def test_grid_is_one_and_three_times_powers_of_ten() -> None:
+    expected = [m * 10.0**k for k in range(-5, 1) for m in (1, 3)] + [10.0]
+    assert list(LR_GRID) == pytest.approx(expected)
+
+
+def test_protocol_of_the_field(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> None:
+    """Tuning by the final loss, other seeds in the test, the next best where that diverges."""
+
+    def losses(spec: RunSpec) -> list[float]:
+        if spec.optimizer.label == "adam-1e-3":
+            return [2.0] * 10 + [1.0] * 90
+        final = {0.01: 0.5, 0.003: 0.8}.get(spec.lr, 1.5)
+        if spec.lr == 0.01 and (spec.task, spec.phase, spec.seed) == ("regression", "test", 1):
+            final = math.inf
+        return [0.1] * 95 + [final] * 5  # the sum says nothing of the end
+
+    asked = scripted(losses)
+    seen: list[tuple[int, int, str]] = []
+    config = replace(FIELD, output=tmp_path / "out")
+    summary = Evaluation(config, lambda *report: seen.append(report)).execute()
+    tasks = summary["tasks"]
+    assert tasks["matrix-factorization"]["optimizers"]["adamw-cosine"]["lr"] == 0.01
+    assert tasks["regression"]["optimizers"]["adamw-cosine"]["lr"] == 0.003
+    assert tasks["regression"]["optimizers"]["adam-1e-3"]["ratio"]["mean"] == 1 / 0.8
+    assert {s.steps for s in asked if s.task == "regression"} == {field_horizon("regression").quick}
+    tuning = [s for s in asked if s.phase == "tune"]
+    assert sorted({s.lr for s in tuning}) == sorted(FIELD_LRS)
+    assert len(tuning) == 2 * len(FIELD_LRS)
+    # Every task is tried before any is tried again, and the time left is told.
+    assert [s.task for s in asked[:2]] == list(FIELD.tasks)
+    assert "min left" in seen[-1][2]
+    assert seen[0] == (0, 2, "checking regression")
+    # Everything is in the log.
+    asked.clear()
+    assert Evaluation(config).execute() == summary
+    assert asked == []
+    text = markdown(summary)
+    assert "## Untuned against tuned" in text
+    assert "| adamw-cosine (0.003) |" in text
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+
+def test_long_runs_are_kept_short(tmp_path: Path) -> None:
+    evaluation = Evaluation(replace(FIELD, tasks=("regression",), output=tmp_path))
+    adam = next(o for o in evaluation.optimizers if o.label == "adam-1e-3")
+
+    def make(params: list[torch.Tensor], steps: int) -> torch.optim.Optimizer:
+        return adam.make(params, 1e-3, steps)
+
+    long = runs.train("regression", make, "test", 0, 300, DataOptions())
+    short = runs.run(RunSpec("regression", adam, 1e-3, "test", 0, 300), DataOptions())
+    assert (len(long.losses), len(short.losses)) == (300, runs.STRETCHES)
+    assert sum(long.losses) / 300 == pytest.approx(sum(short.losses) / runs.STRETCHES)
+    assert 0.0 < short.optimizer_seconds < short.seconds
+    assert short.state_bytes == 2 * 4 * 385 + 4 * 4
+
+
+def test_usual_values_of_the_suites() -> None:
+    whole, quick = (EvaluateConfig(suite="field", quick=quick).filled() for quick in (False, True))
+    assert whole.tasks == quick.tasks == tuple(field_tasks())
+    assert (whole.seeds, quick.seeds) == (3, 2)
+    assert set(quick.baselines) < set(whole.baselines)
+    tuned = {"adamw-cosine", "adamw-linear", "muon-cosine", "soap-cosine", "schedulefree"}
+    assert {b for b in quick.baselines if BASELINES[b].lr is None} == tuned
+    short = EvaluateConfig().filled()
+    assert (short.tasks, short.steps, short.tune_by) == (("quadratic", "digits"), 100, "sum")
+
+
+# ---- divergence and what is missing
+
+
+def test_diverged_runs_are_infinite() -> None:
+    optimizer = runs.optimizer_specs([], ["sgd"])[0]
+    run = runs.run(RunSpec("quadratic", optimizer, 10.0, "test", 0, 100), DataOptions())
+    first = run.losses.index(math.inf)
+    assert 0 < first < 100
+    assert run.losses[first:] == [math.inf] * (100 - first)
+    assert run.seconds == math.inf
+    assert run.test == {}
+
+
+def test_diverging_runs_count(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> None:
+    scripted(lambda spec: [1.0] * 50 + [math.inf if spec.lr == 1e-3 else 1.0] * 50)
+    config = replace(FIELD, output=tmp_path)
+    summary = Evaluation(config).execute()
+    assert summary["overall"]["adam-1e-3"]["diverged"] == 1.0
+    assert summary["overall"]["adam-1e-3"]["ratio"]["mean"] == pytest.approx(10.0)
+    assert "| 2 diverged |" in markdown(summary)
+    assert "NaN" not in (tmp_path / "runs.jsonl").read_text()
+    # Nobody alive: still a summary, tables and plots that say so.
+    scripted(lambda spec: [math.inf] * 100)
+    everything = Evaluation(replace(config, output=tmp_path / "all")).execute()
+    assert everything["tasks"]["regression"]["best_tuned"] is None
+    assert len(write_report(everything, tmp_path / "all")) == 4
+
+
+def test_rival_without_its_package_and_task_without_its_data(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are named and counted, and the rest goes on."""
+    scripted(lambda spec: [1.0] * 100)
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    config = replace(
+        FIELD, baselines=("adam-1e-3", "prodigy"), tasks=("regression", "char-lm-gru"),
+        data=DataOptions(text=tmp_path / "none.txt"), output=tmp_path,
+    )  # fmt: skip
+    summary = Evaluation(config).execute()
+    assert list(summary["protocol"]["skipped"]) == ["prodigy", "char-lm-gru"]
+    assert list(summary["tasks"]) == ["regression"]
+    for text in (markdown(summary), brief(summary)):
+        assert "2 left out." in text
+        assert "Without prodigy: the baseline 'prodigy' needs its package: pip install" in text
+        assert "Without char-lm-gru: no text file at" in text
+    assert "No tuned rival took part." in markdown(summary)
+    with pytest.raises(ValueError, match="at least one optimizer whose package is installed"):
+        Evaluation(replace(config, baselines=("prodigy",)))
+    with pytest.raises(FileNotFoundError, match=r"no text file at .*none\.txt: --text names"):
+        Evaluation(replace(config, tasks=("char-lm-gru",)))
+
+
+# ---- the log of runs
+
+
+def test_second_evaluation_performs_no_run(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    config = replace(NOTHING_LEARNED, output=tmp_path)
+    first = Evaluation(config).execute()
+    asked = scripted(lambda spec: pytest.fail("a run that is in the log"))
+    assert Evaluation(config).execute() == first
+    assert asked == []
+    with pytest.raises(pytest.fail.Exception):  # more seeds are new runs
+        Evaluation(replace(config, seeds=3)).execute()
+
+
+def test_a_line_cut_short_is_done_again(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    config = replace(NOTHING_LEARNED, output=tmp_path)
+    asked = scripted(lambda spec: [1.0] * 20)
+    first = Evaluation(config).execute()
+    log = tmp_path / "runs.jsonl"
+    whole = log.read_text()
+    log.write_text(whole[:-25])
+    asked.clear()
+    assert Evaluation(config).execute() == first
+    assert [spec.key for spec in asked] == [json.loads(whole.splitlines()[-1])["key"]]
+    # The run done again stands on a line of its own: a third evaluation has nothing to do.
+    asked.clear()
+    Evaluation(config).execute()
+    assert asked == []
+
+
+def test_retrained_checkpoint_is_run_again(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    path = tmp_path / "rule.safetensors"
+    rule = random_rule("lstm")
+    save_rule(rule, path)
+    asked = scripted(lambda spec: [1.0] * 20)
+    config = replace(NOTHING_LEARNED, checkpoints=(str(path),), output=tmp_path / "out")
+    Evaluation(config).execute()
+    before = len(asked)
+    with torch.no_grad():
+        next(rule.parameters()).add_(1e-3)
+    save_rule(rule, path)
+    Evaluation(config).execute()
+    learned = [(s.optimizer.kind, s.phase, s.seed) for s in asked[before:]]
+    assert learned == [("learned", "test", 0), ("learned", "test", 1)]
+    # The same weights in another place are known again.
+    before = len(asked)
+    moved = path.rename(tmp_path / "moved.safetensors")
+    summary = Evaluation(replace(config, checkpoints=(str(moved),))).execute()
+    assert len(asked) == before
+    assert summary["protocol"]["checkpoints"] == {"moved": rule.fingerprint()}
+
+
+def test_checkpoint_replaced_during_its_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+    config = replace(NOTHING_LEARNED, checkpoints=(str(path),), output=tmp_path)
+    evaluation = Evaluation(config)
+    save_rule(AdamRule(), path)
+    with pytest.raises(ValueError, match=r"rule\.safetensors was replaced while it was evaluated"):
+        evaluation.execute()
+
+
+def test_folder_made_under_other_conditions_is_refused(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = scripted(lambda spec: [1.0] * 20)
+    module = tmp_path / "own_tasks_a.py"
+    module.write_text("from learned_optim.meta.tasks.quadratic import FAMILIES\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    texts[0].write_text("abcdefgh " * 100)
+    texts[1].write_text("hgfedcba " * 100 + "?")
+    output = tmp_path / "out"
+    config = replace(NOTHING_LEARNED, output=output)
+    Evaluation(config).execute()
+    kept = json.loads((output / "protocol.json").read_text())
+    assert sorted(kept) == ["learned_optim", "torch"]
+    # More tasks in the same folder: what they depend on comes with them.
+    tasks = ("char-lm-gru", "own_tasks_a:quadratic")
+    more = replace(config, tasks=tasks, data=DataOptions(text=texts[0]))
+    Evaluation(more).execute()
+    kept = json.loads((output / "protocol.json").read_text())
+    assert sorted(kept) == ["learned_optim", "source of own_tasks_a", "text", "torch"]
+    asked.clear()
+    with pytest.raises(ValueError, match=r"out were made under .* \(text: \w+ then, \w+ now\)"):
+        Evaluation(replace(more, data=DataOptions(text=texts[1])))
+    module.write_text(module.read_text() + "# changed\n")
+    with pytest.raises(ValueError, match=r"\(source of own_tasks_a: .* give another --output"):
+        Evaluation(more)
+    # What does not depend on them goes on.
+    Evaluation(replace(config, data=DataOptions(text=texts[1]))).execute()
+    monkeypatch.setattr(torch, "__version__", "1.0.0+cpu")
+    with pytest.raises(ValueError, match=r"\(torch: .* then, 1\.0\.0 now\)"):
+        Evaluation(config)
+    assert asked == []
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_same_figures(adam_checkpoint: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(
+        checkpoints=(str(adam_checkpoint),), tasks=("digits",), baselines=("sgd",), steps=10,
+        seeds=2, tuning_seeds=1, output=tmp_path / "one",
+    )  # fmt: skip
+    one = Evaluation(config).execute()
+    two = Evaluation(replace(config, workers=2, output=tmp_path / "two")).execute()
+    assert without_times(two) == without_times(one)
+
+
+# ---- labels and errors
+
+
+def test_labels(tmp_path: Path) -> None:
+    """A stem where it is unambiguous, else the path as given."""
+    for name in ("a/best", "b/best", "c/rule", "d/adam"):
+        (tmp_path / name).parent.mkdir()
+        save_rule(random_rule("lstm"), tmp_path / f"{name}.safetensors")
+    save_rule(random_rule("lstm"), tmp_path / "folder" / "model.safetensors")
+    given = [str(tmp_path / f"{name}.safetensors") for name in ("a/best", "b/best", "c/rule")]
+    given += [str(tmp_path / "d" / "adam.safetensors"), str(tmp_path / "folder")]
+    found = runs.optimizer_specs(given, ["sgd", "adam"])
+    labels = [given[0], given[1], "rule", given[3], "folder", "sgd", "adam"]
+    assert [c.label for c in found] == labels
+    assert [c.kind for c in found] == ["learned"] * 5 + ["baseline"] * 2
+    assert len({c.identity for c in found}) == 3  # five files of one rule, and two baselines
+
+
+def test_errors_come_before_any_run(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = scripted(lambda spec: pytest.fail("a run before the error"))
+    config = replace(NOTHING_LEARNED, output=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"unknown task 'nonesuch'; known: .*quadratic"):
+        Evaluation(replace(config, tasks=("quadratic", "nonesuch")))
+    with pytest.raises(ValueError, match=r"unknown baseline 'adan'; known: adam, .*sgd"):
+        Evaluation(replace(config, baselines=("sgd", "adan")))
+    with pytest.raises(ValueError, match=r"unknown checkpoint 'nonesuch'; known: "):
+        Evaluation(replace(config, checkpoints=("nonesuch",)))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file at .*gone\.safetensors"):
+        Evaluation(replace(config, checkpoints=(str(tmp_path / "gone.safetensors"),)))
+    field = replace(FIELD, output=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"'mnist' is not of the field.* Known: .*regression"):
+        Evaluation(replace(field, tasks=("mnist",)))
+    (tmp_path / "own_field.py").write_text(
+        "import torch\n"
+        "from learned_optim.meta.tasks import FixedTask, Horizon, ModuleTask\n"
+        "nan = torch.full((4, 1), float('nan'))\n"
+        "broken = ModuleTask(lambda: torch.nn.Linear(1, 1), lambda g: (nan, nan), "
+        "torch.nn.functional.mse_loss)\n"
+        "FAMILIES = {'broken': lambda options: FixedTask(broken)}\n"
+        "FIELD = {'broken': Horizon(1000, 300)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'own_field:broken': the loss is nan at the initial"):
+        Evaluation(replace(field, tasks=("own_field:broken",)))
+    with pytest.raises(ValueError, match=r"'own_field:other' is not of the field.* Known: broken"):
+        Evaluation(replace(field, tasks=("own_field:other",)))
+    assert asked == []
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tuning_seeds": -1}, "tuning_seeds must be at least 0, got -1"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"tasks": ("digits", "digits")}, "tasks names something twice: digits, digits"),
+    ],
+)
+def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(NOTHING_LEARNED, **changes)
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_every_baseline_descends(name: str) -> None:
+    """Half a square from 1: a smaller loss after 50 steps, and first steps by hand."""
+    param = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = make_baseline(name, [param], max(0.1, BASELINES[name].lr or 0.0), 50)
+    for step in range(50):
+        optimizer.zero_grad()
+        (0.5 * param.square().sum()).backward()
+        optimizer.step()
+        if step == 0 and name in ("sgd", "nesterov", "adam"):
+            # SGD moves by lr, Nesterov by lr * (1 + 0.9), Adam's first step is lr whatever g is.
+            moved = {"sgd": 0.1, "nesterov": 0.19, "adam": 0.1}[name]
+            assert param[0, 0].item() == pytest.approx(1.0 - moved, abs=1e-6)
+    assert param.abs().max() < 0.9
+
+
+# ---- reports
+
+
+def test_report(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> None:
+    """Final, held-out and summed loss stand side by side; images have their stated names."""
+    factor = {"rule": 1.0, "sgd": 2.0, "adam": 4.0}
+    scripted(
+        lambda spec: [
+            factor[spec.optimizer.label] * (2.0 * 0.9**t + 0.01 * spec.seed) for t in range(20)
+        ]
+    )
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+    config = replace(
+        NOTHING_LEARNED, checkpoints=(str(path),), tasks=("quadratic", "digits"),
+        output=tmp_path / "out",
+    )  # fmt: skip
+    summary = Evaluation(config).execute()
+    written = write_report(summary, config.output)
+    assert [p.name for p in written] == [
+        "table.md", "quadratic.png", "digits.png", "profile.png", "worth.png",
+    ]  # fmt: skip
+    for image in written[1:]:
+        assert image.read_bytes().startswith(b"\x89PNG")
+    text = brief(summary)
+    assert "- `rule`, untuned: Its final loss is 0.50 times the best tuned rival's" in text
+    assert "One run equals the best of more than 13 sgd runs." in text
+    # Two seeds 0.2 apart in the sum: 20 (1 - 0.9^20) + 0.1 = 17.7, half of it 12.7062 * 0.1.
+    row = next(line for line in text.splitlines() if line.startswith("| quadratic | rule | 1 |"))
+    assert row.endswith("| 1.000 ± 0.000 | 17.7 ± 1.3 | **0.50 [0.50, 0.50]** |")
+    assert any("| quadratic | sgd | 1e-05‡ |" in line for line in text.splitlines())
+    assert max(map(len, text.splitlines()[4:])) <= 120
+
+
+def test_bold_is_what_an_interval_carries() -> None:
+    assert ratio_text({"mean": 0.6, "low": 0.5, "high": 0.7}) == "**0.60 [0.50, 0.70]**"
+    assert ratio_text({"mean": 0.6, "low": 0.3, "high": 1.1}) == "0.60 [0.30, 1.10]"
+    assert ratio_text({"mean": 0.6, "low": None, "high": None}) == "0.60"
+
+
+def test_ahead_and_behind_are_what_intervals_carry(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    """Against one rival the tasks agree, against another they do not."""
+
+    def losses(spec: RunSpec) -> list[float]:
+        mixed = {"regression": 0.5, "matrix-factorization": 3.0}[spec.task]
+        value = {"adam-1e-3": 2.0, "prodigy": mixed, "adamw-cosine-1e-3": 0.5}
+        return [value.get(spec.optimizer.label, 1.0)] * 100
+
+    scripted(losses)
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+    config = replace(
+        FIELD, checkpoints=(str(path),), output=tmp_path,
+        baselines=("adam-1e-3", "prodigy", "adamw-cosine-1e-3"),
+    )  # fmt: skip
+    words = brief(Evaluation(config).execute())
+    assert "ahead of adam-1e-3, level with prodigy, behind adamw-cosine-1e-3 in" in words
+
+
+def test_curves_of_a_plot_have_colours_of_their_own() -> None:
+    from learned_optim.summary import _colours
+
+    for count in (1, 7, 16):
+        assert len({str(colour) for colour in _colours(count)}) == count
+
+
+def test_table() -> None:
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+# ---- the command, with real training
+
+
+@pytest.mark.slow
+def test_documented_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two learned optimizers, one of which is told the steps; from tuning to the last picture."""
+    for name in ("lstm", "horizon"):
+        save_rule(random_rule(name), tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("lstm", "horizon")]
+    command = ["evaluate", "--checkpoints", *files, "--tasks", "digits-torch", "--steps", "10"]
+    command += ["--seeds", "2", "--tuning-seeds", "1", "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "| task | optimizer | lr | final loss | held-out | summed |" in captured.out
+    assert f"wrote {tmp_path / 'out' / 'worth.png'}\n" in captured.out
+    assert "left" in captured.err
+    assert (tmp_path / "out" / "digits-torch.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "checkpoints", "best", "pinned"),
+    [
+        (
+            "quadratic",
+            ("quadratic",),
+            "nesterov",
+            {"quadratic": (1.0, 31.97), "nesterov": (0.01, 41.65), "adam": (0.3, 73.15)},
+        ),
+        ("digits", (), "rmsprop", {"nesterov": (1.0, 98.64), "rmsprop": (0.03, 70.28)}),
+    ],
+)
+def test_pinned_figures(
+    task: str,
+    checkpoints: tuple[str, ...],
+    best: str,
+    pinned: dict[str, tuple[float, float]],
+    tmp_path: Path,
+) -> None:
+    config = EvaluateConfig(
+        checkpoints=checkpoints, tasks=(task,), baselines=("nesterov", "rmsprop", "adam"),
+        steps=50, seeds=2, tuning_seeds=1, output=tmp_path,
+    )  # fmt: skip
+    found = Evaluation(config).execute()["tasks"][task]
+    assert found["best_tuned"] == best
+    for name, (lr, summed) in pinned.items():
+        row = found["optimizers"][name]
+        assert row["lr"] == lr
+        assert row["sum"]["mean"] == pytest.approx(summed, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "task", "lrs", "seeds", "limit"),
+    [
+        ("quadratic", "quadratic", (0.03, 0.1, 0.3, 1.0), 10, 0.6),
+        ("mnist", "mnist", (0.01, 0.03, 0.1), 3, 0.75),  # the half that did not meta-train it
+        ("mnist", "digits", (0.01, 0.03, 0.1), 3, 0.7),
+    ],
+)
+def test_shipped_rules_beat_tuned_adam(
+    checkpoint: str, task: str, lrs: tuple[float, ...], seeds: int, limit: float,
+    tmp_path: Path, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """In the loss summed over 100 steps, as in the thesis."""
+    data = request.getfixturevalue("image_data") if task == "mnist" else DataOptions()
+    config = EvaluateConfig(
+        checkpoints=(checkpoint,), tasks=(task,), baselines=("adam",), lrs=lrs, seeds=seeds,
+        output=tmp_path, data=data,
+    )  # fmt: skip
+    summary = Evaluation(config).execute()
+    rows = summary["tasks"][task]["optimizers"]
+    assert rows["adam"]["lr"] not in (lrs[0], lrs[-1])  # the best lies inside
+    assert summary["overall"][checkpoint]["sum_ratio"]["mean"] < limit
+
+
+OWN_RULE = """
+from dataclasses import dataclass
+from learned_optim.rules import RuleConfig, UpdateRule
+
+@dataclass(frozen=True)
+class OwnConfig(RuleConfig):
+    lr: float = 0.01
+
+class OwnRule(UpdateRule):
+    name = "own-of-the-evaluation"
+    Config = OwnConfig
+
+    def forward(self, grad, state, param, segments, context):
+        return -self.config.lr * grad, {}
+"""
+
+
+def test_workers_know_rules_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of its own: a script is run again."""
+    rule_names()
+    monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
+    (tmp_path / "own_rule_of_the_evaluation.py").write_text(OWN_RULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_rule_of_the_evaluation")
+    save_rule(own.OwnRule(), tmp_path / "own.safetensors")
+    evaluate = [
+        *("-m", "learned_optim", "--rules", "own_rule_of_the_evaluation", "evaluate"),
+        *("--checkpoints", "own.safetensors", "--tasks", "quadratic", "--baselines", "sgd"),
+        *("--steps", "10", "--seeds", "2", "--tuning-seeds", "1", "--workers", "2"),
+    ]
+    found = subprocess.run(
+        [sys.executable, *evaluate], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert "| quadratic | own | 1 |" in found.stdout
