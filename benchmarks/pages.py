@@ -235,31 +235,20 @@ others, and seconds are a part of the test.
 
 
 def groups_table() -> str:
-    """Returns mean ratios of summed losses by group, horizon and checkpoint."""
-    rows, names = [], []
+    """Returns mean ratios of summed losses by group and checkpoint."""
+    found, names = [], []
     for group in results.GROUPS:
         summary = load(RESULTS / f"{group}.json")
-        if summary is None or summary["protocol"].get("suite") == "field":
-            continue
-        names += [n for n in summary["protocol"]["checkpoints"] if n not in names]
-        for horizon in summary["protocol"]["horizons"]:
-            cells = [entry["horizons"][str(horizon)] for entry in summary["tasks"].values()]
-            rows.append((f"{group}, {len(cells)} tasks", f"{horizon:,}", cells))
-    body = [[group, steps, *(_mean_ratio(cells, n) for n in names)] for group, steps, cells in rows]
+        if summary is not None and summary["protocol"]["suite"] == "short":
+            names += [n for n in summary["protocol"]["checkpoints"] if n not in names]
+            found.append((group.removesuffix("-200"), summary))
+    body = []
+    for group, summary in found:
+        steps = next(iter(summary["tasks"].values()))["steps"]
+        ratios = [summary["overall"].get(name, {}).get("sum_ratio") for name in names]
+        means = ["" if ratio is None else f"{ratio['mean']:.2f}" for ratio in ratios]
+        body.append([f"{group}, {len(summary['tasks'])} tasks", f"{steps:,}", *means])
     return table(["group", "steps", *(f"`{name}`" for name in names)], body)
-
-
-def _mean_ratio(cells: list[dict[str, Any]], name: str) -> str:
-    """Returns the geometric mean of ratios; empty where the checkpoint was not run."""
-    if name not in cells[0]["optimizers"]:
-        return ""
-    ratios = [cell["optimizers"][name]["ratio"]["mean"] for cell in cells]
-    finite = [ratio for ratio in ratios if ratio is not None]
-    diverged = f" ({len(ratios) - len(finite)} diverged)" if len(finite) < len(ratios) else ""
-    if not finite:
-        return diverged.strip()
-    mean = math.exp(sum(map(math.log, finite)) / len(finite))
-    return f"{mean:.2f}{diverged}"
 
 
 def thesis_table() -> str:
@@ -270,8 +259,8 @@ def thesis_table() -> str:
         summary = load(RESULTS / f"{group}.json")
         if summary is None:
             continue
-        cell = summary["tasks"][task]["horizons"]["100"]
-        best = cell["best_baseline"]
+        cell = summary["tasks"][task]
+        best = cell["best_tuned"]
         sums = {n: value_text(cell["optimizers"][n]["sum"]) for n in (best, lstm, "coordinatewise")}
         rows.append(
             [task, *published, f"{sums[best]} ({best})", sums[lstm], sums["coordinatewise"]]

@@ -19,30 +19,28 @@ from learned_optim.cli import main as learned_optim
 NETWORKS = "mnist mnist-40 mnist-2layer mnist-relu fashion emnist-letters cifar10"
 FOUR = "sgd nesterov rmsprop adam"
 SHORT = f"--checkpoints {shipped()[0]} coordinatewise"
-UNTUNED = (
-    "adam-1e-3 adamw-cosine-1e-3 nadamw-1.75e-3 schedulefree-2.5e-3 prodigy prodigy-cosine "
-    "dadapt-adam muon-1e-3"
-)
 #: Arguments of `learned-optim evaluate` by group.
 GROUPS = {
-    "field": f"--suite field --checkpoints {shipped()[0]} --seeds 2 "
-    f"--baselines adamw-cosine {UNTUNED}",
-    "field-quick": f"--suite field --quick --checkpoints {shipped()[0]} --seeds 2 "
-    f"--baselines adamw-cosine adamw-linear muon-cosine schedulefree {UNTUNED}",
+    "field": f"--suite field --checkpoints {shipped()[0]} --seeds 2",
+    "field-quick": f"--suite field --quick --checkpoints {shipped()[0]} --seeds 3",
     "thesis": f"{SHORT} mnist --tasks {NETWORKS} "
+    f"--baselines {FOUR} adamw schedulefree",
+    "thesis-200": f"{SHORT} mnist --tasks {NETWORKS} --steps 200 "
     f"--baselines {FOUR} adamw schedulefree",
     "thesis-torch": f"{SHORT} mnist --tasks {NETWORKS.replace(' ', '-torch ')}-torch "
     f"--baselines {FOUR}",
-    "quadratic": f"{SHORT} quadratic --tasks quadratic --baselines {FOUR} --horizons 100 "
+    "thesis-torch-200": f"{SHORT} mnist --tasks {NETWORKS.replace(' ', '-torch ')}-torch "
+    f"--baselines {FOUR} --steps 200",
+    "quadratic": f"{SHORT} quadratic --tasks quadratic --baselines {FOUR} "
     "--seeds 1000 --tuning-seeds 100",
     "perceptrons": f"{SHORT} --tasks fashion-deep fashion-wide fashion-batch16 fashion-batch1024 "
-    f"--baselines {FOUR} --horizons 200 --seeds 5 --tuning-seeds 1",
+    f"--baselines {FOUR} --steps 200 --seeds 5 --tuning-seeds 1",
     "convnets": f"{SHORT} --tasks mnist-cnn mnist-cnn-bn cifar10-cnn cifar10-cnn-bn "
-    f"--baselines {FOUR} --horizons 200 --seeds 5 --tuning-seeds 1",
+    f"--baselines {FOUR} --steps 200 --seeds 5 --tuning-seeds 1",
     "language": f"{SHORT} --tasks char-lm-gru char-lm-transformer "
-    f"--baselines {FOUR} --horizons 200 --seeds 5 --tuning-seeds 1",
+    f"--baselines {FOUR} --steps 200 --seeds 5 --tuning-seeds 1",
     "very-long": f"{SHORT} --tasks mnist mnist-relu "
-    f"--baselines {FOUR} --horizons 10000 --seeds 5 --tuning-seeds 1",
+    f"--baselines {FOUR} --steps 10000 --seeds 5 --tuning-seeds 1",
 }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from learned_optim import LearnedOptimizer, push_to_hub
-from learned_optim.meta import EvaluateConfig, Evaluation, ModuleTask, meta_train
-from learned_optim.meta.report import brief
+from learned_optim.evaluation import EvaluateConfig, Evaluation, brief
+from learned_optim.meta import ModuleTask, meta_train
 
 
 class Network(nn.Module):
@@ -117,7 +117,7 @@ def main() -> None:
         checkpoints=(str(trained.path), "coordinatewise"),  # and one that ships, of the same rule
         tasks=("network",),
         baselines=("adam", "adamw"),
-        horizons=(args.steps,),
+        steps=args.steps,
         seeds=args.seeds,
         tuning_seeds=1,
         output=args.folder / "evaluation",

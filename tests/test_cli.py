@@ -19,8 +19,8 @@ from test_trainer import SMALL
 import learned_optim
 from learned_optim import list_pretrained, load_record, load_rule, save_rule
 from learned_optim.cli import ProgressBar, main
-from learned_optim.meta import DataOptions, MetaTrainer, load_recipe
 from learned_optim.evaluation.baselines import BASELINES
+from learned_optim.meta import DataOptions, MetaTrainer, load_recipe
 from learned_optim.meta.recipes import recipe_from_json, recipe_schema, recipes
 from learned_optim.meta.tasks import task_names
 from learned_optim.rules import rule_names
@@ -384,17 +384,17 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_rule(AdamRule(), path)
     command = [
         "evaluate", "--checkpoints", str(path), "--tasks", "quadratic", "--baselines", "sgd",
-        "--horizons", "10", "--seeds", "2", "--tuning-seeds", "1",
+        "--steps", "10", "--seeds", "2", "--tuning-seeds", "1",
         "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert "| task | optimizer | lr | summed loss | over the best baseline's |" in captured.out
+    assert "| task | optimizer | lr | final loss | held-out | summed |" in captured.out
     written = (tmp_path / "out" / "table.md").read_text()
-    assert "| task | handmade | handmade / best baseline | sgd |" in written
-    assert f"wrote {tmp_path / 'out' / 'quadratic-10.png'}\n" in captured.out
+    assert "| task | steps | best tuned rival | handmade | sgd |" in written
+    assert f"wrote {tmp_path / 'out' / 'quadratic.png'}\n" in captured.out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "protocol.json", "quadratic-10.png", "runs.jsonl", "summary.json", "table.md",
+        "protocol.json", "quadratic.png", "runs.jsonl", "summary.json", "table.md", "worth.png",
     ]  # fmt: skip
     # Again: every run is in the log, and the figures are the same.
     assert main(command) == 0

@@ -1,6 +1,5 @@
 """The evaluation protocol: pairing, tuning, resuming, figures by hand, and the report."""
 
-import importlib
 import json
 import math
 import subprocess
@@ -43,7 +42,6 @@ from learned_optim.evaluation.statistics import (
 )
 from learned_optim.meta import DataOptions, build_tasks
 from learned_optim.meta.tasks import field_horizon, field_tasks
-from learned_optim.rules import _registry, rule_names
 from learned_optim.rules.classical import AdamConfig, AdamRule
 from learned_optim.summary import ratio_text, table
 
@@ -804,21 +802,19 @@ class OwnRule(UpdateRule):
 """
 
 
-def test_workers_know_rules_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_know_rules_of_ones_own(tmp_path: Path) -> None:
     """In processes of its own: a script is run again."""
-    rule_names()
-    monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
     (tmp_path / "own_rule_of_the_evaluation.py").write_text(OWN_RULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    own = importlib.import_module("own_rule_of_the_evaluation")
-    save_rule(own.OwnRule(), tmp_path / "own.safetensors")
     evaluate = [
         *("-m", "learned_optim", "--rules", "own_rule_of_the_evaluation", "evaluate"),
         *("--checkpoints", "own.safetensors", "--tasks", "quadratic", "--baselines", "sgd"),
         *("--steps", "10", "--seeds", "2", "--tuning-seeds", "1", "--workers", "2"),
     ]
-    found = subprocess.run(
-        [sys.executable, *evaluate], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr
+    own = "import own_rule_of_the_evaluation as own"
+    save = f"{own}, learned_optim; learned_optim.save_rule(own.OwnRule(), 'own.safetensors')"
+    for arguments in (["-c", save], evaluate):
+        found = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert found.returncode == 0, found.stderr
     assert "| quadratic | own | 1 |" in found.stdout

@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import learned_optim
 from learned_optim import LearnedOptimizer, load_record, load_rule
+from learned_optim.evaluation import EvaluateConfig, Evaluation
 from learned_optim.meta import (
-    EvaluateConfig,
-    Evaluation,
     FixedTask,
     MetaTrained,
     MetaTrainer,
@@ -506,12 +505,12 @@ def test_evaluation_of_tasks_without_a_name(tmp_path: Path) -> None:
     """The figures of a task handed over are those of the same task by its name."""
     config = EvaluateConfig(
         checkpoints=("coordinatewise",), tasks=("quadratic",), baselines=("adam-1e-3",),
-        horizons=(10,), seeds=2, tuning_seeds=1, output=tmp_path / "named",
+        steps=10, seeds=2, tuning_seeds=1, output=tmp_path / "named",
     )  # fmt: skip
     named = Evaluation(config).execute()
     own = replace(config, output=tmp_path / "own")
     given = Evaluation(own, tasks={"quadratic": build_tasks("quadratic")}).execute()
-    rows = [s["tasks"]["quadratic"]["horizons"]["10"]["optimizers"] for s in (named, given)]
+    rows = [s["tasks"]["quadratic"]["optimizers"] for s in (named, given)]
     for name in ("adam-1e-3", "coordinatewise"):
         assert rows[0][name]["sum"] == rows[1][name]["sum"]
         assert rows[0][name]["lr"] == rows[1][name]["lr"]

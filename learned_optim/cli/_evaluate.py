@@ -21,14 +21,9 @@ def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
 
 def run(config: Any) -> int:
     """Run what is missing and write the report."""
-    # Tables and plots come last: what they need is missed now, not after hours of runs.
-    import matplotlib
-    import scipy
-
     from learned_optim.checkpoint import check_writable
     from learned_optim.evaluation import Evaluation, brief, write_report
 
-    del matplotlib, scipy
     with ProgressBar("evaluation") as show:
         evaluation = Evaluation(config, show)
         check_writable(config.output / "table.md")
