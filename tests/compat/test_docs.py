@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
-from learned_optim import list_pretrained, pretrained, save_rule
-
-from .common import descending_lstm
 from .fake_hub import serve
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,20 +35,9 @@ HERE = [n for n, code in SNIPPETS.items() if not code.startswith(("# torchrun", 
 TORCHRUN = [n for n, code in SNIPPETS.items() if code.startswith("# torchrun")]
 
 
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> Path:
-    """The shipped checkpoints; a stand-in where the page's name is not shipped yet."""
-    if "mnist" in list_pretrained():
-        return pretrained._folder()
-    folder = tmp_path / "pretrained"
-    save_rule(descending_lstm(), folder / "mnist.safetensors")
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", HERE)
-def test_snippet(name: str, checkpoints: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(pretrained, "_folder", lambda: checkpoints)
+def test_snippet(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "snippet"}
     exec(compile(SHARED + SNIPPETS[name], name, "exec"), names)
@@ -61,7 +47,7 @@ def test_snippet(name: str, checkpoints: Path, tmp_path: Path, monkeypatch) -> N
     assert names["losses"][-1] < names["losses"][0]
 
 
-def run(code: str, checkpoints: Path, folder: Path, processes: int, **environment: str) -> None:
+def run(code: str, folder: Path, processes: int, **environment: str) -> None:
     """Run a snippet in processes of its own, set up as torchrun sets them up."""
     script = folder / "snippet.py"
     script.write_text(SHARED + code)
@@ -78,7 +64,7 @@ def run(code: str, checkpoints: Path, folder: Path, processes: int, **environmen
         "WORLD_SIZE": str(processes),
         **environment,
     }
-    command = [sys.executable, "-m", "compat.snippet_runner", str(script), str(checkpoints)]
+    command = [sys.executable, "-m", "compat.snippet_runner", str(script)]
     running = [
         subprocess.Popen(
             command,
@@ -99,15 +85,14 @@ def run(code: str, checkpoints: Path, folder: Path, processes: int, **environmen
 
 
 @pytest.mark.parametrize("name", TORCHRUN)
-def test_snippet_on_two_processes(name: str, checkpoints: Path, tmp_path: Path) -> None:
-    run(SNIPPETS[name], checkpoints, tmp_path, processes=2)
+def test_snippet_on_two_processes(name: str, tmp_path: Path) -> None:
+    run(SNIPPETS[name], tmp_path, processes=2)
 
 
-def test_hub_snippet_against_a_local_hub(checkpoints: Path, tmp_path: Path) -> None:
+def test_hub_snippet_against_a_local_hub(tmp_path: Path) -> None:
     with serve() as hub:
         run(
             SNIPPETS["Hugging Face Hub"],
-            checkpoints,
             tmp_path,
             processes=1,
             HF_ENDPOINT=hub.url,
