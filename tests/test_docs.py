@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from learned_optim.cli import main
+from learned_optim.meta import load_recipe
 from learned_optim.rules import _config, rule_names
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,14 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         line = text.count("\n", 0, block.start("code"))
         # Padded, so that a traceback shows the page's own line.
         exec(compile("\n" * line + block["code"], str(page), "exec"), namespace)
+
+
+def test_recipe_files_load(tmp_path: Path) -> None:
+    found = [block for page in PAGES for block in blocks(page, "toml") if block["file"]]
+    assert found
+    for block in found:
+        (tmp_path / block["file"]).write_text(block["code"])
+        load_recipe(str(tmp_path / block["file"]))
 
 
 def commands() -> list[str]:
