@@ -48,8 +48,9 @@ class GroupStep:
         self._grads = [param.grad for param in self._with_grad]
         self._states = [state[param] for param in self._with_grad]
         self._rule = states.rule
-        # Twice "step": of a single key itemgetter makes no tuple.
-        self._entries_of = itemgetter("step", "step", *self._rule.state_keys)
+        keys = self._rule.state_keys
+        # Of a single key itemgetter makes no tuple.
+        self._entries_of = itemgetter("step", *keys) if keys else (lambda state: (state["step"],))
         self._matrices = [[k for k in self._rule.matrix_state if k in s] for s in self._states]
         self._entries = self._present_entries()
         self._checked: tuple[object, ...] = (None, self, None)  # differs from all values of groups

@@ -19,7 +19,7 @@ from torch import Tensor
 from learned_optim._ambient import outliving_inference_mode
 from learned_optim._frozen import FrozenRule
 from learned_optim._groups import FOREIGN, OWN_KEYS
-from learned_optim._views import dense, local, real, real_shape, shard_like
+from learned_optim._views import dense, has_values, local, real, real_shape, shard_like
 from learned_optim.rules import State, UpdateRule
 from learned_optim.rules._segments import is_sharded
 
@@ -254,12 +254,16 @@ def without_rows(rule: UpdateRule, key: str, value: Any, shape: torch.Size) -> A
 def keep_fitting_matrices(
     rule: UpdateRule, state: dict[str, Any], fresh: State, shape: torch.Size
 ) -> None:
-    """Start those matrices anew that are missing or of another shape than those of ``fresh``."""
+    """Start matrices anew that are missing, of another shape than in ``fresh``, or were zeroed."""
     for key in rule.matrix_state:
         if key not in fresh:
             state.pop(key, None)
             continue
-        value = state.get(key)
-        lost = value is None or (value.dim() > 2 and not len(value))
-        if lost or without_rows(rule, key, value, shape).shape != fresh[key].shape:
-            state[key] = with_rows(fresh[key], shape)
+        value = without_rows(rule, key, state.get(key), shape)
+        if value is None or value.shape != fresh[key].shape or is_zero(value):
+            state[key] = with_rows(fresh[key], shape) if shape[0] else fresh[key]
+
+
+def is_zero(value: Tensor) -> bool:
+    """True if all entries are zero; false where they have no values."""
+    return has_values(value) and not bool(value.any())

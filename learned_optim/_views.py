@@ -65,3 +65,8 @@ def dense(value: Tensor) -> Tensor:
     if value.is_contiguous() or value.movedim(-1, 0).is_contiguous():
         return value
     return value.contiguous()
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for tensors on the meta device and fake ones."""
+    return tensor.device.type != "meta" and not hasattr(tensor, "fake_mode")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learned_optim._groups import SUSPICIOUS_LR
-from learned_optim._views import local
+from learned_optim._views import has_values, local
 from learned_optim._warn import warn
 from learned_optim.rules import State, UpdateRule
 
@@ -142,7 +142,7 @@ class GroupWatch:
     # ---- gradients
 
     def _look_at_gradients(self, grads: Sequence[Tensor]) -> None:
-        own = [grad for grad in map(local, grads) if grad.numel() and _has_values(grad)]
+        own = [grad for grad in map(local, grads) if grad.numel() and has_values(grad)]
         missing = self._has_no_finite_entry(min(own, key=Tensor.numel)) if own else False
         if missing is None:  # the device has not answered yet
             self._next_gradient = self.updates + 1
@@ -183,11 +183,7 @@ def _trained_steps(rule: UpdateRule) -> float | None:
     return found
 
 
-def _has_values(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and not hasattr(tensor, "fake_mode")
-
-
 def _updates_of(states: Sequence[State]) -> int:
     """The most updates that any of these parameters has had."""
-    steps = [state["step"] for state in states if _has_values(state["step"])]
+    steps = [state["step"] for state in states if has_values(state["step"])]
     return int(torch.stack(steps).max()) if steps else 0
