@@ -203,7 +203,7 @@ def refusals(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
         ("user/foreign", "CheckpointError", "no learned_optim rule: its config.json says"),
         ("user/pickled", "CheckpointError", "'user/pickled' has no config.json"),
         ("user/no-weights", "_HubFileError", "no file model.safetensors, and only safetensors"),
-        ("user/newer", "CheckpointError", "version 99 and this release reads 1"),
+        ("user/newer", "CheckpointError", f"version 99 and this release reads {FORMAT_VERSION}"),
         ("user/odd", "CheckpointError", "config.json of 'user/odd' is not readable"),
         ("user/damaged", "CheckpointError", "'user/damaged': "),
         ("user/unmarked", "CheckpointError", "'user/unmarked': "),
