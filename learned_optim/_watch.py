@@ -51,13 +51,13 @@ class GroupWatch:
     def begin(self, states: Sequence[State]) -> None:
         """Count on from the updates that the parameters have had; may synchronize a device."""
         if self.updates < 0:
-            counts = self._rule.reads_horizon or _trained_steps(self._rule) is not None
+            counts = self._rule.reads_horizon or self._rule.trained_steps is not None
             self.updates = _updates_of(states) if counts else 0
 
     def expect(self, group: dict[str, Any]) -> None:
         """Take note of the length of the run."""
         total = group["total_steps"] if self._anneals(group) else None
-        trained = _trained_steps(self._rule)
+        trained = self._rule.trained_steps
         self._ends = {
             kind: end + 1
             for kind, end in (("past", total), ("trained", trained))
@@ -134,9 +134,8 @@ class GroupWatch:
                 self._warn(
                     kind,
                     f"step {self.updates} is past the {end - 1:.0f} steps of the longest runs that "
-                    f"the update rule {self._rule.name!r} was meta-trained on: what it does from "
-                    f"here on was never measured. Watch the loss, or take a rule that was trained "
-                    f"on longer runs",
+                    f"the update rule {self._rule.name!r} was meta-trained on. Longer ones may end "
+                    f"worse than a tuned AdamW's: watch the loss",
                 )
 
     # ---- gradients
@@ -175,12 +174,6 @@ class GroupWatch:
         self._asked = grad.isfinite().any().to("cpu", non_blocking=True), arrived
         arrived.record()
         return answer
-
-
-def _trained_steps(rule: UpdateRule) -> float | None:
-    """Length of the longest runs that the rule was meta-trained on, if it says so."""
-    found: float | None = getattr(rule, "trained_steps", None)
-    return found
 
 
 def _updates_of(states: Sequence[State]) -> int:

@@ -305,34 +305,41 @@ def test_sine_network(learned: Make) -> None:
     assert sum(losses[-250:]) / 250 < 0.01
 
 
+class WordModel(nn.Module):
+    """The next of 1,000 words from the last one; the readout starts at zero."""
+
+    def __init__(self, words: int = 1000, width: int = 48) -> None:
+        super().__init__()
+        self.table, self.readout = nn.Embedding(words, width), nn.Linear(width, words, bias=False)
+        nn.init.normal_(self.table.weight, std=0.02)
+        nn.init.zeros_(self.readout.weight)
+        self.hidden = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 128), nn.GELU(), nn.Linear(128, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.table(x)
+        inner = inner + self.hidden(inner)
+        return self.readout(F.layer_norm(inner, inner.shape[-1:]))
+
+
 def test_readout_that_starts_at_zero(learned: Make) -> None:
-    """A language model of 400 words whose readout starts at zero: at most .1 above AdamW."""
-    words, width, steps = 400, 48, 250
+    """At most 4.21, the held-out loss of AdamW at 3e-3 with a cosine; uniform is 6.91."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(1000, 16, generator=generator) for _ in range(2))
+    chances = (0.8 * left @ right.t()).softmax(1)
+    torch.manual_seed(0)
+    model = WordModel()
 
-    def held_out(make: Make) -> float:
-        generator = torch.Generator().manual_seed(0)
-        left, right = (torch.randn(words, 16, generator=generator) for _ in range(2))
-        chances = (0.8 * left @ right.t()).softmax(1)
-        torch.manual_seed(0)
-        table, readout = nn.Embedding(words, width), nn.Linear(width, words, bias=False)
-        nn.init.normal_(table.weight, std=0.02)
-        nn.init.zeros_(readout.weight)
-        hidden = (nn.LayerNorm(width), nn.Linear(width, 128), nn.GELU(), nn.Linear(128, width))
-        model = nn.Sequential(table, *hidden, nn.LayerNorm(width), readout)
+    def words() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            x = torch.randint(1000, (256,), generator=generator)
+            yield x, torch.multinomial(chances[x], 1, generator=generator)[:, 0]
 
-        def words_after() -> Iterator[tuple[Tensor, Tensor]]:
-            while True:
-                x = torch.randint(words, (256,), generator=generator)
-                yield x, torch.multinomial(chances[x], 1, generator=generator)[:, 0]
-
-        fit(model, make(list(model.parameters()), steps), words_after(), steps)
-        with torch.no_grad():
-            return float(-(chances * model(torch.arange(words)).log_softmax(1)).sum(1).mean())
-
-    def tuned(params: Sequence[Any], steps: int) -> Optimizer:
-        return torch.optim.AdamW(params, lr=1e-2)
-
-    assert held_out(learned) <= held_out(tuned) + 0.1
+    fit(model, learned(list(model.parameters()), 400), words(), 400)
+    with torch.no_grad():
+        scores = model(torch.arange(1000)).log_softmax(1)
+    assert float(-(chances * scores).sum(1).mean()) <= 4.21
 
 
 # ---- depth without normalization
