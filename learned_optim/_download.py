@@ -66,19 +66,37 @@ def _fetch(repo: str, file: str, revision: str | None, local_files_only: bool) -
                 repo,
                 file,
                 revision=revision,
-                local_files_only=local_files_only,
+                local_files_only=local_files_only or not _answers(repo, file, revision),
                 library_name=FORMAT,
             )
         )
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
         at = f"{repo}@{revision}" if revision else repo
-        failure = _HubFileError(
-            f"{_cause(error, at, file, local_files_only)} ({_first_line(error)})"
-        )
+        cause = _cause(error, at, file, local_files_only)
+        if not isinstance(error, hub_errors.LocalEntryNotFoundError):
+            cause += f" ({_first_line(error)})"
+        failure = _HubFileError(cause)
         failure.missing_entry = isinstance(error, hub_errors.EntryNotFoundError) and not isinstance(
             error, hub_errors.LocalEntryNotFoundError
         )
         raise failure from error
+
+
+def _answers(repo: str, file: str, revision: str | None) -> bool:
+    """True if the Hub answers one request, if only with an error.
+
+    Where it does not, :func:`hf_hub_download` would try six times, for half a minute.
+    """
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
+    except (hub_errors.HfHubHTTPError, ValueError):
+        return True
+    except Exception:  # a timeout or no connection; the type depends on the client's HTTP library
+        return False
+    return True
 
 
 def _cause(error: Exception, at: str, file: str, local_files_only: bool) -> str:

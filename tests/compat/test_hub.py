@@ -48,8 +48,10 @@ else:
     sys.exit()
 os.environ.clear()
 os.environ.update(environment)
-if "NO_WAITING" in os.environ:  # the client waits between its attempts to reach a dead address
-    time.sleep = lambda seconds: None
+if "NO_WAITING" in os.environ:
+    def sleep(seconds):
+        raise AssertionError("the client waits between attempts to reach a dead address")
+    time.sleep = sleep
 from learned_optim import LearnedOptimizer, load_record, load_rule, push_to_hub
 results = []
 for job in jobs:
