@@ -353,23 +353,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(output)]) == 0
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["train", "diagonal", "--epochs", "3"], "--epochs does not apply to 'diagonal'"),
-        (
-            ["train", "diagonal", "--no-against-adamw"],
-            "--no-against-adamw does not apply to 'diagonal'",
-        ),
-    ],
-)
-def test_errors_of_the_command(
-    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(command) == 1
-    assert message in capsys.readouterr().err
-
-
 def test_options_that_do_not_apply(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         MetaTrainer(SMALL, tmp_path, workers=0)

@@ -1,12 +1,9 @@
-"""How the step depends on a tensor's scale and shape, on noise, on progress; and on one event."""
+"""How the step depends on a tensor's scale and shape, on noise and on progress."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from learned_optim.explain._probe import (
     REFERENCES,
@@ -20,21 +17,10 @@ from learned_optim.rules import UpdateRule
 
 SCALES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SHAPES = (
-    (10,),
-    (100,),
-    (1000,),
-    (10, 10),
-    (32, 32),
-    (100, 100),
-    (10, 784),
-    (16, 3, 3, 3),
-    (300, 4),
-)
+    (10,), (100,), (1000,), (10, 10), (32, 32), (100, 100), (10, 784), (16, 3, 3, 3), (300, 4),
+)  # fmt: skip
 SIGNALS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 LENGTH = 200
-
-#: When the event of :func:`responses` happens, how large it is, and for how long it is watched.
-EVENT, SIZE, WATCHED = 60, 3.0, 60
 
 
 @dataclass(frozen=True)
@@ -84,59 +70,4 @@ def dependence(rule: UpdateRule) -> Dependence:
 
 def _course(rule: UpdateRule, total_steps: int | None) -> list[float]:
     probe, grads = Probe(rule, total_steps=total_steps), typical(math.prod(SHAPE))
-    return [rms(probe.advance(grads()).update) / probe.scale for _ in range(LENGTH)]
-
-
-@dataclass(frozen=True)
-class Response:
-    """What one event in the gradients changes, against the same run without it.
-
-    Attributes:
-        update: mean change of the step downhill by rule, per step from the event on, in units of
-            the rule's usual step. An impulse is one gradient that is larger by 3, a step a
-            gradient that stays larger by 1, of gradients of mean square 1.
-        network: root mean square change of the network's state over that state's; empty without.
-        gains: gains of the directions with the event, per step.
-    """
-
-    update: dict[str, list[float]]
-    network: list[float]
-    gains: list[list[float]]
-
-
-def responses(rule: UpdateRule) -> dict[str, Response]:
-    """Impulse and step response of the rule, and the updates of the references beside it."""
-    rules = {"learned": rule, **{name: make() for name, make in REFERENCES.items()}}
-    found = {}
-    for kind in ("impulse", "step"):
-        seen = {name: _respond(own, kind) for name, own in rules.items()}
-        found[kind] = Response(
-            {name: one[0] for name, one in seen.items()}, seen["learned"][1], seen["learned"][2]
-        )
-    return found
-
-
-def _respond(rule: UpdateRule, kind: str) -> tuple[list[float], list[float], list[list[float]]]:
-    n = math.prod(SHAPE)
-    with_event, without = Probe(rule), Probe(rule)
-    grads = typical(n, 0.3)
-    usual = [rms(without.advance(g).update) for g in _both(with_event, grads, EVENT)]
-    unit = sum(usual[-20:]) / 20
-    update, network, gains = [], [], []
-    for step in range(WATCHED):
-        grad = grads()
-        extra = (SIZE if step == 0 else 0.0) if kind == "impulse" else 1.0
-        one, other = with_event.advance(grad + extra), without.advance(grad)
-        update.append(-float((one.update - other.update).mean()) / unit)
-        gains.append(one.gains.tolist())
-        if len(one.network):
-            network.append(rms(one.network - other.network) / max(rms(other.network), 1e-12))
-    return update, network, gains
-
-
-def _both(probe: Probe, grads: Callable[[], Tensor], steps: int) -> list[Tensor]:
-    """Advance a probe and return the gradients it was given."""
-    given = [grads() for _ in range(steps)]
-    for grad in given:
-        probe.advance(grad)
-    return given
+    return [rms(probe.advance(grads())) / probe.scale for _ in range(LENGTH)]

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learned_optim.explain._ablation import Ablation
-from learned_optim.explain._dependence import Dependence, Response
+from learned_optim.explain._dependence import Dependence
 from learned_optim.explain._histories import Curve
 from learned_optim.explain._runs import Watched
 
@@ -21,17 +20,14 @@ _LAYERS = ("C0", "C1", "C2", "C4", "C5", "C6")
 _SMOOTHED = 10  # steps over which noisy courses are averaged
 
 
-def _grid(rows: int, columns: int, width: float = 3.2, height: float = 2.6) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def _panels(count: int) -> tuple[Any, list[Any]]:
     """A figure of panels in rows of at most three: wider ones are illegible on a page."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no window
+
     columns = min(3, count) if count != 4 else 2
-    figure, grid = _grid(math.ceil(count / columns), columns)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for spare in grid.flat[count:]:
         spare.set_visible(False)
     return figure, list(grid.flat[:count])
@@ -54,6 +50,13 @@ def _style(rule: str) -> dict[str, Any]:
         "lw": 2.0 if rule == "learned" else 1.0,
         "ls": "--" if rule == "momentum" else "-",
     }
+
+
+def _legend(figure: Any, *panels: Axes) -> None:
+    """Legends of the lines of panels above and below all panels, where they cover no curve."""
+    for axes, place in zip(panels, ("outside upper center", "outside lower center"), strict=False):
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc=place, ncols=min(6, len(labels)), fontsize=8)
 
 
 def _label(axes: Axes, title: str, x: str, y: str = "") -> None:
@@ -81,7 +84,7 @@ def plot_histories(curves: dict[str, Curve], path: Path) -> None:
             margin = 0.1 * (max(bounded) - min(bounded))
             axes.set_ylim(min(bounded) - margin, max(bounded) + margin)
         _label(axes, name, "current gradient", "step downhill / scale")
-    panels[0].legend(fontsize=8)
+    _legend(figure, panels[0])
     _save(figure, path)
 
 
@@ -93,7 +96,6 @@ def plot_run(runs: dict[str, Watched], path: Path) -> None:
         style, width = (":", 1.0) if name.startswith("Adam") else ("-", 1.8)
         first.semilogy(_smooth(run.losses), label=name, ls=style, lw=width)
     _label(first, "loss", "step")
-    first.legend(fontsize=8)
     for index, (name, run) in enumerate(learned.items()):
         ratio, effective = rest[2 * index : 2 * index + 2]
         for colour, (tensor, numbers) in zip(_LAYERS, run.numbers.items(), strict=False):
@@ -106,7 +108,7 @@ def plot_run(runs: dict[str, Watched], path: Path) -> None:
             effective.semilogy([r if r > 0 else math.nan for r in rates], color=colour, lw=1.0)
         _label(ratio, f"step / parameter\n{name}", "step")
         _label(effective, f"effective learning rate\n{name}", "step")
-    rest[0].legend(fontsize=8)
+    _legend(figure, first, rest[0])
     _save(figure, path)
 
 
@@ -122,9 +124,11 @@ def gain_shares(numbers: dict[str, float]) -> dict[str, float]:
     }
 
 
-def plot_gains(run: Watched, path: Path) -> None:
-    """Shares of the directions in the step over a run, a panel per tensor."""
+def plot_gains(run: Watched, path: Path) -> bool:
+    """Plot the directions' shares in the step over a run; false for a rule of one direction."""
     tensors = list(run.numbers.items())[:6]
+    if len(gain_shares(tensors[0][1][0])) < 2:
+        return False
     figure, panels = _panels(len(tensors))
     for axes, (tensor, numbers) in zip(panels, tensors, strict=True):
         shares = [gain_shares(step) for step in numbers]
@@ -133,27 +137,9 @@ def plot_gains(run: Watched, path: Path) -> None:
         axes.axhline(0, color="0.8", lw=0.6, zorder=0)
         axes.set_ylim(-1.05, 1.05)
         _label(axes, tensor, "step", "share of the step")
-    panels[0].legend(fontsize=8)
+    _legend(figure, panels[0])
     _save(figure, path)
-
-
-def plot_responses(responses: dict[str, Response], path: Path) -> None:
-    """What one event changes afterwards."""
-    with_state = any(response.network for response in responses.values())
-    figure, grid = _panels(2 * len(responses) if with_state else len(responses))
-    panels = iter(grid)
-    for kind, response in responses.items():
-        axes = next(panels)
-        for rule, values in response.update.items():
-            axes.plot(values, label=rule, **_style(rule))
-        axes.axhline(0, color="0.8", lw=0.6, zorder=0)
-        _label(axes, f"{kind}: change of the update", "steps since", "in usual steps")
-        if with_state:
-            axes = next(panels)
-            axes.plot(response.network, color="C3")
-            _label(axes, f"{kind}: change of the state", "steps since", "relative")
-    grid[0].legend(fontsize=8)
-    _save(figure, path)
+    return True
 
 
 def plot_dependence(found: Dependence, path: Path) -> None:
@@ -166,35 +152,14 @@ def plot_dependence(found: Dependence, path: Path) -> None:
     _label(scale, "tensor's scale", "scale / usual scale of the shape", "step / usual scale")
     shape.barh(list(found.shape), list(found.shape.values()), color="C3")
     _label(shape, "shape", "step / scale")
-    signal.plot(list(found.signal), list(found.signal.values()), "o-", color="C3", ms=3)
+    signal.plot(
+        list(found.signal), list(found.signal.values()), "o-", color="C3", ms=3, label="learned"
+    )
     signal.plot(list(found.signal_adam), list(found.signal_adam.values()), "C0", label="Adam")
     _label(signal, "signal in the gradient", "amplitude of what stays the same", "step / scale")
-    signal.legend(fontsize=8)
     if found.known:
         progress.semilogy(found.known, "C3", label=f"total_steps={found.horizon}")
     progress.semilogy(found.unknown, "C1", label="length unknown")
     _label(progress, "progress", "step", "step / scale")
-    progress.legend(fontsize=8)
-    _save(figure, path)
-
-
-def plot_ablation(found: Ablation, path: Path) -> None:
-    """Ratios of final losses without each input and each unit."""
-    figure, grid = _grid(1, 2, width=4.2, height=0.6 + 0.16 * len(found.inputs))
-    for axes, changes, title in zip(
-        grid[0], (found.inputs, found.units), ("input", "unit"), strict=True
-    ):
-        shown = changes[:24][::-1]
-        low = [change.ratio - change.best for change in shown]
-        high = [change.worst - change.ratio for change in shown]
-        axes.barh(
-            [change.name for change in shown],
-            [change.ratio - 1 for change in shown],
-            left=1,
-            xerr=[low, high],
-            color="C3",
-            error_kw={"lw": 0.7, "ecolor": "0.4"},
-        )
-        axes.axvline(1, color="0.6", lw=0.6)
-        _label(axes, f"without one {title}", "final loss / final loss with all")
+    _legend(figure, progress, signal)
     _save(figure, path)

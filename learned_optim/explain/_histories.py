@@ -1,4 +1,4 @@
-"""What a rule makes of the current gradient, after histories of several kinds."""
+"""The step as a function of the current gradient, after histories of several kinds."""
 
 from __future__ import annotations
 
@@ -20,28 +20,20 @@ from learned_optim.explain._probe import (
 )
 from learned_optim.rules import UpdateRule
 
-# Coordinates whose gradient is varied, of the 1,024 of the tensor; the others go on as they did.
+# Of the tensor's 1,024 coordinates, 64 get a varied gradient, and the others one more of the same.
 _VARIED, _POINTS = 64, 41
 _DECAY = 30.0  # steps in which the decaying gradient falls by e
 
 
 @dataclass(frozen=True)
 class History:
-    """A sequence of gradients along fixed signs.
-
-    Attributes:
-        name: for titles.
-        at: step -> amplitude along each coordinate's own sign.
-        noise: standard deviation of noise on it.
-        widest: the current gradient is varied between plus and minus this, in units of ``unit``.
-        unit: size of a gradient that fits the history's end.
-    """
+    """A sequence of gradients along fixed signs."""
 
     name: str
-    at: Callable[[int], float]
-    noise: float = 0.0
-    widest: float = 3.0
-    unit: float = 1.0
+    at: Callable[[int], float]  # step -> amplitude along each coordinate's own sign
+    noise: float = 0.0  # standard deviation
+    widest: float = 3.0  # the current gradient varies from minus to plus this, in units of `unit`
+    unit: float = 1.0  # size of a gradient at the end of the history
 
 
 HISTORIES = (
@@ -69,24 +61,12 @@ class Curve:
     descent: dict[str, list[float]]
     size: dict[str, float]
 
-    def at(self, rule: str, gradient: float) -> float:
-        """The descent at the point nearest to a gradient."""
-        nearest = min(range(len(self.gradient)), key=lambda i: abs(self.gradient[i] - gradient))
-        return self.descent[rule][nearest]
-
-
-def matched_rates(rule: UpdateRule) -> dict[str, float]:
-    """Factors on the references' updates that make their typical steps as large as the rule's."""
-    size = settled_step(Probe(rule), typical(1024))
-    return {
-        name: size / settled_step(Probe(make()), typical(1024)) for name, make in REFERENCES.items()
-    }
-
 
 def curves(rule: UpdateRule) -> dict[str, Curve]:
     """The response of the rule and of the references to the current gradient, by history."""
-    rates = {"learned": 1.0, **matched_rates(rule)}
     rules = {"learned": rule, **{name: make() for name, make in REFERENCES.items()}}
+    sizes = {name: settled_step(Probe(own), typical(1024)) for name, own in rules.items()}
+    rates = {name: sizes["learned"] / size for name, size in sizes.items()}
     found = {}
     for history in HISTORIES:
         gradient = torch.linspace(-history.widest, history.widest, _POINTS).tolist()
@@ -111,11 +91,11 @@ def _response(
     def grad(step: int) -> Tensor:
         return signs * (history.at(step) + history.noise * torch.randn(n, generator=generator))
 
-    sizes = [rms(probe.advance(grad(step)).update) for step in range(SETTLED)]
-    last, descent = grad(SETTLED), []
+    sizes = [rms(probe.advance(grad(step))) for step in range(SETTLED)]
+    last, varied = grad(SETTLED), []
     for value in gradient:
-        present = last.clone()
-        present[:_VARIED] = signs[:_VARIED] * value * history.unit
-        update = probe.look(present)[0].update
-        descent.append(-float((update * signs)[:_VARIED].mean()) / probe.scale)
+        varied.append(last.clone())
+        varied[-1][:_VARIED] = signs[:_VARIED] * value * history.unit
+    updates = probe.alternatives(varied)
+    descent = [-float((u * signs)[:_VARIED].mean()) / probe.scale for u in updates]
     return descent, sum(sizes[-AVERAGED:]) / AVERAGED / probe.scale

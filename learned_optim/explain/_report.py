@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from learned_optim import load_rule
 from learned_optim.checkpoint import write_text
 from learned_optim.explain import _figures, _words
-from learned_optim.explain._ablation import ablate
-from learned_optim.explain._dependence import Dependence, dependence, responses
+from learned_optim.explain._dependence import dependence
 from learned_optim.explain._histories import Curve, curves
-from learned_optim.explain._network import has_network
-from learned_optim.explain._runs import QUICK_STEPS, WATCHED_STEPS, watch_digits
+from learned_optim.explain._runs import WATCHED_STEPS, watch_digits
 from learned_optim.rules import UpdateRule
 
 REPORT = "README.md"
@@ -24,67 +23,79 @@ def explain(
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    short: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write a report on what a checkpoint's update rule does.
 
     Args:
         checkpoint: as for :func:`learned_optim.load_rule`.
-        output: folder of the report, made where missing; files of an earlier report are replaced.
-        short: leave out impulse responses and ablation.
-        progress: is told what is being done.
+        output: folder of the report; it is created, and an earlier report in it is replaced.
+        progress: called with a line about every finished measurement.
 
     Returns:
         The report, ``README.md`` in the folder.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is not one.
+        ValueError: there is no such checkpoint, or the file is not one.
         OSError: a file cannot be read or written.
-        ImportError: no matplotlib, which the ``meta`` extra brings.
+        ImportError: matplotlib is missing, which the extra ``meta`` installs.
 
     Example:
-        >>> explain("default", "runs/explain", short=True)  # doctest: +SKIP
+        >>> explain("default", "runs/explain")  # doctest: +SKIP
     """
+    import matplotlib  # noqa: F401 - missed now, before anything is computed
+
     rule = load_rule(checkpoint)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
-    def said(section: str) -> str:
-        title = section.partition("\n")[0].lstrip("# ")
-        progress(f"[{time.perf_counter() - started:4.0f} s] {title}")
-        return section
+    def done(what: str) -> None:
+        progress(f"[{time.perf_counter() - started:4.0f} s] {what}")
 
-    after, about = curves(rule), dependence(rule)
-    short_words = f"## In short\n\n{_bullets(_words.in_short(after, about))}"
+    with warnings.catch_warnings():
+        # Probes and runs may be longer than those of the meta-training, on purpose.
+        warnings.filterwarnings("ignore", "step .* is past", UserWarning)
+        by_history = curves(rule)
+        done("response to the current gradient")
+        by_variable = dependence(rule)
+        done("scale, shape, noise and progress")
+        runs = watch_digits(rule)
+        done("training runs")
+    _figures.plot_histories(by_history, folder / "histories.png")
+    _figures.plot_dependence(by_variable, folder / "dependence.png")
+    _figures.plot_run(runs, folder / "run.png")
     sections = [
-        _head(rule, os.fspath(checkpoint), short),
-        said(short_words),
-        said(_histories(after, folder)),
-        said(_run(rule, folder)),
-        said(_dependence(about, folder)),
+        _head(rule, os.fspath(checkpoint)),
+        _bullets(_words.in_short(by_history, by_variable)),
+        f"## The step as a function of the current gradient\n\nA tensor of 32 x 32 sees a hundred "
+        f"gradients of one kind; then one gradient is varied. The learning rates of the "
+        f"hand-written rules give steps as large as the learned ones on typical gradients: mean "
+        f"square 1, a constant part of 0.3.\n\n![Step against current gradient](histories.png)"
+        f"\n\n{_sizes(by_history)}",
+        "## Scale, shape, noise, progress\n\nThe step after a hundred typical gradients, one "
+        "variable at a time.\n\n![Dependence](dependence.png)",
+        f"## A training run\n\nA 64-32-32-10 ReLU network on scikit-learn's digits, batches of 64, "
+        f"{WATCHED_STEPS} steps, one seed. The effective learning rate is that of a gradient "
+        f"descent that goes as far along the gradient.\n\n![Loss, relative step and effective "
+        f"learning rate](run.png)\n\n{_bullets(_words.of_run(runs))}",
     ]
-    if not short:
-        sections.append(said(_responses(rule, folder)))
-        if has_network(rule):
-            sections.append(said(_ablation(rule, folder)))
-    report = folder / REPORT
-    write_text(report, "\n\n".join(sections) + "\n")
-    return report
+    if _figures.plot_gains(next(iter(runs.values())), folder / "gains.png"):
+        sections.append(
+            "The share of each direction in the step, over the same run; a negative share goes "
+            "against the direction.\n\n![Gains over time](gains.png)"
+        )
+    write_text(folder / REPORT, "\n\n".join(sections) + "\n")
+    return folder / REPORT
 
 
-def _head(rule: UpdateRule, name: str, short: bool) -> str:
+def _head(rule: UpdateRule, name: str) -> str:
     count = sum(p.numel() for p in rule.parameters())
-    option = " --short" if short else ""
     return (
-        f"# What `{name}` has learned\n\n"
-        f"An update rule of type `{rule.name}` with {count:,} weights, fingerprint "
-        f"`{rule.fingerprint()}`. Everything here, words included, was computed by\n\n"
-        f"```sh\nlearned-optim explain {name}{option}\n```\n\n"
-        "from gradients made up for the purpose and short runs on bundled data, seeded. Runs are "
-        "single ones where nothing else is said: they show what the rule does, not how well. How "
-        "well is what `learned-optim evaluate` is for."
+        f"# What `{name}` has learned\n\nAn update rule of type `{rule.name}` with {count:,} "
+        f"weights, fingerprint `{rule.fingerprint()}`. `learned-optim explain {name}` computed "
+        f"everything here, words included. The runs show what the rule does, not how well; "
+        f"`learned-optim evaluate` measures that."
     )
 
 
@@ -92,77 +103,13 @@ def _bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _histories(found: dict[str, Curve], folder: Path) -> str:
-    _figures.plot_histories(found, folder / "histories.png")
-    names = list(next(iter(found.values())).size)
+def _sizes(found: dict[str, Curve]) -> str:
+    """A table of the size of the step at the end of every history."""
+    rules = list(next(iter(found.values())).size)
     rows = [
-        f"| {'typical' if name == 'suddenly large' else name} | "
-        + " | ".join(f"{curve.size[rule]:.2g}" for rule in names)
-        + " |"
+        f"| {name} | {' | '.join(f'{curve.size[rule]:.2g}' for rule in rules)} |"
         for name, curve in found.items()
+        if name != "suddenly large"
     ]
-    table = "\n".join(
-        [f"| root mean square step / scale | {' | '.join(names)} |", "|---" * 5 + "|", *rows]
-    )
-    return (
-        "## The update as a function of the current gradient\n\n"
-        "A tensor of 32 x 32 has seen a hundred gradients of one kind. What does it do with the "
-        "next, if that has this value? The hand-written rules have the learning rate at which "
-        "their steps are as large as the learned ones on gradients of mean square 1 of which .3 "
-        "stays the same. The tensor itself does not move.\n\n"
-        f"![Step against current gradient](histories.png)\n\n{_bullets(_words.of_histories(found))}"
-        f"\n\n{table}"
-    )
-
-
-def _run(rule: UpdateRule, folder: Path) -> str:
-    runs = watch_digits(rule)
-    _figures.plot_run(runs, folder / "run.png")
-    text = (
-        f"## A real run\n\nA 64-32-32-10 ReLU network on scikit-learn's digits, batches of 64, "
-        f"{WATCHED_STEPS} steps, one seed. The effective learning rate is that with which gradient "
-        f"descent would have gone as far along the gradient.\n\n![Loss, relative step and "
-        f"effective learning rate](run.png)\n\n{_bullets(_words.of_run(runs))}"
-    )
-    run = next(iter(runs.values()))
-    numbers = next(iter(run.numbers.values()))
-    if any(key.startswith("gain/") for key in numbers[0]):
-        directions = len(_figures.gain_shares(numbers[0]))
-        if directions > 1:
-            _figures.plot_gains(run, folder / "gains.png")
-            text += (
-                "\n\nWhat each direction adds to the step, over the same run; negative shares go "
-                "against the direction.\n\n![Gains over time](gains.png)"
-            )
-    return text
-
-
-def _dependence(found: Dependence, folder: Path) -> str:
-    _figures.plot_dependence(found, folder / "dependence.png")
-    return (
-        "## Scale, shape, noise, progress\n\nSizes of the step after a hundred typical gradients, "
-        "one thing varied at a time.\n\n![Dependence](dependence.png)\n\n"
-        + _bullets(_words.of_dependence(found))
-    )
-
-
-def _responses(rule: UpdateRule, folder: Path) -> str:
-    found = responses(rule)
-    _figures.plot_responses(found, folder / "responses.png")
-    return (
-        "## After one event\n\nThe same noisy gradients with and without an event after sixty "
-        "steps: an impulse, one gradient larger by 3, or a step, gradients larger by 1 from then "
-        "on.\n\n![Impulse and step response](responses.png)\n\n"
-        + _bullets(_words.of_responses(found))
-    )
-
-
-def _ablation(rule: UpdateRule, folder: Path) -> str:
-    found = ablate(rule)
-    _figures.plot_ablation(found, folder / "ablation.png")
-    return (
-        f"## Without one input or unit\n\nFinal losses of {QUICK_STEPS}-step runs (digits, a "
-        "regression, quadratics; two seeds each), the same batches, with one input or one unit of "
-        "the network held at its mean over these runs. Bars are geometric means, lines the range "
-        f"of the runs.\n\n![Ablation](ablation.png)\n\n{_bullets(_words.of_ablation(found))}"
-    )
+    head = f"| root mean square step / scale | {' | '.join(rules)} |"
+    return "\n".join([head, "|---" * (len(rules) + 1) + "|", *rows])
