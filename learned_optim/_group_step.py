@@ -51,7 +51,8 @@ class GroupStep:
         keys = self._rule.state_keys
         # Of a single key itemgetter makes no tuple.
         self._entries_of = itemgetter("step", *keys) if keys else (lambda state: (state["step"],))
-        self._matrices = [[k for k in self._rule.matrix_state if k in s] for s in self._states]
+        found = [[k for k in self._rule.matrix_state if k in s] for s in self._states]
+        self._matrices = found if any(found) else []
         self._entries = self._present_entries()
         self._checked: tuple[object, ...] = (None, self, None)  # differs from all values of groups
         self._calls = calls_of(index, group, states, state)
@@ -66,21 +67,19 @@ class GroupStep:
         self._grads = [param.grad for param in self._with_grad]
         if not all(map(is_not, self._grads, repeat(None))):
             return False
-        if any(param.grad is not None for param in self._without_grad):
+        if self._without_grad and any(p.grad is not None for p in self._without_grad):
             return False
-        states = list(map(state.get, self._with_grad))
+        if not all(map(is_, map(state.get, self._with_grad), self._states)):
+            return False
         try:
-            return all(map(is_, states, self._states)) and all(
-                map(is_, self._present_entries(), self._entries)
-            )
+            return all(map(is_, self._present_entries(), self._entries))
         except KeyError:  # a tool has taken one away
             return False
 
     def _present_entries(self) -> list[Tensor]:
         entries = list(chain.from_iterable(map(self._entries_of, self._states)))
-        if self._rule.matrix_state:
-            for keys, state in zip(self._matrices, self._states, strict=True):
-                entries += [state[key] for key in keys]
+        for keys, state in zip(self._matrices, self._states, strict=False):
+            entries += [state[key] for key in keys]
         return entries
 
     def step_(self, group: dict[str, Any], loss: float | Tensor | None) -> None:

@@ -1,11 +1,8 @@
 """Everyday use of :class:`LearnedOptimizer`; its wider contract is tested in ``tests/compat``."""
 
 import copy
-import io
 import math
-import pickle
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -19,7 +16,7 @@ from learned_optim import LearnedOptimizer
 from learned_optim.meta import Optimizees, build_tasks
 from learned_optim.meta.seeding import seeded
 from learned_optim.rules import rule_class, rule_names
-from learned_optim.rules.lstm import LSTMConfig, LSTMRule
+from learned_optim.rules.lstm import LSTMRule
 
 RULES = rule_names()
 LEARNED = [name for name in RULES if rule_class(name).rows != "none"]
@@ -76,15 +73,6 @@ def test_making_an_optimizer_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_state_of_a_hand_written_optimizer_is_refused() -> None:
-    model = network()
-    adam = torch.optim.Adam(model.parameters(), lr=1e-3).state_dict()
-    optimizer = LearnedOptimizer(model.parameters(), random_rule("lstm"))
-    with pytest.raises(ValueError, match=r"belongs to another optimizer: its groups have .*betas"):
-        optimizer.load_state_dict(adam)
-    assert optimizer.param_groups[0]["lr"] == 1.0
-
-
 def test_lr_multiplies_the_update_and_groups_have_their_own() -> None:
     rule = random_rule("lstm")
     params = [nn.Parameter(torch.zeros(3)) for _ in range(4)]
@@ -106,62 +94,6 @@ def test_lr_multiplies_the_update_and_groups_have_their_own() -> None:
     torch.testing.assert_close(params[1].detach(), 0.5 * base)
     torch.testing.assert_close(params[2].detach(), 2.0 * base)
     torch.testing.assert_close(params[3].detach(), base)
-
-
-def test_weight_decay_is_decoupled() -> None:
-    param = nn.Parameter(torch.tensor([2.0]))
-    rule = LSTMRule()
-    nn.init.zeros_(rule.readout.weight)  # the rule itself does nothing
-    optimizer = LearnedOptimizer([param], rule, lr=3.0, weight_decay=0.5)
-    param.grad = torch.ones(1)
-    optimizer.step()
-    assert param.item() == pytest.approx(2.0 * (1 - 1e-3 * 3.0 * 0.5))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
-def test_resumed_run_equals_uninterrupted(dtype: torch.dtype, copied: str) -> None:
-    rule = random_rule("lstm")
-    model = network(dtype)
-    optimizer = LearnedOptimizer(model.parameters(), rule)
-    train(model, optimizer, 5)
-    if copied == "state_dict":
-        twin = copy.deepcopy(model)
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        file.seek(0)
-        resumed = LearnedOptimizer(twin.parameters(), rule)
-        resumed.load_state_dict(torch.load(file, weights_only=True))
-    elif copied == "deepcopy":
-        twin, resumed = copy.deepcopy((model, optimizer))
-    else:
-        twin, resumed = pickle.loads(pickle.dumps((model, optimizer)))
-    for state in resumed.state.values():
-        assert state["hidden"].dtype == torch.float32
-    train(model, optimizer, 5, seed=1)
-    train(twin, resumed, 5, seed=1)
-    assert torch.equal(flat(twin), flat(model))
-
-
-def test_state_of_another_rule_is_refused() -> None:
-    model = network()
-    saved = LearnedOptimizer(model.parameters(), random_rule("lstm")).state_dict()
-    other = LearnedOptimizer(model.parameters(), random_rule("adam"))
-    with pytest.raises(ValueError, match=r"belongs to the update rule 'lstm' .* runs 'adam'"):
-        other.load_state_dict(saved)
-
-
-def test_state_dtype_halves_the_memory() -> None:
-    sizes = {}
-    for dtype in (None, torch.bfloat16):
-        model = network()
-        optimizer = LearnedOptimizer(model.parameters(), random_rule("lstm"), state_dtype=dtype)
-        train(model, optimizer, 1)
-        sizes[dtype] = sum(
-            v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values()
-        )
-    steps = 4 * len(list(network().parameters()))
-    assert 2 * (sizes[torch.bfloat16] - steps) == sizes[None] - steps
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -194,75 +126,13 @@ def test_odd_parameters(name: str) -> None:
         torch.testing.assert_close(strided.detach().flatten(), dense.detach().flatten())
 
 
-def test_closure() -> None:
-    param = nn.Parameter(torch.tensor([2.0]))
-    optimizer = LearnedOptimizer([param], random_rule("adam"))
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = param.square().sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).item() == 4.0
-    assert param.item() < 2.0
-
-
-def test_rule_that_reads_the_loss() -> None:
-    param = nn.Parameter(torch.tensor([2.0]))
-    optimizer = LearnedOptimizer([param], LSTMRule(LSTMConfig(loss_input=True)))
-    param.grad = torch.ones(1)
-    with pytest.raises(ValueError, match=r"reads the loss: call step\(closure\)"):
-        optimizer.step()
-    optimizer.step(lambda: param.square().sum())
-    assert optimizer.state[param]["step"].item() == 1
-
-
-def test_one_bad_batch_is_survived() -> None:
-    model = network()
-    optimizer = LearnedOptimizer(model.parameters(), random_rule("lstm"))
-    train(model, optimizer, 3)
-    for param, bad in zip(
-        model.parameters(), (math.nan, math.inf, -math.inf, math.nan), strict=True
-    ):
-        param.grad = torch.full_like(param, bad)
-    optimizer.step()
-    train(model, optimizer, 3)
-    assert torch.isfinite(flat(model)).all()
-    states = [v for state in optimizer.state.values() for v in state.values()]
-    assert all(torch.isfinite(value).all() for value in states)
-
-
 class TestAdamHabits:
     """What somebody types who swaps Adam out without reading further."""
-
-    def test_positional_learning_rate(self) -> None:
-        with pytest.raises(TypeError, match=r"second argument .* is the update rule, got 0\.001"):
-            LearnedOptimizer(network().parameters(), 1e-3)
 
     @pytest.mark.parametrize("given", [None, LSTMRule, np.float32(1e-3), torch.tensor(0.1)])
     def test_what_is_no_rule(self, given: object) -> None:
         with pytest.raises(TypeError, match="second argument of LearnedOptimizer is the update"):
             LearnedOptimizer(network().parameters(), given)
-
-    def test_kept_keyword(self) -> None:
-        with pytest.warns(
-            UserWarning, match=r"lr=0\.001, which scales .* 1000 times too slowly"
-        ) as w:
-            LearnedOptimizer(
-                [{"params": [p]} for p in network().parameters()], random_rule("lstm"), lr=1e-3
-            )
-        assert len(w) == 1
-
-    def test_schedulers_may_go_there(self) -> None:
-        optimizer = LearnedOptimizer(network().parameters(), random_rule("lstm"))
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for _ in range(3):
-                optimizer.step()
-                scheduler.step()
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
 
 
 @pytest.mark.parametrize(
@@ -285,23 +155,6 @@ def test_bad_arguments(arguments: dict[str, object], error: type[Exception], mes
 def test_empty_parameter_list() -> None:
     with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
         LearnedOptimizer([], random_rule("lstm"))
-
-
-def test_sparse_gradients() -> None:
-    embedding = nn.Embedding(5, 2, sparse=True)
-    optimizer = LearnedOptimizer(embedding.parameters(), random_rule("lstm"))
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"does not support sparse gradients, .* sparse=False"):
-        optimizer.step()
-
-
-def test_weights_are_copied_and_frozen() -> None:
-    rule = random_rule("lstm")
-    optimizer = LearnedOptimizer(network().parameters(), rule)
-    assert rule.readout.weight.requires_grad
-    assert not any(w.requires_grad for w in optimizer.rule.parameters())
-    nn.init.zeros_(rule.readout.weight)
-    assert optimizer.rule.readout.weight.abs().sum() > 0
 
 
 def test_repr_names_rule_checkpoint_and_groups() -> None:
