@@ -23,9 +23,9 @@ def model_card(
     curves: list[str] | None = None,
     license: str = "mit",
 ) -> str:
-    """The model card of a rule: what it was trained on, how it did, its limits and its use.
+    """The model card of a rule: use, training, evaluation, limits.
 
-    Everything on it comes from the arguments; what they do not say, the card says is unknown.
+    The card states what the arguments contain, and says what is unknown.
 
     Args:
         rule: the rule described.

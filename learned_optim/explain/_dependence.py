@@ -5,14 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from learned_optim.explain._probe import (
-    REFERENCES,
-    SHAPE,
-    Probe,
-    rms,
-    settled_step,
-    typical,
-)
+from learned_optim.explain._probe import REFERENCES, SHAPE, Probe, rms, settled_step, typical
 from learned_optim.rules import UpdateRule
 
 SCALES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -25,15 +18,15 @@ LENGTH = 200
 
 @dataclass(frozen=True)
 class Dependence:
-    """Sizes of the settled step, as multiples of the tensor's scale except where said.
+    """Root mean square steps after a typical history, in units of the tensor's scale.
 
     Attributes:
-        scale: by the scale as a multiple of what the shape suggests; steps in units of the latter.
+        scale: by the tensor's scale, in units of the usual scale of its shape; so are the steps.
         shape: by shape.
-        signal: by the amplitude of the part of the gradient that stays the same.
-        signal_adam: the same of Adam, at the rate that makes its step at .3 as large.
-        known: step by step, in a run whose length the rule is told; empty if it reads none.
-        unknown: step by step, without.
+        signal: by the amplitude of the gradient's constant part.
+        signal_adam: the same of Adam; its learning rate gives an equal step at amplitude 0.3.
+        known: of every step of a run with ``total_steps``; empty if the rule does not read it.
+        unknown: of every step of a run without ``total_steps``.
         horizon: length of the run.
     """
 
@@ -47,7 +40,7 @@ class Dependence:
 
 
 def dependence(rule: UpdateRule) -> Dependence:
-    """Vary one thing at a time about a tensor of 32 x 32 on typical gradients."""
+    """Vary one variable at a time, from a tensor of 32 x 32 and typical gradients."""
     n = math.prod(SHAPE)
     natural = Probe(rule).scale
     adam = REFERENCES["Adam"]

@@ -47,14 +47,13 @@ HISTORIES = (
 
 @dataclass(frozen=True)
 class Curve:
-    """Descent as a function of the current gradient.
+    """The step as a function of the current gradient, by rule, in units of the tensor's scale.
 
     Attributes:
-        gradient: in units of the history's end, positive along the history's sign, ``(p,)``.
-        descent: mean step down the history's sign by rule, in units of the tensor's scale,
-            ``(p,)``. Hand-written rules have the learning rate at which their steps are as large
-            as the learned rule's on gradients of which three tenths are signal.
-        size: root mean square of the steps at the history's end by rule, in the same units.
+        gradient: in units of the gradients at the history's end, positive along their sign.
+        descent: mean step against the history's sign. Hand-written rules have the learning rates
+            that make their typical steps as large as the learned rule's.
+        size: root mean square step at the history's end.
     """
 
     gradient: list[float]
@@ -63,7 +62,7 @@ class Curve:
 
 
 def curves(rule: UpdateRule) -> dict[str, Curve]:
-    """The response of the rule and of the references to the current gradient, by history."""
+    """The step of the rule and of the references as a function of the gradient, by history."""
     rules = {"learned": rule, **{name: make() for name, make in REFERENCES.items()}}
     sizes = {name: settled_step(Probe(own), typical(1024)) for name, own in rules.items()}
     rates = {name: sizes["learned"] / size for name, size in sizes.items()}

@@ -11,15 +11,7 @@ from torch import Generator, Tensor, nn
 
 from learned_optim import LearnedOptimizer
 from learned_optim._shapes import init_scale
-from learned_optim.rules import UpdateRule
-from learned_optim.rules.classical import (
-    AdamConfig,
-    AdamRule,
-    RMSpropConfig,
-    RMSpropRule,
-    SGDConfig,
-    SGDRule,
-)
+from learned_optim.rules import UpdateRule, classical
 
 #: Steps after which a history counts as settled, and those over which a step is averaged.
 SETTLED, AVERAGED = 100, 20
@@ -28,9 +20,9 @@ SHAPE = (32, 32)
 
 #: Hand-written rules beside the learned one. Their learning rates are matched to its steps.
 REFERENCES: dict[str, Callable[[], UpdateRule]] = {
-    "Adam": lambda: AdamRule(AdamConfig(lr=1.0)),
-    "RMSprop": lambda: RMSpropRule(RMSpropConfig(lr=1.0)),
-    "momentum": lambda: SGDRule(SGDConfig(lr=1.0, momentum=0.9)),
+    "Adam": lambda: classical.AdamRule(classical.AdamConfig(lr=1.0)),
+    "RMSprop": lambda: classical.RMSpropRule(classical.RMSpropConfig(lr=1.0)),
+    "momentum": lambda: classical.SGDRule(classical.SGDConfig(lr=1.0, momentum=0.9)),
 }
 
 

@@ -21,20 +21,14 @@ ADAM_LRS = (1e-3, 3e-3, 1e-2)
 
 @dataclass(frozen=True)
 class Watched:
-    """A run with the optimizer's diagnostics.
-
-    Attributes:
-        losses: of every batch before its step.
-        numbers: of every step by tensor, as :meth:`learned_optim.LearnedOptimizer.diagnostics`
-            returns them.
-        final: mean loss of the last tenth.
-    """
+    """A run: the loss before every step, and the diagnostics of every step by tensor."""
 
     losses: list[float]
     numbers: dict[str, list[dict[str, float]]]
 
     @property
     def final(self) -> float:
+        """Mean loss of the last tenth."""
         tail = self.losses[-max(1, len(self.losses) // 10) :]
         return sum(tail) / len(tail)
 
@@ -60,7 +54,7 @@ def watch(
     steps: int,
     seed: int = 0,
 ) -> Watched:
-    """Train and record; diagnostics of optimizers that have any."""
+    """Train a task, recording losses and the diagnostics of a learned optimizer."""
     generator = torch.Generator().manual_seed(seed)
     params = {name: p.requires_grad_() for name, p in task.init(generator).items()}
     own = optimizer(list(params.values()))

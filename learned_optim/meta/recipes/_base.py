@@ -189,9 +189,10 @@ def import_rules(module: str) -> None:
 
 
 def recipe_from_json(data: dict[str, Any]) -> AnyRecipe:
-    """The inverse of :meth:`Recipe.to_json`; ``rule`` may be a name alone, or lack its ``config``.
+    """A recipe from the data of a recipe file, the inverse of :meth:`Recipe.to_json`.
 
-    An entry ``method = "evolution"`` makes it one of :meth:`EvolutionRecipe.to_json`.
+    ``method = "evolution"`` selects :class:`EvolutionRecipe`. ``rule`` is a table of ``name`` and
+    ``config``, or the name alone.
 
     Raises:
         ValueError: unknown or missing fields, or values that do not fit them; of an unknown field,
@@ -241,7 +242,7 @@ def recipes() -> dict[str, AnyRecipe]:
 
 
 def recipe_descriptions() -> dict[str, str]:
-    """What the recipes that ship are for, in a sentence, by name."""
+    """The purpose of every shipped recipe in a sentence, by name."""
     return {
         name: (module.__doc__ or "").partition("\n\n")[0].strip().replace("\n", " ")
         for name, module in _modules().items()
