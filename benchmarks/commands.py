@@ -36,7 +36,7 @@ TINY = "--epochs 1 --runs-per-epoch 2 --validation-runs 2 --test-runs 2"
 EVOLVE = "--meta-steps 1 --pairs 1 --tasks-per-meta-step 1 --validation-tasks 1"
 #: By the beginning of a command, what makes it short. The last that fits counts.
 SHORTER = {
-    "python examples/train_classifier.py": "--steps 10 --seeds 1",
+    "python examples/compare_with_adamw.py": "--steps 10",
     "python examples/meta_train_your_own.py": "--steps 10 --epochs 1 --runs-per-epoch 2",
     "python examples/search_meta_lr.py": "--trials 1 --epochs 1",
     "learned-optim train": f"{TINY} --horizon 10 --truncation 5",
@@ -62,7 +62,7 @@ LEAVES = {
     r"^learned-optim evaluate": ("*/table.md", "*/*.png", "*/summary.json"),
     r"^learned-optim explain": ("*/README.md", "*/*.png"),
     r"^(learned-optim|torchrun .*) train ": ("*.safetensors",),
-    r"train_classifier\.py": ("*.png",),
+    r"compare_with_adamw\.py": ("comparison/*.png",),
 }
 #: What reads image sets.
 NEEDS_DATA = r"train (mnist|diagonal|coordinatewise)|--tasks mnist|nproc.* mnist"
