@@ -1,7 +1,7 @@
 """Meta-train an optimizer for a network of your own, and see whether it was worth it.
 
 The network below has batch norm and dropout, and its images are shifted at random: none of that
-needs any care. On half of scikit-learn's digits, an update rule is meta-trained for it (about two
+needs any care. On half of scikit-learn's digits, an update rule is meta-trained for it (about four
 minutes of one core; a second start goes on where the first stopped). On the other half, it is
 compared with a rule that ships, and with Adam and AdamW, whose learning rates are tuned, from the
 same weights on the same batches. Then it takes Adam's place in an ordinary training loop.
