@@ -20,7 +20,7 @@ SHIPPED = sorted(path.stem for path in (ROOT / "pretrained").glob("*.safetensors
 
 COMPILES = bool(compilers()) and not switched_off()
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
 
 
 @pytest.fixture(scope="module")

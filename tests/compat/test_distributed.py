@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -30,17 +29,14 @@ SOME, ALL = SCENARIO_RULES["ddp"], SCENARIO_RULES["fsdp2"]
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
-@pytest.fixture(scope="session")
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
+@pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what two processes left behind; they run once, also under pytest-xdist."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    folder = base / "distributed"
-    with FileLock(base / "distributed.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            launch(folder)
+    """Returns the folder of what two processes left behind."""
+    folder = tmp_path_factory.mktemp("distributed")
+    launch(folder)
     return folder
 
 
