@@ -122,10 +122,14 @@ def test_adversaries_have_each_their_own_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", sorted({*field_tasks()} - {"lora-lm"}))  # as finetune-lm
-def test_a_start_is_the_seeds_alone(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_start_is_the_seeds_alone(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever a process has drawn before: every optimizer gets the same weights and batches."""
     data = DataOptions() if name in WITHOUT_IMAGES else request.getfixturevalue("image_data")
-    starts = []
+    starts, pretrained = [], finetuning.pretrained
+    shortened = lambda task, steps, lr=1e-3: pretrained(task, 20, lr)  # noqa: E731
+    monkeypatch.setattr(finetuning, "pretrained", shortened)
     for drawn_before in range(2):
         finetuning._trained_convnet.cache_clear()
         finetuning._trained_transformer.cache_clear()
@@ -133,6 +137,8 @@ def test_a_start_is_the_seeds_alone(name: str, request: pytest.FixtureRequest) -
             torch.manual_seed(drawn_before)
             task = build_tasks(name, TaskOptions(data=data)).sample(seeded(0))
             starts.append([*task.init(seeded(1)).values(), *task.batch(seeded(2))])
+        finetuning._trained_convnet.cache_clear()
+        finetuning._trained_transformer.cache_clear()
     assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
 
 
