@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from learned_optim._param_states import ParamStates, without_rows
 from learned_optim._views import local, local_grad, real, real_shape, shard_groups
+from learned_optim.kernels.constants import DECAY_UNIT, FAST_BETA, SQUARE_BETA, TINY
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
 from learned_optim.rules import _history as history
-from learned_optim.rules._features import TINY, bias_correction
+from learned_optim.rules._features import bias_correction
 from learned_optim.rules._pieces import as_rows
-from learned_optim.rules._step import DECAY_UNIT, decayed, sanitize_grad
+from learned_optim.rules._step import decayed, sanitize_grad
 from learned_optim.rules.horizon import HorizonRule
 
 #: Directions by rule. A rule of another kind has them numbered.
@@ -176,8 +177,7 @@ def _gains(
     found = {}
     if isinstance(rule, HorizonRule):
         found["schedule"] = numbers["schedule"] * float(seen[0, history.SCHEDULE])
-        if rule.config.trusts:
-            found["trust"] = math.exp(float(state["stats"][0, history.TRUST]))
+        found["step_confidence"] = math.exp(float(state["stats"][0, history.CONFIDENCE]))
     for name, gain, part in zip(
         direction_names(rule, len(parts)), means.tolist(), parts.tolist(), strict=True
     ):
@@ -192,7 +192,7 @@ def _signal_share(
     """Mean square of the bias-corrected fast momentum over that of the gradient."""
     cfg = rule.config
     if {"fast", "square"} <= state.keys():
-        first, second, betas = state["fast"], state["square"], (cfg.fast_beta, cfg.square_beta)
+        first, second, betas = state["fast"], state["square"], (FAST_BETA, SQUARE_BETA)
     elif "moments" in state and hasattr(cfg, "fast_beta"):
         columns = state["moments"]
         first, second, betas = columns[:, :1], columns[:, 2:], (cfg.fast_beta, cfg.square_beta)

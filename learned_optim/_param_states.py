@@ -19,7 +19,15 @@ from torch import Tensor
 from learned_optim._ambient import outliving_inference_mode
 from learned_optim._frozen import FrozenRule
 from learned_optim._groups import FOREIGN, OWN_KEYS
-from learned_optim._views import dense, has_values, local, real, real_shape, shard_like
+from learned_optim._memory import has_values, lie_side_by_side
+from learned_optim._views import (
+    dense,
+    local,
+    real,
+    real_shape,
+    shard_like,
+    sharded_dims,
+)
 from learned_optim.rules import State, UpdateRule
 from learned_optim.rules._segments import is_sharded
 
@@ -55,11 +63,12 @@ class ParamStates:
         with outliving_inference_mode():
             rule, own = self.rule_on(param), real(local(param))
             state = rule.init_state(own)
-            for key in state.keys() - {*rule.tensor_state, *rule.matrix_state}:
+            for key in state.keys() - {*rule.tensor_state}:
                 value = dense(state[key].to(self._dtype or state[key].dtype))
                 state[key] = shard_like(param, value) if is_sharded(param) else value
             step = torch.zeros((), dtype=torch.float32, device=param.device)
-            return {"step": step, **state}
+            matrices = rule.init_matrices(real_shape(param), param.device, sharded_dims(param))
+            return {"step": step, **state, **matrices}
 
     def lay_out(self, index: int, params: list[Tensor], states: Mapping[Tensor, Any]) -> None:
         """Create missing state of parameters with gradients; bring replaced entries into layout.
@@ -85,6 +94,27 @@ class ParamStates:
                     f"in the embedding, or give that parameter to torch.optim.SparseAdam"
                 )
             self._lay_out(param, states[param], known[position])
+        if self.rule.matrix_state:
+            self._gather_matrices(params, states, known)
+
+    def _gather_matrices(
+        self, params: list[Tensor], states: Mapping[Tensor, Any], known: list[State]
+    ) -> None:
+        """Lay equal matrices side by side in memory, so that the rule reads them as one batch."""
+        found: dict[Any, list[int]] = {}
+        for index, (param, entries) in enumerate(zip(params, known, strict=False)):
+            kind = real_shape(param), param.dtype, param.device
+            for key in self.rule.matrix_state:
+                if once(key) in entries and entries[once(key)].numel() > 1:
+                    found.setdefault((key, *kind), []).append(index)
+        for (key, shape, *_), indices in found.items():
+            own = [known[index][once(key)] for index in indices]
+            if len(own) == 1 or lie_side_by_side(own):
+                continue
+            with outliving_inference_mode():
+                for index, value in zip(indices, torch.stack(own), strict=True):
+                    known[index][once(key)] = value
+                    known[index][key] = states[params[index]][key] = with_rows(value, shape)
 
     def _lay_out(self, param: Tensor, state: dict[str, Any], known: State) -> None:
         rule, fresh = self.rule_on(param), None
@@ -208,7 +238,11 @@ class ParamStates:
                     continue
                 cast = key in rule.state_keys and key not in whole
                 dtype = (self._dtype if cast else None) or value.dtype
-                value = value.detach().to(param.device, dtype, copy=True)
+                # Counts of the rule's matrices stay on the CPU.
+                on_cpu = (
+                    key in rule.matrix_state and without_rows(rule, key, value, shape).numel() == 1
+                )
+                value = value.detach().to("cpu" if on_cpu else param.device, dtype, copy=True)
                 state[key] = (
                     with_rows(without_rows(rule, key, value, shape), shape)
                     if key in whole

@@ -35,6 +35,13 @@ def shard_groups(param: Any) -> tuple[Any, ...]:
     )
 
 
+def sharded_dims(param: Any) -> tuple[int, ...]:
+    """Dimensions of ``param`` of which this rank holds a part."""
+    if not is_sharded(param):
+        return ()
+    return tuple({placement.dim for placement in param.placements if placement.is_shard()})
+
+
 def shard_like(param: Any, value: Tensor) -> Tensor:
     """Per-coordinate state of the local shard as a DTensor sharded the way ``param`` is."""
     from torch.distributed.tensor import DTensor
@@ -65,8 +72,3 @@ def dense(value: Tensor) -> Tensor:
     if value.is_contiguous() or value.movedim(-1, 0).is_contiguous():
         return value
     return value.contiguous()
-
-
-def has_values(tensor: Tensor) -> bool:
-    """False for tensors on the meta device and fake ones."""
-    return tensor.device.type != "meta" and not hasattr(tensor, "fake_mode")

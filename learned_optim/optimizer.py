@@ -36,7 +36,7 @@ class LearnedOptimizer(Optimizer):
             a group is frozen: missing state is created, and nothing else changes.
         weight_decay: ``decay(t)``, decoupled and in AdamW's units: at ``lr=1`` a value shrinks the
             parameters as it does in ``AdamW(lr=1e-3)``. A rule with a schedule of its own, as
-            ``horizon``, multiplies it by schedule and trust. ``None`` for the rule's own
+            ``horizon``, multiplies it by schedule and step confidence. ``None`` for the rule's own
             (:meth:`~learned_optim.rules.UpdateRule.default_weight_decay`): none, except in runs of
             known length by a rule that has one, as `default`.
         maximize: maximize the objective instead of minimizing it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shlex
 import shutil
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 #: "0" builds and uses no library.
 SWITCH = "LEARNED_OPTIM_KERNELS"
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "step.cpp", FOLDER / "lstm.cpp")
 HEADER = FOLDER / "library.h"
+CONSTANTS = FOLDER / "constants.py"
 LIBRARY = FOLDER / f"libstep{ {'win32': '.dll', 'darwin': '.dylib'}.get(sys.platform, '.so') }"
 
 _WARNINGS = ["-Wall", "-Wextra"]
@@ -43,9 +46,19 @@ def switched_off() -> bool:
 def source_hash() -> str:
     """What a library built from these sources calls itself."""
     digest = hashlib.sha256()
-    for path in (*SOURCES, HEADER):
+    for path in (*SOURCES, HEADER, CONSTANTS):
         digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()[:16]
+
+
+def _constants() -> Any:
+    """The module of constants, loaded by its path: the package itself needs torch."""
+    found = importlib.util.spec_from_file_location("_learned_optim_constants", CONSTANTS)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def compilers() -> list[list[str]]:
@@ -57,7 +70,8 @@ def compilers() -> list[list[str]]:
 
 def command(compiler: list[str], choice: list[str], target: Path) -> list[str]:
     """The command that builds ``target``."""
-    macros, sources = [f'-DLO_SOURCE="{source_hash()}"'], [str(source) for source in SOURCES]
+    macros = [f'-DLO_SOURCE="{source_hash()}"', *_constants().macros()]
+    sources = [str(source) for source in SOURCES]
     if Path(compiler[0]).stem.lower() == "cl":
         output = [f"/Fe{target}", f"/Fo{target.parent}{os.sep}"]
         return [

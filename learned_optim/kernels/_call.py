@@ -19,7 +19,8 @@ class StepTensors(NamedTuple):
         grads: of the parameters.
         states: of the parameters, with the entries of :data:`STATE_KEYS`.
         shapes: of the parameters, if they are flattened, else ``None``.
-        lr_scales: a multiplier of ``lr`` for each parameter, or ``None``.
+        updates: float32 tensors that receive the updates of rotated matrices, whose parameters then
+            only decay; ``None`` for the others, and for all if none is rotated.
     """
 
     network: Sequence[Tensor]
@@ -27,27 +28,26 @@ class StepTensors(NamedTuple):
     grads: Sequence[Tensor]
     states: Sequence[Mapping[str, Tensor]]
     shapes: Sequence[torch.Size] | None = None
-    lr_scales: Sequence[float] | None = None
+    updates: Sequence[Tensor | None] | None = None
 
 
 class StepSettings(NamedTuple):
-    """The numbers of one step; see :func:`learned_optim.kernels.step_`.
+    """The numbers of a step in place.
 
     Attributes:
-        config: of the rule, sixteen numbers.
-        lr: a number, or a tensor of one element.
-        decay: of the weights, in units of ``lr`` times trust and a power of the rule's schedule.
+        lr: multiplier of the update; a tensor has one element, on the device or the CPU.
+        weight_decay: ``param *= 1 - 1e-3 * lr * weight_decay`` before the update, with what
+            :meth:`UpdateRule.scheduled_decay` makes of it.
         maximize: negate the gradients.
-        warmup: steps of the optimizer's ramp, 0 for none.
-        total_steps: length of the run, 0 if it is unknown.
+        warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``; 0 for none.
+        total_steps: length of the run that a rule may know; ``None`` if it is unknown.
     """
 
-    config: Sequence[float]
     lr: float | Tensor = 1.0
-    decay: float = 0.0
+    weight_decay: float = 0.0
     maximize: bool = False
     warmup: int = 0
-    total_steps: float = 0.0
+    total_steps: float | None = None
 
 
 def is_horizon(total_steps: object) -> bool:

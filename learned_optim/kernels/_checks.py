@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from learned_optim._shapes import fan_in, init_scale
+from learned_optim.kernels.constants import LARGEST_SCALE
 
 PARAM_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STATE_TYPES = (torch.float32, torch.bfloat16)
 OUTPUTS = 5
-INPUTS = (21, 22)  # without and with the trust
+INPUTS = 23
 PLAIN = {Tensor, nn.Parameter}
 
 is_cpu, is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
@@ -26,7 +27,7 @@ state_entries = itemgetter(*STATE_KEYS)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor or a parameter, and no subclass with ideas of its own."""
+    """Whether it is exactly a tensor or a parameter, not a subclass."""
     return type(tensor) in PLAIN
 
 
@@ -66,22 +67,21 @@ def takes_dtypes(m: int, dtypes: Sequence[torch.dtype]) -> bool:
 
 def takes_network(m: int, network: Sequence[torch.Size], most_units: int) -> bool:
     """Whether the weights have shapes that go together, shared or one network per tensor."""
-    lead, units, inputs = network[0][:-2], network[1][-1], network[0][-1]
-    parts = [(units, inputs), (units,), (OUTPUTS, units), (OUTPUTS,), (OUTPUTS, inputs)]
+    lead, units = network[0][:-2], network[1][-1]
+    parts = [(units, INPUTS), (units,), (OUTPUTS, units), (OUTPUTS,), (OUTPUTS, INPUTS)]
     return (
-        inputs in INPUTS
-        and 1 <= units <= most_units
+        1 <= units <= most_units
         and lead in ((), (m,))
         and tuple(network) == tuple(torch.Size((*lead, *part)) for part in parts)
     )
 
 
-def constants_of(shapes: Sequence[torch.Size], largest_scale: float) -> list[float]:
-    """Four numbers per parameter: initial scale, log fan-in, is-vector, multiplier of ``lr``."""
+def constants_of(shapes: Sequence[torch.Size]) -> list[float]:
+    """Three numbers per parameter: initial scale, log fan-in, is-vector."""
     constants: list[float] = []
     for shape in shapes:
-        scale = min(init_scale(shape), largest_scale)
-        constants += [scale, math.log(fan_in(shape)), float(len(shape) < 2), 1.0]
+        scale = min(init_scale(shape), LARGEST_SCALE)
+        constants += [scale, math.log(fan_in(shape)), float(len(shape) < 2)]
     return constants
 
 

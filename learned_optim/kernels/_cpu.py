@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from learned_optim.kernels import _checks
 from learned_optim.kernels._call import StepSettings, StepTensors
-from learned_optim.kernels._library import CONFIG, SIZES, library
+from learned_optim.kernels._library import SIZES, library
+from learned_optim.kernels.constants import DECAY_UNIT
 
-_POINTERS, _CONSTANTS, _, STATS, _MOST_UNITS = SIZES
-_LR_SCALE = 3  # its place among the constants
+_POINTERS, _CONSTANTS, _, STATS, _INPUTS, _MOST_UNITS = SIZES
+Updates: TypeAlias = Sequence["Tensor | None"] | None
 # Type codes: of the parameter, plus that of the moments.
 _PARAM_CODES = {dtype: code for code, dtype in enumerate(_checks.PARAM_TYPES)}
 _STATE_CODES = {torch.float32: 0, torch.bfloat16: 4}
@@ -26,16 +28,16 @@ _STATE_CODES = {torch.float32: 0, torch.bfloat16: 4}
 
 def step_(tensors: StepTensors, settings: StepSettings) -> bool:
     """See :func:`learned_optim.kernels.step_`."""
-    bound = bind(tensors, settings.config[4])
-    return bound is not None and bound.run_first(tensors.grads, settings)
+    bound = bind(tensors)
+    return bound is not None and bound.run_first(tensors.grads, settings, tensors.updates)
 
 
-def bind(tensors: StepTensors, largest_scale: float) -> BoundStep | None:
+def bind(tensors: StepTensors) -> BoundStep | None:
     """All of a call but gradients and settings; ``None`` for tensors the library does not take."""
     kernel = library()
     if kernel is None:
         return None
-    network, params, _, states, shapes, lr_scales = tensors
+    network, params, _, states, shapes, _ = tensors
     m = len(params)
     fixed = [*chain(*zip(*map(_checks.state_entries, states), strict=True)), *network]
     addresses = _checks.addresses_of(fixed, _checks.is_cpu)
@@ -46,18 +48,13 @@ def bind(tensors: StepTensors, largest_scale: float) -> BoundStep | None:
         tuple(map(_checks.dtype_of, params)),
         tuple(map(_checks.dtype_of, fixed)),
         tuple([weight.shape for weight in network]),
-        largest_scale,
     )
     if layout is None or list(map(Tensor.numel, fixed)) != layout.fixed_numels:
         return None
-    constants = layout.constants
-    if lr_scales is not None:
-        constants = array("d", constants)
-        constants[_LR_SCALE::_CONSTANTS] = array("d", lr_scales)
-    pointers = [0] * (2 * m) + addresses[: 5 * m]  # those of parameters and gradients: later
+    pointers = [0] * (3 * m) + addresses[: 5 * m]  # parameters, gradients and updates: later
     for address, stride in zip(addresses[5 * m :], layout.network_strides, strict=True):
         pointers += [address + stride * i for i in range(m)] if stride else [address] * m
-    return BoundStep(kernel, params, fixed, addresses, layout, constants, array("Q", pointers))
+    return BoundStep(kernel, params, fixed, addresses, layout, array("Q", pointers))
 
 
 class BoundStep:
@@ -70,9 +67,8 @@ class BoundStep:
             they are still where they were.
         addresses: of ``fixed``.
         layout: of all tensors.
-        constants: those of each parameter.
-        pointers: ``(12, m)``: parameters, gradients, state entries, weights; the first two rows
-            are filled in by each step.
+        pointers: ``(13, m)``: parameters, gradients, updates, state entries, weights; each step
+            fills in the first three rows.
     """
 
     def __init__(
@@ -82,32 +78,30 @@ class BoundStep:
         fixed: list[Tensor],
         addresses: list[int],
         layout: _Layout,
-        constants: array[float],
         pointers: array[int],
     ) -> None:
         self._step = kernel.lo_step
         self._params, self._fixed, self._addresses = params, fixed, addresses
-        self._layout, self._constants, self._pointers = layout, constants, pointers
+        self._layout, self._pointers = layout, pointers
         self._shapes = list(map(_checks.shape_of, params))
 
-    def run(self, grads: Sequence[Tensor], settings: StepSettings) -> bool:
+    def run(self, grads: Sequence[Tensor], settings: StepSettings, updates: Updates = None) -> bool:
         """One step; false, and nothing done, unless all tensors are what and where they were."""
         if list(map(Tensor.data_ptr, self._fixed)) != self._addresses:
             return False
         if list(map(_checks.shape_of, self._params)) != self._shapes:
             return False
-        return self.run_first(grads, settings)
+        return self.run_first(grads, settings, updates)
 
-    def run_first(self, grads: Sequence[Tensor], settings: StepSettings) -> bool:
+    def run_first(
+        self, grads: Sequence[Tensor], settings: StepSettings, updates: Updates = None
+    ) -> bool:
         """One step right after :func:`bind`, which has looked at state and weights.
 
         Returns:
             False, and nothing done, if parameters or gradients do not suit the library.
-
-        Raises:
-            ValueError: ``settings.config`` has another number of entries than the library takes.
         """
-        config, lr, decay, maximize, warmup, total_steps = settings
+        lr = settings.lr
         params, layout, pointers = self._params, self._layout, self._pointers
         varying, m = [*params, *grads], len(params)
         if len(varying) != 2 * m or (isinstance(lr, Tensor) and not lr.is_cpu):
@@ -123,20 +117,22 @@ class BoundStep:
         ):
             return False
         pointers[: 2 * m] = array("Q", addresses)
+        if updates is not None:
+            pointers[2 * m : 3 * m] = array(
+                "Q", [0 if u is None else u.data_ptr() for u in updates]
+            )
         numbers = array(
             "d",
             (
-                -1.0 if maximize else 1.0, float(lr), decay, total_steps, warmup, layout.units,
-                layout.inputs, *config,
+                -1.0 if settings.maximize else 1.0, float(lr), DECAY_UNIT * settings.weight_decay,
+                settings.total_steps or 0.0, settings.warmup, layout.units,
             ),
         )  # fmt: skip
-        if len(config) != CONFIG:
-            raise ValueError(f"the kernel takes {CONFIG} entries of config, got {len(config)}")
         failed = self._step(
             m,
             *layout.sizes_and_types,
             pointers.buffer_info()[0],
-            self._constants.buffer_info()[0],
+            layout.constants.buffer_info()[0],
             numbers.buffer_info()[0],
             torch.get_num_threads(),
         )
@@ -155,7 +151,6 @@ class _Layout:
         varying_numels: sizes of parameters and gradients.
         fixed_numels: sizes of state entries and weights.
         units: hidden units of the network.
-        inputs: of the network.
         network_strides: bytes from one tensor's weights to the next one's, 0 for shared ones.
         constants: those of each tensor.
         arrays: keeps what the addresses in ``sizes_and_types`` point to.
@@ -165,7 +160,6 @@ class _Layout:
     varying_numels: list[int]
     fixed_numels: list[int]
     units: int
-    inputs: int
     network_strides: list[int]
     constants: array[float]
     arrays: tuple[array[int], array[int]]
@@ -182,7 +176,6 @@ def _layout(
     params: tuple[torch.dtype, ...],
     fixed: tuple[torch.dtype, ...],
     network: tuple[torch.Size, ...],
-    largest_scale: float,
 ) -> _Layout | None:
     """The layout; ``None`` if the kernel does not know the dtypes or the network.
 
@@ -191,14 +184,13 @@ def _layout(
         params: dtypes of the parameters, and of their gradients.
         fixed: dtypes of state entries and weights.
         network: shapes of the weights.
-        largest_scale: bound of the initial scale.
     """
     m = len(shapes)
     if not _checks.takes_dtypes(m, (*params, *params, *fixed)):
         return None
     if not _checks.takes_network(m, network, _MOST_UNITS):
         return None
-    lead, units, inputs = network[0][:-2], network[1][-1], network[0][-1]
+    lead, units = network[0][:-2], network[1][-1]
     parts = [shape[len(lead) :] for shape in network]
     sizes = list(map(math.prod, shapes))
     weights = list(map(math.prod, network))
@@ -208,8 +200,7 @@ def _layout(
         varying_numels=[*sizes * 2],
         fixed_numels=[*sizes * 3, *[STATS] * m, *[1] * m, *weights],
         units=units,
-        inputs=inputs,
         network_strides=[4 * math.prod(part) if lead else 0 for part in parts],
-        constants=array("d", _checks.constants_of(shapes, largest_scale)),
+        constants=array("d", _checks.constants_of(shapes)),
         arrays=(array("q", sizes), array("B", codes)),
     )

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from learned_optim.kernels import _build
 
-#: Addresses and constants per tensor, settings per call, entries of ``stats``, most hidden units:
-#: what Python and C have to agree on.
-SIZES = (12, 4, 24, 14, 1024)
-#: Entries of a rule's ``config``: the settings but for those of the call.
-CONFIG = SIZES[2] - 7
+#: Addresses and constants per tensor, settings per call, entries of ``stats``, inputs and most
+#: hidden units of the network: what Python and C have to agree on.
+SIZES = (13, 3, 6, 14, 23, 1024)
 REMEDY = (
     "Build it with `python -m learned_optim.kernels` or reinstall the package, with a C++ compiler "
     f"on the path; {_build.SWITCH}=0 silences this."
@@ -66,7 +64,10 @@ def share_threads(library: ctypes.CDLL) -> None:
 
 
 def library() -> ctypes.CDLL | None:
-    """The library; a warning, once per process, if it is missing and nobody switched it off."""
+    """The compiled library, or ``None``.
+
+    Warns once per process if it is missing although kernels are enabled.
+    """
     found, why = loaded()
     if found is None and not why.startswith("off"):
         _warn(why)

@@ -12,7 +12,6 @@ from learned_optim.kernels._call import StepSettings, StepTensors
 
 _PLAIN = (Tensor, nn.Parameter)
 _MOST_UNITS = _library.SIZES[-1]
-_CONFIG = _library.CONFIG
 
 
 def _usable() -> bool:
@@ -33,23 +32,29 @@ def _step_(
     stats: list[Tensor],
     steps: list[Tensor],
     network: list[Tensor],
+    updates: list[Tensor],
+    rotated: list[int],
     lr: Tensor,
-    config: list[float],
-    decay: float,
+    weight_decay: float,
     maximize: bool,
     warmup: int,
     total_steps: float,
 ) -> None:
     rate = float(lr)
     if rate == 0:  # known here alone; nothing may change
+        for update in updates:
+            update.zero_()
         return
     states = [
         dict(zip(_checks.STATE_KEYS, own, strict=True))
         for own in zip(fast, slow, square, stats, steps, strict=True)
     ]
     grads = [grad.contiguous() for grad in grads]  # inside a graph they may have any strides
-    settings = StepSettings(config, rate, decay, maximize, warmup, total_steps)
-    if not _cpu.step_(StepTensors(network, params, grads, states), settings):
+    settings = StepSettings(rate, weight_decay, maximize, warmup, total_steps or None)
+    places: list[Tensor | None] = [None] * len(params)
+    for index, update in zip(rotated, updates, strict=True):
+        places[index] = update
+    if not _cpu.step_(StepTensors(network, params, grads, states, None, places), settings):
         raise RuntimeError(
             "the compiled step refuses these tensors, whose memory overlaps or is not aligned: "
             "call the optimizer's step() outside of torch.compile, or set LEARNED_OPTIM_KERNELS=0"
@@ -59,19 +64,20 @@ def _step_(
 _operator: Any = torch.library.custom_op(
     "learned_optim::horizon_step_",
     _step_,
-    mutates_args=("params", "fast", "slow", "square", "stats", "steps"),
+    mutates_args=("params", "fast", "slow", "square", "stats", "steps", "updates"),
     device_types="cpu",
     schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] fast, Tensor(c!)[] slow, "
-    "Tensor(d!)[] square, Tensor(e!)[] stats, Tensor(f!)[] steps, Tensor[] network, Tensor lr, "
-    "float[] config, float decay, bool maximize, int warmup, float total_steps) -> ()",
+    "Tensor(d!)[] square, Tensor(e!)[] stats, Tensor(f!)[] steps, Tensor[] network, "
+    "Tensor(g!)[] updates, int[] rotated, Tensor lr, float weight_decay, bool maximize, "
+    "int warmup, float total_steps) -> ()",
 )
 _operator.register_fake(lambda *_: None)
 
 
 def step_(tensors: StepTensors, settings: StepSettings) -> bool:
     """See :func:`learned_optim.kernels.step_`, while a graph is traced."""
-    network, params, grads, states, shapes, lr_scales = tensors
-    config, lr, decay, maximize, warmup, total_steps = settings
+    network, params, grads, states, shapes, updates = tensors
+    lr, weight_decay, maximize, warmup, total_steps = settings
     columns = [[state[key] for state in states] for key in _checks.STATE_KEYS]
     every = [*params, *grads, *(tensor for column in columns for tensor in column), *network]
     m = len(params)
@@ -83,11 +89,11 @@ def step_(tensors: StepTensors, settings: StepSettings) -> bool:
         return False
     if any(param.shape != grad.shape for param, grad in zip(params, grads, strict=True)):
         return False
-    if lr_scales is not None or (shapes is not None and [p.shape for p in params] != list(shapes)):
+    if shapes is not None and [p.shape for p in params] != list(shapes):
         return False
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1):
         return False
-    if not _checks.takes_dtypes(m, [t.dtype for t in every]) or len(config) != _CONFIG:
+    if not _checks.takes_dtypes(m, [t.dtype for t in every]):
         return False
     if not _checks.takes_network(m, [weight.shape for weight in network], _MOST_UNITS):
         return False
@@ -95,8 +101,11 @@ def step_(tensors: StepTensors, settings: StepSettings) -> bool:
         return False
     if not isinstance(lr, Tensor):  # one graph for all of them
         lr = torch.ones((), dtype=torch.float64, device="cpu") * lr
+    places = list(updates or ())
+    rotated = [index for index, update in enumerate(places) if update is not None]
     _operator(
-        list(params), list(grads), *columns, list(network), lr, [float(c) for c in config],
-        float(decay), bool(maximize), int(warmup), float(total_steps),
+        list(params), list(grads), *columns, list(network),
+        [update for update in places if update is not None], rotated, lr, float(weight_decay),
+        bool(maximize), int(warmup), float(total_steps or 0.0),
     )  # fmt: skip
     return True

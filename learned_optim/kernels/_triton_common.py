@@ -1,31 +1,43 @@
 # mypy: ignore-errors
-# ruff: noqa: RET505, SIM300 (Triton reads the branches of a constant condition its own way)
+# ruff: noqa: SIM300 (Triton reads the branches of a constant condition its own way)
 """What both Triton kernels share: the layout of their tables, and functions on single values."""
+
+import math
 
 import triton
 import triton.language as tl
 
+from learned_optim.kernels import constants as c
+
 # Columns of the addresses, of the layout's integers and of its constants.
-PARAM, GRAD, FAST, SLOW, SQUARE, STATS, STEP = map(tl.constexpr, range(7))
-ADDRESSES: tl.constexpr = tl.constexpr(7)
+PARAM, GRAD, FAST, SLOW, SQUARE, STATS, STEP, UPDATE = map(tl.constexpr, range(8))
+ADDRESSES: tl.constexpr = tl.constexpr(8)
 SIZE, FIRST_CHUNK, CHUNKS = map(tl.constexpr, range(3))
 INTEGERS: tl.constexpr = tl.constexpr(3)
-INIT_SCALE, LOG_FAN_IN, IS_VECTOR, LR_SCALE = map(tl.constexpr, range(4))
-CONSTANTS: tl.constexpr = tl.constexpr(4)
+INIT_SCALE, LOG_FAN_IN, IS_VECTOR = map(tl.constexpr, range(3))
+CONSTANTS: tl.constexpr = tl.constexpr(3)
 # A row of gains or of sums, the last entries unused.
 ROW: tl.constexpr = tl.constexpr(16)
 
-TINY2: tl.constexpr = tl.constexpr(1e-30)
-LOG_LONG: tl.constexpr = tl.constexpr(-0.010050335853501442)
+# Constants of the rule.
+TINY2: tl.constexpr = tl.constexpr(c.TINY**2)
+LOG_FAST: tl.constexpr = tl.constexpr(math.log(c.FAST_BETA))
+LOG_SLOW: tl.constexpr = tl.constexpr(math.log(c.SLOW_BETA))
+LOG_SQUARE: tl.constexpr = tl.constexpr(math.log(c.SQUARE_BETA))
+LOG_SHORT: tl.constexpr = tl.constexpr(math.log(c.SHORT_BETA))
+LOG_LONG: tl.constexpr = tl.constexpr(math.log(c.LONG_BETA))
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
-# Finite gradients are cut off here, so that sums of their squares fit into float32.
-LARGEST_GRAD: tl.constexpr = tl.constexpr(2.0**48)
+LARGEST_GRAD: tl.constexpr = tl.constexpr(c.LARGEST_GRAD)
 
 
-@triton.jit(do_not_specialize=["row", "param", "grad", "fast", "slow", "square", "stats", "step"])
+@triton.jit(
+    do_not_specialize=[
+        "row", "param", "grad", "fast", "slow", "square", "stats", "step", "update"
+    ]
+)  # fmt: skip
 def addresses_kernel(
     addresses, row, param: tl.int64, grad: tl.int64, fast: tl.int64, slow: tl.int64,
-    square: tl.int64, stats: tl.int64, step: tl.int64,
+    square: tl.int64, stats: tl.int64, step: tl.int64, update: tl.int64,
 ):  # fmt: skip
     """Write a row of addresses, which a captured graph cannot copy from the host."""
     at = addresses + row * ADDRESSES
@@ -36,6 +48,7 @@ def addresses_kernel(
     tl.store(at + SQUARE, square)
     tl.store(at + STATS, stats)
     tl.store(at + STEP, step)
+    tl.store(at + UPDATE, update)
 
 
 @triton.jit
@@ -78,9 +91,10 @@ def sanitized(grad, sign, PARAM_TYPE: tl.constexpr):
 
 
 @triton.jit
-def decayed(param, decay, PARAM_TYPE: tl.constexpr):
-    """The parameter after weight decay, rounded to its type; float64 stays so, others widen."""
-    if PARAM_TYPE == tl.float64:
-        return param * decay
-    else:
-        return (param.to(tl.float32) * decay.to(tl.float32)).to(PARAM_TYPE).to(tl.float32)
+def decayed(param, grad, decay, PARAM_TYPE: tl.constexpr):
+    """The parameter after weight decay, which spares coordinates without a gradient, not rounded.
+
+    float64 stays so, others widen: decay and update together are one rounding.
+    """
+    WIDE: tl.constexpr = tl.float64 if PARAM_TYPE == tl.float64 else tl.float32
+    return param.to(WIDE) * tl.where(grad != 0.0, decay, 1.0).to(WIDE)

@@ -5,20 +5,26 @@
 import triton
 import triton.language as tl
 
+from learned_optim.kernels import constants as c
 from learned_optim.kernels._triton_common import (
+    ADDRESSES,
     CONSTANTS,
     GRAD,
     INIT_SCALE,
     INTEGERS,
     IS_VECTOR,
     LOG_FAN_IN,
+    LOG_FAST,
     LOG_LONG,
-    LR_SCALE,
+    LOG_SHORT,
+    LOG_SLOW,
+    LOG_SQUARE,
     PARAM,
     ROW,
     SIZE,
     STATS,
     STEP,
+    UPDATE,
     clamp,
     correction,
     decayed,
@@ -28,33 +34,39 @@ from learned_optim.kernels._triton_common import (
     tanh,
 )
 
-LARGEST_COUNT: tl.constexpr = tl.constexpr(10000.0)
-LOG_SHORT: tl.constexpr = tl.constexpr(-0.10536051565782628)
-STEP_BOUND: tl.constexpr = tl.constexpr(3.0)
-MIX_BOUND: tl.constexpr = tl.constexpr(2.0)
-LAST_RATE: tl.constexpr = tl.constexpr(0.01)
-SHORTEST_WARMUP: tl.constexpr = tl.constexpr(10.0)
-LONGEST_WARMUP: tl.constexpr = tl.constexpr(250.0)
+LARGEST_COUNT: tl.constexpr = tl.constexpr(c.LARGEST_COUNT)
+STEP_BOUND: tl.constexpr = tl.constexpr(c.STEP_BOUND)
+MIX_BOUND: tl.constexpr = tl.constexpr(c.MIX_BOUND)
+BASE_STEP: tl.constexpr = tl.constexpr(c.BASE_STEP)
+LARGEST_SCALE: tl.constexpr = tl.constexpr(c.LARGEST_SCALE)
+SMALLEST_SHARE: tl.constexpr = tl.constexpr(c.SMALLEST_SHARE)
+DECAY_POWER: tl.constexpr = tl.constexpr(c.DECAY_POWER)
+LAST_RATE: tl.constexpr = tl.constexpr(c.LAST_RATE)
+WARMUP_SHARE: tl.constexpr = tl.constexpr(c.WARMUP_SHARE)
+WARMUP_STEPS: tl.constexpr = tl.constexpr(c.WARMUP_STEPS)
+SHORTEST_WARMUP: tl.constexpr = tl.constexpr(c.SHORTEST_WARMUP)
+LONGEST_WARMUP: tl.constexpr = tl.constexpr(c.LONGEST_WARMUP)
+INPUTS: tl.constexpr = tl.constexpr(23)
 PI: tl.constexpr = tl.constexpr(3.141592653589793)
 
 
 @triton.jit
-def _first_rms(
-    param, grad, size, decay, idle_decay, PARAM_TYPE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _first_rms(param, grad, size, decay, PARAM_TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Root mean square of a whole tensor, by one program: once in a run."""
     total = tl.full((), 0.0, tl.float64)
     for at in range(0, size, BLOCK):
         offsets = at + tl.arange(0, BLOCK)
         values = tl.load(param + offsets, mask=offsets < size, other=0.0)
         g = sanitized(tl.load(grad + offsets, mask=offsets < size, other=0.0), 1.0, PARAM_TYPE)
-        q = decayed(values, tl.where(g != 0.0, decay, idle_decay), PARAM_TYPE).to(tl.float32)
+        q = decayed(values, g, decay, PARAM_TYPE).to(tl.float32)
         total += tl.sum(q * q, axis=0).to(tl.float64)
     return tl.sqrt(total / tl.maximum(size, 1).to(tl.float64))
 
 
 @triton.jit
-def _inputs(z, t, rms, first, natural, log_fan_in, is_vector, size, total, WIDTH: tl.constexpr):
+def _inputs(
+    z, t, rms, first, natural, log_fan_in, is_vector, size, total, rotated, WIDTH: tl.constexpr
+):  # fmt: skip
     """The network's inputs ``(WIDTH,)`` in the order of ``step.cpp``, the last ones 0."""
     i = tl.arange(0, WIDTH)
     started = tl.where(t > 0, 1.0, 0.0)
@@ -83,13 +95,14 @@ def _inputs(z, t, rms, first, natural, log_fan_in, is_vector, size, total, WIDTH
     moved = tl.log(tl.maximum(rms, 1e-8) / tl.maximum(first, 0.01 * natural)) / 2
     x = tl.where(i == 19, moved, x)
     x = tl.where(i == 20, started * (pick(z, 2) - pick(z, 3)) / 4, x)
-    return tl.where(i == 21, pick(z, 13) / 4, x)
+    x = tl.where(i == 21, pick(z, 13) / 4, x)
+    return tl.where(i == 22, rotated, x)
 
 
 @triton.jit
 def _respond(
     x, hidden, hidden_bias, readout, readout_bias, direct,
-    UNITS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    UNITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The network's five outputs, ``(8,)``; a block of hidden units at a time."""
     BLOCK: tl.constexpr = 16
@@ -111,11 +124,10 @@ def _respond(
 
 
 @triton.jit
-def _schedule(t, total, warmup_share, warmup_steps):
+def _schedule(t, total):
     """Linear warm-up; with a known length of the run, a cosine to its end as well."""
-    warmup = tl.where(
-        total > 0, clamp(warmup_share * total, SHORTEST_WARMUP, LONGEST_WARMUP), warmup_steps
-    )
+    share = clamp(total * WARMUP_SHARE, SHORTEST_WARMUP, LONGEST_WARMUP)
+    warmup = tl.where(total > 0, share, WARMUP_STEPS)
     fall = 0.5 * (1.0 + tl.cos(tl.minimum((t + 1) / (total + 1), 1.0) * PI))
     fall = tl.where(total > 0, tl.maximum(fall, LAST_RATE), 1.0)
     return tl.minimum((t + 1) / warmup, 1.0) * fall
@@ -124,17 +136,14 @@ def _schedule(t, total, warmup_share, warmup_steps):
 @triton.jit
 def gains_kernel(
     addresses, integers, constants, hidden, hidden_bias, readout, readout_bias, direct, lr_pointer,
-    gains, counters, lr, weight_decay, total_steps, warmup, log_fast, log_slow, log_square,
-    base_step, largest_scale, smallest_share, warmup_share, warmup_steps, decay_power,
-    decay_live, adapter_power,
-    PARAM_TYPE: tl.constexpr, UNITS: tl.constexpr, INPUTS: tl.constexpr, OWN_NETWORKS: tl.constexpr,
+    gains, counters, lr, weight_decay, total_steps, warmup,
+    PARAM_TYPE: tl.constexpr, UNITS: tl.constexpr, OWN_NETWORKS: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gains of one tensor, and what else the update needs to know of it.
 
     A row is: gains of fast, slow, gradient and cautious direction; factors on the three moments
-    after this step and on both momenta before it; the factor of weight decay; whether to step; that
-    factor where the gradient is zero.
+    after this step and on both momenta before it; the factor of weight decay; whether to step.
     """
     tensor = tl.program_id(0)
     WIDTH: tl.constexpr = 32
@@ -145,17 +154,15 @@ def gains_kernel(
     else:
         base_lr = tl.full((), 0.0, tl.float64) + lr
         active = tl.full((), 1.0, tl.float32)
-    own_lr = base_lr * tl.load(constants + tensor * CONSTANTS + LR_SCALE)
     size = tl.load(integers + tensor * INTEGERS + SIZE)
     q = tl.arange(0, ROW)
     stats = pointer(addresses, tensor, STATS, tl.float32)
     z = tl.load(stats + q, mask=q < 14, other=0.0).to(tl.float64)
     t = tl.load(pointer(addresses, tensor, STEP, tl.float32)).to(tl.float64)
     total = tl.full((), 0.0, tl.float64) + total_steps
-    rate = _schedule(t, total, warmup_share, warmup_steps)
-    shrinking = tl.exp(decay_power * tl.log(rate) + pick(z, 13))
-    decay = 1.0 - own_lr * weight_decay * shrinking
-    idle_decay = tl.where(decay_live > 0, 1.0, decay)
+    rate = _schedule(t, total)
+    shrinking = tl.exp(tl.log(rate) * DECAY_POWER + pick(z, 13))
+    decay = 1.0 - base_lr * weight_decay * shrinking
     first = pick(z, 0)
     rms = pick(z, 1)
     if t == 0:  # both are measured, before the step
@@ -164,27 +171,23 @@ def gains_kernel(
             pointer(addresses, tensor, GRAD, PARAM_TYPE),
             size,
             decay,
-            idle_decay,
             PARAM_TYPE,
             BLOCK,
         )
         rms = first
-    natural = tl.minimum(tl.load(constants + tensor * CONSTANTS + INIT_SCALE), largest_scale)
+    natural = tl.load(constants + tensor * CONSTANTS + INIT_SCALE)
     log_fan_in = tl.load(constants + tensor * CONSTANTS + LOG_FAN_IN)
     is_vector = tl.load(constants + tensor * CONSTANTS + IS_VECTOR)
-    x = _inputs(z, t, rms, first, natural, log_fan_in, is_vector, size, total, WIDTH)
+    rotated = tl.where(tl.load(addresses + tensor * ADDRESSES + UPDATE) != 0, 1.0, 0.0)
+    x = _inputs(z, t, rms, first, natural, log_fan_in, is_vector, size, total, rotated, WIDTH)
     own = tensor * OWN_NETWORKS  # 0 where all tensors share a network
     out = _respond(
         x, hidden + own * UNITS * INPUTS, hidden_bias + own * UNITS, readout + own * 5 * UNITS,
-        readout_bias + own * 5, direct + own * 5 * INPUTS, UNITS, INPUTS, WIDTH,
+        readout_bias + own * 5, direct + own * 5 * INPUTS, UNITS, WIDTH,
     )  # fmt: skip
-    scale = tl.maximum(tl.minimum(rms, largest_scale), smallest_share * natural)
-    tall = tl.log(tl.maximum(size, 1).to(tl.float64)) - 2 * log_fan_in
-    tall = tl.where(is_vector > 0, 0.0, tl.maximum(tall, 0.0))
-    live = tl.where(t > 0, pick(z, 12) / correction(LOG_SHORT, tl.maximum(t, 1.0)), 1.0)
-    scale *= tl.where(first == 0, tl.exp(-adapter_power * live * tall), 1.0)
+    scale = tl.maximum(tl.minimum(rms, LARGEST_SCALE), natural * SMALLEST_SHARE)
     ramp = tl.where(warmup > 0, tl.minimum((t + 1) / tl.maximum(warmup, 1.0), 1.0), 1.0)
-    length = own_lr * ramp * base_step * rate * scale
+    length = base_lr * ramp * BASE_STEP * rate * scale
     length *= tl.exp(tanh(pick(out, 0) / STEP_BOUND) * STEP_BOUND + pick(z, 13))
     before = tl.where(t > 0, 1.0, 0.0)
     age = tl.maximum(t, 1.0)
@@ -192,12 +195,11 @@ def gains_kernel(
     for k in tl.static_range(1, 4):
         gain = -length * tanh(pick(out, k + 1) / MIX_BOUND) * MIX_BOUND
         row = tl.where(q == k, gain, row)
-    row = tl.where(q == 4, 1.0 / correction(log_fast, t + 1), row)
-    row = tl.where(q == 5, 1.0 / correction(log_slow, t + 1), row)
-    row = tl.where(q == 6, 1.0 / correction(log_square, t + 1), row)
-    row = tl.where(q == 7, before / correction(log_fast, age), row)
-    row = tl.where(q == 8, before / correction(log_slow, age), row)
+    row = tl.where(q == 4, 1.0 / correction(LOG_FAST, t + 1), row)
+    row = tl.where(q == 5, 1.0 / correction(LOG_SLOW, t + 1), row)
+    row = tl.where(q == 6, 1.0 / correction(LOG_SQUARE, t + 1), row)
+    row = tl.where(q == 7, before / correction(LOG_FAST, age), row)
+    row = tl.where(q == 8, before / correction(LOG_SLOW, age), row)
     row = tl.where(q == 9, decay, row)
-    row = tl.where(q == 11, idle_decay, row)
     row = tl.where(q == 10, active, row)
     tl.store(gains + tensor * ROW + q, row)

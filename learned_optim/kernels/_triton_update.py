@@ -5,7 +5,9 @@
 import triton
 import triton.language as tl
 
+from learned_optim.kernels import constants as c
 from learned_optim.kernels._triton_common import (
+    ADDRESSES,
     CHUNKS,
     FAST,
     FIRST_CHUNK,
@@ -20,6 +22,7 @@ from learned_optim.kernels._triton_common import (
     STATS,
     STEP,
     TINY2,
+    UPDATE,
     clamp,
     correction,
     decayed,
@@ -28,10 +31,20 @@ from learned_optim.kernels._triton_common import (
     sanitized,
 )
 
-LARGEST_RATIO: tl.constexpr = tl.constexpr(3.0)
-SHORT: tl.constexpr = tl.constexpr(0.9)
-LONG: tl.constexpr = tl.constexpr(0.99)
-LEAST_GROWTH: tl.constexpr = tl.constexpr(0.3)
+FAST_RATE: tl.constexpr = tl.constexpr(1.0 - c.FAST_BETA)
+SLOW_RATE: tl.constexpr = tl.constexpr(1.0 - c.SLOW_BETA)
+SQUARE_RATE: tl.constexpr = tl.constexpr(1.0 - c.SQUARE_BETA)
+LARGEST_RATIO: tl.constexpr = tl.constexpr(c.LARGEST_RATIO)
+SHORT: tl.constexpr = tl.constexpr(c.SHORT_BETA)
+LONG: tl.constexpr = tl.constexpr(c.LONG_BETA)
+WARMUP_STEPS: tl.constexpr = tl.constexpr(c.WARMUP_STEPS)
+CONFIDENCE_START: tl.constexpr = tl.constexpr(c.CONFIDENCE_START)
+CONFIDENCE_GAIN: tl.constexpr = tl.constexpr(c.CONFIDENCE_GAIN)
+UNKNOWN_GAIN: tl.constexpr = tl.constexpr(c.UNKNOWN_GAIN)
+KNOWN_GAIN: tl.constexpr = tl.constexpr(c.KNOWN_GAIN)
+GROWTH_LOSS: tl.constexpr = tl.constexpr(c.GROWTH_LOSS)
+LEAST_GROWTH: tl.constexpr = tl.constexpr(c.LEAST_GROWTH)
+LEAST_OPPOSITION: tl.constexpr = tl.constexpr(c.LEAST_OPPOSITION)
 
 
 @triton.jit
@@ -45,25 +58,23 @@ def _average(old, beta, new):
 
 
 @triton.jit
-def _next_trust(
-    log, agreement, mean, growth, t, warmup_steps, trust_start, trust_gain, later_gain, margin, lost
-):  # fmt: skip
-    """Once it has reached 0 it stays, unless there is a later gain; see step.cpp."""
-    floor = tl.maximum(-0.5 * tl.log(1.0 + t / tl.maximum(warmup_steps, 1.0)), trust_start)
-    later = (later_gain > 0) & (t >= warmup_steps) & (log >= floor)
-    gain = tl.where(later, later_gain, tl.where(log < 0, trust_gain, 0.0))
-    grown = tl.where(mean < -margin, lost * tl.maximum(growth - LEAST_GROWTH, 0.0), 0.0)
-    judged = tl.where(lost > 0, tl.where(agreement > 0, agreement, -grown), agreement + margin)
-    agreement = tl.where(later, judged, agreement)
-    low = tl.where(later, floor, trust_start)
-    return clamp(log + gain * agreement, low, 0.0)
+def _next_confidence(log, agreement, mean, growth, t, KNOWN: tl.constexpr):
+    """See step.cpp."""
+    floor = tl.maximum(-0.5 * tl.log(1.0 + t / WARMUP_STEPS), CONFIDENCE_START)
+    saturated = log >= tl.where(t >= WARMUP_STEPS, floor, 1.0)  # logs are at most 0
+    if KNOWN:
+        grown = tl.maximum(growth - LEAST_GROWTH, 0.0) * GROWTH_LOSS
+        lost = tl.where(mean < -LEAST_OPPOSITION, grown, 0.0)
+        moved = tl.where(agreement > 0, agreement * KNOWN_GAIN, -lost)
+    else:
+        moved = agreement * UNKNOWN_GAIN
+    earned = tl.where(log < 0, agreement * CONFIDENCE_GAIN, 0.0)
+    low = tl.where(saturated, floor, CONFIDENCE_START)
+    return clamp(log + tl.where(saturated, moved, earned), low, 0.0)
 
 
 @triton.jit
-def _finish(
-    stats, step, partials, first, count, size, warmup_steps, trust_start, trust_gain, later_gain,
-    margin, lost,
-):  # fmt: skip
+def _finish(stats, step, partials, first, count, size, KNOWN: tl.constexpr):
     """Statistics of the step from the sums of all chunks, and the number of steps."""
     ROWS: tl.constexpr = 32
     q = tl.arange(0, ROW)
@@ -99,20 +110,7 @@ def _finish(
     agreement = clamp(with_fast / tl.sqrt(tl.maximum(pick(mean, 12), 1e-3)), -1.0, 1.0)
     growth = tl.where(t > 0, level.to(tl.float32) - pick(z, 3), 0.0)
     mean = pick(new, 10) / correction(LOG_LONG, t.to(tl.float64) + 1.0)
-    trust = _next_trust(
-        z,
-        agreement,
-        mean,
-        growth,
-        t,
-        warmup_steps,
-        trust_start,
-        trust_gain,
-        later_gain,
-        margin,
-        lost,
-    )
-    new = tl.where(q == 13, trust, new)
+    new = tl.where(q == 13, _next_confidence(z, agreement, mean, growth, t, KNOWN), new)
     new = tl.where(square > 0, new, z)  # nothing to tell where there never was a gradient
     new = tl.where(q == 1, rms, new)
     new = tl.where(q == 0, tl.where(t > 0, z, rms), new)
@@ -146,7 +144,7 @@ def _store(pointer, at, size, value, WHOLE: tl.constexpr, ALIGNED: tl.constexpr)
 
 @triton.jit
 def _update_chunk(
-    addresses, tensor, begin, size, row, sums, sign, fast_rate, slow_rate, square_rate,
+    addresses, tensor, begin, size, row, sums, sign,
     PARAM_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +164,11 @@ def _update_chunk(
     square_correction = tl.load(row + 6).to(tl.float32)
     fast_before = tl.load(row + 7).to(tl.float32)
     slow_before = tl.load(row + 8).to(tl.float32)
-    decay, idle_decay = tl.load(row + 9), tl.load(row + 11)
+    decay = tl.load(row + 9)
+    # 0 where the update goes onto the parameter.
+    update_address = tl.load(addresses + tensor * ADDRESSES + UPDATE)
+    apart = update_address != 0
+    update_at = update_address.to(tl.pointer_type(tl.float32))
     param2 = tl.zeros((BLOCK,), tl.float32)
     square1, fast2, slow2, r1 = param2, param2, param2, param2
     ratio_fast2, ratio_slow2, ratio2 = param2, param2, param2
@@ -178,9 +180,9 @@ def _update_chunk(
         fast_old = _load(fast_at, at, size, WHOLE, ALIGNED).to(tl.float32)
         slow_old = _load(slow_at, at, size, WHOLE, ALIGNED).to(tl.float32)
         square_old = _load(square_at, at, size, WHOLE, ALIGNED).to(tl.float32)
-        fast = fast_old + (g - fast_old) * fast_rate
-        slow = slow_old + (g - slow_old) * slow_rate
-        square = square_old + (g * g - square_old) * square_rate
+        fast = fast_old + (g - fast_old) * FAST_RATE
+        slow = slow_old + (g - slow_old) * SLOW_RATE
+        square = square_old + (g * g - square_old) * SQUARE_RATE
         _store(fast_at, at, size, fast.to(STATE_TYPE), WHOLE, ALIGNED)
         _store(slow_at, at, size, slow.to(STATE_TYPE), WHOLE, ALIGNED)
         _store(square_at, at, size, square.to(STATE_TYPE), WHOLE, ALIGNED)
@@ -196,9 +198,12 @@ def _update_chunk(
         old_s = slow_old * slow_before * inverse
         cautious = tl.where(rf * g > 0.0, rf, 0.0)
         update = k_fast * rf + k_slow * rs + k_grad * rg + k_cautious * cautious
-        factor = tl.where(g != 0.0, decay, idle_decay)
-        before = decayed(_load(param_at, at, size, WHOLE, ALIGNED), factor, PARAM_TYPE)
-        _store(param_at, at, size, (before + update.to(WIDE)).to(PARAM_TYPE), WHOLE, ALIGNED)
+        before = decayed(_load(param_at, at, size, WHOLE, ALIGNED), g, decay, PARAM_TYPE)
+        if apart:
+            _store(param_at, at, size, before.to(PARAM_TYPE), WHOLE, ALIGNED)
+            _store(update_at, at, size, update, WHOLE, ALIGNED)
+        else:
+            _store(param_at, at, size, (before + update.to(WIDE)).to(PARAM_TYPE), WHOLE, ALIGNED)
         p = before.to(tl.float32)
         param2 += p * p
         square1 += v
@@ -230,8 +235,7 @@ def _update_chunk(
 
 @triton.jit
 def update_kernel(
-    addresses, integers, chunk_tensor, gains, counters, partials, sign, fast_rate, slow_rate,
-    square_rate, warmup_steps, trust_start, trust_gain, later_gain, margin, lost,
+    addresses, integers, chunk_tensor, gains, counters, partials, sign, KNOWN: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -247,12 +251,12 @@ def update_kernel(
         sums = partials + chunk * ROW
         if begin + CHUNK <= size:
             _update_chunk(
-                addresses, tensor, begin, size, row, sums, sign, fast_rate, slow_rate, square_rate,
+                addresses, tensor, begin, size, row, sums, sign,
                 PARAM_TYPE, STATE_TYPE, CHUNK, BLOCK, True, ALIGNED,
             )  # fmt: skip
         else:
             _update_chunk(
-                addresses, tensor, begin, size, row, sums, sign, fast_rate, slow_rate, square_rate,
+                addresses, tensor, begin, size, row, sums, sign,
                 PARAM_TYPE, STATE_TYPE, CHUNK, BLOCK, False, ALIGNED,
             )  # fmt: skip
         # All threads have stored their sums before one of them counts this chunk, and who counts
@@ -263,6 +267,5 @@ def update_kernel(
             _finish(
                 pointer(addresses, tensor, STATS, tl.float32),
                 pointer(addresses, tensor, STEP, tl.float32),
-                partials, first, count, size, warmup_steps, trust_start, trust_gain, later_gain,
-                margin, lost,
+                partials, first, count, size, KNOWN,
             )  # fmt: skip

@@ -26,6 +26,10 @@
 #define LO_CLONES
 #endif
 
+#ifndef LO_BASE_STEP
+#error "kernels/_build.py defines the constants of kernels/constants.py"
+#endif
+
 // Says from which source the library was built, so that a stale one is not used.
 #ifndef LO_SOURCE
 #define LO_SOURCE "unknown"
@@ -56,7 +60,8 @@ enum Input {
   kLive,            // log share of coordinates whose gradient is not zero
   kMoved,           // log root mean square of the parameters over that at the first step
   kLevel,           // log mean square of the gradient over its average
-  kTrust,           // log of the trust; not an input of rules without it
+  kConfidence,      // log of the step confidence
+  kRotated,         // 1 for matrices in an eigenbasis
   kInputs
 };
 
@@ -77,7 +82,7 @@ enum Stat {
   kStatMeanCorrelation,
   kStatSlowCorrelation,
   kStatLive,
-  kStatTrust,
+  kStatConfidence,
   kStats
 };
 
@@ -103,6 +108,7 @@ enum Sum {
 enum Pointer {
   kParam,
   kGrad,
+  kUpdate,  // where the update goes, float32; null: onto the parameter
   kFast,
   kSlow,
   kSquare,
@@ -115,46 +121,20 @@ enum Pointer {
   kDirect,
   kPointers
 };
-enum Constant { kInitScale, kLogFanIn, kVector, kLrScale, kConstants };
+enum Constant { kInitScale, kLogFanIn, kVector, kConstants };
 enum Setting {
   kSign,
   kLr,
   kDecay,
-  kTotalSteps,     // 0: unknown
-  kWarmUp,         // steps of the optimizer's own warm-up; 0: none
-  kUnits,          // of the hidden layer
-  kUsedInputs,     // of the network: all, or all but the last
-  kFastBeta,
-  kSlowBeta,
-  kSquareBeta,
-  kBaseStep,
-  kLargestScale,
-  kSmallestShare,
-  kWarmUpShare,    // of the rule's schedule
-  kWarmUpSteps,
-  kTrustStart,     // log of the trust at a tensor's first step
-  kTrustGain,      // what a correlation of 1 adds to it
-  kTrustLaterGain, // the same after the warm-up of a run of unknown length, unless 0
-  kTrustKnownGain, // the same of a run of known length
-  kTrustMargin,    // there, what is added to the correlation
-  kTrustGrowth,    // there, what it loses where the gradient grows, unless 0
-  kDecayPower,     // of the schedule, that weight decay follows
-  kDecayLive,      // whether it spares coordinates whose gradient is zero
-  kAdapterPower,   // of width over height, by which tall matrices that start at zero step less
+  kTotalSteps,  // 0: unknown
+  kWarmUp,      // steps of the optimizer's own warm-up; 0: none
+  kUnits,       // of the hidden layer
   kSettings
 };
 
 constexpr int kMostUnits = 1024;
-// Decays of the averages in the statistics.
-constexpr double kShort = 0.9, kLong = 0.99;
-constexpr double kStepBound = 3, kMixBound = 2;
-constexpr double kLastRate = 0.01, kShortestWarmUp = 10, kLongestWarmUp = 250;
-constexpr double kLargestCount = 10000;
-constexpr double kLeastGrowth = 0.3;
-constexpr float kTiny2 = 1e-30f;
-// Finite gradients are cut off here, so that sums of their squares fit into float32.
-constexpr float kLargestGrad = 281474976710656.0f;  // 2^48
-constexpr float kLargestRatio = 3.0f;
+constexpr float kTiny2 = float(LO_TINY * LO_TINY);
+constexpr float kLargestGrad = float(LO_LARGEST_GRAD), kLargestRatio = float(LO_LARGEST_RATIO);
 constexpr double kPi = 3.14159265358979323846;
 
 // Sums run in float32 within a block and in float64 beyond it: even without vector instructions
@@ -243,7 +223,7 @@ struct Gains {
   float fast_correction, slow_correction, square_correction;  // 1 / (1 - beta^t), t with this step
   float fast_before, slow_before;  // the same without this step; 0 at the first
   float fast, slow, grad, cautious;
-  double decay, idle_decay;  // factors on coordinates with a gradient and without one
+  double decay;  // factor on coordinates that have a gradient
 };
 
 struct Tensor {
@@ -251,6 +231,7 @@ struct Tensor {
   uint8_t type;
   void* param;
   const void* grad;
+  float* update;  // of a rotated matrix, else null
   void *fast, *slow, *square;
   float *stats, *step;
   const float *hidden, *hidden_bias, *readout, *readout_bias, *direct;
@@ -265,10 +246,11 @@ struct Chunk {
   double sums[kSums];
 };
 
-// The parameter after weight decay, rounded to its type as in the pure form.
+// The parameter after weight decay, which spares coordinates without a gradient. It is not rounded:
+// decay and update together are one rounding.
 template <class P, class W>
-LO_INLINE W decayed(P param, W decay) {
-  return widen(narrow<P>(widen(param) * decay));
+LO_INLINE W decayed(P param, float grad, W decay) {
+  return grad != 0.0f ? widen(param) * decay : widen(param);
 }
 
 // NaN and infinity count as zero; sums of squares of the others fit into float32.
@@ -280,15 +262,16 @@ LO_INLINE float sanitized(P grad, W sign, W largest) {
 }
 
 // One block of coordinates of parameter type P and state type S. The pragma permits additions in
-// as many lanes as the processor has, which nothing but -ffast-math otherwise would.
-template <class P, class S>
+// as many lanes as the processor has, which nothing but -ffast-math otherwise would. With `kApart`
+// the update is written to `update`, and the parameter only decays.
+template <bool kApart, class P, class S>
 LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
-                     S* LO_RESTRICT fast, S* LO_RESTRICT slow, S* LO_RESTRICT square,
+                     float* LO_RESTRICT update, S* LO_RESTRICT fast, S* LO_RESTRICT slow, S* LO_RESTRICT square,
                      const Gains& gains, double* sums) {
   using W = decltype(widen(P{}));
   const Gains k = gains;  // a copy: stores through the pointers above cannot change it
   const W sign = W(k.sign), largest = W(kLargestGrad);
-  const W decay = W(k.decay), idle_decay = W(k.idle_decay);
+  const W decay = W(k.decay);
   float param2 = 0, square1 = 0, fast2 = 0, slow2 = 0, r1 = 0, ratio_fast2 = 0, ratio_slow2 = 0;
   float ratio2 = 0, ratio_old_fast = 0, ratio_old_slow = 0, old_fast2 = 0, old_slow2 = 0, live = 0;
 
@@ -312,9 +295,10 @@ LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
     const float old_f = fast_old * k.fast_before * inverse;
     const float old_s = slow_old * k.slow_before * inverse;
     const float cautious = rf * g > 0.0f ? rf : 0.0f;
-    const float update = k.fast * rf + k.slow * rs + k.grad * rg + k.cautious * cautious;
-    const W before = decayed(param[i], g != 0.0f ? decay : idle_decay);
-    param[i] = narrow<P>(before + W(update));
+    const float step = k.fast * rf + k.slow * rs + k.grad * rg + k.cautious * cautious;
+    const W before = decayed(param[i], g, decay);
+    param[i] = narrow<P>(kApart ? before : before + W(step));
+    if (kApart) update[i] = step;
     const float q = float(before);
 
     param2 += q * q;
@@ -343,12 +327,11 @@ template <class P>
 LO_INLINE double param_squares(int64_t n, const P* LO_RESTRICT param, const P* LO_RESTRICT grad,
                                const Gains& gains) {
   using W = decltype(widen(P{}));
-  const W decay = W(gains.decay), idle_decay = W(gains.idle_decay), largest = W(kLargestGrad);
+  const W decay = W(gains.decay), largest = W(kLargestGrad);
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const bool live = sanitized(grad[i], W(1), largest) != 0.0f;
-    const float q = float(decayed(param[i], live ? decay : idle_decay));
+    const float q = float(decayed(param[i], sanitized(grad[i], W(1), largest), decay));
     sum += q * q;
   }
   return sum;
@@ -360,9 +343,15 @@ using SquaresFunction = double (*)(int64_t, const Tensor&, int64_t, const Gains&
 // Attributes for several instruction sets do not go with templates: plain functions per type.
 #define LO_BLOCK(NAME, P, S)                                                                      \
   LO_CLONES void NAME(int64_t n, const Tensor& t, int64_t at, const Gains& gains, double* sums) { \
-    block<P, S>(n, static_cast<P*>(t.param) + at, static_cast<const P*>(t.grad) + at,             \
-                static_cast<S*>(t.fast) + at, static_cast<S*>(t.slow) + at,                       \
-                static_cast<S*>(t.square) + at, gains, sums);                                     \
+    P* const param = static_cast<P*>(t.param) + at;                                               \
+    const P* const grad = static_cast<const P*>(t.grad) + at;                                     \
+    S* const fast = static_cast<S*>(t.fast) + at;                                                 \
+    S* const slow = static_cast<S*>(t.slow) + at;                                                 \
+    S* const square = static_cast<S*>(t.square) + at;                                             \
+    if (t.update != nullptr)                                                                      \
+      block<true, P, S>(n, param, grad, t.update + at, fast, slow, square, gains, sums);          \
+    else                                                                                          \
+      block<false, P, S>(n, param, grad, nullptr, fast, slow, square, gains, sums);               \
   }
 LO_BLOCK(block_float32, float, float)
 LO_BLOCK(block_float64, double, float)
@@ -440,9 +429,9 @@ double first_rms(const Tensor& tensor, const Gains& gains) {
 }
 
 // `rms` and `first` are root mean squares of the parameters: of the step before, and of the first.
-void inputs_of(const Tensor& tensor, const double* settings, double rms, double first, float* x) {
+void inputs_of(const Tensor& tensor, double total, double rms, double first, float* x) {
   const float* z = tensor.stats;
-  const double t = *tensor.step, total = settings[kTotalSteps];
+  const double t = *tensor.step;
   const double natural = tensor.constants[kInitScale];
   const bool started = t > 0, known = total > 0;
   const double progress = known ? std::min(t / total, 1.0) : 0.0;
@@ -455,94 +444,78 @@ void inputs_of(const Tensor& tensor, const double* settings, double rms, double 
   x[kFanIn] = float(tensor.constants[kLogFanIn] / 4 - 1);
   x[kSize] = float(std::log(double(std::max<int64_t>(1, tensor.size))) / 6 - 1);
   x[kIsVector] = float(tensor.constants[kVector]);
-  x[kLogStep] = float(std::log(std::min(t, kLargestCount) + 1) / 4 - 1);
+  x[kLogStep] = float(std::log(std::min(t, LO_LARGEST_COUNT) + 1) / 4 - 1);
   x[kStart] = float(std::exp(-t / 10));
   if (known) {
     x[kHorizonKnown] = 1;
     x[kProgress] = float(progress);
     x[kLogRemaining] = float(std::log(1.02 - progress) / 2);
-    x[kLogHorizon] = float(std::log(std::min(total, kLargestCount)) / 4 - 1.5);
+    x[kLogHorizon] = float(std::log(std::min(total, LO_LARGEST_COUNT)) / 4 - 1.5);
   }
   x[kFastShare] = seen(z[kStatFastShare] / 4);
   x[kSlowShare] = seen(z[kStatSlowShare] / 4);
   x[kFastSignal] = seen(z[kStatFastSignal] / 4);
   x[kSlowSignal] = seen(z[kStatSlowSignal] / 4);
   x[kInequality] = seen(z[kStatInequality] / 4);
-  x[kFastCorrelation] = float(average(kStatFastCorrelation, kShort));
-  x[kMeanCorrelation] = float(average(kStatMeanCorrelation, kLong));
-  x[kSlowCorrelation] = float(average(kStatSlowCorrelation, kShort));
-  x[kLive] = seen(std::log(average(kStatLive, kShort) + 1e-3) / 4);
+  x[kFastCorrelation] = float(average(kStatFastCorrelation, LO_SHORT_BETA));
+  x[kMeanCorrelation] = float(average(kStatMeanCorrelation, LO_LONG_BETA));
+  x[kSlowCorrelation] = float(average(kStatSlowCorrelation, LO_SHORT_BETA));
+  x[kLive] = seen(std::log(average(kStatLive, LO_SHORT_BETA) + 1e-3) / 4);
   x[kMoved] = float(std::log(std::max(rms, 1e-8) / std::max(first, 0.01 * natural)) / 2);
   x[kLevel] = seen((double(z[kStatLevel]) - z[kStatMeanLevel]) / 4);
-  x[kTrust] = z[kStatTrust] / 4;
+  x[kConfidence] = z[kStatConfidence] / 4;
+  x[kRotated] = tensor.update != nullptr;
 }
 
-void respond(const Tensor& tensor, int units, int inputs, const float* x, float* outputs) {
+void respond(const Tensor& tensor, int units, const float* x, float* outputs) {
   float hidden[kMostUnits];
   for (int u = 0; u < units; ++u) {
     float sum = tensor.hidden_bias[u];
-    for (int j = 0; j < inputs; ++j) sum += tensor.hidden[u * inputs + j] * x[j];
+    for (int j = 0; j < kInputs; ++j) sum += tensor.hidden[u * kInputs + j] * x[j];
     hidden[u] = std::tanh(sum);
   }
   for (int o = 0; o < kOutputs; ++o) {
     float sum = tensor.readout_bias[o];
     for (int u = 0; u < units; ++u) sum += tensor.readout[o * units + u] * hidden[u];
-    for (int j = 0; j < inputs; ++j) sum += tensor.direct[o * inputs + j] * x[j];
+    for (int j = 0; j < kInputs; ++j) sum += tensor.direct[o * kInputs + j] * x[j];
     outputs[o] = sum;
   }
 }
 
 // Linear warm-up; with a known length of the run, a cosine to its end as well.
-double schedule(double t, const double* settings) {
-  const double total = settings[kTotalSteps];
-  if (!(total > 0)) return std::min(1.0, (t + 1) / settings[kWarmUpSteps]);
-  const double warm_up = clamp(settings[kWarmUpShare] * total, kShortestWarmUp, kLongestWarmUp);
+double schedule(double t, double total) {
+  if (!(total > 0)) return std::min(1.0, (t + 1) / LO_WARMUP_STEPS);
+  const double warm_up = clamp(LO_WARMUP_SHARE * total, LO_SHORTEST_WARMUP, LO_LONGEST_WARMUP);
   const double fall = 0.5 * (1 + std::cos(kPi * std::min(1.0, (t + 1) / (total + 1))));
-  return std::min(1.0, (t + 1) / warm_up) * std::max(kLastRate, fall);
-}
-
-// Log of height over width, rows being outputs; 0 of vectors and of what is not tall.
-double log_tallness(const Tensor& tensor) {
-  if (tensor.constants[kVector] != 0) return 0;
-  const double size = double(std::max<int64_t>(1, tensor.size));
-  return std::max(0.0, std::log(size) - 2 * tensor.constants[kLogFanIn]);
+  return std::min(1.0, (t + 1) / warm_up) * std::max(LO_LAST_RATE, fall);
 }
 
 Gains gains_of(const Tensor& tensor, const double* settings) {
   float x[kInputs], out[kOutputs];
-  const double t = *tensor.step, natural = tensor.constants[kInitScale];
+  const double t = *tensor.step, natural = tensor.constants[kInitScale], lr = settings[kLr];
+  const double rate = schedule(t, settings[kTotalSteps]);
+  const double confidence = tensor.stats[kStatConfidence];
   Gains k;
-  const double lr = settings[kLr] * tensor.constants[kLrScale];
-  const double rate = schedule(t, settings);
-  k.decay = 1 - settings[kDecay] * lr * std::pow(rate, settings[kDecayPower]) *
-                    std::exp(double(tensor.stats[kStatTrust]));
-  k.idle_decay = settings[kDecayLive] != 0 ? 1 : k.decay;
+  k.decay = 1 - settings[kDecay] * lr * std::pow(rate, LO_DECAY_POWER) * std::exp(confidence);
   // At the first step both are measured, before it.
   const double at_first = t > 0 ? tensor.stats[kStatFirstRms] : first_rms(tensor, k);
   const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
-  inputs_of(tensor, settings, rms, at_first, x);
-  respond(tensor, int(settings[kUnits]), int(settings[kUsedInputs]), x, out);
-  double scale =
-      std::max(std::min(rms, settings[kLargestScale]), settings[kSmallestShare] * natural);
-  if (at_first == 0) {
-    const double live = t > 0 ? tensor.stats[kStatLive] / bias_correction(kShort, t) : 1;
-    scale *= std::exp(-settings[kAdapterPower] * live * log_tallness(tensor));
-  }
+  inputs_of(tensor, settings[kTotalSteps], rms, at_first, x);
+  respond(tensor, int(settings[kUnits]), x, out);
+  const double scale = std::max(std::min(rms, LO_LARGEST_SCALE), LO_SMALLEST_SHARE * natural);
   const double ramp = settings[kWarmUp] > 0 ? std::min(1.0, (t + 1) / settings[kWarmUp]) : 1.0;
-  const double size = -lr * ramp * settings[kBaseStep] * rate * scale *
-                      std::exp(kStepBound * std::tanh(out[kStepSize] / kStepBound) +
-                               tensor.stats[kStatTrust]);
-  const auto bounded = [](double gain) { return kMixBound * std::tanh(gain / kMixBound); };
-  const double fast_beta = settings[kFastBeta], slow_beta = settings[kSlowBeta];
+  const double factor = LO_STEP_BOUND * std::tanh(out[kStepSize] / LO_STEP_BOUND);
+  const double size = -lr * ramp * LO_BASE_STEP * rate * scale * std::exp(factor + confidence);
+  const auto bounded = [](double gain) { return LO_MIX_BOUND * std::tanh(gain / LO_MIX_BOUND); };
   k.sign = float(settings[kSign]);
-  k.fast_rate = float(1 - fast_beta);
-  k.slow_rate = float(1 - slow_beta);
-  k.square_rate = float(1 - settings[kSquareBeta]);
-  k.fast_correction = float(1 / bias_correction(fast_beta, t + 1));
-  k.slow_correction = float(1 / bias_correction(slow_beta, t + 1));
-  k.square_correction = float(1 / bias_correction(settings[kSquareBeta], t + 1));
-  k.fast_before = t > 0 ? float(1 / bias_correction(fast_beta, t)) : 0.0f;
-  k.slow_before = t > 0 ? float(1 / bias_correction(slow_beta, t)) : 0.0f;
+  k.fast_rate = float(1 - LO_FAST_BETA);
+  k.slow_rate = float(1 - LO_SLOW_BETA);
+  k.square_rate = float(1 - LO_SQUARE_BETA);
+  k.fast_correction = float(1 / bias_correction(LO_FAST_BETA, t + 1));
+  k.slow_correction = float(1 / bias_correction(LO_SLOW_BETA, t + 1));
+  k.square_correction = float(1 / bias_correction(LO_SQUARE_BETA, t + 1));
+  k.fast_before = t > 0 ? float(1 / bias_correction(LO_FAST_BETA, t)) : 0.0f;
+  k.slow_before = t > 0 ? float(1 / bias_correction(LO_SLOW_BETA, t)) : 0.0f;
   k.fast = float(size * (1 + bounded(out[kFastGain])));
   k.slow = float(size * bounded(out[kSlowGain]));
   k.grad = float(size * bounded(out[kGradGain]));
@@ -550,31 +523,26 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   return k;
 }
 
-// Once it has reached 0 it stays, unless a later gain lets it fall again, as far as the rate of a
-// run without end would; what is below that has not been whole yet.
-float next_trust(double log, double agreement, double mean_agreement, double growth, double t,
-                 const double* settings) {
-  double gain = log < 0 ? settings[kTrustGain] : 0.0, low = settings[kTrustStart];
-  const bool known = settings[kTotalSteps] > 0;
-  const double later = settings[known ? kTrustKnownGain : kTrustLaterGain];
-  const double warm_up = settings[kWarmUpSteps];
-  const double floor = std::max(low, -0.5 * std::log(1 + t / warm_up));
-  if (later > 0 && t >= warm_up && log >= floor) {
-    gain = later;
-    low = floor;
-    const double lost = settings[kTrustGrowth], margin = settings[kTrustMargin];
-    if (known && lost > 0) {
-      const bool contradicted = mean_agreement < -margin;
-      if (agreement <= 0)
-        agreement = contradicted ? -lost * std::max(0.0, growth - kLeastGrowth) : 0.0;
-    } else if (known) {
-      agreement += margin;
-    }
+// The log of the step confidence after a step. It grows with the correlation of gradient and
+// momentum. Once saturated, which a value above the floor shows, it falls in runs of unknown length
+// with that correlation, and in runs of known length where gradients grow and oppose each other.
+float next_confidence(double log, double agreement, double mean_agreement, double growth, double t,
+                      bool known) {
+  const double floor = std::max(LO_CONFIDENCE_START, -0.5 * std::log(1 + t / LO_WARMUP_STEPS));
+  if (!(t >= LO_WARMUP_STEPS && log >= floor)) {
+    const double gain = log < 0 ? LO_CONFIDENCE_GAIN : 0.0;
+    return float(clamp(log + gain * agreement, LO_CONFIDENCE_START, 0));
   }
-  return gain == 0 ? float(log) : float(clamp(log + gain * agreement, low, 0));
+  double change = LO_UNKNOWN_GAIN * agreement;
+  if (known) {
+    const bool opposed = mean_agreement < -LO_LEAST_OPPOSITION;
+    const double lost = opposed ? LO_GROWTH_LOSS * std::max(0.0, growth - LO_LEAST_GROWTH) : 0.0;
+    change = agreement > 0 ? LO_KNOWN_GAIN * agreement : -lost;
+  }
+  return float(clamp(log + change, floor, 0));
 }
 
-void update_stats(const Tensor& tensor, const double* settings, const double* sums) {
+void update_stats(const Tensor& tensor, bool known, const double* sums) {
   float* z = tensor.stats;
   const bool started = *tensor.step > 0;
   const double n = double(std::max<int64_t>(1, tensor.size));
@@ -589,7 +557,7 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
     const double level = std::log(mean[kSumSquare] + kTiny2);
     const double growth = started ? float(level) - z[kStatMeanLevel] : 0.0f;
     z[kStatLevel] = float(level);
-    average(kStatMeanLevel, started ? kLong : 0.0, level);
+    average(kStatMeanLevel, started ? LO_LONG_BETA : 0.0, level);
     z[kStatFastShare] = float(log_ratio(mean[kSumFast2], mean[kSumSquare]));
     z[kStatSlowShare] = float(log_ratio(mean[kSumSlow2], mean[kSumSquare]));
     z[kStatFastSignal] = float(std::log(mean[kSumRatioFast2] + 1e-4));
@@ -599,20 +567,21 @@ void update_stats(const Tensor& tensor, const double* settings, const double* su
         mean[kSumRatioOldFast] / std::sqrt(mean[kSumRatio2] * mean[kSumOldFast2] + 1e-20);
     const double with_slow =
         mean[kSumRatioOldSlow] / std::sqrt(mean[kSumRatio2] * mean[kSumOldSlow2] + 1e-20);
-    average(kStatFastCorrelation, kShort, with_fast);
-    average(kStatMeanCorrelation, kLong, with_fast);
-    average(kStatSlowCorrelation, kShort, with_slow);
-    average(kStatLive, kShort, mean[kSumLive]);
+    average(kStatFastCorrelation, LO_SHORT_BETA, with_fast);
+    average(kStatMeanCorrelation, LO_LONG_BETA, with_fast);
+    average(kStatSlowCorrelation, LO_SHORT_BETA, with_slow);
+    average(kStatLive, LO_SHORT_BETA, mean[kSumLive]);
     const double agreement =
         clamp(with_fast / std::sqrt(std::max(mean[kSumLive], 1e-3)), -1, 1);
     const double t = *tensor.step;
-    const double mean_agreement = z[kStatMeanCorrelation] / bias_correction(kLong, t + 1);
-    z[kStatTrust] = next_trust(z[kStatTrust], agreement, mean_agreement, growth, t, settings);
+    const double mean_agreement = z[kStatMeanCorrelation] / bias_correction(LO_LONG_BETA, t + 1);
+    z[kStatConfidence] =
+        next_confidence(z[kStatConfidence], agreement, mean_agreement, growth, t, known);
   }
   *tensor.step += 1;
 }
 
-int check(const std::vector<Tensor>& tensors, int units, int inputs) {
+int check(const std::vector<Tensor>& tensors, int units) {
   std::vector<Range> ranges;
   ranges.reserve(kPointers * tensors.size());
   const auto take = [&](const void* pointer, int64_t bytes, int64_t aligned, bool written) {
@@ -627,16 +596,17 @@ int check(const std::vector<Tensor>& tensors, int units, int inputs) {
     const Tensor& t = tensors[i];
     const int64_t p = kParamSize[t.type], s = kStateSize[t.type];
     if (!take(t.param, t.size * p, p, true) || !take(t.grad, t.size * p, p, false) ||
+        (t.update != nullptr && !take(t.update, t.size * kFloat, kFloat, true)) ||
         !take(t.fast, t.size * s, s, true) || !take(t.slow, t.size * s, s, true) ||
         !take(t.square, t.size * s, s, true) || !take(t.stats, kStats * kFloat, kFloat, true) ||
         !take(t.step, kFloat, kFloat, true))
       return kBadPointer;
     if (i > 0 && tensors[i - 1].hidden == t.hidden) continue;  // most tensors share a network
-    if (!take(t.hidden, units * inputs * kFloat, kFloat, false) ||
+    if (!take(t.hidden, units * kInputs * kFloat, kFloat, false) ||
         !take(t.hidden_bias, units * kFloat, kFloat, false) ||
         !take(t.readout, kOutputs * units * kFloat, kFloat, false) ||
         !take(t.readout_bias, kOutputs * kFloat, kFloat, false) ||
-        !take(t.direct, kOutputs * inputs * kFloat, kFloat, false))
+        !take(t.direct, kOutputs * kInputs * kFloat, kFloat, false))
       return kBadPointer;
   }
   return overlapping(ranges) ? kOverlap : kOk;
@@ -652,7 +622,8 @@ LO_EXPORT void lo_sizes(int32_t* out) {
   out[1] = kConstants;
   out[2] = kSettings;
   out[3] = kStats;
-  out[4] = kMostUnits;
+  out[4] = kInputs;
+  out[5] = kMostUnits;
 }
 
 // Threads for calls from now on: the address of GOMP_parallel, or null for threads of their own.
@@ -668,8 +639,6 @@ LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
                           const double* settings, int32_t threads) try {
   const double units = settings[kUnits];
   if (!(units >= 1 && units <= kMostUnits)) return kBadType;
-  const double inputs = settings[kUsedInputs];
-  if (inputs != kInputs && inputs != kInputs - 1) return kBadType;
   std::vector<Tensor> tensors;
   tensors.reserve(size_t(m));
   int64_t coordinates = 0, chunk_count = 0;
@@ -679,14 +648,14 @@ LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
       return reinterpret_cast<void*>(uintptr_t(pointers[row * m + i]));
     };
     const auto floats = [&](Pointer row) { return static_cast<float*>(at(row)); };
-    tensors.push_back({sizes[i], types[i], at(kParam), at(kGrad), at(kFast), at(kSlow),
+    tensors.push_back({sizes[i], types[i], at(kParam), at(kGrad), floats(kUpdate), at(kFast), at(kSlow),
                        at(kSquare), floats(kStatsOf), floats(kStepOf), floats(kHidden),
                        floats(kHiddenBias), floats(kReadout), floats(kReadoutBias),
                        floats(kDirect), constants + kConstants * i});
     coordinates += sizes[i];
     chunk_count += (sizes[i] + kChunk - 1) / kChunk;
   }
-  if (const int code = check(tensors, int(units), int(inputs))) return code;
+  if (const int code = check(tensors, int(units))) return code;
 
   std::vector<Gains> gains(static_cast<size_t>(m));
   std::vector<Chunk> chunks;
@@ -703,7 +672,7 @@ LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
     double sums[kSums] = {};
     for (; chunk != chunks.end() && chunk->tensor == &tensor; ++chunk)
       for (int q = 0; q < kSums; ++q) sums[q] += chunk->sums[q];
-    update_stats(tensor, settings, sums);
+    update_stats(tensor, settings[kTotalSteps] > 0, sums);
   }
   return kOk;
 } catch (...) {  // out of memory, before anything was written

@@ -23,12 +23,13 @@ from torch import Tensor
 from learned_optim.kernels import _build, _checks
 from learned_optim.kernels._call import StepSettings, StepTensors
 from learned_optim.kernels._library import SIZES
+from learned_optim.kernels.constants import DECAY_UNIT
 
 # Coordinates of a program, and of one pass of its loop.
 CHUNK, BLOCK = 4096, 512
 _MEASURE_BLOCK = 1024  # coordinates of one pass of the loop that measures a new tensor
 _ROW = 16  # of gains and of sums
-*_, STATS, _MOST_UNITS = SIZES
+*_, STATS, _INPUTS, _MOST_UNITS = SIZES
 # In the interpreter a kernel runs on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 is_here = _checks.is_cpu if INTERPRETED else _checks.is_cuda
@@ -89,10 +90,10 @@ class _Layout:
     Attributes:
         numels: sizes of all tensors in the order of the call.
         integers: size, first chunk and number of chunks of each tensor, int64 ``(m, 3)``.
-        constants: see :func:`~learned_optim.kernels._checks.constants_of`, float64 ``(m, 4)``.
+        constants: see :func:`~learned_optim.kernels._checks.constants_of`, float64 ``(m, 3)``.
         chunk_tensor: the tensor that a chunk belongs to, int32 ``(chunks,)``.
-        bytes: sizes in memory of parameter, gradient, the three moments, statistics and step of
-            each tensor, int64 ``(m, 7)``, on the CPU.
+        bytes: sizes in memory of parameter, gradient, the three moments, statistics, step and
+            update of each tensor, int64 ``(m, 8)``, on the CPU.
         types: of parameters and moments.
     """
 
@@ -122,7 +123,7 @@ def step_(tensors: StepTensors, settings: StepSettings) -> bool:
     calls = []
     for chosen in _by_types(tensors.params, tensors.states):
         call = prepare(_subset(tensors, chosen))
-        if call is None or not _trial.passed(kernels, call, settings.config):
+        if call is None or not _trial.passed(kernels, call):
             return False
         calls.append(call)
     for index, call in enumerate(calls):
@@ -155,7 +156,7 @@ def _by_types(
 
 def _subset(tensors: StepTensors, chosen: list[int]) -> StepTensors:
     """The call of some of the parameters."""
-    network, params, grads, states, shapes, lr_scales = tensors
+    network, params, grads, states, shapes, updates = tensors
     if network[1].dim() > 1:  # a network for each tensor
         network = [weight[chosen] for weight in network]
     return StepTensors(
@@ -164,7 +165,7 @@ def _subset(tensors: StepTensors, chosen: list[int]) -> StepTensors:
         [grads[i] for i in chosen],
         [states[i] for i in chosen],
         tuple(params[i].shape if shapes is None else shapes[i] for i in chosen),
-        None if lr_scales is None else tuple(lr_scales[i] for i in chosen),
+        None if updates is None else [updates[i] for i in chosen],
     )
 
 
@@ -178,7 +179,8 @@ class Call:
     Attributes:
         network: weights, see :func:`step_`.
         layout: of the tensors.
-        addresses: of the tensors, int64 ``(m, 7)``; rows on the host while a graph is captured.
+        addresses: of the tensors, int64 ``(m, 8)``, 0 where the update goes onto the parameter;
+            rows on the host while a graph is captured.
         aligned: whether all addresses are multiples of 16.
     """
 
@@ -190,7 +192,7 @@ class Call:
 
 def prepare(call: StepTensors) -> Call | None:
     """The launches of parameters of one dtype; ``None`` for tensors the kernels do not take."""
-    network, params, grads, states, shapes, lr_scales = call
+    network, params, grads, states, shapes, updates = call
     m, device = len(params), params[0].device
     own = zip(*map(_checks.state_entries, states), strict=True)
     tensors = [*params, *grads, *chain(*own), *network]
@@ -200,10 +202,9 @@ def prepare(call: StepTensors) -> Call | None:
     if any(map(Tensor.is_neg, tensors[: 2 * m])) or any(map(Tensor.is_inference, params)):
         return None
     shapes = tuple([param.shape for param in params] if shapes is None else shapes)
-    lr_scales = None if lr_scales is None else tuple(lr_scales)
     capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
     dtypes, weights = tuple(tensor.dtype for tensor in tensors), tuple(w.shape for w in network)
-    key = shapes, dtypes, weights, lr_scales, device
+    key = shapes, dtypes, weights, device
     layout = _layouts.get(key)
     if layout is None:
         if capturing or not _checks.takes_dtypes(m, dtypes):
@@ -211,16 +212,20 @@ def prepare(call: StepTensors) -> Call | None:
         if not _checks.takes_network(m, weights, _MOST_UNITS):
             return None
         _layouts.make_room(256)
-        layout = _layouts[key] = _make_layout(shapes, dtypes, weights, lr_scales, device)
+        layout = _layouts[key] = _make_layout(shapes, dtypes, weights, device)
     if [tensor.numel() for tensor in tensors] != layout.numels:
         return None
-    rows = [addresses[i : 7 * m : m] for i in range(m)]
+    places = [0] * m
+    for index, update in enumerate(updates or ()):
+        if update is not None:
+            places[index] = update.data_ptr()
+    rows = [[*addresses[i : 7 * m : m], places[i]] for i in range(m)]
     if capturing:
         _captured.append(layout)
         usable, aligned = _memory(rows, layout)
         return Call(network, layout, rows, aligned) if usable else None
     stream = 0 if INTERPRETED else torch.cuda.current_stream(device).cuda_stream
-    where = layout, tuple(addresses[: 7 * m]), stream
+    where = layout, (*addresses[: 7 * m], *places), stream
     if where not in _tables:
         _tables.make_room(1024)
         usable, aligned = _memory(rows, layout)
@@ -233,7 +238,6 @@ def _make_layout(
     shapes: tuple[torch.Size, ...],
     dtypes: tuple[torch.dtype, ...],
     weights: tuple[torch.Size, ...],
-    lr_scales: tuple[float, ...] | None,
     device: torch.device,
 ) -> _Layout:
     m = len(shapes)
@@ -241,12 +245,9 @@ def _make_layout(
     # An empty tensor has a chunk, too, which counts its step.
     chunks = _host([max(1, -(-size // CHUNK)) for size in sizes])
     integers = torch.stack((_host(sizes), chunks.cumsum(0) - chunks, chunks), 1)
-    # The kernel bounds the scale: the bound belongs to the rule.
-    constants = _host(_checks.constants_of(shapes, math.inf), torch.float64).reshape(m, 4)
-    if lr_scales is not None:
-        constants[:, 3] = _host(lr_scales, torch.float64)
+    constants = _host(_checks.constants_of(shapes), torch.float64).reshape(m, 3)
     items = [dtypes[i * m].itemsize for i in range(5)]
-    per_tensor = [[*(size * item for item in items), 4 * STATS, 4] for size in sizes]
+    per_tensor = [[*(size * item for item in items), 4 * STATS, 4, 4 * size] for size in sizes]
     layout = _Layout(
         numels=[*sizes * 5, *[STATS] * m, *[1] * m, *map(math.prod, weights)],
         integers=_upload(integers, device),
@@ -277,11 +278,12 @@ def _memory(rows: list[list[int]], layout: _Layout) -> tuple[bool, bool]:
     begin = _host(rows)
     end = begin + layout.bytes
     param, state = (dtype.itemsize for dtype in layout.types)
-    unit = _host([param, param, state, state, state, 4, 4])
+    unit = _host([param, param, state, state, state, 4, 4, 4])
     used = layout.bytes > 0
+    used[:, 7] &= begin[:, 7] != 0
     if bool(((begin % unit != 0) | (begin == 0))[used].any()):
         return False, False
-    written = _host([1, 0, 1, 1, 1, 1, 1], torch.bool).expand_as(used)[used]
+    written = _host([1, 0, 1, 1, 1, 1, 1, 1], torch.bool).expand_as(used)[used]
     order = begin[used].argsort()
     begins, ends, written = begin[used][order], end[used][order], written[order]
     if len(order) > 1:
@@ -290,25 +292,20 @@ def _memory(rows: list[list[int]], layout: _Layout) -> tuple[bool, bool]:
         overlap = (begins[1:] < before_written) | (written[1:] & (begins[1:] < before))
         if bool(overlap.any()):
             return False, False
-    return True, not bool((begin[:, :5][used[:, :5]] % 16).any())
+    vectors = [0, 1, 2, 3, 4, 7]
+    return True, not bool((begin[:, vectors][used[:, vectors]] % 16).any())
 
 
 def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
     """Two launches: the gains of all tensors, then the update of all coordinates."""
-    config, lr, decay, maximize, warmup, total_steps = settings
-    (
-        fast, slow, square, base_step, largest, smallest, share, steps,
-        trust_start, trust_gain, unknown_gain, known_gain, margin, growth, power, live,
-        adapter_power,
-    ) = map(float, config)  # fmt: skip
-    later = (known_gain, margin, growth) if total_steps else (unknown_gain, 0.0, 0.0)
+    lr, weight_decay, maximize, warmup, total_steps = settings
     layout = call.layout
     m, chunks, device = len(layout.integers), len(layout.chunk_tensor), layout.integers.device
     on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or INTERPRETED)
     with _on(device):
         addresses = call.addresses
         if isinstance(addresses, list):
-            rows, addresses = addresses, torch.empty((m, 7), dtype=torch.int64, device=device)
+            rows, addresses = addresses, torch.empty((m, 8), dtype=torch.int64, device=device)
             for index, row in enumerate(rows):
                 kernels.addresses_kernel[(1,)](addresses, index, *row)
         gains = torch.empty((m, _ROW), dtype=torch.float64, device=device)
@@ -317,23 +314,16 @@ def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
         kernels.gains_kernel[(m,)](
             addresses, layout.integers, layout.constants, *call.network,
             lr if on_device else gains, gains, counters, 0.0 if on_device else float(lr),
-            float(decay), float(total_steps), float(warmup), _log(fast), _log(slow), _log(square),
-            base_step, largest, smallest, share, steps, power, live, adapter_power,
+            DECAY_UNIT * weight_decay, float(total_steps or 0.0), float(warmup),
             PARAM_TYPE=_triton_type(layout.types[0]), UNITS=call.network[1].shape[-1],
-            INPUTS=call.network[0].shape[-1], OWN_NETWORKS=call.network[1].dim() - 1,
-            LR_ON_DEVICE=on_device, BLOCK=_MEASURE_BLOCK,
+            OWN_NETWORKS=call.network[1].dim() - 1, LR_ON_DEVICE=on_device, BLOCK=_MEASURE_BLOCK,
         )  # fmt: skip
         kernels.update_kernel[(chunks,)](
             addresses, layout.integers, layout.chunk_tensor, gains, counters, sums,
-            -1.0 if maximize else 1.0, 1.0 - fast, 1.0 - slow, 1.0 - square,
-            steps, trust_start, trust_gain, *later,
+            -1.0 if maximize else 1.0, KNOWN=bool(total_steps),
             PARAM_TYPE=_triton_type(layout.types[0]), STATE_TYPE=_triton_type(layout.types[1]),
             CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=call.aligned,
         )  # fmt: skip
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

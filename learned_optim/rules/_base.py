@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learned_optim.rules import _step
 from learned_optim.rules._config import ConfiguredModule, RuleConfig, register
-from learned_optim.rules._context import BoundStep, State, StepContext
+from learned_optim.rules._context import BoundStep, State, StepContext, StepSettings
 from learned_optim.rules._segments import Product, Segments
 
 __all__ = ["BoundStep", "State", "StepContext", "UpdateRule"]
@@ -54,8 +54,7 @@ class UpdateRule(ConfiguredModule):
     network_state: ClassVar[tuple[str, ...]] = ()
     #: State entries of whole tensors, ``(m, k)``; all others are per coordinate.
     tensor_state: ClassVar[tuple[str, ...]] = ()
-    #: State entries that are matrices of a tensor, as ``(r, r)``. Each has its own shape and dtype,
-    #: and :meth:`init_state` leaves it out for tensors without it.
+    #: State entries that are matrices of a tensor, see :meth:`init_matrices`.
     matrix_state: ClassVar[tuple[str, ...]] = ()
     #: Every coordinate is treated alike and alone: an update does not depend on which tensor a
     #: coordinate belongs to. Promised, and tested.
@@ -64,6 +63,8 @@ class UpdateRule(ConfiguredModule):
     zero_preserving: ClassVar[bool] = False
     #: The rule reads ``context.total_steps`` and anneals its updates by itself.
     reads_horizon: ClassVar[bool] = False
+    #: Weight decay spares coordinates whose gradient is zero in this step.
+    decays_live: ClassVar[bool] = False
     #: Steps of warm-up that the optimizer applies unless it is told another number. Weights that
     #: need it carry it in their checkpoint.
     warmup_steps: int = 0
@@ -99,6 +100,21 @@ class UpdateRule(ConfiguredModule):
             Tensors by name, in the rule's dtype and on ``param``'s device: ``(*param.shape, k)``,
             or ``(k,)`` for entries in :attr:`tensor_state`. Bias corrections need no entry: the
             number of updates is in :attr:`StepContext.step`.
+        """
+        return {}
+
+    def init_matrices(
+        self, shape: torch.Size, device: torch.device, sharded: Sequence[int] = ()
+    ) -> State:
+        """Entries in :attr:`matrix_state` of one tensor before its first gradient.
+
+        Args:
+            shape: of the whole tensor.
+            device: of the tensor.
+            sharded: dimensions of which this process has a part.
+
+        Returns:
+            Tensors by name, in the rule's dtype; those that the tensor does not have are left out.
         """
         return {}
 
@@ -200,11 +216,6 @@ class UpdateRule(ConfiguredModule):
         """
         return weight_decay
 
-    @property
-    def decays_live(self) -> bool:
-        """Whether weight decay spares coordinates whose gradient is zero in this step."""
-        return False
-
     # ---- their composition
 
     def observe(
@@ -294,11 +305,8 @@ class UpdateRule(ConfiguredModule):
             shapes: shapes of the whole tensors where ``params`` are shards of them.
             shard_groups: process groups over which all of ``params`` are sharded.
         """
-        _step.reference_step_(
-            self, params, grads, states, lr=lr, weight_decay=weight_decay, maximize=maximize,
-            warmup=warmup, loss=loss, total_steps=total_steps, shapes=shapes,
-            shard_groups=shard_groups,
-        )  # fmt: skip
+        settings = StepSettings(lr, weight_decay, maximize, warmup, total_steps)
+        _step.reference_step_(self, params, grads, states, settings, loss, shapes, shard_groups)
 
     def bind_step(self, params: Sequence[Tensor], states: Sequence[State]) -> BoundStep | None:
         """:meth:`step_` of these very tensors, if the rule can prepare a faster one.

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-# Keeps 0 / 0 at 0. Gradients below it count as zero; float32 networks have none that small.
-TINY = 1e-15
+from learned_optim.kernels.constants import TINY
+
 # The derivative of a root's inverse, its cube, overflows float32 where the root is below 1e-13.
 _LEAST_DIFFERENTIABLE = 1e-12
 

@@ -1,4 +1,4 @@
-"""What a rule with one network per tensor remembers of the tensor's past, and reads of it.
+"""What the horizon rule remembers of a tensor's past, and what the network reads of it.
 
 A step is observed as ``(m, f)`` numbers: its time, then its measurements. The network reads the
 time of the step and the measurements of the step before, which are in ``stats``: so one pass over
@@ -8,18 +8,18 @@ the coordinates does everything.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from learned_optim.rules._features import TINY, bias_correction
+from learned_optim.kernels import constants as c
+from learned_optim.rules._features import bias_correction
 
-# Columns of an observed step: its number and schedule, the scale and tallness of the tensor; inputs
-# of the network; measurements.
-STEP, SCHEDULE, NATURAL, TALLNESS = range(4)
-KNOWN = 9  # whether the length of the run is known; one of the next
-TIME_INPUTS, MEASUREMENTS = slice(4, 13), slice(13, None)
+# Columns of an observed step: its number and schedule, the scale that the tensor's shape suggests,
+# inputs of the network, and measurements.
+STEP, SCHEDULE, NATURAL = range(3)
+KNOWN = 8  # whether the length of the run is known; one of the inputs
+TIME_INPUTS, ROTATED, MEASUREMENTS = slice(3, 12), 12, slice(13, None)
 
 # Entries of ``stats``, all of the step before. Logs are natural.
 (
@@ -36,75 +36,48 @@ TIME_INPUTS, MEASUREMENTS = slice(4, 13), slice(13, None)
     MEAN_CORRELATION,  # the same, averaged over 100 steps
     SLOW_CORRELATION,  # of the gradient with the slow momentum before it, averaged over 10 steps
     LIVE,  # share of coordinates whose gradient is not zero, averaged over 10 steps
-    TRUST,  # log of the trust
+    CONFIDENCE,  # log of the step confidence
 ) = range(14)
 STATS = 14
-INPUTS = 21  # without the trust
-
-# Decays of the averages in ``stats``.
-_SHORT, _LONG = 0.9, 0.99
-# Of the gradient; less is no sign that steps are too long.
-_LEAST_GROWTH = 0.3
+INPUTS = 23
 
 
-class Trust(NamedTuple):
-    """How the log of a tensor's trust moves: by a gain times the correlation that is measured.
+def next_confidence(
+    log: Tensor,
+    agreement: Tensor,
+    mean_agreement: Tensor,
+    growth: Tensor,
+    step: Tensor,
+    known: Tensor,
+) -> Tensor:
+    """The log of the step confidence after a step, ``(m,)``.
 
-    Attributes:
-        start: its value at the first step, and its lower bound; 0 is the upper one.
-        gain: until it has reached 0, where it stays.
-        later_gain: from then on, after the warm-up, where the length of the run is unknown; 0: it
-            stays there, too.
-        known_gain: the same where the length of the run is known.
-        margin: added to the correlation there, where a schedule anneals anyway.
-        growth: if above 0, it falls there by the gain and this times the growth of the gradient,
-            less 0.3, while the mean correlation is below minus the margin; the correlation only
-            lets it grow back.
-        warmup: steps of that warm-up, at least 1.
+    It grows with the agreement of gradient and momentum until it has reached 0. From then on, after
+    the warm-up, it moves less: with the agreement in runs of unknown length; in runs of known
+    length, which a schedule anneals, it falls only where gradients grow while they oppose the
+    momentum. It stays above the rate of a run without end, ``-log(1 + step / warmup) / 2``. A value
+    below that has not reached 0 yet.
+
+    Args:
+        log: before the step.
+        agreement: correlation of the gradient with the momentum before it.
+        mean_agreement: its average over a hundred steps.
+        growth: log of the gradient's mean square, less the moving average of that.
+        step: number of earlier updates.
+        known: 1 where the length of the run is known, else 0.
     """
-
-    start: float = 0.0
-    gain: float = 0.0
-    later_gain: float = 0.0
-    known_gain: float = 0.0
-    margin: float = 0.0
-    growth: float = 0.0
-    warmup: float = 1.0
-
-    def after(
-        self,
-        log: Tensor,
-        agreement: Tensor,
-        mean_agreement: Tensor,
-        growth: Tensor,
-        step: Tensor,
-        known: Tensor,
-    ) -> Tensor:
-        """The log of the trust after a step, ``(m,)``, from that before it.
-
-        ``growth`` is the log of the gradient's mean square, less the moving average of that.
-
-        It falls no lower than the rate of a run without end would, ``(1 + step / warmup)^(-1/2)``;
-        so a trust below that has not been whole yet.
-        """
-        gain, low = torch.where(log < 0, self.gain, 0.0), torch.full_like(log, self.start)
-        if self.later_gain > 0 or self.known_gain > 0:
-            floor = (-0.5 * (1 + step / self.warmup).log()).clamp(min=self.start)
-            later_gain = torch.where(known > 0, self.known_gain, self.later_gain).to(log.dtype)
-            later = (later_gain > 0) & (step >= self.warmup) & (log >= floor)
-            gain = torch.where(later, later_gain, gain)
-            annealed = later & (known > 0)
-            judged = agreement + self.margin
-            if self.growth > 0:
-                lost = self.growth * (growth - _LEAST_GROWTH).clamp(min=0.0)
-                lost = torch.where(mean_agreement < -self.margin, lost, 0.0)
-                judged = torch.where(agreement > 0, agreement, -lost)
-            agreement = torch.where(annealed, judged, agreement)
-            low = torch.where(later, floor, low)
-        return torch.maximum(log + gain * agreement, low).clamp(max=0.0)
-
-
-NO_TRUST = Trust()
+    floor = (-0.5 * (1 + step / c.WARMUP_STEPS).log()).clamp(min=c.CONFIDENCE_START)
+    saturated = (step >= c.WARMUP_STEPS) & (log >= floor)
+    opposed = mean_agreement < -c.LEAST_OPPOSITION
+    lost = torch.where(opposed, c.GROWTH_LOSS * (growth - c.LEAST_GROWTH).clamp(min=0.0), 0.0)
+    moved = torch.where(
+        known > 0,
+        torch.where(agreement > 0, c.KNOWN_GAIN * agreement, -lost),
+        c.UNKNOWN_GAIN * agreement,
+    )
+    earned = torch.where(log < 0, c.CONFIDENCE_GAIN * agreement, 0.0)
+    low = torch.where(saturated, floor, c.CONFIDENCE_START)
+    return torch.maximum(log + torch.where(saturated, moved, earned), low).clamp(max=0.0)
 
 
 def measurements(means: Tensor) -> tuple[Tensor, ...]:
@@ -121,7 +94,7 @@ def measurements(means: Tensor) -> tuple[Tensor, ...]:
     ) = means  # fmt: skip
     return (
         param.sqrt(),
-        (square + TINY**2).log(),
+        (square + c.TINY**2).log(),
         _log_ratio(fast, square),
         _log_ratio(slow, square),
         (s_fast + 1e-4).log(),
@@ -135,30 +108,23 @@ def measurements(means: Tensor) -> tuple[Tensor, ...]:
 
 
 def scale_of(seen: Tensor, stats: Tensor, entry: int = RMS) -> Tensor:
-    """Root mean square of each tensor at the step before; at the first step, of this one; (m,)."""
+    """Root mean square of each tensor, ``(m,)``: of the step before, at the first of this one."""
     return torch.where(seen[:, STEP] > 0, stats[:, entry], seen[:, MEASUREMENTS][:, 0])
 
 
-def live_share(seen: Tensor, stats: Tensor) -> Tensor:
-    """Share of coordinates with a gradient in the steps before, 1 at the first; (m,)."""
-    step = seen[:, STEP]
-    correction = bias_correction(step.clamp(min=1), _SHORT)[0]
-    return torch.where(step > 0, stats[:, LIVE] / correction, 1.0)
-
-
-def network_inputs(seen: Tensor, stats: Tensor, trust: bool = False) -> Tensor:
-    """The network's inputs, ``(m, 21)``, or ``(m, 22)`` with the trust.
+def network_inputs(seen: Tensor, stats: Tensor) -> Tensor:
+    """The network's inputs, ``(m, 23)``.
 
     Args:
         seen: the step, ``(m, f)``.
         stats: of the steps before, ``(m, 14)``.
-        trust: whether the network reads it.
     """
     step, natural = seen[:, STEP], seen[:, NATURAL]
     rms, first = scale_of(seen, stats), scale_of(seen, stats, FIRST_RMS)
     started = (step > 0).to(stats.dtype)
     short, long = (
-        started / bias_correction(step.clamp(min=1), beta)[0] for beta in (_SHORT, _LONG)
+        started / bias_correction(step.clamp(min=1), beta)[0]
+        for beta in (c.SHORT_BETA, c.LONG_BETA)
     )
     of = stats.unbind(-1)
     live = (of[LIVE] * short + 1e-3).log() / 4
@@ -173,17 +139,18 @@ def network_inputs(seen: Tensor, stats: Tensor, trust: bool = False) -> Tensor:
         started * live,
         moved,
         started * (of[LEVEL] - of[MEAN_LEVEL]) / 4,
-        *([of[TRUST] / 4] if trust else []),
+        of[CONFIDENCE] / 4,
+        seen[:, ROTATED],
     )
     return torch.stack(inputs, dim=-1)
 
 
-def next_stats(seen: Tensor, stats: Tensor, trust: Trust = NO_TRUST) -> Tensor:
+def next_stats(seen: Tensor, stats: Tensor) -> Tensor:
     """``stats`` after the step, ``(m, 14)``.
 
-    Entries that describe gradients stay as they are until the tensor has had one. The trust moves
-    with the correlation of the gradient with the fast momentum before it, about that of the
-    coordinates with a gradient: over the root of their share.
+    Entries that describe gradients stay as they are until the tensor has had one. The agreement
+    that moves the step confidence is that of coordinates with a gradient: the correlation over the
+    root of their share.
     """
     step, old = seen[:, STEP], stats.unbind(-1)
     rms, level, *logs, with_fast, with_slow, live, any_gradient = seen[:, MEASUREMENTS].unbind(-1)
@@ -192,17 +159,19 @@ def next_stats(seen: Tensor, stats: Tensor, trust: Trust = NO_TRUST) -> Tensor:
     new[RMS] = rms
     agreement = (with_fast / live.clamp(min=1e-3).sqrt()).clamp(-1.0, 1.0)
     growth = torch.where(step > 0, level - old[MEAN_LEVEL], 0.0)
-    mean_correlation = torch.lerp(with_fast, old[MEAN_CORRELATION], _LONG)
-    mean_agreement = mean_correlation / bias_correction(step + 1, _LONG)[0]
+    mean_correlation = torch.lerp(with_fast, old[MEAN_CORRELATION], c.LONG_BETA)
+    mean_agreement = mean_correlation / bias_correction(step + 1, c.LONG_BETA)[0]
     measured = {
         LEVEL: level,
-        MEAN_LEVEL: torch.where(step > 0, torch.lerp(level, old[MEAN_LEVEL], _LONG), level),
+        MEAN_LEVEL: torch.where(step > 0, torch.lerp(level, old[MEAN_LEVEL], c.LONG_BETA), level),
         **dict(zip(range(FAST_SHARE, INEQUALITY + 1), logs, strict=True)),
-        FAST_CORRELATION: torch.lerp(with_fast, old[FAST_CORRELATION], _SHORT),
+        FAST_CORRELATION: torch.lerp(with_fast, old[FAST_CORRELATION], c.SHORT_BETA),
         MEAN_CORRELATION: mean_correlation,
-        SLOW_CORRELATION: torch.lerp(with_slow, old[SLOW_CORRELATION], _SHORT),
-        LIVE: torch.lerp(live, old[LIVE], _SHORT),
-        TRUST: trust.after(old[TRUST], agreement, mean_agreement, growth, step, seen[:, KNOWN]),
+        SLOW_CORRELATION: torch.lerp(with_slow, old[SLOW_CORRELATION], c.SHORT_BETA),
+        LIVE: torch.lerp(live, old[LIVE], c.SHORT_BETA),
+        CONFIDENCE: next_confidence(
+            old[CONFIDENCE], agreement, mean_agreement, growth, step, seen[:, KNOWN]
+        ),
     }
     for entry, value in measured.items():
         new[entry] = torch.where(any_gradient > 0, value, old[entry])
@@ -211,4 +180,4 @@ def next_stats(seen: Tensor, stats: Tensor, trust: Trust = NO_TRUST) -> Tensor:
 
 def _log_ratio(x: Tensor, reference: Tensor) -> Tensor:
     """log(x / reference), clamped to that of 1e-7 and 1e7."""
-    return (x / (reference + TINY**2)).clamp(1e-7, 1e7).log()
+    return (x / (reference + c.TINY**2)).clamp(1e-7, 1e7).log()

@@ -1,22 +1,33 @@
-"""The step in place of a rule that :mod:`learned_optim.kernels` has compiled."""
+"""The step in place of the horizon rule: rotation of matrices around a compiled kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learned_optim import kernels
+from learned_optim._ambient import plain_arithmetic
 from learned_optim.rules._base import UpdateRule
-from learned_optim.rules._context import BoundStep, State
-from learned_optim.rules._step import DECAY_UNIT
+from learned_optim.rules._basis import Rotation
+from learned_optim.rules._basis_operator import TracedRotation
+from learned_optim.rules._context import BoundStep, State, StepSettings
+from learned_optim.rules._step import needs_sync, reference_step_
+
+_PLAIN = {Tensor, nn.Parameter}
+_shape_of = attrgetter("shape")
 
 
 class KernelRule(UpdateRule):
     """A rule with layers ``hidden``, ``readout`` and ``direct``, whose step the kernels know."""
+
+    @property
+    def momentum_bounds(self) -> tuple[float, float]:
+        """Bounds of the fast and the slow momentum in roots of the mean square."""
+        raise NotImplementedError
 
     def step_(
         self,
@@ -34,25 +45,54 @@ class KernelRule(UpdateRule):
         shard_groups: tuple[Any, ...] = (),
     ) -> None:
         """See :meth:`UpdateRule.step_`: the device's kernel where it can, else the pure form."""
+        settings = StepSettings(lr, weight_decay, maximize, warmup, total_steps)
+        if not any("basis_age" in state for state in states):
+            self._step_(params, grads, states, settings, shapes, shard_groups)
+            return
+        rotation: Rotation | TracedRotation
+        if torch.compiler.is_compiling():
+            rotation = TracedRotation(params, states, self.momentum_bounds)
+        else:
+            rotation = Rotation(params, states, self.momentum_bounds, None, shard_groups)
+        keys = (*self.state_keys, *self.matrix_state)
+        saved: list[State] = []
+        if needs_sync(lr):  # state must stay where lr is zero, which the device alone knows
+            saved = [{k: s[k].clone() for k in keys if k in s} for s in states]
+        seen, updates = rotation.rotate(grads)
+        self._step_(rotation.wide, seen, states, settings, shapes, shard_groups, updates)
+        rotation.rotate_back()
+        for state, old in zip(states, saved, strict=False):
+            for key, value in old.items():
+                if isinstance(lr, Tensor) and lr.device == value.device:
+                    state[key].copy_(torch.where(lr != 0, state[key], value))
+
+    def _step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        settings: StepSettings,
+        shapes: Sequence[torch.Size] | None,
+        shard_groups: tuple[Any, ...],
+        updates: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """The step of coordinates; updates of rotated matrices go to ``updates``."""
         if shard_groups or not kernels.step_(
-            self._network(), params, grads, states, config=self.kernel_config(), lr=lr,
-            decay=DECAY_UNIT * weight_decay, maximize=maximize, warmup=warmup,
-            total_steps=total_steps, shapes=shapes,
-        ):  # fmt: skip
-            super().step_(
-                params, grads, states, lr=lr, weight_decay=weight_decay, maximize=maximize,
-                warmup=warmup, loss=loss, total_steps=total_steps, shapes=shapes,
-                shard_groups=shard_groups,
-            )  # fmt: skip
+            self._network(), params, grads, states, settings, shapes, updates
+        ):
+            reference_step_(
+                self, params, grads, states, settings, None, shapes, shard_groups, updates
+            )
 
     def bind_step(self, params: Sequence[Tensor], states: Sequence[State]) -> BoundStep | None:
         """See :meth:`UpdateRule.bind_step`: a call of the CPU's kernel."""
         if getattr(self.step_, "__func__", None) is not KernelRule.step_:
             return None  # overridden, and a bound step would go past it
-        network = self._network()
-        bound = kernels.bind(network, params, states, config=self.kernel_config())
+        network, rotation = self._network(), self.rotation(params, states)
+        bound = kernels.bind(network, params if rotation is None else rotation.wide, states)
         if bound is None:
             return None
+        shapes = list(map(_shape_of, params))
 
         def step(
             grads: Sequence[Tensor | None],
@@ -63,11 +103,34 @@ class KernelRule(UpdateRule):
             warmup: int,
             total_steps: float | None,
         ) -> bool:
-            return all(map(is_, self._network(), network)) and bound(
-                grads, lr, DECAY_UNIT * weight_decay, maximize, warmup, total_steps
-            )
+            if not all(map(is_, self._network(), network)):
+                return False
+            settings = StepSettings(lr, weight_decay, maximize, warmup, total_steps)
+            raw: Any = grads
+            if rotation is None:
+                return bound(raw, settings)
+            plain = {*map(type, raw)} <= _PLAIN and list(map(_shape_of, raw)) == shapes
+            if not (plain and rotation.is_current() and bound.takes(settings)):
+                return False
+            with plain_arithmetic({"cpu"}):
+                seen, updates = rotation.rotate(raw)
+                if not bound(seen, settings, updates):
+                    self._step_(rotation.wide, seen, states, settings, None, (), updates)
+                rotation.rotate_back()
+            return True
 
         return step
+
+    def rotation(
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        staggers: Sequence[int] | None = None,
+    ) -> Rotation | None:
+        """The rotation of these tensors; ``None`` if none of them has a basis."""
+        if not any("basis_age" in state for state in states):
+            return None
+        return Rotation(params, states, self.momentum_bounds, staggers)
 
     def _network(self) -> list[Tensor]:
         """All weights in the kernel's order, without nn.Module's slow attribute access."""
@@ -77,13 +140,3 @@ class KernelRule(UpdateRule):
         )
         biased = [hidden["weight"], hidden["bias"], readout["weight"], readout["bias"]]
         return [*biased, direct["weight"]]
-
-    def kernel_config(self) -> tuple[float, ...]:
-        """What the kernel takes as ``config``."""
-        cfg = self.config
-        return (
-            cfg.fast_beta, cfg.slow_beta, cfg.square_beta, cfg.base_step, cfg.largest_scale,
-            cfg.smallest_share, cfg.warmup_share, cfg.warmup_steps, cfg.trust_start,
-            cfg.trust_gain, cfg.trust_later_gain, cfg.trust_known_gain, cfg.trust_margin,
-            cfg.trust_growth, cfg.decay_power, float(cfg.decay_live), cfg.adapter_power,
-        )  # fmt: skip

@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from learned_optim.kernels.constants import DECAY_UNIT, LARGEST_GRAD
 from learned_optim.rules import _base
+from learned_optim.rules._context import StepSettings
 from learned_optim.rules._pieces import BLOCK, MOST_PACKED, Piece, pieces_of
 from learned_optim.rules._segments import Segments, is_plain_eager
 
 if TYPE_CHECKING:
     from learned_optim.rules._base import State, UpdateRule
-
-# Weight decay is in AdamW's units: at lr = 1 it shrinks as AdamW does at its usual lr of 1e-3.
-DECAY_UNIT = 1e-3
-# Finite gradients are cut off here: their squares, which rules average, fit into float32 even when
-# summed over a tensor of two thousand million coordinates.
-LARGEST_GRAD = 2.0**48
 
 
 def reference_step_(
@@ -27,19 +23,22 @@ def reference_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[State],
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
-    maximize: bool,
-    warmup: int,
-    loss: Tensor | None,
-    total_steps: float | None,
-    shapes: Sequence[torch.Size] | None,
-    shard_groups: tuple[Any, ...],
+    settings: StepSettings,
+    loss: Tensor | None = None,
+    shapes: Sequence[torch.Size] | None = None,
+    shard_groups: tuple[Any, ...] = (),
+    updates: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """See :meth:`UpdateRule.step_`."""
+    """See :meth:`UpdateRule.step_`; tensors with an entry in ``updates`` only decay."""
     if not params:
         return
+    lr, weight_decay, maximize, warmup, total_steps = settings
+    # Decay and update of half-precision parameters are one rounding.
+    params, narrow = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in params], params
+    targets = list(params)
+    for index, update in enumerate(updates or ()):
+        if update is not None:
+            targets[index] = update.zero_()
     dtype, device = rule.dtype, params[0].device
     segments = Segments.of(
         tuple(param.shape for param in params) if shapes is None else tuple(shapes),
@@ -56,7 +55,10 @@ def reference_step_(
         lr = lr.to(device).reshape(())
     steps = [state["step"] for state in states]
     step = torch.stack(steps).to(dtype)
-    context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps)
+    rotated = None
+    if updates is not None:
+        rotated = torch.tensor([float(u is not None) for u in updates], dtype=dtype, device=device)
+    context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps, rotated)
     if weight_decay != 0:
         decay = DECAY_UNIT * lr * rule.scheduled_decay(weight_decay, states, context)
         for param, shrunk in zip(params, decayed(rule, params, grads, decay), strict=True):
@@ -67,15 +69,16 @@ def reference_step_(
     whole = not by_parts and not rule.coordinatewise
     pieces = pieces_of(params, segments, most_packed, whole)
     if by_parts:
-        updates = _updates_by_parts(
-            rule, pieces, params, grads, states, maximize, segments, context
-        )
+        found = _updates_by_parts(rule, pieces, params, grads, states, maximize, segments, context)
     else:
-        updates = _updates_by_forward(rule, pieces, params, grads, states, maximize, context)
-    for piece, update in updates:
+        found = _updates_by_forward(rule, pieces, params, grads, states, maximize, context)
+    for piece, update in found:
         if factor is not None:
             update = update * piece.segments.expand(factor[piece.tensors])
-        piece.add_(params, update, lr)
+        piece.add_(targets, update, lr)
+    for param, target in zip(params, narrow, strict=True):
+        if target is not param:
+            target.copy_(param)
     torch._foreach_add_(steps, 1)
     if old_states and isinstance(lr, Tensor):
         for state, old in zip(states, old_states, strict=True):

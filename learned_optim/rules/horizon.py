@@ -1,103 +1,105 @@
-"""Adam-like directions whose gains one small network per tensor sets, knowing the run's length.
+"""The default: Adam-like steps whose size and direction a small network per tensor sets.
 
-The untrained rule is Adam (Kingma and Ba 2015) in units of the tensor's scale, with a linear
-warm-up and, where the length of the run is known, a cosine to its end. A network of a few hundred
-weights, evaluated once per tensor, reads what the last step has shown of the tensor - its scale,
-shape and age, how much of its gradient is signal, whether gradients still point where the momenta
-do - and the progress of the run. It answers with a factor on the step and with the shares of four
-directions. It is trained by evolution strategies on whole runs. Learned optimizers that know how
-far the run is go back to VeLO (Metz et al. 2022, arXiv 2211.09760); a network that sets
-hyperparameters of a hand-written update to Daniel et al. 2016.
+One step of a tensor with gradient ``G`` and parameter ``W``:
 
-Statistics are those of the step before, so that one pass over the coordinates does everything: a
-step costs what Adam's does.
+    g = Q_L^T G Q_R                                           matrices: into the eigenbasis
+    f, s, v = running means of g, g, g^2                      decays .9, .99, .99
+    r = sqrt(v)                                               all bias-corrected
+    a, b = network(shape, age, progress, statistics)          one evaluation per tensor
+    step = base * schedule * scale(W) * exp(a) * confidence   in units of the tensor
+    u = -step * (f/r + b_1 f/r + b_2 s/r + b_3 g/r + b_4 [f g > 0] f/r)
+    W <- W + Q_L u Q_R^T                                      and back
+
+- *Basis* (SOAP, Vyas et al. 2024, arXiv 2409.11321): :mod:`learned_optim.rules._basis`.
+- *Schedule*: a linear warm-up and, where the length of the run is known, a cosine to its end.
+- *Scale*: root mean square of the parameters, bounded by what their shape suggests.
+- *Step confidence*: grows from ``e^-3`` to 1 while gradients agree with the momentum, and falls
+  where steps are too long. A bounded hypergradient descent on the log of the step, per tensor
+  (after Baydin et al. 2018, arXiv 1703.04782): fresh networks earn full steps at once, trained
+  weights are not destroyed by the first long ones.
+- *Network*: a few hundred weights, meta-trained by evolution strategies on whole runs. It reads the
+  statistics of the step before, so that one pass over the coordinates does everything. Learned
+  optimizers that know how far the run is go back to VeLO (Metz et al. 2022, arXiv 2211.09760).
 
 Zero history gives zero update, the update is odd in the history, and a constant factor on the loss
-changes nothing. No coordinate moves by more than :attr:`HorizonRule.longest_step` times the scale.
+changes nothing. No coordinate of ``u`` is larger than :attr:`HorizonRule.longest_step` times the
+scale; the rotation preserves the norm of ``u``.
+
+Constants and their reasons: :mod:`learned_optim.kernels.constants`. The compiled forms of this
+step, ``kernels/step.cpp`` and ``kernels/_triton_*.py``, are held to it by tests.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from learned_optim.kernels import constants as c
+from learned_optim.rules import _basis as basis
 from learned_optim.rules import _history as history
 from learned_optim.rules._base import State, StepContext
-from learned_optim.rules._features import TINY, bias_correction, largest_momentum, momentum_before
-from learned_optim.rules._horizon_config import HorizonConfig
+from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._features import bias_correction, largest_momentum, momentum_before
 from learned_optim.rules._kernel_rule import KernelRule
-from learned_optim.rules._schedule import rate_schedule
 from learned_optim.rules._segments import Product, Segments
 
 __all__ = ["DIRECTIONS", "HorizonConfig", "HorizonRule"]
 
+#: Fast momentum, slow momentum, gradient, and the cautious fast momentum (Liang et al. 2024, arXiv
+#: 2411.16085), each in units of ``r``.
 DIRECTIONS = 4
-# The gradient in units of r is cut off here; the momenta need no such bound.
-_LARGEST_RATIO = 3.0
-# In longer runs the weight decay is less.
-_UNDIMINISHED_STEPS = 4000
-_STEP_BOUND, _MIX_BOUND, _LARGEST_COUNT = 3.0, 2.0, 10_000.0
+_MOMENTS = ("fast", "slow", "square")
+_BETAS = (c.FAST_BETA, c.SLOW_BETA, c.SQUARE_BETA)
+
+
+@dataclass(frozen=True)
+class HorizonConfig(RuleConfig):
+    """Architecture of :class:`HorizonRule`."""
+
+    hidden_size: int = 16
+    """Units of the network."""
+    eigenbasis: bool = False
+    """Whether matrices are stepped in the eigenbasis of their gradients' covariances."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size < 1:
+            raise ValueError(f"hidden_size must be at least 1, got {self.hidden_size}")
 
 
 class HorizonRule(KernelRule):
-    """Per-tensor gains of four Adam-like directions, with a built-in schedule.
-
-    With ``f``, ``s`` the bias-corrected momenta, ``g`` the gradient and ``r`` the coordinate's root
-    mean square,
-
-        update = -rate * scale * exp(a + z)
-                 * (f/r + b_1 f/r + b_2 s/r + b_3 g/r + b_4 [f g > 0] f/r)
-
-    where ``rate`` is ``base_step`` times the schedule, and ``a``, bounded by 3, and ``b``, bounded
-    by 2, are the network's. The scale is the root mean square of the parameters, at most 0.1, or,
-    if that is larger, a quarter of what their shape suggests: of ``1 / sqrt(fan_in)``, at most 0.1,
-    and of 0.1 for vectors; of a tall matrix that starts at zero, with ``adapter_power``, less. The
-    last direction is the cautious one (Liang et al. 2024, arXiv 2411.16085).
-
-    The trust ``exp(z)`` starts at ``exp(trust_start)`` and grows, to 1 at most, as far as gradients
-    go on pointing where the momentum points: at once in a fresh network, and not where weights are
-    trained, which the first long steps would destroy. Once it is 1 it stays, unless there is a
-    later gain: then it falls, at most with the root of the number of steps, where steps are so long
-    that gradients contradict the momentum. It is a bounded hypergradient descent on the log of the
-    step, per tensor (after Baydin et al. 2018, arXiv 1703.04782).
+    """The rule of the module's docstring.
 
     State per coordinate: ``fast``, ``slow`` and ``square``, each ``(*S, 1)``; per tensor:
-    ``stats``, ``(14,)``.
+    ``stats``, ``(14,)``; of a rotated matrix also :data:`learned_optim.rules._basis.KEYS`.
     """
 
     name = "horizon"
     Config = HorizonConfig
     test_configs: ClassVar[tuple[HorizonConfig, ...]] = (
         HorizonConfig(),
-        HorizonConfig(hidden_size=5, warmup_steps=3, trust_start=-3.0, trust_gain=1.5),
-        HorizonConfig(
-            hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_later_gain=0.3,
-            trust_known_gain=0.2, trust_margin=0.1,
-        ),
-        HorizonConfig(
-            hidden_size=4, warmup_steps=2, trust_start=-2.0, trust_gain=1.5, trust_known_gain=0.4,
-            trust_margin=0.1, trust_growth=4.0, weight_decay=1.0, decay_power=3.0,
-            decay_live=True, adapter_power=0.5,
-        ),
-    )  # fmt: skip
+        HorizonConfig(hidden_size=5, eigenbasis=True),
+    )
     rows = "tensors"
     coordinatewise = False
     zero_preserving = True
     reads_horizon = True
+    decays_live = True
     network_state = tensor_state = ("stats",)
+    matrix_state = basis.KEYS
     config: HorizonConfig
 
     def __init__(self, config: HorizonConfig | None = None) -> None:
         super().__init__(config)
-        units, inputs = self.config.hidden_size, history.INPUTS + self.config.trusts
-        self.hidden = nn.Linear(inputs, units)
+        units = self.config.hidden_size
+        self.hidden = nn.Linear(history.INPUTS, units)
         self.readout = nn.Linear(units, 1 + DIRECTIONS)
-        self.direct = nn.Linear(inputs, 1 + DIRECTIONS, bias=False)
-        nn.init.normal_(self.hidden.weight, std=inputs**-0.5)
+        self.direct = nn.Linear(history.INPUTS, 1 + DIRECTIONS, bias=False)
+        nn.init.normal_(self.hidden.weight, std=history.INPUTS**-0.5)
         nn.init.zeros_(self.hidden.bias)
         # The untrained rule is the schedule on Adam's direction.
         for weight in (*self.readout.parameters(), *self.direct.parameters()):
@@ -105,10 +107,20 @@ class HorizonRule(KernelRule):
 
     def init_state(self, param: Tensor) -> State:
         like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
-        moments = {key: like.unsqueeze(-1).clone() for key in ("fast", "slow", "square")}
+        moments = {key: like.unsqueeze(-1).clone() for key in _MOMENTS}
         stats = torch.zeros(history.STATS, dtype=self.dtype, device=param.device)
-        stats[history.TRUST] = self.config.trust_start
+        stats[history.CONFIDENCE] = c.CONFIDENCE_START
         return {**moments, "stats": stats}
+
+    def init_matrices(
+        self, shape: torch.Size, device: torch.device, sharded: Sequence[int] = ()
+    ) -> State:
+        """Bases and covariances; a side of which this process has a part is not rotated."""
+        if not self.config.eigenbasis:
+            return {}
+        rows, cols = basis.rotated_sides(shape)
+        sides = rows and 0 not in sharded, cols and not any(dim > 0 for dim in sharded)
+        return basis.init_bases(shape, sides, self.dtype, device)
 
     @property
     def longest_step(self) -> float:
@@ -117,64 +129,91 @@ class HorizonRule(KernelRule):
         Momenta are at most ``sum_k w_k / sqrt(v_k)`` in units of r (Cauchy and Schwarz): 2.4 for
         the fast one, 1 for the slow one.
         """
-        cfg = self.config
-        fast = largest_momentum(cfg.fast_beta, cfg.square_beta)
-        slow = largest_momentum(cfg.slow_beta, cfg.square_beta)
-        mixed = (1 + 2 * _MIX_BOUND) * fast + _MIX_BOUND * (slow + _LARGEST_RATIO)
-        return cfg.base_step * math.exp(_STEP_BOUND) * mixed
+        fast, slow = self.momentum_bounds
+        mixed = (1 + 2 * c.MIX_BOUND) * fast + c.MIX_BOUND * (slow + c.LARGEST_RATIO)
+        return c.BASE_STEP * math.exp(c.STEP_BOUND) * mixed
 
-    # ---- the parts of a step
+    @property
+    def momentum_bounds(self) -> tuple[float, float]:
+        """Bounds of the fast and the slow momentum in units of r."""
+        return (
+            largest_momentum(c.FAST_BETA, c.SQUARE_BETA),
+            largest_momentum(c.SLOW_BETA, c.SQUARE_BETA),
+        )
+
+    # ---- coordinates: moments, and the directions of the update
 
     def moments(self, grad: Tensor, state: State) -> State:
-        cfg = self.config
-        fast, slow, square = (state[key].squeeze(-1) for key in ("fast", "slow", "square"))
+        values = (grad, grad, grad.square())
         return {
-            "fast": torch.lerp(grad, fast, cfg.fast_beta).unsqueeze(-1),
-            "slow": torch.lerp(grad, slow, cfg.slow_beta).unsqueeze(-1),
-            "square": torch.lerp(grad.square(), square, cfg.square_beta).unsqueeze(-1),
+            key: torch.lerp(value, state[key].squeeze(-1), beta).unsqueeze(-1)
+            for key, value, beta in zip(_MOMENTS, values, _BETAS, strict=True)
         }
+
+    def coordinate_features(
+        self, grad: Tensor, state: State, param: Tensor, stats: Tensor | None
+    ) -> tuple[None, Tensor]:
+        """The four directions, ``(n, 4)``; ``stats`` are bias corrections, ``(3, n)``."""
+        assert stats is not None
+        fast, slow, square = _corrected(state, stats)
+        r = (square + c.TINY**2).sqrt()
+        fast_ratio = fast / r
+        ratio = (grad / r).clamp(-c.LARGEST_RATIO, c.LARGEST_RATIO)
+        cautious = torch.where(fast_ratio * grad > 0, fast_ratio, 0.0)
+        return None, torch.stack((fast_ratio, slow / r, ratio, cautious)).t()
+
+    # ---- tensors: what is measured, what the network reads, and what it answers
 
     def products(
         self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
     ) -> Sequence[Product]:
-        cfg = self.config
-        fast, slow, square = self._corrected(
-            grad, state, segments.expand(self._corrections(context))
-        )
-        r = (square + TINY**2).sqrt()
-        s_fast, s_slow = fast / r, slow / r
-        ratio = (grad / r).clamp(-_LARGEST_RATIO, _LARGEST_RATIO)
+        """The products of which :func:`history.measurements` takes the means."""
+        fast, slow, square = _corrected(state, segments.expand(_corrections(context)))
+        r = (square + c.TINY**2).sqrt()
+        fast_ratio, slow_ratio = fast / r, slow / r
+        ratio = (grad / r).clamp(-c.LARGEST_RATIO, c.LARGEST_RATIO)
         # The momenta before this gradient, in the same units.
-        before = segments.expand(self._before(context))
-        old_fast = momentum_before(state["fast"], grad, cfg.fast_beta) / r * before[0]
-        old_slow = momentum_before(state["slow"], grad, cfg.slow_beta) / r * before[1]
+        before = segments.expand(_corrections_before(context))
+        old_fast = momentum_before(state["fast"], grad, c.FAST_BETA) / r * before[0]
+        old_slow = momentum_before(state["slow"], grad, c.SLOW_BETA) / r * before[1]
         return (
-            (param, param), (square, None), (fast, fast), (slow, slow), (s_fast, s_fast),
-            (s_slow, s_slow), (r, None), (ratio, old_fast), (ratio, old_slow), (ratio, ratio),
-            (old_fast, old_fast), (old_slow, old_slow), ((grad != 0).to(grad.dtype), None),
+            (param, param), (square, None), (fast, fast), (slow, slow), (fast_ratio, fast_ratio),
+            (slow_ratio, slow_ratio), (r, None), (ratio, old_fast), (ratio, old_slow),
+            (ratio, ratio), (old_fast, old_fast), (old_slow, old_slow),
+            ((grad != 0).to(grad.dtype), None),
         )  # fmt: skip
 
     def tensor_features(
         self, means: Tensor, segments: Segments, context: StepContext
     ) -> tuple[Tensor, Tensor]:
-        """Time, shape and measurements of each tensor, ``(m, f)``; bias corrections."""
-        features = (*self._time(segments, context), *history.measurements(means))
-        return torch.stack(features, dim=-1), self._corrections(context)
-
-    def coordinate_features(
-        self, grad: Tensor, state: State, param: Tensor, stats: Tensor | None
-    ) -> tuple[None, Tensor]:
-        assert stats is not None
-        fast, slow, square = self._corrected(grad, state, stats)
-        r = (square + TINY**2).sqrt()
-        s_fast = fast / r
-        ratio = (grad / r).clamp(-_LARGEST_RATIO, _LARGEST_RATIO)
-        cautious = torch.where(s_fast * grad > 0, s_fast, torch.zeros_like(s_fast))
-        return None, torch.stack((s_fast, slow / r, ratio, cautious)).t()
+        """Time, shape and measurements of each tensor, ``(m, f)``; bias corrections, ``(3, m)``."""
+        step = context.step
+        one = torch.ones_like(step)
+        known, total = torch.zeros_like(step), one
+        if context.total_steps is not None:
+            known, total = one, context.total_steps * one
+        progress = known * (step / total).clamp(max=1.0)
+        features = (
+            step,
+            rate_schedule(step, context.total_steps),
+            segments.init_scale.clamp(max=c.LARGEST_SCALE),
+            segments.log_fan_in / 4 - 1,
+            segments.log_size / 6 - 1,
+            segments.is_vector,
+            (step.clamp(max=c.LARGEST_COUNT) + 1).log() / 4 - 1,
+            (-step / 10).exp(),
+            known,
+            progress,
+            known * (1.02 - progress).log() / 2,
+            known * (total.clamp(max=c.LARGEST_COUNT).log() / 4 - 1.5),
+            torch.zeros_like(step) if context.rotated is None else context.rotated,
+            *history.measurements(means),
+        )
+        return torch.stack(features, dim=-1), _corrections(context)
 
     def inputs(self, seen: Tensor, stats: Tensor) -> Tensor:
-        """What the network reads, ``(m, i)``, of a step ``(m, f)`` and the steps before it."""
-        return history.network_inputs(seen, stats, self.config.trusts)
+        """What the network reads, ``(m, 23)``, of a step ``(m, f)`` and the steps before it."""
+        return history.network_inputs(seen, stats)
 
     def answers(self, inputs: Tensor) -> Tensor:
         """Log of the factor on the step, and the shares, before they are bounded: ``(m, 5)``."""
@@ -185,99 +224,69 @@ class HorizonRule(KernelRule):
         stats, gains = state["stats"], []
         for now in features.unbind():  # (m, f)
             out = self.answers(self.inputs(now, stats))
-            factor = _STEP_BOUND * torch.tanh(out[:, :1] / _STEP_BOUND)
-            step = (factor + stats[:, history.TRUST].unsqueeze(-1)).exp()
-            mix = _MIX_BOUND * torch.tanh(out[:, 1:] / _MIX_BOUND)
-            mix = mix + torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=mix.dtype, device=mix.device)
-            gains.append(-self._rate(now, stats) * step * mix)
-            stats = history.next_stats(now, stats, self._trust)
+            factor = c.STEP_BOUND * torch.tanh(out[:, :1] / c.STEP_BOUND)
+            confidence = stats[:, history.CONFIDENCE].unsqueeze(-1)
+            rms = history.scale_of(now, stats).clamp(max=c.LARGEST_SCALE)
+            scale = torch.maximum(rms, c.SMALLEST_SHARE * now[:, history.NATURAL])
+            rate = (c.BASE_STEP * now[:, history.SCHEDULE] * scale).unsqueeze(-1)
+            mix = c.MIX_BOUND * torch.tanh(out[:, 1:] / c.MIX_BOUND)
+            mix = mix + mix.new_tensor([1.0, 0.0, 0.0, 0.0])
+            gains.append(-rate * (factor + confidence).exp() * mix)
+            stats = history.next_stats(now, stats)
         return torch.stack(gains), {"stats": stats}
+
+    # ---- weight decay
 
     def default_weight_decay(self, total_steps: float | None) -> float:
         """Of runs of known length: an unknown one may be long enough to shrink everything."""
         if total_steps is None:
             return 0.0
-        return self.config.weight_decay * min(1.0, _UNDIMINISHED_STEPS / total_steps)
+        return c.WEIGHT_DECAY * min(1.0, c.UNDIMINISHED_STEPS / total_steps)
 
     def scheduled_decay(
         self, weight_decay: float, states: Sequence[State], context: StepContext
     ) -> Tensor:
-        """Times trust and a power of the schedule, ``(m,)``: weights that step shrink."""
-        trust = torch.stack([state["stats"][history.TRUST] for state in states])
-        schedule = self._schedule(context) ** self.config.decay_power
-        return weight_decay * schedule * trust.to(context.step.dtype).exp()
+        """Times step confidence and a power of the schedule, ``(m,)``: weights that step shrink."""
+        confidence = torch.stack([state["stats"][history.CONFIDENCE] for state in states])
+        schedule = rate_schedule(context.step, context.total_steps) ** c.DECAY_POWER
+        return weight_decay * schedule * confidence.to(context.step.dtype).exp()
 
-    @property
-    def decays_live(self) -> bool:
-        """See :attr:`UpdateRule.decays_live`."""
-        return self.config.decay_live
 
-    # ---- what is computed of whole tensors
+def rate_schedule(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
+    """Linear warm-up to 1; where the length of the run is known, a cosine to its end as well.
 
-    @property
-    def _trust(self) -> history.Trust:
-        cfg = self.config
-        return history.Trust(
-            cfg.trust_start, cfg.trust_gain, cfg.trust_later_gain, cfg.trust_known_gain,
-            cfg.trust_margin, cfg.trust_growth, cfg.warmup_steps,
-        )  # fmt: skip
+    Args:
+        step: number of earlier updates of each tensor, ``(m,)``.
+        total_steps: length of the run, ``()`` or ``(m,)``; ``None`` if unknown.
 
-    def _corrections(self, context: StepContext) -> Tensor:
-        """Bias corrections of the three moments after this step, ``(3, m)``."""
-        cfg = self.config
-        return bias_correction(context.step + 1, cfg.fast_beta, cfg.slow_beta, cfg.square_beta)
+    Returns:
+        Shape ``(m,)``.
+    """
+    if total_steps is None:
+        return ((step + 1) / c.WARMUP_STEPS).clamp(max=1.0)
+    total = total_steps * torch.ones_like(step)
+    warmup = (c.WARMUP_SHARE * total).clamp(c.SHORTEST_WARMUP, c.LONGEST_WARMUP)
+    angle = math.pi * ((step + 1) / (total + 1)).clamp(max=1.0)
+    fall = (0.5 * (1.0 + angle.cos())).clamp(min=c.LAST_RATE)
+    return ((step + 1) / warmup).clamp(max=1.0) * fall
 
-    def _before(self, context: StepContext) -> Tensor:
-        """Factors on ``new momentum - (1 - beta) grad`` for that before, unbiased, ``(2, m)``."""
-        cfg = self.config
-        betas = (cfg.fast_beta, cfg.slow_beta)
-        correction = bias_correction(context.step.clamp(min=1), *betas)
-        decay = correction.new_tensor(betas).unsqueeze(1)
-        return torch.where(context.step > 0, 1 / (decay * correction), 0.0)
 
-    def _corrected(
-        self, grad: Tensor, state: State, corrections: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Unbiased moments, each ``(n,)``, from corrections ``(3, n)``."""
-        moments = (state[key].squeeze(-1) for key in ("fast", "slow", "square"))
-        fast, slow, square = (m / c for m, c in zip(moments, corrections, strict=True))
-        return fast, slow, square
+def _corrections(context: StepContext) -> Tensor:
+    """Bias corrections of the three moments after this step, ``(3, m)``."""
+    return bias_correction(context.step + 1, *_BETAS)
 
-    def _time(self, segments: Segments, context: StepContext) -> list[Tensor]:
-        """Age, schedule, scale and tallness, which :meth:`_rate` reads; then features, ``(m,)``."""
-        step = context.step
-        one = torch.ones_like(step)
-        known, total = torch.zeros_like(step), one
-        if context.total_steps is not None:
-            known, total = one, context.total_steps * one
-        progress = known * (step / total).clamp(max=1.0)
-        return [
-            step,
-            self._schedule(context),
-            segments.init_scale.clamp(max=self.config.largest_scale),
-            segments.log_tallness,
-            segments.log_fan_in / 4 - 1,
-            segments.log_size / 6 - 1,
-            segments.is_vector,
-            (step.clamp(max=_LARGEST_COUNT) + 1).log() / 4 - 1,
-            (-step / 10).exp(),
-            known,
-            progress,
-            known * (1.02 - progress).log() / 2,
-            known * (total.clamp(max=_LARGEST_COUNT).log() / 4 - 1.5),
-        ]
 
-    def _schedule(self, context: StepContext) -> Tensor:
-        cfg = self.config
-        return rate_schedule(context.step, context.total_steps, cfg.warmup_share, cfg.warmup_steps)
+def _corrections_before(context: StepContext) -> Tensor:
+    """Factors on ``new momentum - (1 - beta) grad`` for that before, unbiased, ``(2, m)``."""
+    correction = bias_correction(context.step.clamp(min=1), *_BETAS[:2])
+    decay = correction.new_tensor(_BETAS[:2]).unsqueeze(1)
+    return torch.where(context.step > 0, 1 / (decay * correction), 0.0)
 
-    def _rate(self, now: Tensor, stats: Tensor) -> Tensor:
-        """Base step times schedule times scale, ``(m, 1)``."""
-        rms = history.scale_of(now, stats).clamp(max=self.config.largest_scale)
-        scale = torch.maximum(rms, self.config.smallest_share * now[:, history.NATURAL])
-        if self.config.adapter_power > 0:
-            zero = history.scale_of(now, stats, history.FIRST_RMS) == 0
-            tall = history.live_share(now, stats) * now[:, history.TALLNESS]
-            shorter = (-self.config.adapter_power * tall).exp()
-            scale = scale * torch.where(zero, shorter, 1.0)
-        return (self.config.base_step * now[:, history.SCHEDULE] * scale).unsqueeze(-1)
+
+def _corrected(state: State, corrections: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unbiased moments, each ``(n,)``, from corrections ``(3, n)``."""
+    fast, slow, square = (
+        state[key].squeeze(-1) / correction
+        for key, correction in zip(_MOMENTS, corrections, strict=True)
+    )
+    return fast, slow, square

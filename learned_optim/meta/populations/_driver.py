@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch.nn.utils import vector_to_parameters
 from learned_optim import kernels
 from learned_optim.meta.populations._base import Params, copies_of
 from learned_optim.rules import State, UpdateRule
-from learned_optim.rules._step import DECAY_UNIT
+from learned_optim.rules._context import StepSettings
+from learned_optim.rules._step import reference_step_
 from learned_optim.rules.horizon import HorizonRule
 
 
@@ -41,21 +43,28 @@ class CopiesOptimizer:
                 f"weights must have shape (copies, {count}) for rule {rule.name!r}, "
                 f"got {tuple(weights.shape)}"
             )
-        self.total_steps = total_steps
         self.params = copies_of(initial, len(weights))
-        self._decay = rule.default_weight_decay(total_steps)
+        decay = rule.default_weight_decay(total_steps)
+        self._settings = StepSettings(weight_decay=decay, total_steps=total_steps)
         self._rules = [_with_weights(rule, vector) for vector in weights]
         # Tensors in the order (name, copy); a slice of a contiguous tensor is contiguous.
         self._slices = [s for p in self.params.values() for s in p.detach().unbind()]
         self._states = [
-            _first_state(rule, value) for value in initial.values() for _ in self._rules
+            state
+            for value in initial.values()
+            for state in _first_states(rule, value, len(weights))
         ]
+        self._rotation = None
+        if isinstance(rule, HorizonRule):  # all copies of a matrix are refreshed in the same step
+            staggers = [index for index in range(len(initial)) for _ in self._rules]
+            self._rotation = rule.rotation(self._slices, self._states, staggers)
         # Weights of the network of every slice, stacked: (slices, *shape).
         self._networks = [
             torch.stack(columns).repeat(len(initial), *[1] * columns[0].dim())
             for columns in zip(*(own.parameters() for own in self._rules), strict=True)
         ]
 
+    @torch.no_grad()
     def step(self, grads: Sequence[Tensor]) -> None:
         """One step of all copies.
 
@@ -63,47 +72,26 @@ class CopiesOptimizer:
             grads: gradients of :attr:`params`, in their order.
         """
         slices = [s for grad in grads for s in grad.contiguous().unbind()]
-        rule, states = self._rules[0], self._states
-        if step(rule, self._networks, self._slices, slices, states, self.total_steps, self._decay):
+        rule, states, settings = self._rules[0], self._states, self._settings
+        if not isinstance(rule, HorizonRule):
+            for own, *of in self._by_copy(slices, states):
+                own.step_(*of, weight_decay=settings.weight_decay, total_steps=settings.total_steps)
             return
+        seen: Sequence[Tensor] = slices
+        updates: Sequence[Tensor | None] = [None] * len(slices)
+        if self._rotation is not None:
+            seen, updates = self._rotation.rotate(slices)
+        if not kernels.step_(self._networks, self._slices, seen, states, settings, updates=updates):
+            for own, params, part, of, apart in self._by_copy(seen, states, updates):
+                reference_step_(own, params, part, of, settings, updates=apart)
+        if self._rotation is not None:
+            self._rotation.rotate_back()
+
+    def _by_copy(self, *columns: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """Each copy's rule, parameters and part of every column."""
         copies = len(self._rules)
         for index, rule in enumerate(self._rules):
-            rule.step_(
-                self._slices[index::copies],
-                slices[index::copies],
-                states[index::copies],
-                weight_decay=self._decay,
-                total_steps=self.total_steps,
-            )
-
-
-def step(
-    rule: UpdateRule,
-    networks: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[State],
-    total_steps: int | None,
-    weight_decay: float,
-) -> bool:
-    """One step in place by the compiled kernel; false, and nothing done, where there is none.
-
-    Args:
-        rule: whose configuration it is.
-        networks: the weights of every tensor's network, in the order of ``rule.parameters()``, each
-            of shape ``(m, *shape)``.
-        params: ``m`` tensors, float32 and contiguous.
-        grads: of their shapes.
-        states: of their shapes; see :meth:`UpdateRule.step_`.
-        total_steps: length of the run, if the rule is to know it.
-        weight_decay: see :meth:`UpdateRule.step_`.
-    """
-    if not isinstance(rule, HorizonRule):  # the one rule that has a kernel
-        return False
-    return kernels.step_(
-        networks, params, grads, states, config=rule.kernel_config(),
-        decay=DECAY_UNIT * weight_decay, total_steps=total_steps,
-    )  # fmt: skip
+            yield rule, *(column[index::copies] for column in (self._slices, *columns))
 
 
 def _with_weights(rule: UpdateRule, vector: Tensor) -> UpdateRule:
@@ -112,5 +100,10 @@ def _with_weights(rule: UpdateRule, vector: Tensor) -> UpdateRule:
     return own
 
 
-def _first_state(rule: UpdateRule, param: Tensor) -> State:
-    return {"step": torch.zeros(()), **rule.init_state(param.detach().float())}
+def _first_states(rule: UpdateRule, param: Tensor, copies: int) -> list[State]:
+    """States of all copies of a parameter, each entry side by side in memory."""
+    param = param.detach().float()
+    matrices = rule.init_matrices(param.shape, param.device)
+    fresh = {"step": torch.zeros(()), **rule.init_state(param), **matrices}
+    stacks = {key: value.repeat(copies, *[1] * value.dim()) for key, value in fresh.items()}
+    return [{key: stack[copy] for key, stack in stacks.items()} for copy in range(copies)]

@@ -12,7 +12,7 @@ from learned_optim.rules import RuleConfig, rule_reference
 METHOD = "evolution"
 
 #: Mixtures of :mod:`learned_optim.meta.populations`: a recipe's task may be one of them.
-MIXTURE_NAMES = ("populations", "populations-2")
+MIXTURE_NAMES = ("populations", "populations-2", "populations-3")
 
 #: Their seeds are kept free of training tasks.
 MOST_VALIDATION_TASKS = 100_000

@@ -12,18 +12,7 @@ from learned_optim.rules.horizon import HorizonConfig
 
 RECIPE = EvolutionRecipe(
     task="populations-2",
-    rule=HorizonConfig(
-        trust_start=-3.0,
-        trust_gain=1.5,
-        trust_later_gain=0.05,
-        trust_known_gain=0.1,
-        trust_margin=0.1,
-        trust_growth=4.0,
-        weight_decay=1.0,
-        decay_power=3.0,
-        decay_live=True,
-        adapter_power=0.6,
-    ),
+    rule=HorizonConfig(),
     meta_steps=500,
     meta_lr=8e-3,
     meta_lr_final=5e-4,

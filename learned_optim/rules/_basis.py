@@ -1,0 +1,378 @@
+"""The eigenbasis of a matrix: rotation, covariances, refresh.
+
+A rule reads a gradient matrix ``G`` in coordinates in which its entries are least correlated, the
+basis of SOAP (Vyas et al. 2024, arXiv 2409.11321, algorithm 3):
+
+    L <- lerp(L, G G^T),  R <- lerp(R, G^T G)    running covariances of the rotated sides
+    Q_L <- qr(L Q_L),     Q_R <- qr(R Q_R)       refresh: one step of subspace iteration
+    g = Q_L^T G Q_R                              what the rule reads; its moments live here
+    W <- W + Q_L u Q_R^T                         the rule's update u, rotated back
+
+Bases are orthogonal, so Frobenius norms do not change: root mean squares, bounds and correlations
+keep their meaning. All functions take batches of matrices ``(b, r, c)`` with bases ``(b, r, r)``
+and ``(b, c, c)``; ``None`` stands for a side that is not rotated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim._memory import has_values, lie_side_by_side
+from learned_optim.kernels import constants as c
+from learned_optim.rules._context import State
+
+#: Entries of a rotated matrix's state: bases, covariances, and the number of gradients they have
+#: seen, ``(1, 1)`` on the CPU, because it says when a basis is refreshed.
+KEYS = ("row_basis", "col_basis", "row_cov", "col_cov", "basis_age")
+#: Entries of a rotated matrix's state that live in its bases: two momenta and the mean square.
+MOMENTS = ("fast", "slow", "square")
+
+COVARIANCE_BETA = 0.9  # a mean of ten gradients
+SAMPLING_PERIOD = 1
+LONGEST_SIDE = 1024  # beyond it a QR takes longer than a batch's gradient
+LONGEST_RATIO = 4.0  # of an oblong matrix only the shorter side: the longer has most of the cost
+SHORTEST_SIDE = 2
+FIRST_ITERATIONS = 3  # of subspace iteration at the first gradient, from the identity
+FRESH_AGE = 5  # bases of this age are refreshed at every step, older ones at a fifth of their age
+LONGEST_PERIOD = 32  # steps between two refreshes
+_SHIFT = 1e-4  # share of the old basis in the new one: directions without a gradient stay
+
+
+# ---- which sides, and when
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor of two dimensions or more; kernels are rows x the rest."""
+    return shape[0], math.prod(shape[1:])
+
+
+def rotated_sides(shape: Sequence[int]) -> tuple[bool, bool]:
+    """Whether the rows and the columns of a tensor of this shape are rotated."""
+    if len(shape) < 2:
+        return False, False
+    rows, cols = matrix_shape(shape)
+    short, long = min(rows, cols), max(rows, cols)
+    if not SHORTEST_SIDE <= short <= LONGEST_SIDE:
+        return False, False
+    both = long <= LONGEST_SIDE and long <= LONGEST_RATIO * short
+    return both or rows == short, both or cols < rows
+
+
+def refresh_period(age: int) -> int:
+    """Steps from one refresh to the next: a power of two, about a fifth of the age."""
+    return 1 << max(0, min(LONGEST_PERIOD, age // FRESH_AGE).bit_length() - 1)
+
+
+def refresh_is_due(age: int, stagger: int = 0) -> bool:
+    """Whether a basis that has seen ``age`` gradients is refreshed at the next one.
+
+    ``stagger`` shifts the periods, so that the matrices of a network are not all refreshed in the
+    same step.
+    """
+    return (age + stagger) % refresh_period(age) == 0
+
+
+def sampling_period(age: int) -> int:
+    """Steps from one gradient that the covariances take in to the next."""
+    return min(SAMPLING_PERIOD, refresh_period(age))
+
+
+def init_bases(
+    shape: Sequence[int], sides: tuple[bool, bool], dtype: torch.dtype, device: torch.device
+) -> State:
+    """Identity bases and zero covariances of the rotated sides; nothing if there is none."""
+    state: State = {}
+    if any(sides):
+        for name, size, rotated in zip(("row", "col"), matrix_shape(shape), sides, strict=True):
+            if rotated:
+                state[f"{name}_basis"] = torch.eye(size, dtype=dtype, device=device)
+                state[f"{name}_cov"] = torch.zeros(size, size, dtype=dtype, device=device)
+        where = "meta" if device.type == "meta" else "cpu"
+        state["basis_age"] = torch.zeros(1, 1, dtype=torch.float32, device=where)
+    return state
+
+
+# ---- the algorithm
+
+
+def rotate(x: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    """``Q_L^T x Q_R``, ``(b, r, c)``."""
+    x = x if rows is None else rows.mT @ x
+    return x if cols is None else x @ cols
+
+
+def without_rounding(turned: Tensor, grad: Tensor) -> Tensor:
+    """A rotated gradient whose entries below the rounding error of the rotation are zero.
+
+    A direction without a gradient would otherwise be stepped by rounding errors, because steps do
+    not depend on the size of gradients.
+    """
+    norm = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True)
+    error = 4 * torch.finfo(grad.dtype).eps * norm
+    return torch.where(turned.abs() < error, 0.0, turned)
+
+
+def rotate_back(x: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    """``Q_L x Q_R^T``, ``(b, r, c)``."""
+    x = x if rows is None else rows @ x
+    return x if cols is None else x @ cols.mT
+
+
+def accumulate_(
+    cov: Tensor, factor: Tensor, ages: Sequence[int], shard_groups: tuple[Any, ...] = ()
+) -> None:
+    """Add ``factor @ factor^T`` to running covariances, in place.
+
+    A plain mean of the first gradients, then an exponential one.
+
+    Args:
+        cov: ``(b, n, n)``.
+        factor: gradients, ``(b, n, k)``.
+        ages: gradients that each covariance has seen.
+        shard_groups: process groups over which the ``k`` columns are sharded.
+    """
+    shares = [max(1 - COVARIANCE_BETA, sampling_period(age) / (age + 1)) for age in ages]
+    if len({*shares}) == 1 and not shard_groups:
+        torch.baddbmm(cov, factor, factor.mT, beta=1 - shares[0], alpha=shares[0], out=cov)
+        return
+    product = factor @ factor.mT
+    for group in shard_groups:
+        torch.distributed.all_reduce(product, group=group)
+    cov.lerp_(product, cov.new_tensor(shares)[:, None, None])
+
+
+def next_basis(basis: Tensor, cov: Tensor) -> Tensor:
+    """One step of subspace iteration, ``qr(cov @ basis)``.
+
+    Columns keep their sign, and directions without a gradient stay: a basis that has converged
+    does not change.
+    """
+    mean = cov.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=c.TINY**2)[..., None, None]
+    turned, triangle = torch.linalg.qr(cov @ basis / mean + _SHIFT * basis)
+    sign = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(turned.dtype)
+    return turned * sign[..., None, :]
+
+
+def carry_over_(
+    momenta: Sequence[Tensor],
+    square: Tensor,
+    turns: Sequence[Tensor | None],
+    bounds: Sequence[float],
+) -> None:
+    """Rotate momenta into new bases, in place, and raise the mean square to what they ask.
+
+    A momentum is at most ``bound`` times the root of the mean square of the same gradients. The
+    mean square itself cannot be rotated, so the bound on a step would break without the raise.
+
+    Args:
+        momenta: each ``(b, r, c)``.
+        square: mean square, ``(b, r, c)``.
+        turns: ``Q_new^T Q_old`` of rows and columns.
+        bounds: of each momentum.
+    """
+    for momentum, bound in zip(momenta, bounds, strict=True):
+        momentum.copy_(rotate_back(momentum, *turns))
+        torch.maximum(square, (momentum / bound).square(), out=square)
+
+
+# ---- one step of all rotated matrices
+
+
+@dataclass
+class _Group:
+    """Matrices of one shape that are rotated together.
+
+    Attributes:
+        indices: of the tensors in the step.
+        shape: ``(b, r, c)``.
+        bases: of rows and columns, ``(b, r, r)`` and ``(b, c, c)``; ``None`` if not rotated.
+        covs: of rows and columns.
+        updates: memory for the rotated updates, ``(b, r, c)``.
+    """
+
+    indices: list[int]
+    shape: tuple[int, int, int]
+    bases: list[_Batch | None]
+    covs: list[_Batch | None]
+    updates: Tensor
+
+    @property
+    def rotation(self) -> tuple[Tensor | None, Tensor | None]:
+        rows, cols = (None if batch is None else batch.value for batch in self.bases)
+        return rows, cols
+
+
+class _Batch:
+    """Tensors of one shape as a batch ``(b, ...)``: a view if they lie side by side in memory.
+
+    Otherwise the batch is a copy, and :meth:`store` writes it back.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._is_view = tensors, True
+        first = tensors[0]
+        if len(tensors) == 1:
+            self.value = first.unsqueeze(0)
+        elif lie_side_by_side(tensors):
+            shape, strides = (len(tensors), *first.shape), (first.numel(), *first.stride())
+            self.value = first.as_strided(shape, strides)
+        else:
+            self.value, self._is_view = torch.stack(list(tensors)), False
+
+    def store(self) -> None:
+        """Write the batch back, where it is a copy."""
+        if not self._is_view:
+            torch._foreach_copy_(list(self._tensors), list(self.value.unbind()))
+
+
+class Rotation:
+    """The rotated matrices among the tensors of a step.
+
+    Args:
+        params: real tensors, of which those whose state has a ``basis_age`` are rotated.
+        states: of the tensors.
+        bounds: of the fast and the slow momentum, in roots of the mean square.
+        staggers: of each tensor, see :func:`refresh_is_due`; its index if not given.
+        shard_groups: process groups over which the tensors are sharded.
+
+    Attributes:
+        wide: the parameters as the rule steps them: rotated ones of half precision in float32.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        bounds: tuple[float, float],
+        staggers: Sequence[int] | None = None,
+        shard_groups: tuple[Any, ...] = (),
+    ) -> None:
+        self._shard_groups = shard_groups
+        self._params, self._states, self._bounds = params, states, bounds
+        self._staggers = range(len(params)) if staggers is None else staggers
+        self.wide = list(params)
+        found: dict[object, list[int]] = {}
+        for index, (param, state) in enumerate(zip(params, states, strict=True)):
+            if "basis_age" in state:
+                sides = "row_basis" in state, "col_basis" in state
+                key = matrix_shape(param.shape), sides, param.device, param.dtype
+                found.setdefault(key, []).append(index)
+                self.wide[index] = param.to(torch.promote_types(param.dtype, torch.float32))
+        self._groups = [self._group(own, params) for own in found.values()]
+        self._entries = [state[key] for state in states for key in KEYS if key in state]
+        self._addresses = list(map(_address, self._entries))
+
+    def is_current(self) -> bool:
+        """False if bases or covariances have been moved in memory since."""
+        return list(map(_address, self._entries)) == self._addresses
+
+    def _group(self, indices: list[int], params: Sequence[Tensor]) -> _Group:
+        own = [self._states[index] for index in indices]
+
+        def batch(key: str) -> _Batch | None:
+            return _Batch([state[key] for state in own]) if key in own[0] else None
+
+        shape = len(indices), *matrix_shape(params[indices[0]].shape)
+        bases = [batch("row_basis"), batch("col_basis")]
+        like = next(found for found in bases if found is not None).value
+        covs = [batch("row_cov"), batch("col_cov")]
+        return _Group(indices, shape, bases, covs, like.new_empty(shape))
+
+    def rotate(self, grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Take in raw gradients, refresh bases that are due, and rotate.
+
+        Returns:
+            ``(grads, updates)`` for a step of the tensors in :attr:`wide`. In the places of rotated
+            matrices these are the rotated gradient, in the parameter's dtype there, and memory for
+            the rotated update, in that of the bases; elsewhere the raw gradient, and ``None``.
+        """
+        seen: list[Tensor] = list(grads)
+        updates: list[Tensor | None] = [None] * len(grads)
+        for group in self._groups:
+            raw = _Batch([grads[index].reshape(group.shape[1:]) for index in group.indices]).value
+            grad = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0).to(group.updates.dtype)
+            grad = grad.clamp_(-c.LARGEST_GRAD, c.LARGEST_GRAD)
+            self._take_in(group, grad)
+            if grad.device.type != "cpu":  # where the rate is 0 the kernel writes no updates
+                group.updates.zero_()
+            turned = without_rounding(rotate(grad, *group.rotation), grad).contiguous()
+            for index, own, update in zip(
+                group.indices, turned.unbind(), group.updates.unbind(), strict=True
+            ):
+                param, wide = self._params[index], self.wide[index]
+                if wide is not param:
+                    wide.copy_(param)
+                seen[index] = own.view(param.shape).to(wide.dtype)
+                updates[index] = update.view(param.shape)
+        return seen, updates
+
+    def rotate_back(self) -> None:
+        """Add the updates, rotated back, to the parameters."""
+        for group in self._groups:
+            steps = rotate_back(group.updates, *group.rotation)
+            for index, step in zip(group.indices, steps.unbind(), strict=True):
+                param, wide = self._params[index], self.wide[index]
+                wide.add_(step.view(param.shape))
+                if wide is not param:
+                    param.copy_(wide)
+
+    def _take_in(self, group: _Group, grad: Tensor) -> None:
+        """Update the covariances of a group by gradients ``(b, r, c)``; refresh what is due."""
+        ages = [_age(self._states[index]) for index in group.indices]
+        sampled = any(age % sampling_period(age) == 0 for age in ages)
+        for cov, factor in zip(group.covs, (grad, grad.mT), strict=True):
+            if sampled and cov is not None:
+                accumulate_(cov.value, factor, ages, self._shard_groups)
+                cov.store()
+        due = [
+            i
+            for i, (age, index) in enumerate(zip(ages, group.indices, strict=True))
+            if refresh_is_due(age, self._staggers[index])
+        ]
+        for fresh in (True, False):
+            chosen = [i for i in due if (ages[i] == 0) is fresh]
+            if chosen:
+                self._refresh(group, chosen, fresh)
+        torch._foreach_add_([self._states[index]["basis_age"] for index in group.indices], 1)
+
+    def _refresh(self, group: _Group, due: list[int], fresh: bool) -> None:
+        """New bases of some matrices of a group; ``fresh`` ones have no momenta so far."""
+        turns: list[Tensor | None] = []
+        for basis, cov in zip(group.bases, group.covs, strict=True):
+            if basis is None or cov is None:
+                turns.append(None)
+                continue
+            old, own = basis.value[due], cov.value[due]
+            new = old
+            for _ in range(FIRST_ITERATIONS if fresh else 1):
+                new = next_basis(new, own)
+            turns.append(new.mT @ old)
+            basis.value[due] = new
+            basis.store()
+        if fresh:
+            return
+        states = [self._states[group.indices[i]] for i in due]
+        moments = []
+        for key in MOMENTS:
+            values = [state[key].reshape(group.shape[1:]) for state in states]
+            moments.append(torch.stack(values).to(group.updates.dtype))
+        carry_over_(moments[:2], moments[2], turns, self._bounds)
+        for key, value in zip(MOMENTS, moments, strict=True):
+            for state, carried in zip(states, value.unbind(), strict=True):
+                state[key].copy_(carried.view(state[key].shape))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if has_values(tensor) else 0
+
+
+def _age(state: State) -> int:
+    """Gradients that the bases have seen; 1 if it has no value."""
+    age = state["basis_age"]
+    return int(age) if has_values(age) else 1
