@@ -13,7 +13,7 @@ from learned_optim.rules import UpdateRule
 
 #: Names that move on to better weights, and where they stand; ``default`` is what
 #: ``LearnedOptimizer(params)`` uses.
-ALIASES = {"default": "diagonal", "default-fast": "diagonal"}
+ALIASES = {"default": "eigenbasis", "default-fast": "diagonal"}
 
 
 def _folder() -> Path:

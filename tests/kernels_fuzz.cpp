@@ -35,7 +35,6 @@ uint64_t filled(Memory& memory, int64_t bytes, bool any_bits) {
 void run(int round) {
   const int64_t sizes_of[] = {0, 1, 2, 15, 16, 17, 1023, 1024, 1025, 5000, 32768, 32769, 200000};
   const int64_t m = 1 + below(5), units = 1 + below(20);
-  const int inputs = kInputs - int(below(2));
   Memory memory;
   std::vector<int64_t> sizes;
   std::vector<uint8_t> types;
@@ -46,26 +45,25 @@ void run(int round) {
     const int type = int(below(kTypes));
     sizes.push_back(size);
     types.push_back(uint8_t(type));
-    constants.insert(constants.end(), {0.05, 3.0, double(below(2)), 1.0});
+    constants.insert(constants.end(), {0.05, 3.0, double(below(2))});
     const bool wild = below(2) == 0;
     const auto put = [&](Pointer row, int64_t bytes, bool any_bits) {
       pointers[size_t(row * m + i)] = filled(memory, bytes, any_bits);
     };
     put(kParam, size * kParamSize[type], wild);
     put(kGrad, size * kParamSize[type], true);
+    if (below(2)) put(kUpdate, size * 4, true);
     for (Pointer row : {kFast, kSlow, kSquare}) put(row, size * kStateSize[type], wild);
     put(kStatsOf, kStats * 4, wild);
     put(kStepOf, 4, false);
-    put(kHidden, units * inputs * 4, wild);
+    put(kHidden, units * kInputs * 4, wild);
     put(kHiddenBias, units * 4, wild);
     put(kReadout, units * kOutputs * 4, wild);
     put(kReadoutBias, kOutputs * 4, wild);
-    put(kDirect, kOutputs * inputs * 4, wild);
+    put(kDirect, kOutputs * kInputs * 4, wild);
   }
   const double total = below(2) ? 100.0 : 0.0;
-  const double settings[kSettings] = {1,   1,    1e-3, total, double(below(3)), double(units),
-                                      double(inputs), 0.9, .99, 0.99, 0.05, 0.1, 0.25, 0.05, 50,
-                                      -3, 2};
+  const double settings[kSettings] = {1, 1, 1e-3, total, double(below(3)), double(units)};
   const auto step = [&] {
     return lo_step(m, sizes.data(), types.data(), pointers.data(), constants.data(), settings,
                    int32_t(1 + below(3)));
@@ -85,6 +83,11 @@ void run(int round) {
     grad = pointers[size_t(kParam * m) + last];
     expect(step() == kOverlap, "a gradient that is the parameter");
     grad = good;
+    auto& update = pointers[size_t(kUpdate * m) + last];
+    const uint64_t place = update;
+    update = pointers[size_t(kParam * m) + last];
+    expect(step() != kOk, "an update that is the parameter");
+    update = place;
     types[last] += kTypes;
     expect(step() == kBadType, "an unknown type");
     types[last] -= kTypes;

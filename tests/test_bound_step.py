@@ -119,12 +119,15 @@ def bound_steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     def recording(*arguments: Any, **keywords: Any) -> Any:
         step = bind(*arguments, **keywords)
 
-        def recorded(*own: Any) -> bool:
-            assert step is not None
-            results.append(step(*own))
-            return results[-1]
+        class Recorded:
+            takes = staticmethod(step.takes) if step is not None else None
 
-        return None if step is None else recorded
+            def __call__(self, *own: Any) -> bool:
+                assert step is not None
+                results.append(step(*own))
+                return results[-1]
+
+        return None if step is None else Recorded()
 
     monkeypatch.setattr(kernels, "bind", recording)
     return results

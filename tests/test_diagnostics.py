@@ -111,10 +111,10 @@ def test_gains_of_the_untrained_rule_are_its_schedule_and_scale() -> None:
     backward(model, 4)
     optimizer.step()
     for scale, numbers in zip(scales, optimizer.diagnostics().values(), strict=True):
-        gain = 0.1 * numbers["schedule"] * scale
+        gain = 0.1 * numbers["schedule"] * numbers["step_confidence"] * scale
         # The scale is that of the step before.
         assert numbers["gain/fast"] == pytest.approx(gain, rel=0.15)
-        assert numbers["part/fast"] == pytest.approx(numbers["step_rms"], rel=1e-4)
+        assert numbers["part/fast"] == pytest.approx(numbers["step_rms"], rel=1e-2)
         assert [numbers[f"gain/{name}"] for name in ("slow", "gradient", "cautious")] == [0, 0, 0]
 
 
@@ -137,14 +137,14 @@ def test_schedule_follows_the_run() -> None:
     assert warming.diagnostics()["0/0"]["schedule"] == 1 / 50
 
 
-def test_trust_starts_low_and_grows_where_gradients_agree() -> None:
+def test_step_confidence_starts_low_and_grows_where_gradients_agree() -> None:
     model, optimizer = trained("diagonal", 0)
     optimizer.diagnose()
     found = []
     for _ in range(8):
         backward(model, 0)  # the same batch again
         optimizer.step()
-        found.append(optimizer.diagnostics()["0/0"]["trust"])
+        found.append(optimizer.diagnostics()["0/0"]["step_confidence"])
     assert found[:2] == pytest.approx([math.exp(-3.0)] * 2)  # nothing to agree with at first
     assert found == sorted(found)
     assert found[-1] == 1.0

@@ -365,7 +365,7 @@ def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "--meta-steps INT" in shown
     assert "--epochs" not in shown
-    assert all(flag in shown for flag in ("--sigma FLOAT", "--warmup-share FLOAT", "--workers INT"))
+    assert all(flag in shown for flag in ("--sigma FLOAT", "--workers INT"))
 
 
 # ---- starting from a checkpoint

@@ -7,20 +7,23 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import fresh_states, random_rule
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, kernels
 from learned_optim.kernels import _build, _library
-from learned_optim.rules import UpdateRule
+from learned_optim.kernels._call import StepSettings
+from learned_optim.rules import State
+from learned_optim.rules import _history as history
+from learned_optim.rules._step import reference_step_
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +35,7 @@ needs_compiler = pytest.mark.skipif(not _build.compilers(), reason="no C++ compi
 #: relative where they are above 1: rounding of float32, or of the parameter's or the state's type.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 HALF_STATE_TOLERANCE = 3e-2
+MOMENTS = ("fast", "slow", "square")
 
 
 def horizon_rule(dtype: torch.dtype = torch.float32, config: int = 0) -> HorizonRule:
@@ -40,35 +44,54 @@ def horizon_rule(dtype: torch.dtype = torch.float32, config: int = 0) -> Horizon
     return rule.requires_grad_(False)
 
 
-def pure_step_(rule: HorizonRule, *arguments: Any, **keywords: Any) -> None:
-    """The step that the rule inherits."""
-    UpdateRule.step_(rule, *arguments, **keywords)
-
-
 def kernel_step_(
-    rule: HorizonRule, params: list[Tensor], grads: list[Tensor], states: Any, **keywords: Any
+    rule: HorizonRule,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    updates: list[Tensor | None] | None = None,
+    **numbers: Any,
 ) -> bool:
     """The kernel alone."""
-    return kernels.step_(
-        rule._network(), params, grads, states, config=rule.kernel_config(), **keywords
-    )
+    options = StepSettings(**numbers)
+    return kernels.step_(rule._network(), params, grads, states, options, updates=updates)
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-def state_copies(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def state_copies(states: list[State]) -> list[State]:
     return [{key: value.clone() for key, value in state.items()} for state in states]
 
 
 def problem(
     shapes: list[tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Any:
+) -> tuple[list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     params = [0.1 * torch.randn(shape, generator=generator) for shape in shapes]
     grads = [torch.randn(shape, generator=generator) for shape in shapes]
     return [p.to(dtype) for p in params], [g.to(dtype) for g in grads]
+
+
+def grads_of(
+    kind: str, scale: float, params: list[Tensor], generator: torch.Generator
+) -> list[Tensor]:
+    found = []
+    for param in params:
+        grad = torch.randn(param.shape, generator=generator)
+        if kind == "drift":
+            grad = grad + 2
+        elif kind == "sparse":
+            grad = grad * (torch.rand(param.shape, generator=generator) < 0.1)
+        elif kind == "zero":
+            grad = grad * (torch.rand((), generator=generator) < 0.3)
+        elif kind == "broken":
+            bad = torch.tensor([math.nan, math.inf, -math.inf, 3e38])
+            where = torch.rand(param.shape, generator=generator) < 0.2
+            grad = torch.where(where, bad[torch.randint(4, param.shape, generator=generator)], grad)
+        found.append((grad * scale).to(param.dtype))
+    return found
 
 
 SHAPES = st.one_of(
@@ -78,124 +101,138 @@ SHAPES = st.one_of(
 )
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> dict[str, Any]:
-    return {
-        "shapes": draw(st.lists(SHAPES, min_size=1, max_size=4)),
-        "seed": draw(st.integers(0, 10**6)),
-        "dtype": draw(st.sampled_from([torch.float32, *TOLERANCE])),
-        "state_dtype": draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])),
-        "config": draw(st.integers(0, len(HorizonRule.test_configs) - 1)),
-        "steps": draw(st.integers(1, 5)),
-        "ages": draw(st.lists(st.sampled_from([0, 1, 7, 300]), min_size=4, max_size=4)),
-        "scale": draw(st.sampled_from([1e-12, 1e-4, 1.0, 1e6])),
-        "param_scale": draw(st.sampled_from([0.0, 1e-6, 0.01, 1.0, 1.0, 100.0])),
-        "momenta_scale": draw(st.sampled_from([1.0, 1.0, 1e-5])),
-        "kind": draw(st.sampled_from(["noise", "noise", "drift", "sparse", "zero", "broken"])),
-        "keywords": {
-            "total_steps": draw(st.sampled_from([None, None, 3, 20, 1000, 10**5])),
-            "lr": draw(st.sampled_from([1.0, 0.1, 2.0])),
-            "maximize": draw(st.booleans()),
-            "warmup": draw(st.sampled_from([0, 0, 3, 100])),
-        },
-        "weight_decay": draw(st.sampled_from([0.0, 0.01, 30.0])),
-    }
+def cases(shapes: st.SearchStrategy[Any] = SHAPES, tensors: int = 4) -> st.SearchStrategy[Any]:
+    def each(*values: Any) -> st.SearchStrategy[Any]:
+        return st.lists(st.sampled_from(values), min_size=tensors, max_size=tensors)
 
-
-def grads_of(
-    case: dict[str, Any], params: list[Tensor], generator: torch.Generator
-) -> list[Tensor]:
-    found = []
-    for param in params:
-        grad = torch.randn(param.shape, generator=generator)
-        if case["kind"] == "drift":
-            grad = grad + 2
-        elif case["kind"] == "sparse":
-            grad = grad * (torch.rand(param.shape, generator=generator) < 0.1)
-        elif case["kind"] == "zero":
-            grad = grad * (torch.rand((), generator=generator) < 0.3)
-        elif case["kind"] == "broken":
-            bad = torch.tensor([math.nan, math.inf, -math.inf, 3e38])
-            where = torch.rand(param.shape, generator=generator) < 0.2
-            pick = torch.randint(4, param.shape, generator=generator)
-            grad = torch.where(where, bad[pick], grad)
-        found.append((grad * case["scale"]).to(param.dtype))
-    return found
+    numbers = st.fixed_dictionaries(
+        {
+            "total_steps": st.sampled_from([None, None, 3, 20, 1000, 10**5]),
+            "lr": st.sampled_from([1.0, 0.1, 2.0]),
+            "weight_decay": st.sampled_from([0.0, 1.0, 300.0]),
+            "maximize": st.booleans(),
+            "warmup": st.sampled_from([0, 0, 3, 100]),
+        }
+    )
+    return st.fixed_dictionaries(
+        {
+            "shapes": st.lists(shapes, min_size=1, max_size=tensors),
+            "seed": st.integers(0, 10**6),
+            "dtypes": each(torch.float32, *TOLERANCE),
+            "half_state": st.sampled_from([False, False, True]),
+            "config": st.integers(0, len(HorizonRule.test_configs) - 1),
+            "steps": st.integers(1, 5),
+            "ages": each(0, 1, 7, 300),
+            "apart": each(False, True),
+            # None of them reaches 0, where it saturates, by adding gains of 1.5 up to rounding.
+            "confidence": each(-2.9, -1.0, 0.0),
+            "scale": st.sampled_from([1e-12, 1e-4, 1.0, 1e6]),
+            "param_scale": st.sampled_from([0.0, 1e-6, 0.01, 1.0, 1.0, 100.0]),
+            "momenta_scale": st.sampled_from([1.0, 1.0, 1e-5]),
+            "kind": st.sampled_from(["noise", "noise", "drift", "sparse", "zero", "broken"]),
+            "numbers": numbers,
+        }
+    )
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
     got, want = got.double(), want.double()
-    unit = want.abs().clamp(min=1)
-    worst = ((got - want).abs() / unit).max() if got.numel() else torch.zeros(())
+    worst = ((got - want).abs() / want.abs().clamp(min=1)).max() if got.numel() else 0.0
     assert worst <= tolerance, f"{what}: {worst}"
 
 
-@needs_kernel
-@settings(max_examples=250, deadline=None, derandomize=True)
-@given(case=cases(), oracle=st.sampled_from([torch.float32, torch.float64]))
-def test_equals_the_pure_form(case: dict[str, Any], oracle: torch.dtype) -> None:
-    # The gradient of a single coordinate agrees wholly or not at all, so that its trust stops at 1,
-    # where it stays, or a rounding error below, where it goes on.
-    assume(case["config"] == 0 or all(math.prod(shape) != 1 for shape in case["shapes"]))
-    if case["kind"] not in ("noise", "drift") or case["momenta_scale"] < 1:
-        # The float32 form recovers the momenta before a gradient by subtraction. Where they were
-        # zero or small it correlates rounding errors; the kernel and float64 do not.
-        oracle = torch.float64
+def compare_with_the_pure_form(case: dict[str, Any], step_: Callable[..., bool]) -> None:
+    """Steps of float32 by a kernel, as ``kernel_step_``, and of float64 by the pure form.
+
+    The pure form recovers the momenta before a gradient by subtraction. Where they were zero or
+    small it correlates rounding errors in float32; the kernel and float64 do not.
+    """
     generator = torch.Generator().manual_seed(case["seed"])
     rule, exact = horizon_rule(config=case["config"]), horizon_rule(torch.float64, case["config"])
     exact.load_state_dict(rule.state_dict())
-    reference = exact if oracle is torch.float64 else rule
-    params, _ = problem(case["shapes"], case["seed"], case["dtype"])
-    for param in params:
-        param.mul_(case["param_scale"])
-    state_dtype = case["state_dtype"]
+    drawn, _ = problem(case["shapes"], case["seed"])
+    params = [case["param_scale"] * p.to(d) for p, d in zip(drawn, case["dtypes"], strict=False)]
     states = fresh_states(rule, params)
-    for state, age in zip(states, case["ages"], strict=False):
-        for key in ("fast", "slow", "square"):
-            state[key] = state[key].to(state_dtype)
-        # A past, so that tensors of different ages meet in one call.
-        for _ in range(min(age, 2)):
-            index = next(i for i, s in enumerate(states) if s is state)
-            past = grads_of({**case, "kind": "noise"}, params[index : index + 1], generator)
-            pure_step_(rule, params[index : index + 1], past, [state])
+    if case["half_state"]:
+        for state in states:
+            state.update({key: state[key].bfloat16() for key in MOMENTS})
+    for param, state, age, log in zip(
+        params, states, case["ages"], case["confidence"], strict=False
+    ):
+        for _ in range(min(age, 2)):  # so that tensors of different ages meet in one call
+            past = grads_of("noise", case["scale"], [param], generator)
+            reference_step_(rule, [param], past, [state], StepSettings())
         state["step"].fill_(age)
+        state["stats"][history.CONFIDENCE] = log
         for key in ("fast", "slow"):
             state[key].mul_(case["momenta_scale"])
-    if oracle is torch.float64:
-        expected_params = [param.to(oracle, copy=True) for param in params]
-        expected = [
-            {k: v.to(v.dtype if k == "step" else oracle, copy=True) for k, v in state.items()}
-            for state in states
-        ]
-    else:
-        expected_params, expected = copies(params), state_copies(states)
-    keywords = case["keywords"]
+    wanted = [param.to(torch.float64, copy=True) for param in params]
+    wanted_states = [
+        {k: v.to(v.dtype if k == "step" else torch.float64, copy=True) for k, v in state.items()}
+        for state in states
+    ]
+    places: list[list[Tensor | None]] = [
+        [torch.full_like(p, math.nan, dtype=kind) if own else None
+         for p, own in zip(params, case["apart"], strict=False)]
+        for kind in (torch.float32, torch.float64)
+    ]  # fmt: skip
+    numbers = StepSettings(**case["numbers"])
     for _ in range(case["steps"]):
-        grads = grads_of(case, params, generator)
-        assert kernel_step_(
-            rule, params, grads, states, decay=1e-3 * case["weight_decay"], **keywords
-        )
-        cast = [grad.to(param.dtype) for grad, param in zip(grads, expected_params, strict=True)]
-        pure_step_(
-            reference, expected_params, cast, expected,
-            weight_decay=case["weight_decay"], **keywords,
-        )  # fmt: skip
-    tolerance = TOLERANCE[case["dtype"]]
-    if state_dtype is torch.bfloat16:
-        tolerance = max(tolerance, HALF_STATE_TOLERANCE)
-    for index, (state, wanted) in enumerate(zip(states, expected, strict=True)):
-        assert state["step"] == wanted["step"]
-        for key in ("fast", "slow", "square"):
+        grads = grads_of(case["kind"], case["scale"], params, generator)
+        assert step_(rule, params, grads, states, places[0], **case["numbers"])
+        cast = [grad.double() for grad in grads]
+        reference_step_(exact, wanted, cast, wanted_states, numbers, updates=places[1])
+    for index, (param, state, expected) in enumerate(
+        zip(params, states, wanted_states, strict=True)
+    ):
+        tolerance = max(TOLERANCE[param.dtype], HALF_STATE_TOLERANCE * case["half_state"])
+        assert state["step"] == expected["step"]
+        for key in MOMENTS:
             # In units of the largest; momenta may nearly have cancelled each other out.
-            unit = max([1e-37, *wanted[key].abs().flatten().tolist()])
-            assert_near(state[key] / unit, wanted[key] / unit, 5 * tolerance, f"{key} of {index}")
-        assert_near(state["stats"], wanted["stats"], tolerance, f"stats of {index}")
-        assert_near(
-            10 * params[index].double(),
-            10 * expected_params[index].double(),
-            tolerance,
-            f"parameter {index}",
-        )
+            unit = max([1e-37, *expected[key].abs().flatten().tolist()])
+            assert_near(state[key] / unit, expected[key] / unit, 5 * tolerance, f"{key} of {index}")
+        assert_near(state["stats"], expected["stats"], tolerance, f"stats of {index}")
+        assert_near(10 * param.double(), 10 * wanted[index], tolerance, f"parameter {index}")
+        update, target = (place[index] for place in places)
+        if update is not None and target is not None:
+            assert_near(10 * update.double(), 10 * target, tolerance, f"update of {index}")
+
+
+def check_updates_apart(step_: Callable[..., bool]) -> None:
+    """The update is the parameter's change without decay; the parameter only decays."""
+    rule = horizon_rule()
+    for weight in (rule.hidden.weight, rule.direct.weight):
+        weight[:, -1] = 0.0  # so that the network does not know
+    shapes, numbers = [(30, 20), (5, 7)], {"weight_decay": 200.0, "total_steps": 20}
+    params, _ = problem(shapes)
+    apart, states, own = copies(params), fresh_states(rule, params), fresh_states(rule, params)
+    for seed in range(2):
+        before, (_, grads) = copies(params), problem(shapes, seed)
+        updates = [None, torch.full((5, 7), math.nan)]
+        shrunk, same = copies(params), [None, torch.empty(5, 7)]
+        assert step_(rule, shrunk, grads, state_copies(states), same, **numbers)
+        assert step_(rule, params, grads, states, **numbers)
+        assert step_(rule, apart, grads, own, updates, **numbers)
+        assert torch.equal(apart[0], params[0])
+        assert updates[1] is not None
+        torch.testing.assert_close(shrunk[1] + updates[1], params[1], rtol=1e-6, atol=1e-8)
+        ratio = apart[1] / before[1]
+        assert ratio.max() - ratio.min() < 1e-6
+        assert 0 < 1 - ratio.mean() < 0.1
+        apart[1].copy_(params[1])
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(states, own, strict=True) for key in a)
+
+
+@needs_kernel
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(case=cases())
+def test_equals_the_pure_form(case: dict[str, Any]) -> None:
+    compare_with_the_pure_form(case, kernel_step_)
+
+
+@needs_kernel
+def test_updates_of_rotated_matrices_go_elsewhere() -> None:
+    check_updates_apart(kernel_step_)
 
 
 @needs_kernel
@@ -204,16 +241,19 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
     rule, results = horizon_rule(), []
     before, library = torch.get_num_threads(), _library.library()
     assert library is not None
+    shapes: list[tuple[int, ...]] = [(600, 500), (5,), (3, 90_001)]
     try:
         for threads in (1, 2, 7, -2):
             torch.set_num_threads(abs(threads))
             if threads < 0:
                 library.lo_use_openmp(None)  # threads of its own
-            params, grads = problem([(1100, 700), (5,), (3, 90_001)], dtype=dtype)
-            states = fresh_states(rule, params)
+            params, grads = problem(shapes, dtype=dtype)
+            states, update = fresh_states(rule, params), torch.zeros(shapes[0])
             for _ in range(2):
-                assert kernel_step_(rule, params, grads, states, total_steps=30, decay=0.1)
-            results.append([*params, *(value for state in states for value in state.values())])
+                numbers = {"total_steps": 30, "weight_decay": 100.0}
+                updates = [update, None, None]
+                assert kernel_step_(rule, params, grads, states, updates, **numbers)
+            results.append([*params, update, *(v for state in states for v in state.values())])
     finally:
         torch.set_num_threads(before)
         _library.share_threads(library)
@@ -248,8 +288,7 @@ assert torch.equal(ours[0][0], childs[0][0])
 @needs_kernel
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_forked_child_steps_on_threads_of_its_own() -> None:
-    folders = [str(ROOT / "tests"), *sys.path]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])}
     done = subprocess.run([sys.executable, "-c", FORKED], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -266,23 +305,20 @@ def test_averages_over_large_tensors_are_exact() -> None:
 
 
 @needs_kernel
-def test_each_tensor_may_have_a_network_and_a_rate_of_its_own() -> None:
+def test_each_tensor_may_have_a_network_of_its_own() -> None:
     rules = [horizon_rule(), HorizonRule().requires_grad_(False), horizon_rule()]
     for weight in rules[2].parameters():
         weight.mul_(-0.5)
-    params, _ = problem([(30, 20), (7,), (7,)])
-    alone, scales = copies(params), [1.0, 0.5, 3.0]
+    shapes: list[tuple[int, ...]] = [(30, 20), (7,), (7,)]
+    params, _ = problem(shapes)
+    alone, numbers = copies(params), StepSettings(lr=2.0, weight_decay=10.0)
     states, states_alone = fresh_states(rules[0], params), fresh_states(rules[0], params)
     stacked = [torch.stack(weights) for weights in zip(*(r._network() for r in rules), strict=True)]
     for seed in range(3):
-        _, grads = problem([(30, 20), (7,), (7,)], seed)
-        config = rules[0].kernel_config()
-        assert kernels.step_(
-            stacked, params, grads, states, config=config, lr=2.0, lr_scales=scales, decay=1e-2
-        )
-        for i, rule in enumerate(rules):
-            own = ([alone[i]], [grads[i]], [states_alone[i]])
-            assert kernel_step_(rule, *own, lr=2 * scales[i], decay=1e-2)
+        _, grads = problem(shapes, seed)
+        assert kernels.step_(stacked, params, grads, states, numbers)
+        for rule, *own in zip(rules, alone, grads, states_alone, strict=True):
+            assert kernels.step_(rule._network(), *([each] for each in own), numbers)
     assert all(map(torch.equal, params, alone))
     assert not torch.equal(states[1]["fast"], states[2]["fast"])
 
@@ -294,11 +330,27 @@ def test_half_precision_is_read_and_rounded_as_torch_does(dtype: torch.dtype) ->
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     every = every[every.abs().float() < 1e18]
     assert len(every) > 40_000
-    rule = HorizonRule(HorizonConfig(warmup_steps=1)).requires_grad_(False)  # of whole decay
-    for decay in (0.0, 0.37, 0.75):  # by zero gradients, parameters only decay
+    rule, apart = horizon_rule(), [torch.zeros(len(every))]
+    for decay in (0.0, 370.0, 750.0):
         param, states = every.clone(), fresh_states(rule, [every])
-        assert kernel_step_(rule, [param], [torch.zeros_like(param)], states, decay=decay)
-        assert torch.equal(param.view(torch.int16), (every * (1 - decay)).view(torch.int16))
+        states[0]["stats"][history.CONFIDENCE] = 0.0
+        states[0]["step"].fill_(49)  # the schedule is 1
+        numbers = {"weight_decay": decay}
+        assert kernel_step_(rule, [param], [torch.ones_like(param)], states, apart, **numbers)
+        expected = every * (1 - 1e-3 * decay)
+        assert torch.equal(param.view(torch.int16), expected.view(torch.int16))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decay_and_update_of_half_precision_are_one_rounding(dtype: torch.dtype) -> None:
+    rule, numbers = horizon_rule(), {"lr": 3.0, "weight_decay": 100.0}
+    params, grads = problem([(50, 40)], dtype=dtype)
+    wide = [param.float() for param in params]
+    states, own = fresh_states(rule, params), fresh_states(rule, wide)
+    assert kernel_step_(rule, params, grads, states, **numbers)
+    assert kernel_step_(rule, wide, [grad.float() for grad in grads], own, **numbers)
+    assert torch.equal(params[0], wide[0].to(dtype))
 
 
 # ---- what the kernel leaves to the pure form
@@ -310,26 +362,26 @@ class Subclass(Tensor):
 
 def unsuitable() -> dict[str, Any]:
     """Changes to a call, by what is wrong afterwards."""
-    inference = torch.inference_mode()
 
     def from_inference(size: int) -> Tensor:
-        with inference:
+        with torch.inference_mode():
             return torch.ones(size)
 
     def one_byte_off(size: int) -> Tensor:
         return torch.frombuffer(bytearray(4 * size + 4), dtype=torch.float32, offset=1, count=size)
 
-    def put(column: str, value: Any) -> Any:
+    def put(column: str, value: Callable[[Tensor], Tensor]) -> Any:
         def change(call: dict[str, Any]) -> None:
+            columns, key = (call, column) if column in call else (call["states"][0], column)
             if column in call:
-                call[column][0] = value(call[column][0])
+                columns[key][0] = value(columns[key][0])
             else:
-                call["states"][0][column] = value(call["states"][0][column])
+                columns[key] = value(columns[key])
 
         return change
 
-    def same(column: str, other: str) -> Any:
-        return lambda call: put(column, lambda _: call[other][0])(call)
+    def put_same(column: str, of: Callable[[dict[str, Any]], Tensor]) -> Any:
+        return lambda call: put(column, lambda _: of(call))(call)
 
     def second_is_first(call: dict[str, Any]) -> None:
         call["params"][1] = call["params"][0]
@@ -342,56 +394,52 @@ def unsuitable() -> dict[str, Any]:
 
     every: dict[str, Any] = {
         "param twice": second_is_first,
-        "grad is param": same("grads", "params"),
         "param and grad overlap": parts_overlap,
-        "state is param": lambda call: put("slow", lambda _: call["params"][0].detach().view(6, 1))(
-            call
-        ),
-        "moments are one tensor": lambda call: put("slow", lambda _: call["states"][0]["fast"])(
-            call
-        ),
-        "steps are one tensor": lambda call: put("step", lambda _: call["states"][1]["step"])(call),
+        "grad is param": put_same("grads", lambda call: call["params"][0]),
+        "state is param": put_same("slow", lambda call: call["params"][0].detach().view(6, 1)),
+        "moments are one tensor": put_same("slow", lambda call: call["states"][0]["fast"]),
+        "steps are one tensor": put_same("step", lambda call: call["states"][1]["step"]),
+        "update is param": put_same("updates", lambda call: call["params"][0]),
+        "update is state": put_same("updates", lambda call: call["states"][1]["fast"]),
+        "params: inference": put("params", lambda t: from_inference(6)),
+        "grads: sparse": put("grads", lambda t: t.to_sparse()),
+        "stats: float64": put("stats", lambda t: t.double()),
+        "stats: size": put("stats", lambda t: t[:13].clone()),
+        "step: integer": put("step", lambda t: t.long()),
+        "step: size": put("step", lambda t: torch.zeros(2)),
     }
     for column in ("params", "grads"):
-        every |= {
-            f"{column}: strides": put(column, lambda t: torch.ones(12)[::2]),
-            f"{column}: dtype": put(column, lambda t: t.double()),
-            f"{column}: integers": put(column, lambda t: t.int()),
-            f"{column}: misaligned": put(column, lambda t: one_byte_off(6)),
-            f"{column}: subclass": put(column, lambda t: t.as_subclass(Subclass)),
-            f"{column}: meta": put(column, lambda t: t.to("meta")),
-            f"{column}: zero tensor": put(column, lambda t: torch._efficientzerotensor(6)),
-            f"{column}: negative view": put(
-                column, lambda t: torch.view_as_complex(torch.ones(6, 2)).conj().imag
-            ),
-            f"{column}: functional": put(column, torch._to_functional_tensor),
-            f"{column}: size": put(column, lambda t: torch.ones(5)),
+        of_both: dict[str, Callable[[Tensor], Tensor]] = {
+            "strides": lambda t: torch.ones(12)[::2],
+            "dtype": lambda t: t.double(),
+            "integers": lambda t: t.int(),
+            "misaligned": lambda t: one_byte_off(6),
+            "subclass": lambda t: t.as_subclass(Subclass),
+            "meta": lambda t: t.to("meta"),
+            "zero tensor": lambda t: torch._efficientzerotensor(6),
+            "negative view": lambda t: torch.view_as_complex(torch.ones(6, 2)).conj().imag,
+            "functional": torch._to_functional_tensor,
+            "size": lambda t: torch.ones(5),
         }
-    every["params: inference"] = put("params", lambda t: from_inference(6))
-    every["grads: sparse"] = put("grads", lambda t: t.to_sparse())
-    for column in ("fast", "slow", "square"):
+        every |= {f"{column}: {what}": put(column, change) for what, change in of_both.items()}
+    for column in MOMENTS:
         every |= {
             f"{column}: float64": put(column, lambda t: t.double()),
             f"{column}: bfloat16 alone": put(column, lambda t: t.bfloat16()),
             f"{column}: size": put(column, lambda t: t[:5].clone()),
             f"{column}: strides": put(column, lambda t: torch.ones(6, 2)[:, :1]),
         }
-    every |= {
-        "stats: float64": put("stats", lambda t: t.double()),
-        "stats: size": put("stats", lambda t: t[:13].clone()),
-        "step: integer": put("step", lambda t: t.long()),
-        "step: size": put("step", lambda t: torch.zeros(2)),
-    }
     return every
 
 
 def snapshot(call: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     tensors = [*call["params"], *call["grads"], *(v for s in call["states"] for v in s.values())]
-    kinds = (Tensor, nn.Parameter)
     return [
         (t, t.clone())
         for t in tensors
-        if type(t) in kinds and t.device.type == "cpu" and not torch._is_functional_tensor(t)
+        if type(t) in (Tensor, nn.Parameter)
+        and t.device.type == "cpu"
+        and not (torch._is_functional_tensor(t) or t.is_sparse)
     ]
 
 
@@ -401,13 +449,16 @@ def snapshot(call: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
 def test_refuses(what: str) -> None:
     rule = horizon_rule()
     params, grads = problem([(6,), (6,)])
-    call = {"params": params, "grads": grads, "states": fresh_states(rule, params)}
-    assert kernel_step_(rule, copies(params), grads, state_copies(call["states"]))
+    call: dict[str, Any] = {
+        "params": params, "grads": grads, "states": fresh_states(rule, params),
+        "updates": [torch.zeros(6), None],
+    }  # fmt: skip
+    own = copies(params), grads, state_copies(call["states"]), call["updates"]
+    assert kernel_step_(rule, *own)
     unsuitable()[what](call)
     before = snapshot(call)
-    assert not kernel_step_(rule, call["params"], call["grads"], call["states"])
-    for now, then in before:
-        assert torch.equal(now, then) if not now.is_sparse else True
+    assert not kernel_step_(rule, *call.values())
+    assert all(torch.equal(now, then) for now, then in before)
 
 
 @needs_kernel
@@ -421,11 +472,10 @@ def test_refuses_lengths_of_runs(total: Any) -> None:
 @needs_kernel
 def test_refuses_networks() -> None:
     params, grads = problem([(6,)])
+    states = fresh_states(horizon_rule(), params)
     for rule in (horizon_rule(torch.float64), HorizonRule(HorizonConfig(hidden_size=1025))):
-        states = fresh_states(horizon_rule(), params)
         assert not kernel_step_(rule, params, grads, states)
-    wide = HorizonRule(HorizonConfig(hidden_size=1024))
-    assert kernel_step_(wide, params, grads, states)
+    assert kernel_step_(HorizonRule(HorizonConfig(hidden_size=1024)), params, grads, states)
 
 
 @needs_kernel
@@ -463,29 +513,16 @@ def train(dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
 
 @needs_kernel
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
-def test_the_optimizer_uses_it(
+def test_the_optimizer_steps_alike_without_it(
     state_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[str, bool]] = []
-
-    def recorded(name: str, step: Any) -> Any:
-        def run(*arguments: Any, **keywords: Any) -> bool:
-            calls.append((name, step(*arguments, **keywords)))
-            return calls[-1][1]
-
-        return run
-
-    step_, bind = kernels.step_, kernels.bind
-    monkeypatch.setattr(kernels, "step_", recorded("first", step_))
-    monkeypatch.setattr(kernels, "bind", lambda *a, **k: recorded("bound", bind(*a, **k)))
     options: dict[str, Any] = {"weight_decay": 1.0, "warmup": 3, "total_steps": 9}
-    options["state_dtype"] = state_dtype
-    ours = train(**options)
-    assert calls == [("first", True), *[("bound", True)] * 3]
+    ours = train(**options, state_dtype=state_dtype)
     monkeypatch.setattr(kernels, "step_", lambda *a, **k: False)
     monkeypatch.setattr(kernels, "bind", lambda *a, **k: None)
     tolerance = 1e-6 if state_dtype is None else 1e-3
-    torch.testing.assert_close(ours, train(**options), rtol=0, atol=tolerance)
+    theirs = train(**options, state_dtype=state_dtype)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 @needs_kernel
@@ -599,7 +636,8 @@ def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
     """All types, sizes around the blocks' borders, wrong pointers, under the sanitizers."""
     program = tmp_path / "fuzz"
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-DLO_NO_CLONES", "-fno-sanitize-recover=all"]
-    build = [*_build.compilers()[0], *flags, "-fsanitize=address,undefined"]
+    macros = _build._constants().macros()
+    build = [*_build.compilers()[0], *flags, *macros, "-fsanitize=address,undefined"]
     source = ROOT / "tests" / "kernels_fuzz.cpp"
     done = subprocess.run(
         [*build, str(source), "-o", str(program)], capture_output=True, text=True, check=False

@@ -11,13 +11,23 @@ PACKAGE = Path(learned_optim.__file__).parent
 
 #: From the lowest layer up (docs/design.md); a module may import its own layer and those before it.
 LAYERS = (
-    ("_bytes", "_discovery", "_extras", "_fields", "_shapes", "_warn", "preprocessing"),
+    (
+        "_ambient",
+        "_bytes",
+        "_discovery",
+        "_extras",
+        "_fields",
+        "_memory",
+        "_shapes",
+        "_warn",
+        "preprocessing",
+    ),
     ("kernels",),
     ("rules",),
     ("checkpoint", "summary"),
     ("_card",),
     ("_download", "hub", "pretrained"),
-    ("_ambient", "_frozen", "_views"),
+    ("_frozen", "_views"),
     ("_diagnostics", "_group_step", "_groups", "_param_states", "_watch", "optimizer", "trainers"),
     ("meta",),
     ("evaluation",),

@@ -25,15 +25,12 @@ CHECKPOINT = "default"
 
 # Cases by name that fail, and why; strict, so that a checkpoint that mends one is noticed.
 UNSOLVED = {
+    "test_low_rank_adapters[known length]": "fits a hundred examples closer than AdamW at 1e-3",
     "test_low_rank_adapters[unknown length]": "fits a hundred examples closer than AdamW at 1e-3",
-    "test_deep_plain_networks_live[unknown length]": "steps too long for a deep plain network",
-    "test_deep_plain_networks_live[known length]": "steps too long for a deep plain network",
     "test_preferences_leave_the_rest[unknown length]": "goes on where the loss is nearly zero",
     "test_preferences_leave_the_rest[known length]": "goes on where the loss is nearly zero",
     "test_multiplier_holds_its_constraint[unknown length]": "scalars step in units of their size",
     "test_multiplier_holds_its_constraint[known length]": "scalars step in units of their size",
-    "test_readout_that_starts_at_zero[unknown length]": "takes a readout for an adapter",
-    "test_readout_that_starts_at_zero[known length]": "takes a readout for an adapter",
 }
 
 Make = Callable[[Sequence[Any], int], Optimizer]

@@ -61,13 +61,12 @@ def test_the_kernels_compile_for_gpus(capability: int, name: str) -> None:
     assert found is not None
     gains = compiled(
         found.gains_kernel,
-        {"PARAM_TYPE": kind, "UNITS": 16, "INPUTS": 22, "OWN_NETWORKS": 0, "LR_ON_DEVICE": True,
-         "BLOCK": 1024},
+        {"PARAM_TYPE": kind, "UNITS": 16, "OWN_NETWORKS": 0, "LR_ON_DEVICE": True, "BLOCK": 1024},
         capability,
     )  # fmt: skip
     update = compiled(
         found.update_kernel,
-        {"PARAM_TYPE": kind, "STATE_TYPE": kind, "CHUNK": triton_step.CHUNK,
+        {"PARAM_TYPE": kind, "STATE_TYPE": kind, "KNOWN": True, "CHUNK": triton_step.CHUNK,
          "BLOCK": triton_step.BLOCK, "ALIGNED": True},
         capability,
     )  # fmt: skip

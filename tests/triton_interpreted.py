@@ -10,31 +10,34 @@ from conftest import fresh_states
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_kernels import (
-    TOLERANCE,
-    assert_near,
+    cases,
+    check_updates_apart,
+    compare_with_the_pure_form,
     copies,
-    grads_of,
     horizon_rule,
     problem,
-    pure_step_,
     state_copies,
 )
 from torch import Tensor
 
 from learned_optim.kernels import _checks, _trial, triton_step
 from learned_optim.kernels._call import StepSettings, StepTensors
+from learned_optim.rules import State
 from learned_optim.rules.horizon import HorizonRule
 
 SHAPES = [(5, 7), (9, 2), (), (0, 3), (33,), (triton_step.CHUNK + 5,), (2, triton_step.CHUNK)]
 
 
 def triton_step_(
-    rule: HorizonRule, params: list[Tensor], grads: list[Tensor], states: Any, **keywords: Any
+    rule: HorizonRule,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    updates: list[Tensor | None] | None = None,
+    **numbers: Any,
 ) -> bool:
-    tensors = StepTensors(
-        rule._network(), params, grads, states, lr_scales=keywords.pop("lr_scales", None)
-    )
-    return triton_step.step_(tensors, StepSettings(rule.kernel_config(), **keywords))
+    tensors = StepTensors(rule._network(), params, grads, states, None, updates)
+    return triton_step.step_(tensors, StepSettings(**numbers))
 
 
 @pytest.fixture
@@ -44,59 +47,15 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # The interpreter takes a second for a step: nothing is left for shrinking.
 @settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
-@given(
-    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=2),
-    dtypes=st.lists(st.sampled_from(list(TOLERANCE)), min_size=2, max_size=2),
-    half_state=st.booleans(),
-    config=st.integers(0, len(HorizonRule.test_configs) - 1),
-    at_zero=st.booleans(),
-    kind=st.sampled_from(["drift", "broken", "zero"]),
-    total=st.sampled_from([None, 3, 1000]),
-    maximize=st.booleans(),
-    warmup=st.sampled_from([0, 3]),
-    weight_decay=st.sampled_from([0.0, 30.0]),
-    seed=st.integers(0, 10**6),
-)
+@given(case=cases(st.sampled_from(SHAPES), tensors=2))
 @pytest.mark.usefixtures("no_trial")
-def test_equals_the_pure_form(
-    shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], half_state: bool, config: int,
-    at_zero: bool, kind: str, total: int | None, maximize: bool, warmup: int, weight_decay: float,
-    seed: int,
-) -> None:  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    rule, exact = horizon_rule(config=config), horizon_rule(torch.float64, config)
-    exact.load_state_dict(rule.state_dict())
-    start = 0.0 if at_zero else 1.0
-    params = [start * p.to(d) for p, d in zip(problem(shapes, seed)[0], dtypes, strict=False)]
-    states = fresh_states(rule, params)
-    for state in states if half_state else []:
-        state.update({key: state[key].bfloat16() for key in ("fast", "slow", "square")})
-    wanted = [param.to(torch.float64, copy=True) for param in params]
-    wanted_states = [
-        {k: v.to(v.dtype if k == "step" else torch.float64, copy=True) for k, v in state.items()}
-        for state in states
-    ]
-    keywords: dict[str, Any] = {"lr": 0.7, "maximize": maximize, "warmup": warmup}
-    for _ in range(2):
-        grads = grads_of({"kind": kind, "scale": 1.0}, params, generator)
-        assert triton_step_(
-            rule, params, grads, states, decay=1e-3 * weight_decay, total_steps=total or 0.0,
-            **keywords,
-        )  # fmt: skip
-        cast = [grad.double() for grad in grads]
-        pure_step_(
-            exact, wanted, cast, wanted_states, weight_decay=weight_decay, total_steps=total,
-            **keywords,
-        )  # fmt: skip
-    for index, param in enumerate(params):
-        tolerance = max(TOLERANCE[param.dtype], 3e-2 if half_state else 0.0)
-        assert_near(10 * param.double(), 10 * wanted[index], tolerance, f"parameter {index}")
-        for key, value in wanted_states[index].items():
-            # Momenta in units of the largest: they may nearly have cancelled each other out.
-            unit = (
-                1.0 if key in ("stats", "step") else max([1e-37, *value.abs().flatten().tolist()])
-            )
-            assert_near(states[index][key] / unit, value / unit, 5 * tolerance, f"{key} of {index}")
+def test_equals_the_pure_form(case: dict[str, Any]) -> None:
+    compare_with_the_pure_form({**case, "steps": min(2, case["steps"])}, triton_step_)
+
+
+@pytest.mark.usefixtures("no_trial")
+def test_updates_of_rotated_matrices_go_elsewhere() -> None:
+    check_updates_apart(triton_step_)
 
 
 @pytest.mark.usefixtures("no_trial")
@@ -142,7 +101,7 @@ def test_a_kernel_that_fails_its_trial_is_not_used_and_one_warning_says_so(
     launch = triton_step.launch
 
     def wrong(kernels: Any, call: Any, settings: StepSettings) -> None:
-        launch(kernels, call, settings._replace(decay=0.1))
+        launch(kernels, call, settings._replace(maximize=True))
 
     monkeypatch.setattr(triton_step, "launch", wrong)
     monkeypatch.setattr(triton_step, "_failure", "")
@@ -158,7 +117,8 @@ def test_a_kernel_that_fails_its_trial_is_not_used_and_one_warning_says_so(
 def test_a_row_of_addresses_can_be_written_on_the_device() -> None:
     kernels = triton_step.loaded()[0]
     assert kernels is not None
-    table, rows = torch.zeros((2, 7), dtype=torch.int64), [[0, 2**45 + 16, 1, 2, 3, 4, 5], [7] * 7]
+    rows = [[0, 2**45 + 16, 1, 2, 3, 4, 5, 6], [7] * 8]
+    table = torch.zeros((2, 8), dtype=torch.int64)
     for index, row in enumerate(rows):
         kernels.addresses_kernel[(1,)](table, index, *row)
     assert table.tolist() == rows

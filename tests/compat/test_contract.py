@@ -646,7 +646,7 @@ def test_mixed_dtypes_and_shapes_in_one_group(rule: UpdateRule) -> None:
     dtypes = [p.dtype for p in params]
     before = [p.detach().clone() for p in params]
     # So that an update is felt in half precision, also where a rule's first steps are short.
-    lr = 1000.0 if getattr(rule.config, "trusts", False) else 100.0
+    lr = 1000.0 if rule.reads_horizon else 100.0
     opt = LearnedOptimizer(params, rule, lr=lr)
     for seed in range(3):
         step_with_random_grads(opt, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -28,12 +29,13 @@ class Preconditioned(UpdateRule):
     shortest = 90
 
     def init_state(self, param: Tensor) -> State:
-        state = {"momentum": torch.zeros_like(param).unsqueeze(-1), "count": torch.zeros(1)}
-        sides = zip(self.matrix_state, param.shape, strict=False) if param.dim() == 2 else ()
-        for key, side in sides:
-            if side <= self.shortest:
-                state[key] = torch.eye(side, dtype=torch.float64)
-        return state
+        return {"momentum": torch.zeros_like(param).unsqueeze(-1), "count": torch.zeros(1)}
+
+    def init_matrices(
+        self, shape: torch.Size, device: torch.device, sharded: Sequence[int] = ()
+    ) -> State:
+        sides = zip(self.matrix_state, shape, strict=False) if len(shape) == 2 else ()
+        return {k: torch.eye(n, dtype=torch.float64) for k, n in sides if n <= self.shortest}
 
     def step_(self, params: Any, grads: Any, states: Any, *, lr: Any = 1.0, **_: Any) -> None:
         for param, grad, state in zip(params, grads, states, strict=True):

@@ -1,0 +1,388 @@
+"""Matrices in the eigenbasis of their gradients: steps against a plain account, and promises."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_rule
+from torch import Tensor
+
+from learned_optim import kernels
+from learned_optim.kernels import constants as c
+from learned_optim.rules import Segments, State, StepContext
+from learned_optim.rules import _basis as basis
+from learned_optim.rules import _history as history
+from learned_optim.rules.horizon import HorizonRule, rate_schedule
+
+#: Shapes of which both sides are rotated, only the shorter one, and none.
+SHAPES = [(8, 6), (3, 40), (40, 3), (4, 2, 2, 2), (5,), (8, 6), (1, 7)]
+NUMBERS = {"lr": 0.7, "weight_decay": 50.0, "total_steps": 80.0}
+
+
+def eigenbasis_rule(dtype: torch.dtype = torch.float32) -> HorizonRule:
+    config = next(i for i, each in enumerate(HorizonRule.test_configs) if each.eigenbasis)
+    rule = random_rule("horizon", dtype, config)
+    assert isinstance(rule, HorizonRule)
+    return rule.requires_grad_(False)
+
+
+def fresh(rule: HorizonRule, params: list[Tensor]) -> list[State]:
+    return [
+        {"step": torch.zeros(()), **rule.init_state(p), **rule.init_matrices(p.shape, p.device)}
+        for p in params
+    ]
+
+
+def problem(
+    shapes: list[tuple[int, ...]], steps: int, seed: int = 0
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Parameters, and gradients of correlated entries with a drift, float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    params = [0.1 * draw(*shape) for shape in shapes]
+    drifts = [draw(*shape) for shape in shapes]
+    left = [draw(shape[0], shape[0]) for shape in shapes]
+    grads = [
+        [drift + torch.tensordot(mix, draw(*mix.shape[:1], *drift.shape[1:]), 1)
+         for drift, mix in zip(drifts, left, strict=True)]
+        for _ in range(steps)
+    ]  # fmt: skip
+    return params, grads
+
+
+def run(
+    rule: HorizonRule, params: list[Tensor], grads: list[list[Tensor]], **numbers: Any
+) -> tuple[list[Tensor], list[State]]:
+    params = [param.clone() for param in params]
+    states = fresh(rule, params)
+    for step in grads:
+        rule.step_(params, [g.to(p.dtype) for g, p in zip(step, params, strict=True)], states,
+                   **numbers)  # fmt: skip
+    return params, states
+
+
+@pytest.fixture(params=["compiled", "pure"])
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step by the kernel, and without it."""
+    if request.param == "pure":
+        monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
+        monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
+
+
+# ---- against a plain account
+
+
+def plain(
+    rule: HorizonRule, param: Tensor, grads: list[Tensor], stagger: int, maximize: bool = False
+) -> Tensor:
+    """One tensor by the algorithm of the module's docstring, in the rule's dtype."""
+    dtype, shape, lr = rule.dtype, param.shape, NUMBERS["lr"]
+    matrix = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (len(param), 1)
+    sides = basis.rotated_sides(shape)
+    covs = [torch.zeros(n, n, dtype=dtype) for n in matrix]
+    turns = [torch.eye(n, dtype=dtype) for n in matrix]
+    state = {key: value.reshape(-1, 1) for key, value in rule.init_state(param.to(dtype)).items()}
+    state["stats"] = state["stats"].view(1, -1)
+    segments = Segments([shape], dtype=dtype)
+    for age, raw in enumerate(grads):
+        grad = raw.to(param.dtype).to(dtype).reshape(matrix)
+        share = max(1 - basis.COVARIANCE_BETA, 1 / (age + 1))
+        covs = [(1 - share) * covs[0] + share * grad @ grad.T,
+                (1 - share) * covs[1] + share * grad.T @ grad]  # fmt: skip
+        old = list(turns)
+        if basis.refresh_is_due(age, stagger):
+            for side in (side for side in range(2) if sides[side]):
+                for _ in range(3 if age == 0 else 1):
+                    mean = covs[side].diagonal().mean()
+                    pushed = covs[side] @ turns[side] / mean + basis._SHIFT * turns[side]
+                    q, r = torch.linalg.qr(pushed)
+                    turns[side] = q * torch.where(r.diagonal() < 0, -1, 1)
+            for key, bound in zip(("fast", "slow"), rule.momentum_bounds, strict=True):
+                back = old[0] @ state[key].view(matrix) @ old[1].T
+                state[key] = (turns[0].T @ back @ turns[1]).reshape(-1, 1)
+                state["square"] = state["square"].maximum((state[key] / bound).square())
+        seen = (turns[0].T @ grad @ turns[1]) * (-1 if maximize else 1)
+        if any(sides):
+            error = 4 * torch.finfo(dtype).eps * grad.norm()
+            seen = torch.where(seen.abs() < error, 0.0, seen)
+        step = torch.tensor([float(age)], dtype=dtype)
+        rotated = torch.tensor([float(any(sides))], dtype=dtype)
+        context = StepContext(step, None, NUMBERS["total_steps"], rotated)
+        shrink = rate_schedule(step, 80.0) ** 3 * state["stats"][:, history.CONFIDENCE].exp()
+        wide = param.to(torch.promote_types(param.dtype, torch.float32)).reshape(matrix)
+        wide = torch.where(seen != 0, wide * (1 - 1e-3 * lr * 50 * shrink), wide)
+        flat = wide.reshape(-1).to(dtype)
+        update, state = rule(seen.reshape(-1), state, flat, segments, context)
+        moved = wide + lr * (turns[0] @ update.view(matrix) @ turns[1].T)
+        param = moved.to(param.dtype).view(shape)
+    return param
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_steps_of_float64_are_those_of_a_plain_account(maximize: bool) -> None:
+    """Both sides, the shorter side alone, kernels, vectors; over all periods of refreshes."""
+    rule = eigenbasis_rule(torch.float64)
+    params, grads = problem(SHAPES, 60)
+    found, states = run(rule, params, grads, maximize=maximize, **NUMBERS)
+    assert ["basis_age" in state for state in states] == [True] * 4 + [False, True, False]
+    for index, (param, moved) in enumerate(zip(params, found, strict=True)):
+        own = [step[index] for step in grads]
+        expected = plain(rule, param, own, index, maximize)
+        torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-9)
+        assert (moved - param).abs().max() > 0.01
+
+
+@pytest.mark.usefixtures("either_form")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_of_float32_and_bfloat16_are_those_of_a_plain_account(dtype: torch.dtype) -> None:
+    """Decay and update of half precision are one rounding: up to a last bit now and then."""
+    rule = eigenbasis_rule()
+    shapes: list[tuple[int, ...]] = [(6, 6), (3, 40), (4, 2, 2, 2)]
+    params, grads = problem(shapes, 60)
+    params = [param.to(dtype) for param in params]
+    found, _ = run(rule, params, grads, **NUMBERS)
+    for index, (param, moved) in enumerate(zip(params, found, strict=True)):
+        expected = plain(rule, param, [step[index] for step in grads], index)
+        tolerance = 2e-4 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(moved, expected, rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.usefixtures("either_form")
+def test_a_step_of_bfloat16_is_that_of_float32_rounded_once() -> None:
+    rule = eigenbasis_rule()
+    params, grads = problem([(8, 6), (40, 3)], 2)
+    half = [param.bfloat16() for param in params]
+    grads = [[grad.bfloat16() for grad in step] for step in grads]
+    found, states = run(rule, half, grads[:1], **NUMBERS)
+    wide, own = run(rule, [param.float() for param in half], grads[:1], **NUMBERS)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(found, wide, strict=True))
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(states, own, strict=True) for key in a)
+
+
+# ---- one by one, bound, threads
+
+
+@pytest.mark.parametrize("ages", ["equal", "different"])
+def test_matrices_of_one_shape_step_as_they_do_alone(ages: str) -> None:
+    """Also where one of them joins later; each alone has the stagger of its place."""
+    rule = eigenbasis_rule()
+    shapes: list[tuple[int, ...]] = [(8, 6)] * 3
+    params, grads = problem(shapes, 20)
+    alone = [param.clone().float() for param in params]
+    together = [param.clone().float() for param in params]
+    states, own = fresh(rule, together), fresh(rule, alone)
+    joins = 6 if ages == "different" else 0
+    for number, step in enumerate(grads):
+        count = 3 if number >= joins else 2
+        raw = [grad.float() for grad in step[:count]]
+        rule.step_(together[:count], raw, states[:count])
+        for index in range(count):
+            rotation = rule.rotation(alone[index : index + 1], own[index : index + 1], [index])
+            assert rotation is not None
+            seen, updates = rotation.rotate(raw[index : index + 1])
+            places = rotation.wide, seen, own[index : index + 1]
+            rule._step_(*places, kernels_settings(), None, (), updates)
+            rotation.rotate_back()
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def kernels_settings() -> Any:
+    from learned_optim.rules._context import StepSettings
+
+    return StepSettings()
+
+
+@pytest.mark.skipif(not kernels.status().startswith("compiled"), reason=kernels.status())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bound_steps_have_the_same_bits(dtype: torch.dtype) -> None:
+    rule = eigenbasis_rule()
+    params, grads = problem(SHAPES, 12)
+    params = [param.to(dtype) for param in params]
+    unbound, states = run(rule, params, grads, **NUMBERS)
+    bound = [param.clone() for param in params]
+    own = fresh(rule, bound)
+    step_ = rule.bind_step(bound, own)
+    assert step_ is not None
+    for step in grads:
+        raw = [grad.to(dtype) for grad in step]
+        assert step_(raw, maximize=False, warmup=0, **NUMBERS)  # type: ignore[arg-type]
+    assert all(map(torch.equal, bound, unbound))
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(states, own, strict=True) for key in a)
+
+
+@pytest.mark.parametrize("size", [64, 300])
+def test_results_do_not_depend_on_the_number_of_threads(size: int) -> None:
+    rule, found = eigenbasis_rule(), []
+    params, grads = problem([(size, size)], 3)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(run(rule, [params[0].float()], grads)[0][0])
+    finally:
+        torch.set_num_threads(before)
+    # BLAS adds in an order of its own: equal to rounding, unlike tensors that are not rotated.
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+# ---- promises
+
+
+def test_updates_are_odd_and_do_not_know_the_scale_of_the_loss() -> None:
+    rule = eigenbasis_rule(torch.float64)
+    params, grads = problem(SHAPES, 25)
+    zeros = [torch.zeros_like(param) for param in params]
+
+    def after(factor: float) -> Tensor:
+        scaled = [[factor * grad for grad in step] for step in grads]
+        return torch.cat([p.flatten() for p in run(rule, zeros, scaled, total_steps=80.0)[0]])
+
+    plain = after(1.0)
+    assert torch.equal(after(-1.0), -plain)
+    for factor in (1e-6, 1e6):
+        torch.testing.assert_close(after(factor), plain, rtol=1e-2, atol=1e-2 * plain.abs().max())
+
+
+def test_zero_history_gives_exactly_zero_update() -> None:
+    rule = eigenbasis_rule()
+    params, grads = problem(SHAPES, 8)
+    params = [param.float() for param in params]
+    silent = [[torch.zeros_like(grad) for grad in step] for step in grads]
+    found, states = run(rule, params, silent, **NUMBERS)
+    assert all(map(torch.equal, found, params))
+    assert torch.equal(states[0]["row_basis"], torch.eye(8))
+    # A matrix of which all but a row is silent has updates that are finite.
+    some = [[grad * (torch.arange(len(grad)) == 0).view(-1, *[1] * (grad.dim() - 1))
+             for grad in step] for step in grads]  # fmt: skip
+    assert all(param.isfinite().all() for param in run(rule, params, some)[0])
+
+
+@pytest.mark.parametrize("spread", [0.0, 5.0])
+def test_no_step_is_longer_than_the_stated_bound(spread: float) -> None:
+    """Whatever the weights and the gradients: bursts after silence, ten decades."""
+    rule = eigenbasis_rule()
+    for weight in rule.parameters():
+        weight.mul_(3.0)
+    params, grads = problem([(8, 6), (3, 40)], 60)
+    params = [param.float() for param in params]
+    generator, states = torch.Generator().manual_seed(1), fresh(rule, params)
+    for step in grads:
+        size = math.exp(spread * torch.randn((), generator=generator).item())
+        quiet = torch.rand((), generator=generator) < 0.3
+        before = [param.clone() for param in params]
+        rule.step_(params, [0.0 * g.float() if quiet else size * g.float() for g in step], states)
+        for param, old in zip(params, before, strict=True):
+            bound = rule.longest_step * c.LARGEST_SCALE * math.sqrt(param.numel())
+            assert (param - old).norm() <= bound * (1 + 1e-4)
+        for state in states:
+            r = state["square"].sqrt() * (1 + 1e-3) + 1e-20
+            assert (state["fast"].abs() <= rule.momentum_bounds[0] * r).all()
+            assert (state["slow"].abs() <= rule.momentum_bounds[1] * r).all()
+
+
+def test_entries_that_are_not_finite_count_as_zero() -> None:
+    rule = eigenbasis_rule()
+    params, grads = problem([(8, 6), (5,)], 6)
+    params = [param.float() for param in params]
+    broken, clean = ([[grad.float() for grad in step] for step in grads] for _ in range(2))
+    for ours, theirs in zip(broken, clean, strict=True):
+        for index, value in enumerate((math.nan, math.inf, -math.inf)):
+            for wrong, right in zip(ours, theirs, strict=True):
+                wrong.view(-1)[index], right.view(-1)[index] = value, 0.0
+    found, states = run(rule, params, broken)
+    expected, own = run(rule, params, clean)
+    assert all(map(torch.equal, found, expected))
+    assert all(value.isfinite().all() for state in states for value in state.values())
+    assert torch.equal(states[0]["row_cov"], own[0]["row_cov"])
+
+
+# ---- sides, refreshes, bases
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        ((64, 64, 3, 3), (True, False)), ((512, 512, 3, 3), (True, False)),
+        ((64, 3, 7, 7), (True, True)), ((16, 8, 3, 3), (True, False)), ((128, 64), (True, True)),
+        ((3072, 768), (False, True)), ((768, 3072), (True, False)), ((768, 768), (True, True)),
+        ((50257, 768), (False, True)), ((20, 784), (True, False)), ((10, 20), (True, True)),
+        ((4096, 4096), (False, False)), ((7,), (False, False)), ((), (False, False)),
+        ((7, 1), (False, False)), ((1, 7), (False, False)), ((0, 3), (False, False)),
+    ],
+)  # fmt: skip
+def test_rotated_sides(shape: tuple[int, ...], sides: tuple[bool, bool]) -> None:
+    assert basis.rotated_sides(shape) == sides
+    rule = eigenbasis_rule()
+    state = rule.init_matrices(torch.Size(shape), torch.device("meta"))
+    assert ("row_basis" in state, "col_basis" in state) == sides
+    assert ("basis_age" in state) == any(sides)
+    sharded = rule.init_matrices(torch.Size(shape), torch.device("meta"), [0])
+    assert ("row_basis" in sharded, "col_basis" in sharded) == (False, sides[1])
+
+
+def test_refreshes_come_within_their_period_and_are_spread() -> None:
+    for stagger in range(70):
+        due = [age for age in range(2000) if basis.refresh_is_due(age, stagger)]
+        assert due[:6] == list(range(6))
+        for last, now in itertools.pairwise(due):
+            assert now - last <= basis.refresh_period(now) <= basis.LONGEST_PERIOD
+    for age in range(200, 300):
+        assert sum(basis.refresh_is_due(age, stagger) for stagger in range(64)) == 2
+
+
+def test_bases_stay_orthogonal_and_find_the_eigenvectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, _ = torch.linalg.qr(torch.randn(12, 12, generator=generator))
+    cov = ((vectors * 0.6 ** torch.arange(12)) @ vectors.T).unsqueeze(0)
+    found = torch.eye(12).unsqueeze(0)
+    for _ in range(200):
+        found = basis.next_basis(found, cov)
+        torch.testing.assert_close(found[0].T @ found[0], torch.eye(12), rtol=0, atol=1e-5)
+    torch.testing.assert_close((found[0].T @ vectors).abs(), torch.eye(12), rtol=0, atol=2e-3)
+    # What has converged does not change, nor turn its sign.
+    torch.testing.assert_close(basis.next_basis(found, cov), found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_directions_without_a_gradient_stay(scale: float) -> None:
+    old, _ = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
+    old = old.unsqueeze(0)
+    assert torch.equal(
+        basis.next_basis(torch.eye(5)[None], torch.zeros(1, 5, 5)), torch.eye(5)[None]
+    )
+    torch.testing.assert_close(basis.next_basis(old, torch.zeros(1, 5, 5)), old)
+    # One direction has all gradients: it comes first, and the others span what is left.
+    axis = torch.zeros(1, 5, 5)
+    axis[0, 2, 2] = scale
+    found = torch.eye(5).unsqueeze(0)
+    for _ in range(5):
+        found = basis.next_basis(found, axis)
+    torch.testing.assert_close(found.abs(), torch.eye(5).unsqueeze(0), rtol=0, atol=1e-5)
+    for _ in range(5):
+        old = basis.next_basis(old, axis)
+    torch.testing.assert_close(old[0, 2].abs(), torch.eye(5)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(old[0].T @ old[0], torch.eye(5), rtol=0, atol=1e-5)
+
+
+def test_momenta_are_carried_over_and_stay_within_their_bounds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    square, rule = torch.rand(3, 6, 4, generator=generator) ** 4, eigenbasis_rule()
+    fast, slow = (
+        bound * square.sqrt() * (2 * torch.rand(3, 6, 4, generator=generator) - 1)
+        for bound in rule.momentum_bounds
+    )
+    turn, _ = torch.linalg.qr(torch.randn(3, 6, 6, generator=generator))
+    before, old = fast.clone(), square.clone()
+    basis.carry_over_([fast, slow], square, [turn, None], rule.momentum_bounds)
+    torch.testing.assert_close(fast, turn @ before)
+    assert (square >= old).all()
+    assert (fast.abs() <= rule.momentum_bounds[0] * square.sqrt() * (1 + 1e-5)).all()
+    assert (slow.abs() <= rule.momentum_bounds[1] * square.sqrt() * (1 + 1e-5)).all()
