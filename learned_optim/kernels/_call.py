@@ -20,6 +20,8 @@ class StepTensors(NamedTuple):
         states: of the parameters, with the entries of :data:`STATE_KEYS`.
         shapes: of the parameters, if they are flattened, else ``None``.
         lr_scales: a multiplier of ``lr`` for each parameter, or ``None``.
+        updates: float32 tensors that receive the updates of some parameters, which then only decay;
+            ``None`` for a parameter that is updated, and for all of them.
     """
 
     network: Sequence[Tensor]
@@ -28,6 +30,7 @@ class StepTensors(NamedTuple):
     states: Sequence[Mapping[str, Tensor]]
     shapes: Sequence[torch.Size] | None = None
     lr_scales: Sequence[float] | None = None
+    updates: Sequence[Tensor | None] | None = None
 
 
 class StepSettings(NamedTuple):

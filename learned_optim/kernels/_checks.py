@@ -15,7 +15,7 @@ from learned_optim._shapes import fan_in, init_scale
 PARAM_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STATE_TYPES = (torch.float32, torch.bfloat16)
 OUTPUTS = 5
-INPUTS = (21, 22)  # without and with the trust
+INPUTS = (21, 22, 23)  # without and with the trust, and with the eigenbasis
 PLAIN = {Tensor, nn.Parameter}
 
 is_cpu, is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from learned_optim.kernels._call import StepSettings, StepTensors
 from learned_optim.kernels._library import CONFIG, SIZES, library
 
 _POINTERS, _CONSTANTS, _, STATS, _MOST_UNITS = SIZES
+Updates: TypeAlias = Sequence["Tensor | None"] | None
 _LR_SCALE = 3  # its place among the constants
 # Type codes: of the parameter, plus that of the moments.
 _PARAM_CODES = {dtype: code for code, dtype in enumerate(_checks.PARAM_TYPES)}
@@ -27,7 +29,7 @@ _STATE_CODES = {torch.float32: 0, torch.bfloat16: 4}
 def step_(tensors: StepTensors, settings: StepSettings) -> bool:
     """See :func:`learned_optim.kernels.step_`."""
     bound = bind(tensors, settings.config[4])
-    return bound is not None and bound.run_first(tensors.grads, settings)
+    return bound is not None and bound.run_first(tensors.grads, settings, tensors.updates)
 
 
 def bind(tensors: StepTensors, largest_scale: float) -> BoundStep | None:
@@ -35,7 +37,7 @@ def bind(tensors: StepTensors, largest_scale: float) -> BoundStep | None:
     kernel = library()
     if kernel is None:
         return None
-    network, params, _, states, shapes, lr_scales = tensors
+    network, params, _, states, shapes, lr_scales, updates = tensors
     m = len(params)
     fixed = [*chain(*zip(*map(_checks.state_entries, states), strict=True)), *network]
     addresses = _checks.addresses_of(fixed, _checks.is_cpu)
@@ -54,7 +56,7 @@ def bind(tensors: StepTensors, largest_scale: float) -> BoundStep | None:
     if lr_scales is not None:
         constants = array("d", constants)
         constants[_LR_SCALE::_CONSTANTS] = array("d", lr_scales)
-    pointers = [0] * (2 * m) + addresses[: 5 * m]  # those of parameters and gradients: later
+    pointers = [0] * (3 * m) + addresses[: 5 * m]  # parameters, gradients and updates: later
     for address, stride in zip(addresses[5 * m :], layout.network_strides, strict=True):
         pointers += [address + stride * i for i in range(m)] if stride else [address] * m
     return BoundStep(kernel, params, fixed, addresses, layout, constants, array("Q", pointers))
@@ -90,15 +92,17 @@ class BoundStep:
         self._layout, self._constants, self._pointers = layout, constants, pointers
         self._shapes = list(map(_checks.shape_of, params))
 
-    def run(self, grads: Sequence[Tensor], settings: StepSettings) -> bool:
+    def run(self, grads: Sequence[Tensor], settings: StepSettings, updates: Updates = None) -> bool:
         """One step; false, and nothing done, unless all tensors are what and where they were."""
         if list(map(Tensor.data_ptr, self._fixed)) != self._addresses:
             return False
         if list(map(_checks.shape_of, self._params)) != self._shapes:
             return False
-        return self.run_first(grads, settings)
+        return self.run_first(grads, settings, updates)
 
-    def run_first(self, grads: Sequence[Tensor], settings: StepSettings) -> bool:
+    def run_first(
+        self, grads: Sequence[Tensor], settings: StepSettings, updates: Updates = None
+    ) -> bool:
         """One step right after :func:`bind`, which has looked at state and weights.
 
         Returns:
@@ -123,6 +127,10 @@ class BoundStep:
         ):
             return False
         pointers[: 2 * m] = array("Q", addresses)
+        if updates is not None:
+            pointers[2 * m : 3 * m] = array(
+                "Q", [0 if u is None else u.data_ptr() for u in updates]
+            )
         numbers = array(
             "d",
             (

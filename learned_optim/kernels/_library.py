@@ -12,7 +12,7 @@ from learned_optim.kernels import _build
 
 #: Addresses and constants per tensor, settings per call, entries of ``stats``, most hidden units:
 #: what Python and C have to agree on.
-SIZES = (12, 4, 24, 14, 1024)
+SIZES = (13, 4, 24, 14, 1024)
 #: Entries of a rule's ``config``: the settings but for those of the call.
 CONFIG = SIZES[2] - 7
 REMEDY = (

@@ -25,6 +25,7 @@ def step_(
     warmup: int = 0,
     total_steps: float | None = None,
     shapes: Sequence[torch.Size] | None = None,
+    updates: Sequence[Tensor | None] | None = None,
 ) -> bool:
     """One step of all tensors in place; false, and nothing done, where no kernel can.
 
@@ -51,6 +52,7 @@ def step_(
         warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``.
         total_steps: length of the run; ``None`` if it is unknown.
         shapes: of the parameters, if they are flattened.
+        updates: float32 tensors for the updates of some parameters, which then only decay.
 
     Raises:
         ValueError: there are not as many gradients or states as parameters.
@@ -75,7 +77,7 @@ def step_(
     else:
         return False
     return kernel(
-        StepTensors(network, params, grads, states, shapes, lr_scales),
+        StepTensors(network, params, grads, states, shapes, lr_scales, updates),
         StepSettings(config, lr, decay, maximize, warmup, total_steps or 0.0),
     )
 

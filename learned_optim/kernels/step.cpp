@@ -57,6 +57,7 @@ enum Input {
   kMoved,           // log root mean square of the parameters over that at the first step
   kLevel,           // log mean square of the gradient over its average
   kTrust,           // log of the trust; not an input of rules without it
+  kRotated,         // 1 for matrices in an eigenbasis; not an input of rules without any
   kInputs
 };
 
@@ -103,6 +104,7 @@ enum Sum {
 enum Pointer {
   kParam,
   kGrad,
+  kUpdate,  // where the update goes, float32; null: onto the parameter
   kFast,
   kSlow,
   kSquare,
@@ -123,7 +125,7 @@ enum Setting {
   kTotalSteps,     // 0: unknown
   kWarmUp,         // steps of the optimizer's own warm-up; 0: none
   kUnits,          // of the hidden layer
-  kUsedInputs,     // of the network: all, or all but the last
+  kUsedInputs,     // of the network: all, or all but the last ones
   kFastBeta,
   kSlowBeta,
   kSquareBeta,
@@ -251,6 +253,7 @@ struct Tensor {
   uint8_t type;
   void* param;
   const void* grad;
+  float* update;  // of a rotated matrix, else null
   void *fast, *slow, *square;
   float *stats, *step;
   const float *hidden, *hidden_bias, *readout, *readout_bias, *direct;
@@ -265,10 +268,10 @@ struct Chunk {
   double sums[kSums];
 };
 
-// The parameter after weight decay, rounded to its type as in the pure form.
+// The parameter after weight decay, not rounded: with the update it is one rounding.
 template <class P, class W>
 LO_INLINE W decayed(P param, W decay) {
-  return widen(narrow<P>(widen(param) * decay));
+  return widen(param) * decay;
 }
 
 // NaN and infinity count as zero; sums of squares of the others fit into float32.
@@ -280,10 +283,11 @@ LO_INLINE float sanitized(P grad, W sign, W largest) {
 }
 
 // One block of coordinates of parameter type P and state type S. The pragma permits additions in
-// as many lanes as the processor has, which nothing but -ffast-math otherwise would.
-template <class P, class S>
+// as many lanes as the processor has, which nothing but -ffast-math otherwise would. With `kApart`
+// the update is written to `update`, and the parameter only decays.
+template <bool kApart, class P, class S>
 LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
-                     S* LO_RESTRICT fast, S* LO_RESTRICT slow, S* LO_RESTRICT square,
+                     float* LO_RESTRICT update, S* LO_RESTRICT fast, S* LO_RESTRICT slow, S* LO_RESTRICT square,
                      const Gains& gains, double* sums) {
   using W = decltype(widen(P{}));
   const Gains k = gains;  // a copy: stores through the pointers above cannot change it
@@ -312,9 +316,10 @@ LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
     const float old_f = fast_old * k.fast_before * inverse;
     const float old_s = slow_old * k.slow_before * inverse;
     const float cautious = rf * g > 0.0f ? rf : 0.0f;
-    const float update = k.fast * rf + k.slow * rs + k.grad * rg + k.cautious * cautious;
+    const float step = k.fast * rf + k.slow * rs + k.grad * rg + k.cautious * cautious;
     const W before = decayed(param[i], g != 0.0f ? decay : idle_decay);
-    param[i] = narrow<P>(before + W(update));
+    param[i] = narrow<P>(kApart ? before : before + W(step));
+    if (kApart) update[i] = step;
     const float q = float(before);
 
     param2 += q * q;
@@ -360,9 +365,15 @@ using SquaresFunction = double (*)(int64_t, const Tensor&, int64_t, const Gains&
 // Attributes for several instruction sets do not go with templates: plain functions per type.
 #define LO_BLOCK(NAME, P, S)                                                                      \
   LO_CLONES void NAME(int64_t n, const Tensor& t, int64_t at, const Gains& gains, double* sums) { \
-    block<P, S>(n, static_cast<P*>(t.param) + at, static_cast<const P*>(t.grad) + at,             \
-                static_cast<S*>(t.fast) + at, static_cast<S*>(t.slow) + at,                       \
-                static_cast<S*>(t.square) + at, gains, sums);                                     \
+    P* const param = static_cast<P*>(t.param) + at;                                               \
+    const P* const grad = static_cast<const P*>(t.grad) + at;                                     \
+    S* const fast = static_cast<S*>(t.fast) + at;                                                 \
+    S* const slow = static_cast<S*>(t.slow) + at;                                                 \
+    S* const square = static_cast<S*>(t.square) + at;                                             \
+    if (t.update != nullptr)                                                                      \
+      block<true, P, S>(n, param, grad, t.update + at, fast, slow, square, gains, sums);          \
+    else                                                                                          \
+      block<false, P, S>(n, param, grad, nullptr, fast, slow, square, gains, sums);               \
   }
 LO_BLOCK(block_float32, float, float)
 LO_BLOCK(block_float64, double, float)
@@ -475,6 +486,7 @@ void inputs_of(const Tensor& tensor, const double* settings, double rms, double 
   x[kMoved] = float(std::log(std::max(rms, 1e-8) / std::max(first, 0.01 * natural)) / 2);
   x[kLevel] = seen((double(z[kStatLevel]) - z[kStatMeanLevel]) / 4);
   x[kTrust] = z[kStatTrust] / 4;
+  x[kRotated] = tensor.update != nullptr;
 }
 
 void respond(const Tensor& tensor, int units, int inputs, const float* x, float* outputs) {
@@ -627,6 +639,7 @@ int check(const std::vector<Tensor>& tensors, int units, int inputs) {
     const Tensor& t = tensors[i];
     const int64_t p = kParamSize[t.type], s = kStateSize[t.type];
     if (!take(t.param, t.size * p, p, true) || !take(t.grad, t.size * p, p, false) ||
+        (t.update != nullptr && !take(t.update, t.size * kFloat, kFloat, true)) ||
         !take(t.fast, t.size * s, s, true) || !take(t.slow, t.size * s, s, true) ||
         !take(t.square, t.size * s, s, true) || !take(t.stats, kStats * kFloat, kFloat, true) ||
         !take(t.step, kFloat, kFloat, true))
@@ -669,7 +682,7 @@ LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
   const double units = settings[kUnits];
   if (!(units >= 1 && units <= kMostUnits)) return kBadType;
   const double inputs = settings[kUsedInputs];
-  if (inputs != kInputs && inputs != kInputs - 1) return kBadType;
+  if (!(inputs <= kInputs && inputs >= kInputs - 2)) return kBadType;
   std::vector<Tensor> tensors;
   tensors.reserve(size_t(m));
   int64_t coordinates = 0, chunk_count = 0;
@@ -679,7 +692,7 @@ LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
       return reinterpret_cast<void*>(uintptr_t(pointers[row * m + i]));
     };
     const auto floats = [&](Pointer row) { return static_cast<float*>(at(row)); };
-    tensors.push_back({sizes[i], types[i], at(kParam), at(kGrad), at(kFast), at(kSlow),
+    tensors.push_back({sizes[i], types[i], at(kParam), at(kGrad), floats(kUpdate), at(kFast), at(kSlow),
                        at(kSquare), floats(kStatsOf), floats(kStepOf), floats(kHidden),
                        floats(kHiddenBias), floats(kReadout), floats(kReadoutBias),
                        floats(kDirect), constants + kConstants * i});

@@ -23,7 +23,14 @@ from learned_optim.meta.evolution_tasks import (
     set_given_family,
 )
 from learned_optim.meta.populations import ADAMW_LRS as MIXTURE_LRS
-from learned_optim.meta.populations import Population, fitness, roll, roll_adamw, scores
+from learned_optim.meta.populations import (
+    Population,
+    fitness,
+    roll,
+    roll_adamw,
+    roll_held_out,
+    scores,
+)
 from learned_optim.meta.progress import TrainingError
 from learned_optim.meta.recipes import EvolutionRecipe
 from learned_optim.meta.references import ADAMW_LRS, Reference
@@ -115,8 +122,8 @@ def run_task(job: TaskJob) -> TaskResult:
         family = _kind(run.task)
         change = perturbations(job.seed, recipe.pairs, len(job.weights)) * recipe.sigma
         weights = torch.cat((job.weights + change, job.weights - change))
-        losses = roll(_rule(recipe.rule), weights, run, job.seed)
-        found = torch.from_numpy(fitness(losses, run.known))
+        losses, held_out = roll_held_out(_rule(recipe.rule), weights, run, job.seed)
+        found = torch.from_numpy(fitness(losses, run.known, held_out))
     except _RUN_ERRORS as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         return TaskResult(job.seed, family, None, time.perf_counter() - started, said)

@@ -21,11 +21,14 @@ class StepContext:
             unless the rule has :attr:`UpdateRule.needs_loss`.
         total_steps: length of the run that the optimizer was told, a number or a tensor of shape
             ``()`` or ``(m,)``; ``None`` if it is unknown.
+        rotated: 1 for matrices that are stepped in an eigenbasis, else 0, shape ``(m,)``; ``None``
+            if there is none.
     """
 
     step: Tensor
     loss: Tensor | None = None
     total_steps: float | Tensor | None = None
+    rotated: Tensor | None = None
 
     def of(self, tensors: slice) -> StepContext:
         """The context of some of the tensors."""
@@ -33,7 +36,8 @@ class StepContext:
         def part(value: Any) -> Any:
             return value[tensors] if isinstance(value, Tensor) and value.dim() else value
 
-        return StepContext(self.step[tensors], part(self.loss), part(self.total_steps))
+        of_all = self.loss, self.total_steps, self.rotated
+        return StepContext(self.step[tensors], *map(part, of_all))
 
 
 class BoundStep(Protocol):

@@ -19,7 +19,7 @@ from learned_optim.rules._features import TINY, bias_correction
 # of the network; measurements.
 STEP, SCHEDULE, NATURAL, TALLNESS = range(4)
 KNOWN = 9  # whether the length of the run is known; one of the next
-TIME_INPUTS, MEASUREMENTS = slice(4, 13), slice(13, None)
+TIME_INPUTS, ROTATED, MEASUREMENTS = slice(4, 13), 13, slice(14, None)
 
 # Entries of ``stats``, all of the step before. Logs are natural.
 (
@@ -146,13 +146,16 @@ def live_share(seen: Tensor, stats: Tensor) -> Tensor:
     return torch.where(step > 0, stats[:, LIVE] / correction, 1.0)
 
 
-def network_inputs(seen: Tensor, stats: Tensor, trust: bool = False) -> Tensor:
-    """The network's inputs, ``(m, 21)``, or ``(m, 22)`` with the trust.
+def network_inputs(
+    seen: Tensor, stats: Tensor, trust: bool = False, rotated: bool = False
+) -> Tensor:
+    """The network's inputs, ``(m, 21)``, more with trust and eigenbasis.
 
     Args:
         seen: the step, ``(m, f)``.
         stats: of the steps before, ``(m, 14)``.
         trust: whether the network reads it.
+        rotated: whether the network reads which tensors are rotated.
     """
     step, natural = seen[:, STEP], seen[:, NATURAL]
     rms, first = scale_of(seen, stats), scale_of(seen, stats, FIRST_RMS)
@@ -174,6 +177,7 @@ def network_inputs(seen: Tensor, stats: Tensor, trust: bool = False) -> Tensor:
         moved,
         started * (of[LEVEL] - of[MEAN_LEVEL]) / 4,
         *([of[TRUST] / 4] if trust else []),
+        *([seen[:, ROTATED]] if rotated else []),
     )
     return torch.stack(inputs, dim=-1)
 

@@ -11,6 +11,8 @@ from learned_optim.rules._config import ADDED, RuleConfig
 class HorizonConfig(RuleConfig):
     """Architecture of :class:`HorizonRule`."""
 
+    eigenbasis: bool = field(default=False, metadata=ADDED)
+    """Whether matrices are stepped in the eigenbasis of their gradients' covariances."""
     hidden_size: int = 16
     """Units of the network."""
     fast_beta: float = 0.9

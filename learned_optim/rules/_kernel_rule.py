@@ -11,8 +11,10 @@ from torch import Tensor
 
 from learned_optim import kernels
 from learned_optim.rules._base import UpdateRule
+from learned_optim.rules._basis import Rotation
 from learned_optim.rules._context import BoundStep, State
-from learned_optim.rules._step import DECAY_UNIT
+from learned_optim.rules._features import largest_momentum
+from learned_optim.rules._step import DECAY_UNIT, reference_step_
 
 
 class KernelRule(UpdateRule):
@@ -33,17 +35,39 @@ class KernelRule(UpdateRule):
         shapes: Sequence[torch.Size] | None = None,
         shard_groups: tuple[Any, ...] = (),
     ) -> None:
-        """See :meth:`UpdateRule.step_`: the device's kernel where it can, else the pure form."""
+        """See :meth:`UpdateRule.step_`: the device's kernel where it can, else the pure form.
+
+        Matrices with bases are stepped in them.
+        """
+        rotation, wide, updates = self.rotation(params, states), list(params), None
+        if rotation is not None:
+            wide, grads, updates = rotation.rotate(params, grads)
         if shard_groups or not kernels.step_(
-            self._network(), params, grads, states, config=self.kernel_config(), lr=lr,
+            self._network(), wide, grads, states, config=self.kernel_config(), lr=lr,
             decay=DECAY_UNIT * weight_decay, maximize=maximize, warmup=warmup,
-            total_steps=total_steps, shapes=shapes,
+            total_steps=total_steps, shapes=shapes, updates=updates,
         ):  # fmt: skip
-            super().step_(
-                params, grads, states, lr=lr, weight_decay=weight_decay, maximize=maximize,
+            reference_step_(
+                self, wide, grads, states, lr=lr, weight_decay=weight_decay, maximize=maximize,
                 warmup=warmup, loss=loss, total_steps=total_steps, shapes=shapes,
-                shard_groups=shard_groups,
+                shard_groups=shard_groups, updates=updates,
             )  # fmt: skip
+        if rotation is not None:
+            rotation.rotate_back(params, wide)
+
+    def rotation(
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        staggers: Sequence[int] | None = None,
+    ) -> Rotation | None:
+        """The rotation of these tensors; ``None`` if none of them has a basis."""
+        if not any("basis_age" in state for state in states):
+            return None
+        cfg: Any = self.config
+        betas = cfg.fast_beta, cfg.slow_beta
+        fast, slow = (largest_momentum(beta, cfg.square_beta) for beta in betas)
+        return Rotation(params, states, (fast, slow), staggers)
 
     def bind_step(self, params: Sequence[Tensor], states: Sequence[State]) -> BoundStep | None:
         """See :meth:`UpdateRule.bind_step`: a call of the CPU's kernel."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.rules import _base
+from learned_optim.rules._basis import LARGEST_GRAD
 from learned_optim.rules._pieces import BLOCK, MOST_PACKED, Piece, pieces_of
 from learned_optim.rules._segments import Segments, is_plain_eager
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 # Weight decay is in AdamW's units: at lr = 1 it shrinks as AdamW does at its usual lr of 1e-3.
 DECAY_UNIT = 1e-3
-# Finite gradients are cut off here: their squares, which rules average, fit into float32 even when
-# summed over a tensor of two thousand million coordinates.
-LARGEST_GRAD = 2.0**48
 
 
 def reference_step_(
@@ -36,10 +34,15 @@ def reference_step_(
     total_steps: float | None,
     shapes: Sequence[torch.Size] | None,
     shard_groups: tuple[Any, ...],
+    updates: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """See :meth:`UpdateRule.step_`."""
+    """See :meth:`UpdateRule.step_`; tensors with an entry in ``updates`` only decay."""
     if not params:
         return
+    targets = list(params)
+    for index, update in enumerate(updates or ()):
+        if update is not None:
+            targets[index] = update.zero_()
     dtype, device = rule.dtype, params[0].device
     segments = Segments.of(
         tuple(param.shape for param in params) if shapes is None else tuple(shapes),
@@ -56,7 +59,10 @@ def reference_step_(
         lr = lr.to(device).reshape(())
     steps = [state["step"] for state in states]
     step = torch.stack(steps).to(dtype)
-    context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps)
+    rotated = None
+    if updates is not None:
+        rotated = torch.tensor([float(u is not None) for u in updates], dtype=dtype, device=device)
+    context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps, rotated)
     if weight_decay != 0:
         decay = DECAY_UNIT * lr * rule.scheduled_decay(weight_decay, states, context)
         for param, shrunk in zip(params, decayed(rule, params, grads, decay), strict=True):
@@ -67,15 +73,13 @@ def reference_step_(
     whole = not by_parts and not rule.coordinatewise
     pieces = pieces_of(params, segments, most_packed, whole)
     if by_parts:
-        updates = _updates_by_parts(
-            rule, pieces, params, grads, states, maximize, segments, context
-        )
+        found = _updates_by_parts(rule, pieces, params, grads, states, maximize, segments, context)
     else:
-        updates = _updates_by_forward(rule, pieces, params, grads, states, maximize, context)
-    for piece, update in updates:
+        found = _updates_by_forward(rule, pieces, params, grads, states, maximize, context)
+    for piece, update in found:
         if factor is not None:
             update = update * piece.segments.expand(factor[piece.tensors])
-        piece.add_(params, update, lr)
+        piece.add_(targets, update, lr)
     torch._foreach_add_(steps, 1)
     if old_states and isinstance(lr, Tensor):
         for state, old in zip(states, old_states, strict=True):

@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from learned_optim.rules import _basis as basis
 from learned_optim.rules import _history as history
 from learned_optim.rules._base import State, StepContext
 from learned_optim.rules._features import TINY, bias_correction, largest_momentum, momentum_before
@@ -89,11 +90,13 @@ class HorizonRule(KernelRule):
     zero_preserving = True
     reads_horizon = True
     network_state = tensor_state = ("stats",)
+    matrix_state = basis.KEYS
     config: HorizonConfig
 
     def __init__(self, config: HorizonConfig | None = None) -> None:
         super().__init__(config)
-        units, inputs = self.config.hidden_size, history.INPUTS + self.config.trusts
+        units = self.config.hidden_size
+        inputs = history.INPUTS + self.config.trusts + self.config.eigenbasis
         self.hidden = nn.Linear(inputs, units)
         self.readout = nn.Linear(units, 1 + DIRECTIONS)
         self.direct = nn.Linear(inputs, 1 + DIRECTIONS, bias=False)
@@ -108,7 +111,11 @@ class HorizonRule(KernelRule):
         moments = {key: like.unsqueeze(-1).clone() for key in ("fast", "slow", "square")}
         stats = torch.zeros(history.STATS, dtype=self.dtype, device=param.device)
         stats[history.TRUST] = self.config.trust_start
-        return {**moments, "stats": stats}
+        bases = {}
+        if self.config.eigenbasis:
+            sides = basis.rotated_sides(param.shape)
+            bases = basis.init_bases(param.shape, sides, self.dtype, param.device)
+        return {**moments, "stats": stats, **bases}
 
     @property
     def longest_step(self) -> float:
@@ -174,7 +181,7 @@ class HorizonRule(KernelRule):
 
     def inputs(self, seen: Tensor, stats: Tensor) -> Tensor:
         """What the network reads, ``(m, i)``, of a step ``(m, f)`` and the steps before it."""
-        return history.network_inputs(seen, stats, self.config.trusts)
+        return history.network_inputs(seen, stats, self.config.trusts, self.config.eigenbasis)
 
     def answers(self, inputs: Tensor) -> Tensor:
         """Log of the factor on the step, and the shares, before they are bounded: ``(m, 5)``."""
@@ -265,6 +272,7 @@ class HorizonRule(KernelRule):
             progress,
             known * (1.02 - progress).log() / 2,
             known * (total.clamp(max=_LARGEST_COUNT).log() / 4 - 1.5),
+            torch.zeros_like(step) if context.rotated is None else context.rotated,
         ]
 
     def _schedule(self, context: StepContext) -> Tensor:

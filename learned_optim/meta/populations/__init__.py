@@ -16,7 +16,14 @@ from learned_optim.meta.populations._mixture import (
     draw,
     sample,
 )
-from learned_optim.meta.populations._rollout import ADAMW_LRS, fitness, roll, roll_adamw, scores
+from learned_optim.meta.populations._rollout import (
+    ADAMW_LRS,
+    fitness,
+    roll,
+    roll_adamw,
+    roll_held_out,
+    scores,
+)
 
 __all__ = [
     "ADAMW_LRS",
@@ -34,6 +41,7 @@ __all__ = [
     "fitness",
     "roll",
     "roll_adamw",
+    "roll_held_out",
     "sample",
     "scores",
 ]

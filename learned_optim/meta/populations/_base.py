@@ -80,6 +80,14 @@ class Population(ABC):
         """Rows of a step's matrix products, by which the mixture estimates what a step costs."""
         return self.batch_size
 
+    def held_out(self, params: Params) -> Tensor | None:
+        """The loss of every copy on examples that no batch has, ``(B,)``; None without any."""
+        return None
+
+    def held_out_losses(self, params: Params) -> Tensor | None:
+        """:meth:`held_out` of stored parameters, see :meth:`losses`."""
+        return self.held_out(self._unscaled(params))
+
     def reset(self) -> None:  # noqa: B027 - not abstract: most tasks do not change
         """Go back to the first step; only tasks that change as they run have anything to do."""
 
@@ -101,9 +109,12 @@ class Population(ABC):
         Returns:
             Shape ``(B,)``; entry ``b`` depends on ``params[name][b]`` alone.
         """
-        if self.scales is not None:
-            params = {name: value * self.scales[name] for name, value in params.items()}
-        return self.loss(params, batch)
+        return self.loss(self._unscaled(params), batch)
+
+    def _unscaled(self, params: Params) -> Params:
+        if self.scales is None:
+            return params
+        return {name: value * self.scales[name] for name, value in params.items()}
 
     def jittered(self, total: Tensor, generator: Generator) -> Tensor:
         """The summed loss of a step, shape ``()``, times the step's random factor."""

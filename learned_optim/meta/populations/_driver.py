@@ -48,8 +48,14 @@ class CopiesOptimizer:
         # Tensors in the order (name, copy); a slice of a contiguous tensor is contiguous.
         self._slices = [s for p in self.params.values() for s in p.detach().unbind()]
         self._states = [
-            _first_state(rule, value) for value in initial.values() for _ in self._rules
+            state
+            for value in initial.values()
+            for state in _first_states(rule, value, len(weights))
         ]
+        self._rotation = None
+        if isinstance(rule, HorizonRule):  # all copies of a matrix are refreshed in the same step
+            staggers = [index for index in range(len(initial)) for _ in self._rules]
+            self._rotation = rule.rotation(self._slices, self._states, staggers)
         # Weights of the network of every slice, stacked: (slices, *shape).
         self._networks = [
             torch.stack(columns).repeat(len(initial), *[1] * columns[0].dim())
@@ -63,9 +69,18 @@ class CopiesOptimizer:
             grads: gradients of :attr:`params`, in their order.
         """
         slices = [s for grad in grads for s in grad.contiguous().unbind()]
-        rule, states = self._rules[0], self._states
-        if step(rule, self._networks, self._slices, slices, states, self.total_steps, self._decay):
-            return
+        rule, states, rotation = self._rules[0], self._states, self._rotation
+        with torch.no_grad():
+            seen, updates = slices, None
+            if rotation is not None:
+                _, seen, updates = rotation.rotate(self._slices, slices)
+            if step(
+                rule, self._networks, self._slices, seen, states, self.total_steps, self._decay,
+                updates,
+            ):  # fmt: skip
+                if rotation is not None:
+                    rotation.rotate_back(self._slices, self._slices)
+                return
         copies = len(self._rules)
         for index, rule in enumerate(self._rules):
             rule.step_(
@@ -85,6 +100,7 @@ def step(
     states: Sequence[State],
     total_steps: int | None,
     weight_decay: float,
+    updates: Sequence[Tensor | None] | None = None,
 ) -> bool:
     """One step in place by the compiled kernel; false, and nothing done, where there is none.
 
@@ -102,7 +118,7 @@ def step(
         return False
     return kernels.step_(
         networks, params, grads, states, config=rule.kernel_config(),
-        decay=DECAY_UNIT * weight_decay, total_steps=total_steps,
+        decay=DECAY_UNIT * weight_decay, total_steps=total_steps, updates=updates,
     )  # fmt: skip
 
 
@@ -112,5 +128,8 @@ def _with_weights(rule: UpdateRule, vector: Tensor) -> UpdateRule:
     return own
 
 
-def _first_state(rule: UpdateRule, param: Tensor) -> State:
-    return {"step": torch.zeros(()), **rule.init_state(param.detach().float())}
+def _first_states(rule: UpdateRule, param: Tensor, copies: int) -> list[State]:
+    """States of all copies of a parameter, each entry side by side in memory."""
+    fresh = {"step": torch.zeros(()), **rule.init_state(param.detach().float())}
+    stacks = {key: value.repeat(copies, *[1] * value.dim()) for key, value in fresh.items()}
+    return [{key: stack[copy] for key, stack in stacks.items()} for copy in range(copies)]

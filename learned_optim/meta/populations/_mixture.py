@@ -12,14 +12,19 @@ from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations._base import Population, Sampler
 from learned_optim.meta.populations.autoencoders import Autoencoder
 from learned_optim.meta.populations.boundary import BoundaryValue
-from learned_optim.meta.populations.classification import Classification, WideClassification
+from learned_optim.meta.populations.classification import (
+    Classification,
+    DeepClassification,
+    FewExamples,
+    WideClassification,
+)
 from learned_optim.meta.populations.convolutions import ConvNet
 from learned_optim.meta.populations.coordinates import Coordinates
 from learned_optim.meta.populations.embeddings import MatrixFactorization, SkipGram
 from learned_optim.meta.populations.quadratics import Quadratic
 from learned_optim.meta.populations.restarts import Restart
-from learned_optim.meta.populations.sequences import Sequences
-from learned_optim.meta.populations.tabular import Teacher
+from learned_optim.meta.populations.sequences import DeepSequences, Sequences
+from learned_optim.meta.populations.tabular import HeldOutTeacher, Teacher
 
 _FIRST: dict[type[Population], int] = {
     Classification: 20,
@@ -39,6 +44,24 @@ _FIRST: dict[type[Population], int] = {
 MIXTURES: dict[str, dict[type[Population], int]] = {
     "populations": _FIRST,
     "populations-2": {**_FIRST, Sequences: 22, ConvNet: 8, Restart: 26, WideClassification: 6},
+    "populations-3": {
+        Classification: 14,
+        Teacher: 7,
+        Quadratic: 3,
+        Coordinates: 10,
+        BoundaryValue: 4,
+        MatrixFactorization: 8,
+        SkipGram: 3,
+        Sequences: 20,
+        ConvNet: 10,
+        Autoencoder: 9,
+        Restart: 24,
+        WideClassification: 6,
+        FewExamples: 9,
+        HeldOutTeacher: 9,
+        DeepClassification: 8,
+        DeepSequences: 10,
+    },
 }
 #: All families.
 FAMILIES = tuple({family: None for mixture in MIXTURES.values() for family in mixture})
@@ -47,6 +70,7 @@ DEFAULT_MIXTURE = "populations"
 ATTEMPTS = 50
 SCALED_SHARE, UNKNOWN_SHARE = 0.2, 0.3
 SHORTEST_RUN = 100
+LONG_SHARE, LONGEST_RUN = 0.1, 10_000
 # A run of eight copies may take about this many seconds on one core, and always this many steps.
 SECONDS, ALWAYS = 5.0, 80
 # What a step costs, in seconds: of the whole, per parameter; and operations per second.
@@ -67,6 +91,10 @@ TRAINED_FOR = {
     "populations-2": (
         "runs of 100 to 3,000 steps, widths to 2,048 in one hidden layer, to 512 in up to 3 and to "
         "192 in up to 8, " + _BEYOND
+    ),
+    "populations-3": (
+        "runs of 100 to 10,000 steps, widths to 2,048 in one hidden layer, to 512 in up to 3, to 96 in "
+        "up to 20, transformers to width 128 and 8 layers, batches of 4 to 512"
     ),
 }
 
@@ -119,16 +147,25 @@ def draw(
     """
     task, sampler = _sample(seed, data, mixture, large)
     longest = longest_run(task)
+    if mixture == "populations-3" and sampler.chance(LONG_SHARE):
+        longest = longest_run(task, longer=5)
+        shortest = longest // 2
     steps = sampler.log_integer(min(shortest, longest - 1), longest)
     return Draw(task, steps, known=not sampler.chance(UNKNOWN_SHARE))
 
 
-def longest_run(task: Population) -> int:
-    """Steps that a run of the task may take by its family and by what a step costs."""
+def longest_run(task: Population, longer: int = 1) -> int:
+    """Steps that a run of the task may take by its family and by what a step costs.
+
+    Args:
+        task: the population.
+        longer: factor on both, to 10,000 steps.
+    """
     params = task.init(Generator().manual_seed(0))
     count = sum(value.numel() for value in params.values())
     seconds = _COPIES * count * (6 * task.rows / _PRODUCTS_PER_SECOND + _PER_PARAMETER) + _PER_STEP
-    return int(min(task.longest_run, max(ALWAYS, SECONDS / seconds)))
+    affordable = max(ALWAYS, longer * SECONDS / seconds)
+    return int(min(longer * task.longest_run, affordable, LONGEST_RUN))
 
 
 def _sample(
@@ -147,7 +184,8 @@ def _sample(
             continue
         if sampler.chance(SCALED_SHARE):
             names = task.init(Generator().manual_seed(0))
-            task.scales = {name: math.exp(sampler.uniform(-1.5, 1.5)) for name in names}
+            widest = 2.0 if mixture == "populations-3" else 1.5
+            task.scales = {name: math.exp(sampler.uniform(-widest, widest)) for name in names}
         task.jitter = sampler.choice([0, 0.5], [9, 1])
         return task, sampler
     raise ValueError(f"no usable task in {ATTEMPTS} draws of seed {seed}")

@@ -50,6 +50,13 @@ def roll(rule: UpdateRule, weights: Tensor, run: Draw, seed: int) -> Array:
     Returns:
         Losses before each step, float64 of shape ``(steps, B)``.
     """
+    return roll_held_out(rule, weights, run, seed)[0]
+
+
+def roll_held_out(
+    rule: UpdateRule, weights: Tensor, run: Draw, seed: int
+) -> tuple[Array, Array | None]:
+    """:func:`roll`, and the held-out losses, ``(2, B)``: before the first step, after the last."""
     total = run.steps if run.known else None
 
     def optimizer(initial: Params) -> tuple[Params, Callable[[Sequence[Tensor]], None]]:
@@ -69,25 +76,33 @@ def roll_adamw(lrs: Sequence[float], run: Draw, seed: int) -> Array:
         params = copies_of(initial, len(lrs))
         return params, _adamw(list(params.values()), torch.tensor(lrs), run)
 
-    return _roll(optimizer, run, seed)
+    return _roll(optimizer, run, seed)[0]
 
 
 def _roll(
     optimizer: Callable[[Params], tuple[Params, Callable[[Sequence[Tensor]], None]]],
     run: Draw,
     seed: int,
-) -> Array:
+) -> tuple[Array, Array | None]:
     import numpy as np
 
     task = run.task
     generator, jitter = run_generators(seed)
     params, step = optimizer(task.initial(generator))
     values, rows = list(params.values()), []
+    with torch.no_grad():
+        before = task.held_out_losses(params)
     for _ in range(run.steps):
         losses = task.losses(params, task.batch(generator))
         step(torch.autograd.grad(task.jittered(losses.sum(), jitter), values))
         rows.append(losses.detach().numpy())
-    return np.array(rows, dtype=np.float64)
+    training = np.array(rows, dtype=np.float64)
+    if before is None:
+        return training, None
+    with torch.no_grad():
+        after = task.held_out_losses(params)
+    assert after is not None
+    return training, torch.stack((before, after)).double().numpy()
 
 
 def _adamw(params: list[Tensor], lrs: Tensor, run: Draw) -> Callable[[Sequence[Tensor]], None]:
@@ -154,12 +169,18 @@ def rise(losses: Array) -> Array:
     return above.max(0) + 0.5 * above.mean(0)
 
 
-def fitness(losses: Array, known: bool) -> Array:
+def fitness(losses: Array, known: bool, held_out: Array | None = None) -> Array:
     """What evolution strategies minimize, of every copy, shape ``(B,)``.
 
-    Shares of the final and the mean loss (:func:`scores`), and the whole of :func:`rise`.
+    Shares of the final and the mean loss (:func:`scores`), and the whole of :func:`rise`. Where
+    examples are held out, their loss counts for half of the final one.
     """
+    import numpy as np
+
     final, mean = scores(losses)
+    if held_out is not None:
+        last = _relative(held_out)[-1]
+        final = 0.5 * final + 0.5 * np.log(np.maximum(last, 0) + _OFFSET)
     final_share, mean_share = _SHARES_KNOWN if known else _SHARES_UNKNOWN
     return final_share * final + mean_share * mean + rise(losses)
 

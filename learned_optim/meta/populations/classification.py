@@ -6,7 +6,14 @@ import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Batch, Params, Population, Sampler, draw_index
+from learned_optim.meta.populations._base import (
+    Batch,
+    Params,
+    Population,
+    Sampler,
+    UnusableTaskError,
+    draw_index,
+)
 from learned_optim.meta.populations._layers import cross_entropy, meta_images
 from learned_optim.meta.populations._perceptron import Perceptron, draw_perceptron
 
@@ -85,3 +92,49 @@ class WideClassification(Classification):
         norm = draw.choice(["none", "layer"], [3, 1])
         self.net = Perceptron(inputs, CLASSES, hidden, activation, init, norm)
         self.name = f"wide {self.net} batch={self.batch_size} wrong={self.wrong_share}"
+
+
+class FewExamples(Classification):
+    """The same with 64 to 2,048 examples; the held-out loss is that of 512 others."""
+
+    longest_run = 2000
+
+    def __init__(self, draw: Sampler, data: DataOptions) -> None:
+        super().__init__(draw, data)
+        if len(self.pixels) < 1024:
+            raise UnusableTaskError("no examples are left to hold out")
+        count = draw.log_integer(64, min(2048, len(self.pixels) - 512))
+        chosen = draw.subset(count + 512, len(self.pixels))
+        self.other_pixels, self.other_labels = (
+            self.pixels[chosen[count:]],
+            self.labels[chosen[count:]],
+        )
+        self.pixels, self.labels = self.pixels[chosen[:count]], self.labels[chosen[:count]]
+        self.example_weights = None
+        self.name = f"few {self.name} of {count}"
+
+    def held_out(self, params: Params) -> Tensor:
+        return cross_entropy(self.net(params, self.other_pixels), self.other_labels, self.smoothing)
+
+
+class DeepClassification(Classification):
+    """The same by 8 to 20 plain layers, without normalization or residual connections."""
+
+    longest_run = 1000
+
+    def __init__(self, draw: Sampler, data: DataOptions) -> None:
+        super().__init__(draw, data)
+        inputs, width = self.pixels.shape[1], draw.log_integer(24, 97)
+        hidden = [width] * draw.integer(8, 20)
+        activation, init = draw.choice(
+            [
+                ("relu", "he"),
+                ("relu", "torch"),
+                ("tanh", "xavier"),
+                ("leaky", "he"),
+                ("gelu", "he"),
+            ],
+            [5, 1, 2, 1, 1],
+        )
+        self.net = Perceptron(inputs, CLASSES, hidden, activation, init)
+        self.name = f"deep {self.net} batch={self.batch_size} wrong={self.wrong_share}"

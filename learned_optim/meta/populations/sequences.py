@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Batch, Params, Population, Sampler
+from learned_optim.meta.populations._base import (
+    Batch,
+    Params,
+    Population,
+    Sampler,
+    UnusableTaskError,
+)
 from learned_optim.meta.populations._layers import (
     attention,
     cross_entropy,
@@ -200,6 +206,20 @@ class Sequences(Population):
                 state = (1 - update) * new + update * state
             states.append(state)
         return torch.stack(states, 2)
+
+
+class DeepSequences(Sequences):
+    """The same with 3 to 8 transformer blocks, for longer."""
+
+    longest_run = 1000
+
+    def __init__(self, draw: Sampler, data: DataOptions) -> None:
+        super().__init__(draw, data)
+        if not self.is_transformer:
+            raise UnusableTaskError("a recurrent network has one layer")
+        self.width = draw.choice([32, 48, 64, 96, 128], [3, 3, 3, 1, 1])
+        self.depth = draw.choice([3, 4, 6, 8], [3, 3, 2, 1])
+        self.name = f"deep {self.width}x{self.depth} {self.name}"
 
 
 def _grammar_text(draw: Sampler, tokens: int) -> Tensor:

@@ -87,7 +87,9 @@ class Teacher(Population):
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         rows, targets, masks = batch
-        out = self.net(params, rows, masks)
+        return self._loss_of(self.net(params, rows, masks), targets)
+
+    def _loss_of(self, out: Tensor, targets: Tensor) -> Tensor:
         if self.classifies:
             return cross_entropy(out, targets)
         error = out - targets
@@ -96,6 +98,20 @@ class Teacher(Population):
         else:
             losses = error.square()
         return losses.mean((1, 2))
+
+
+class HeldOutTeacher(Teacher):
+    """The same with a third of the rows held out, and targets that stay."""
+
+    def __init__(self, draw: Sampler, data: DataOptions) -> None:
+        super().__init__(draw, data)
+        self.drift, count = 0.0, len(self.examples) // 3
+        self.other_examples, self.examples = self.examples[:count], self.examples[count:]
+        self.other_targets, self.targets = self.targets[:count], self.targets[count:]
+        self.name = f"held-out {self.name}"
+
+    def held_out(self, params: Params) -> Tensor:
+        return self._loss_of(self.net(params, self.other_examples), self.other_targets)
 
 
 def _teach(draw: Sampler, rows: Tensor, outputs: int) -> Tensor:

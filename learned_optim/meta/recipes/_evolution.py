@@ -13,7 +13,7 @@ from learned_optim.rules import RuleConfig
 METHOD = "evolution"
 
 #: Mixtures of :mod:`learned_optim.meta.populations`: a recipe's task may be one of them.
-MIXTURE_NAMES = ("populations", "populations-2")
+MIXTURE_NAMES = ("populations", "populations-2", "populations-3")
 
 _AT_LEAST = {
     "meta_steps": 0,
