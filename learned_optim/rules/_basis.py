@@ -33,7 +33,7 @@ MOMENTS = ("fast", "slow", "square")
 # Finite gradients are cut off here: their squares, which rules average, fit into float32 even when
 # summed over a tensor of two thousand million coordinates.
 LARGEST_GRAD = 2.0**48
-COVARIANCE_BETA = 0.95  # twenty gradients: .9 and .98 are no better on the mixture
+COVARIANCE_BETA = 0.98  # fifty gradients
 LONGEST_SIDE = 1024  # beyond it a QR takes longer than a batch's gradient
 LONGEST_RATIO = 4.0  # of an oblong matrix only the shorter side: the longer has most of the cost
 SHORTEST_SIDE = 2
@@ -103,10 +103,22 @@ def rotate_back(x: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     return x if cols is None else x @ cols.mT
 
 
-def accumulate_(cov: Tensor, factor: Tensor, first: bool) -> None:
-    """Add ``factor @ factor^T`` to a running covariance, in place; the first is taken whole."""
-    old, new = (0.0, 1.0) if first else (COVARIANCE_BETA, 1 - COVARIANCE_BETA)
-    torch.baddbmm(cov, factor, factor.mT, beta=old, alpha=new, out=cov)
+def accumulate_(cov: Tensor, factor: Tensor, ages: Sequence[int]) -> None:
+    """Add ``factor @ factor^T`` to running covariances, in place.
+
+    A plain mean of the first gradients, then an exponential one.
+
+    Args:
+        cov: ``(b, n, n)``.
+        factor: gradients, ``(b, n, k)``.
+        ages: gradients that each covariance has seen.
+    """
+    shares = [max(1 - COVARIANCE_BETA, 1 / (age + 1)) for age in ages]
+    if len({*shares}) == 1:
+        torch.baddbmm(cov, factor, factor.mT, beta=1 - shares[0], alpha=shares[0], out=cov)
+    else:
+        share = cov.new_tensor(shares)[:, None, None]
+        cov.lerp_(factor @ factor.mT, share)
 
 
 def next_basis(basis: Tensor, cov: Tensor) -> Tensor:
@@ -278,14 +290,7 @@ class Rotation:
         ages = [_age(self._states[index]) for index in group.indices]
         for cov, factor in zip(group.covs, (grad, grad.mT), strict=True):
             if cov is not None:
-                for first in {age == 0 for age in ages}:
-                    chosen = [i for i, age in enumerate(ages) if (age == 0) == first]
-                    if len(chosen) == len(ages):
-                        accumulate_(cov.value, factor, first)
-                    else:
-                        part = cov.value[chosen]
-                        accumulate_(part, factor[chosen], first)
-                        cov.value[chosen] = part
+                accumulate_(cov.value, factor, ages)
                 cov.store()
         due = [
             i for i, age in enumerate(ages) if refresh_is_due(age, self._staggers[group.indices[i]])

@@ -147,14 +147,16 @@ def draw(
     """
     task, sampler = _sample(seed, data, mixture, large)
     longest = longest_run(task)
-    if mixture == "populations-3" and sampler.chance(LONG_SHARE):
-        longest = longest_run(task, longer=5)
-        shortest = longest // 2
+    if mixture == "populations-3":
+        longest = longest_run(task, 0.6)  # bases cost as much again
+        if sampler.chance(LONG_SHARE):
+            longest = longest_run(task, 5)
+            shortest = longest // 2
     steps = sampler.log_integer(min(shortest, longest - 1), longest)
     return Draw(task, steps, known=not sampler.chance(UNKNOWN_SHARE))
 
 
-def longest_run(task: Population, longer: int = 1) -> int:
+def longest_run(task: Population, longer: float = 1) -> int:
     """Steps that a run of the task may take by its family and by what a step costs.
 
     Args:
@@ -165,7 +167,7 @@ def longest_run(task: Population, longer: int = 1) -> int:
     count = sum(value.numel() for value in params.values())
     seconds = _COPIES * count * (6 * task.rows / _PRODUCTS_PER_SECOND + _PER_PARAMETER) + _PER_STEP
     affordable = max(ALWAYS, longer * SECONDS / seconds)
-    return int(min(longer * task.longest_run, affordable, LONGEST_RUN))
+    return int(min(max(1, longer) * task.longest_run, affordable, LONGEST_RUN))
 
 
 def _sample(

@@ -217,8 +217,9 @@ class DeepSequences(Sequences):
         super().__init__(draw, data)
         if not self.is_transformer:
             raise UnusableTaskError("a recurrent network has one layer")
-        self.width = draw.choice([32, 48, 64, 96, 128], [3, 3, 3, 1, 1])
-        self.depth = draw.choice([3, 4, 6, 8], [3, 3, 2, 1])
+        self.width = draw.choice([32, 48, 64, 96], [3, 3, 2, 0.5])
+        self.depth = draw.choice([3, 4, 6, 8], [3, 3, 2, 0.5])
+        self.batch_size = min(self.batch_size, 8)
         self.name = f"deep {self.width}x{self.depth} {self.name}"
 
 

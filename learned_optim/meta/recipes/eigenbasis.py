@@ -9,7 +9,7 @@ RECIPE = EvolutionRecipe(
     rule=replace(general_8.RECIPE.rule, eigenbasis=True, adapter_power=0.0),
     start="general-8",
     task="populations-3",
-    meta_steps=120,
+    meta_steps=110,
     meta_lr=2e-3,
     meta_lr_final=1e-4,
     tasks_per_meta_step=10,
@@ -17,6 +17,6 @@ RECIPE = EvolutionRecipe(
     sigma=0.03,
     large_from=0,
     large_share=0.5,
-    validation_every=40,
+    validation_every=55,
     seed=0,
 )
