@@ -9,7 +9,9 @@ import argparse
 import importlib
 
 #: Modules of this package by the name of their command.
-NAMES = ("step", "memory", "meta-training", "light-bench", "results", "pages", "commands")
+NAMES = (
+    "step", "memory", "meta-training", "light-bench", "results", "quick", "pages", "commands",
+)  # fmt: skip
 
 
 def main() -> None:

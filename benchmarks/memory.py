@@ -114,7 +114,9 @@ def learned(rule: UpdateRule) -> Callable[[Tensor], float]:
     """Returns the bytes of a rule's state as a function of the parameter."""
 
     def state(tensor: Tensor) -> float:
-        values = rule.init_state(torch.empty(tensor.shape, device="meta")).values()
+        param = torch.empty(tensor.shape, device="meta")
+        matrices = rule.init_matrices(param.shape, param.device)
+        values = {**rule.init_state(param), **matrices}.values()
         return sum(value.numel() * value.element_size() for value in values)
 
     return state
