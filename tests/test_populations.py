@@ -1,7 +1,8 @@
 """Populations: each copy is a training of its own, and the layers are those of torch.nn."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from learned_optim.meta.populations import (
     fitness,
     roll,
     roll_adamw,
+    roll_held_out,
     sample,
     scores,
 )
@@ -32,13 +34,13 @@ from learned_optim.meta.populations._mixture import longest_run, run_generators
 from learned_optim.meta.populations._perceptron import Perceptron
 from learned_optim.meta.populations._rollout import rise
 from learned_optim.meta.populations.boundary import BoundaryValue
+from learned_optim.meta.populations.classification import DeepClassification, FewExamples
 from learned_optim.meta.populations.convolutions import ConvNet
 from learned_optim.meta.populations.quadratics import Quadratic
 from learned_optim.meta.populations.restarts import Restart
-from learned_optim.meta.populations.sequences import Sequences
-from learned_optim.meta.populations.tabular import Teacher
-from learned_optim.rules import StepContext, UpdateRule
-from learned_optim.rules._segments import Segments
+from learned_optim.meta.populations.sequences import DeepSequences, Sequences
+from learned_optim.meta.populations.tabular import HeldOutTeacher, Teacher
+from learned_optim.rules import UpdateRule
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 from tests.conftest import random_rule
 
@@ -57,8 +59,8 @@ def images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random images in the place of MNIST's."""
 
     def random_images(data: DataOptions, side: int) -> tuple[Tensor, Tensor]:
-        labels = torch.randint(10, (200,), generator=generator(1))
-        return torch.rand(200, 1, side, side, generator=generator(2)), labels
+        labels = torch.randint(10, (1200,), generator=generator(1))
+        return torch.rand(1200, 1, side, side, generator=generator(2)), labels
 
     for module in IMAGE_MODULES:
         name = f"learned_optim.meta.populations.{module}.meta_images"
@@ -70,9 +72,16 @@ def build(family: type[Population], seed: int) -> Population:
     return make(Sampler(generator(seed)), NO_DATA)
 
 
+def usable(family: type[Population], seeds: int) -> Iterator[Population]:
+    """Tasks of seeds from 0; the mixture draws again where one is unusable."""
+    for seed in range(seeds):
+        with suppress(UnusableTaskError):
+            yield build(family, seed)
+
+
 def find(family: type[Population], fits: Callable[[Population], bool]) -> Population:
     """The first of a family's tasks for which ``fits`` holds."""
-    return next(t for t in (build(family, seed) for seed in range(100)) if fits(t))
+    return next(t for t in usable(family, 100) if fits(t))
 
 
 def copies_of(task: Population, copies: int) -> Params:
@@ -92,11 +101,7 @@ def copies_of(task: Population, copies: int) -> Params:
 @pytest.mark.usefixtures("images")
 def test_copies_do_not_touch_each_other(family: type[Population]) -> None:
     """Losses are those of each copy alone, and so are gradients."""
-    for seed in range(3 if family is Restart else 12):
-        try:
-            task = build(family, seed)
-        except UnusableTaskError:  # the mixture draws again
-            continue
+    for task in usable(family, 3 if family is Restart else 12):
         params = {name: value.requires_grad_() for name, value in copies_of(task, 3).items()}
         batch = task.batch(generator(1))
         losses = task.losses(params, batch)
@@ -111,14 +116,6 @@ def test_copies_do_not_touch_each_other(family: type[Population]) -> None:
             torch.testing.assert_close(
                 task.losses(alone, batch)[0], losses[copy], rtol=1e-5, atol=1e-6
             )
-
-
-@pytest.mark.usefixtures("images")
-def test_every_kind_of_sequence_model() -> None:
-    for kind in ("attention", "gru", "rnn", "rows"):
-        task = find(Sequences, lambda t, kind=kind: t.kind == kind)  # type: ignore[misc]
-        losses = task.losses(copies_of(task, 2), task.batch(generator(1)))
-        assert losses.shape == (2,)
 
 
 @pytest.mark.usefixtures("images")
@@ -164,6 +161,38 @@ def test_scales_change_gradients_and_not_losses() -> None:
     assert all(torch.equal(scaled[name] * 2, plain[name]) for name in plain)
     after = task.losses({name: value[None] for name, value in scaled.items()}, batch)
     torch.testing.assert_close(after, before)
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize("family", [FewExamples, HeldOutTeacher])
+def test_held_out_examples_are_in_no_batch(family: type[FewExamples | HeldOutTeacher]) -> None:
+    """Their loss is that of the task, whatever the units of the parameters."""
+    task = find(family, lambda t: t.net.norm == "none")  # type: ignore[attr-defined]
+    assert isinstance(task, (FewExamples, HeldOutTeacher))
+    params = copies_of(task, 2)
+    found = task.held_out_losses(params)
+    assert found is not None
+    if isinstance(task, FewExamples):
+        assert len(task.other_pixels) == len(task.other_labels) == 512
+        others, rows = task.other_pixels, task.pixels
+        batch = others, task.other_labels, None
+    else:
+        assert len(task.other_examples) == (len(task.other_examples) + len(task.examples)) // 3
+        others, rows = task.other_examples, task.examples
+        batch = others, task.other_targets, None
+    assert not {*map(tuple, others.tolist())} & {*map(tuple, rows.tolist())}
+    torch.testing.assert_close(found, task.losses(params, batch))
+    task.scales = dict.fromkeys(params, 2.0)
+    halved = {name: value / 2 for name, value in params.items()}
+    torch.testing.assert_close(task.held_out_losses(halved), found)
+
+
+@pytest.mark.usefixtures("images")
+def test_deep_families_are_deep() -> None:
+    for task in usable(DeepClassification, 20):
+        assert 8 <= sum(name.startswith("weight") for name in task.init(generator())) - 1 <= 20
+    for task in usable(DeepSequences, 20):  # none of them is recurrent
+        assert 3 <= sum(name.endswith(".qkv") for name in task.init(generator())) <= 8
 
 
 # ---- against torch.nn
@@ -377,41 +406,17 @@ def horizon_weights(rule: UpdateRule, copies: int) -> Tensor:
     return flat(rule) + 0.2 * torch.randn(copies, len(flat(rule)), generator=generator(5))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("known", [False, True])
-def test_copies_are_stepped_by_their_own_weights(
-    known: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the pure form does it, copy by copy; with the kernel, where there is one, and without."""
-    if not compiled:
-        monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
-    rule = HorizonRule(HorizonConfig(hidden_size=4))
-    weights = horizon_weights(rule, 3)
-    initial = {"w": torch.randn(3, 4), "b": torch.randn(3), "c": torch.randn(())}
-    grads = [torch.randn(5, 3, *value.shape) for value in initial.values()]
-    total = 9 if known else None
-    copies = CopiesOptimizer(rule, weights, initial, total)
-    for step in range(5):
-        copies.step([grad[step] for grad in grads])
-    segments = Segments([value.shape for value in initial.values()])
-    for copy in range(3):
-        nn.utils.vector_to_parameters(weights[copy].clone(), rule.parameters())
-        states = [rule.init_state(value) for value in initial.values()]
-        state = {
-            key: torch.cat([s[key].reshape(-1, 1) for s in states])
-            if key != "stats"
-            else torch.stack([s[key] for s in states])
-            for key in states[0]
-        }
-        param = torch.cat([value.flatten() for value in initial.values()])
-        for step in range(5):
-            grad = torch.cat([g[step, copy].flatten() for g in grads])
-            context = StepContext(torch.full((3,), float(step)), None, total)
-            with torch.no_grad():
-                update, new = rule(grad, state, param, segments, context)
-            param, state = param + update, {**state, **new}
-        found = torch.cat([value[copy].detach().flatten() for value in copies.params.values()])
-        torch.testing.assert_close(found, param, rtol=1e-4, atol=1e-5)
+def test_held_out_losses_are_those_before_and_after_a_run() -> None:
+    rule, task = HorizonRule(), build(HeldOutTeacher, 2)
+    losses, held_out = roll_held_out(rule, flat(rule).repeat(2, 1), Draw(task, 40, True), seed=1)
+    assert held_out is not None
+    assert losses.shape == (40, 2)
+    start = {name: value[None] for name, value in task.initial(run_generators(1)[0]).items()}
+    first = task.held_out_losses(start)
+    assert first is not None
+    assert held_out[0] == pytest.approx(first.item(), rel=1e-5)
+    assert (held_out[1] < held_out[0]).all()
+    assert roll_held_out(rule, flat(rule)[None], run_of(2), seed=1)[1] is None
 
 
 def test_any_rule_can_be_rolled() -> None:
@@ -423,22 +428,27 @@ def test_any_rule_can_be_rolled() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_rotated_copies_step_as_the_optimizer_does(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("eigenbasis", [False, True])
+@pytest.mark.parametrize("total", [None, 30])
+def test_copies_step_as_the_optimizer_does(
+    total: int | None, eigenbasis: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each by its own weights; with the kernel, where there is one, and without."""
     if not compiled:
         monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
-    rule = HorizonRule(HorizonConfig(hidden_size=4, eigenbasis=True))
+        monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
+    rule = HorizonRule(HorizonConfig(hidden_size=4, eigenbasis=eigenbasis))
     weights = horizon_weights(rule, 2)
-    initial = {"w": torch.randn(6, 4), "v": torch.randn(6, 4), "b": torch.randn(3)}
-    grads = [torch.randn(30, 2, *value.shape) for value in initial.values()]
-    copies = CopiesOptimizer(rule, weights, initial, 30)
+    shapes = {"w": (6, 4), "v": (6, 4), "b": (3,), "c": ()}
+    initial = {name: torch.randn(shape) for name, shape in shapes.items()}
+    grads = [torch.randn(30, 2, *shape) for shape in shapes.values()]
+    copies = CopiesOptimizer(rule, weights, initial, total)
     for step in range(30):
         copies.step([grad[step] for grad in grads])
     for copy in range(2):
         nn.utils.vector_to_parameters(weights[copy].clone(), rule.parameters())
         params = [nn.Parameter(value.clone()) for value in initial.values()]
-        optimizer = LearnedOptimizer(params, rule, total_steps=30)
+        optimizer = LearnedOptimizer(params, rule, total_steps=total)
         for step in range(30):
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad[step, copy]
@@ -493,6 +503,11 @@ def test_scores() -> None:
     assert risen[2] == pytest.approx(np.log(1000) * (1 + 0.5 * 50 / 96), rel=0.01)
     np.testing.assert_allclose(fitness(losses, True), 0.8 * final + 0.2 * mean + risen)
     np.testing.assert_allclose(fitness(losses, False), 0.5 * final + 0.5 * mean + risen)
+    # A held-out loss counts for half of the final one: here it is a tenth of the first.
+    held_out = np.array([[2.0, 2.0, 2.0], [0.2, 0.2, np.nan]])
+    half = 0.5 * final + 0.5 * np.log([0.1, 0.1, 1000])
+    expected = 0.8 * half + 0.2 * mean + risen
+    np.testing.assert_allclose(fitness(losses, True, held_out), expected, atol=1e-3)
 
 
 def test_jitter_changes_gradients_and_not_losses() -> None:
