@@ -107,14 +107,14 @@ def rotate(x: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     return x if cols is None else x @ cols
 
 
-def without_rounding(turned: Tensor, grad: Tensor) -> Tensor:
-    """A rotated gradient whose entries below the rounding error of the rotation are zero.
+def without_rounding(turned: Tensor, before: Tensor) -> Tensor:
+    """A rotated gradient or momentum whose entries below the rotation's rounding error are zero.
 
     A direction without a gradient would otherwise be stepped by rounding errors, because steps do
     not depend on the size of gradients.
     """
-    norm = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True)
-    error = 4 * torch.finfo(grad.dtype).eps * norm
+    norm = torch.linalg.vector_norm(before, dim=(-2, -1), keepdim=True)
+    error = 4 * torch.finfo(before.dtype).eps * norm
     return torch.where(turned.abs() < error, 0.0, turned)
 
 
@@ -177,7 +177,7 @@ def carry_over_(
         bounds: of each momentum.
     """
     for momentum, bound in zip(momenta, bounds, strict=True):
-        momentum.copy_(rotate_back(momentum, *turns))
+        momentum.copy_(without_rounding(rotate_back(momentum, *turns), momentum))
         torch.maximum(square, (momentum / bound).square(), out=square)
 
 
