@@ -16,6 +16,7 @@ from learned_optim.kernels import constants as c
 from learned_optim.rules import Segments, State, StepContext
 from learned_optim.rules import _basis as basis
 from learned_optim.rules import _history as history
+from learned_optim.rules._context import StepSettings
 from learned_optim.rules.horizon import HorizonRule, rate_schedule
 
 #: Shapes of which both sides are rotated, only the shorter one, and none.
@@ -79,6 +80,11 @@ def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 # ---- against a plain account
 
 
+def without_rounding(turned: Tensor) -> Tensor:
+    error = 4 * torch.finfo(turned.dtype).eps * turned.norm()
+    return torch.where(turned.abs() < error, 0.0, turned)
+
+
 def plain(
     rule: HorizonRule, param: Tensor, grads: list[Tensor], stagger: int, maximize: bool = False
 ) -> Tensor:
@@ -106,12 +112,10 @@ def plain(
                     turns[side] = q * torch.where(r.diagonal() < 0, -1, 1)
             for key, bound in zip(("fast", "slow"), rule.momentum_bounds, strict=True):
                 back = old[0] @ state[key].view(matrix) @ old[1].T
-                state[key] = (turns[0].T @ back @ turns[1]).reshape(-1, 1)
+                state[key] = without_rounding(turns[0].T @ back @ turns[1]).reshape(-1, 1)
                 state["square"] = state["square"].maximum((state[key] / bound).square())
         seen = (turns[0].T @ grad @ turns[1]) * (-1 if maximize else 1)
-        if any(sides):
-            error = 4 * torch.finfo(dtype).eps * grad.norm()
-            seen = torch.where(seen.abs() < error, 0.0, seen)
+        seen = without_rounding(seen) if any(sides) else seen
         step = torch.tensor([float(age)], dtype=dtype)
         rotated = torch.tensor([float(any(sides))], dtype=dtype)
         context = StepContext(step, None, NUMBERS["total_steps"], rotated)
@@ -188,16 +192,10 @@ def test_matrices_of_one_shape_step_as_they_do_alone(ages: str) -> None:
             assert rotation is not None
             seen, updates = rotation.rotate(raw[index : index + 1])
             places = rotation.wide, seen, own[index : index + 1]
-            rule._step_(*places, kernels_settings(), None, (), updates)
+            rule._step_(*places, StepSettings(), None, (), updates)
             rotation.rotate_back()
     for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-def kernels_settings() -> Any:
-    from learned_optim.rules._context import StepSettings
-
-    return StepSettings()
 
 
 @pytest.mark.skipif(not kernels.status().startswith("compiled"), reason=kernels.status())
@@ -236,19 +234,27 @@ def test_results_do_not_depend_on_the_number_of_threads(size: int) -> None:
 # ---- promises
 
 
-def test_updates_are_odd_and_do_not_know_the_scale_of_the_loss() -> None:
-    rule = eigenbasis_rule(torch.float64)
+@pytest.mark.parametrize(
+    ("dtype", "factors", "tolerance"),
+    # Powers of two round nothing; other factors do, and small directions amplify that.
+    [(torch.float32, (2.0**-20, 2.0**20), 1e-4), (torch.float64, (1e-6, 1e6), 1e-2)],
+)
+def test_updates_are_odd_and_do_not_know_the_scale_of_the_loss(
+    dtype: torch.dtype, factors: tuple[float, float], tolerance: float
+) -> None:
+    rule = eigenbasis_rule(dtype)
     params, grads = problem(SHAPES, 25)
-    zeros = [torch.zeros_like(param) for param in params]
+    zeros = [torch.zeros_like(param, dtype=dtype) for param in params]
 
     def after(factor: float) -> Tensor:
         scaled = [[factor * grad for grad in step] for step in grads]
         return torch.cat([p.flatten() for p in run(rule, zeros, scaled, total_steps=80.0)[0]])
 
     plain = after(1.0)
+    largest = plain.abs().max().item()
     assert torch.equal(after(-1.0), -plain)
-    for factor in (1e-6, 1e6):
-        torch.testing.assert_close(after(factor), plain, rtol=1e-2, atol=1e-2 * plain.abs().max())
+    for factor in factors:
+        torch.testing.assert_close(after(factor), plain, rtol=tolerance, atol=tolerance * largest)
 
 
 def test_zero_history_gives_exactly_zero_update() -> None:
@@ -263,6 +269,21 @@ def test_zero_history_gives_exactly_zero_update() -> None:
     some = [[grad * (torch.arange(len(grad)) == 0).view(-1, *[1] * (grad.dim() - 1))
              for grad in step] for step in grads]  # fmt: skip
     assert all(param.isfinite().all() for param in run(rule, params, some)[0])
+
+
+def test_directions_without_a_gradient_are_not_stepped_by_rounding_errors() -> None:
+    """All gradients have one direction of the rows; so have updates, after refreshes too."""
+    rule, generator = eigenbasis_rule(), torch.Generator().manual_seed(0)
+    row = torch.randn(32, 1, generator=generator)
+    row /= row.norm()
+    params = [torch.randn(32, 12, generator=generator)]
+    states = fresh(rule, params)
+    for _ in range(25):
+        before = params[0].clone()
+        rule.step_(params, [row @ torch.randn(1, 12, generator=generator)], states)
+        moved = params[0] - before
+        inside = row @ (row.T @ moved)
+        assert (moved - inside).norm() < 0.05 * inside.norm()
 
 
 @pytest.mark.parametrize("spread", [0.0, 5.0])
