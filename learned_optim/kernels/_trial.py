@@ -59,7 +59,7 @@ def _try(
     host, on_host = draw(0.1), [_fresh_state(shape, types[1]) for shape in shapes]
     own = [param.to(device, copy=True) for param in host]
     on_device = [{k: v.to(device, copy=True) for k, v in state.items()} for state in on_host]
-    options = StepSettings(lr=1.0, weight_decay=1.0, warmup=2, total_steps=9.0)
+    options = StepSettings(lr=1.0, weight_decay=1000.0, warmup=2, total_steps=9.0)
     compared = _library.loaded()[0] is not None  # without a warning: it is optional here
     # The second tensor is a rotated matrix, whose update goes elsewhere.
     apart = [torch.zeros(shapes[1], device="cpu"), torch.zeros(shapes[1], device=device)]
