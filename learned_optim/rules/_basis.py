@@ -36,6 +36,9 @@ MOMENTS = ("fast", "slow", "square")
 COVARIANCE_BETA = 0.9  # a mean of ten gradients
 SAMPLING_PERIOD = 1
 LONGEST_SIDE = 1024  # beyond it a QR takes longer than a batch's gradient
+KERNEL_RATIO = (
+    10.0  # of kernels: 3x3 ones have nine columns per input, and plain deep ones need both
+)
 LONGEST_RATIO = 4.0  # of an oblong matrix only the shorter side: the longer has most of the cost
 SHORTEST_SIDE = 2
 FIRST_ITERATIONS = 3  # of subspace iteration at the first gradient, from the identity
@@ -60,7 +63,8 @@ def rotated_sides(shape: Sequence[int]) -> tuple[bool, bool]:
     short, long = min(rows, cols), max(rows, cols)
     if not SHORTEST_SIDE <= short <= LONGEST_SIDE:
         return False, False
-    both = long <= LONGEST_SIDE and long <= LONGEST_RATIO * short
+    ratio = KERNEL_RATIO if len(shape) > 2 else LONGEST_RATIO
+    both = long <= LONGEST_SIDE and long <= ratio * short
     return both or rows == short, both or cols < rows
 
 
