@@ -34,7 +34,6 @@ KEYS = ("row_basis", "col_basis", "row_cov", "col_cov", "basis_age")
 MOMENTS = ("fast", "slow", "square")
 
 COVARIANCE_BETA = 0.9  # a mean of ten gradients
-SAMPLING_PERIOD = 1
 LONGEST_SIDE = 1024  # beyond it a QR takes longer than a batch's gradient
 KERNEL_RATIO = (
     10.0  # of kernels: 3x3 ones have nine columns per input, and plain deep ones need both
@@ -80,11 +79,6 @@ def refresh_is_due(age: int, stagger: int = 0) -> bool:
     same step.
     """
     return (age + stagger) % refresh_period(age) == 0
-
-
-def sampling_period(age: int) -> int:
-    """Steps from one gradient that the covariances take in to the next."""
-    return min(SAMPLING_PERIOD, refresh_period(age))
 
 
 def init_bases(
@@ -141,7 +135,7 @@ def accumulate_(
         ages: gradients that each covariance has seen.
         shard_groups: process groups over which the ``k`` columns are sharded.
     """
-    shares = [max(1 - COVARIANCE_BETA, sampling_period(age) / (age + 1)) for age in ages]
+    shares = [max(1 - COVARIANCE_BETA, 1 / (age + 1)) for age in ages]
     if len({*shares}) == 1 and not shard_groups:
         torch.baddbmm(cov, factor, factor.mT, beta=1 - shares[0], alpha=shares[0], out=cov)
         return
@@ -329,9 +323,8 @@ class Rotation:
     def _take_in(self, group: _Group, grad: Tensor) -> None:
         """Update the covariances of a group by gradients ``(b, r, c)``; refresh what is due."""
         ages = [_age(self._states[index]) for index in group.indices]
-        sampled = any(age % sampling_period(age) == 0 for age in ages)
         for cov, factor in zip(group.covs, (grad, grad.mT), strict=True):
-            if sampled and cov is not None:
+            if cov is not None:
                 accumulate_(cov.value, factor, ages, self._shard_groups)
                 cov.store()
         due = [
