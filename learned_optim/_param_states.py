@@ -19,7 +19,7 @@ from torch import Tensor
 from learned_optim._ambient import outliving_inference_mode
 from learned_optim._frozen import FrozenRule
 from learned_optim._groups import FOREIGN, OWN_KEYS
-from learned_optim._memory import has_values, lie_side_by_side
+from learned_optim._tensors import has_values, lie_side_by_side
 from learned_optim._views import (
     dense,
     local,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learned_optim._groups import SUSPICIOUS_LR
-from learned_optim._memory import has_values
+from learned_optim._tensors import has_values
 from learned_optim._views import local
 from learned_optim._warn import warn
 from learned_optim.rules import State, UpdateRule

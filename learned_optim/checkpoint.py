@@ -27,9 +27,9 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from learned_optim._bytes import tensor_bytes
 from learned_optim._discovery import unknown_name
 from learned_optim._fields import check_fields
+from learned_optim._tensors import tensor_bytes
 from learned_optim.rules import UpdateRule, build_rule, rule_names
 
 FORMAT = "learned_optim"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from learned_optim import LearnedOptimizer
-from learned_optim._shapes import init_scale
+from learned_optim._tensors import init_scale
 from learned_optim.rules import State, StepContext, UpdateRule, rule_names
 from learned_optim.rules.horizon import HorizonRule
 from tests.conftest import random_rule

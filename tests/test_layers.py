@@ -13,12 +13,10 @@ PACKAGE = Path(learned_optim.__file__).parent
 LAYERS = (
     (
         "_ambient",
-        "_bytes",
         "_discovery",
         "_extras",
         "_fields",
-        "_memory",
-        "_shapes",
+        "_tensors",
         "_warn",
         "preprocessing",
     ),

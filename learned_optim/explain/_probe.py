@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from learned_optim import LearnedOptimizer
-from learned_optim._shapes import init_scale
+from learned_optim._tensors import init_scale
 from learned_optim.rules import UpdateRule, classical
 
 #: Steps after which a history counts as settled, and those over which a step is averaged.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
-from learned_optim._shapes import fan_in, init_scale
+from learned_optim._tensors import fan_in, init_scale
 from learned_optim.kernels.constants import LARGEST_SCALE
 
 PARAM_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim._memory import has_values, lie_side_by_side
+from learned_optim._tensors import has_values, lie_side_by_side
 from learned_optim.kernels import constants as c
 from learned_optim.rules._context import State
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from learned_optim._bytes import tensor_bytes
+from learned_optim._tensors import tensor_bytes
 
 
 @dataclasses.dataclass(frozen=True)

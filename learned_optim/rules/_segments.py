@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from learned_optim._shapes import fan_in, init_scale
+from learned_optim._tensors import fan_in, init_scale
 
 # A product of two tensors of coordinates to be averaged; ``None`` stands for ones.
 Product = tuple[Tensor, Tensor | None]
