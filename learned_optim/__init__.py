@@ -1,4 +1,4 @@
-"""Learned optimizers: update rules trained by gradient descent, used like ``torch.optim``."""
+"""Learned optimizers: meta-trained update rules, used like ``torch.optim``."""
 
 import importlib
 import typing
@@ -28,8 +28,8 @@ __all__ = [
     "trainer_callback",
 ]
 
-#: Where the public names are defined. They are imported when first used, so that the command can
-#: answer ``--help`` at once and be interrupted while torch is imported.
+#: Modules of the public names, imported when first used: the command answers ``--help`` at once
+#: and can be interrupted while torch is imported.
 _HOMES = {
     "CheckpointError": "checkpoint",
     "LearnedOptimizer": "optimizer",

@@ -1,4 +1,4 @@
-"""The model card of an update rule: what it was trained on, how it did, its limits and its use."""
+"""The model card of an update rule: use, training, evaluation, limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from learned_optim.checkpoint import FORMAT, as_json
 from learned_optim.rules import UpdateRule
-from learned_optim.summary import markdown
+from learned_optim.summary import markdown, table
 
 
 def model_card(
@@ -23,12 +23,10 @@ def model_card(
     curves: list[str] | None = None,
     license: str = "mit",
 ) -> str:
-    """The model card of a rule: use, training, evaluation, limits.
-
-    The card states what the arguments contain, and says what is unknown.
+    """The model card of a rule. It says where the arguments leave something unknown.
 
     Args:
-        rule: the rule described.
+        rule: the update rule.
         name: the Hub repository ``"user/repo"``, or a path, for the usage example.
         record: how the rule was made, as :func:`learned_optim.load_record` returns it.
         evaluation: the summary that ``learned-optim evaluate`` writes.
@@ -39,43 +37,37 @@ def model_card(
         Markdown with the Hub's YAML front matter.
     """
     record = record or {}
+    recipe = record.get("recipe") or {}
+    by = (
+        "evolution strategies on whole runs"
+        if recipe.get("method") == "evolution"
+        else "gradient descent"
+    )
+    weights = sum(weight.numel() for weight in rule.parameters())
+    tags = ["learned-optimizer", "meta-learning", "learning-to-optimize", "pytorch"]
+    front = ["---", f"license: {license}", f"library_name: {FORMAT}", "tags:"]
     sections = [
+        "\n".join([*front, *(f"- {tag}" for tag in tags), "---"]),
         f"# {name.rsplit('/', 1)[-1]}",
-        f"A learned optimizer for PyTorch: an update rule of type `{rule.name}` with "
-        f"{sum(w.numel() for w in rule.parameters()):,} weights{_method(record)}, used in place of "
-        f"`torch.optim.Adam`.",
+        f"A learned optimizer for PyTorch: an update rule of type `{rule.name}` with {weights:,} "
+        f"weights{f', trained by {by}' if recipe else ''}, used in place of `torch.optim.Adam`.",
         f"## Use\n\n{_usage(rule, name)}",
-        f"## Training\n\n{_training(record)}",
-        f"## Evaluation\n\n{_results(record, evaluation, curves or [])}",
-        f"## Limits\n\n{_limits(rule, record, evaluation)}",
+        f"## Training\n\n{_training(record, recipe)}",
+        f"## Evaluation\n\n{_results(record, recipe, evaluation, curves or [])}",
+        f"## Limits\n\n{_limits(rule, record, recipe, evaluation)}",
         f"## Licence\n\n{license}",
     ]
-    return _front_matter(license) + "\n\n".join(sections) + "\n"
-
-
-def _method(record: dict[str, Any]) -> str:
-    recipe = record.get("recipe")
-    if not recipe:
-        return ""
-    if recipe.get("method") == "evolution":
-        return ", trained by evolution strategies on whole runs"
-    return ", trained by gradient descent"
-
-
-def _front_matter(license: str) -> str:
-    tags = ["learned-optimizer", "meta-learning", "learning-to-optimize", "pytorch"]
-    lines = ["---", f"license: {license}", f"library_name: {FORMAT}", "tags:"]
-    return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---", "", ""])
+    return "\n\n".join(sections) + "\n"
 
 
 def _usage(rule: UpdateRule, name: str) -> str:
-    told = ", total_steps=10_000" if rule.reads_horizon else ""
+    length = ", total_steps=10_000" if rule.reads_horizon else ""
     lines = [
         "```python",
         "from learned_optim import LearnedOptimizer",
         "",
         "# optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)",
-        f'optimizer = LearnedOptimizer(model.parameters(), "{name}"{told})',
+        f'optimizer = LearnedOptimizer(model.parameters(), "{name}"{length})',
         "```",
         "",
         "`pip install learned-optim`. There is no learning rate to tune: `lr` multiplies the "
@@ -96,15 +88,15 @@ def _usage(rule: UpdateRule, name: str) -> str:
     return "\n".join(lines)
 
 
-def _training(record: dict[str, Any]) -> str:
-    recipe = record.get("recipe")
+def _training(record: dict[str, Any], recipe: dict[str, Any]) -> str:
     if not recipe:
         return "The checkpoint holds no record of its training."
-    tasks = ", ".join(f"`{task}`" for task in _tasks(recipe)) or "not recorded"
-    rows = [f"- Tasks: {tasks}"]
+    tasks = recipe.get("task") or []
+    names = [tasks] if isinstance(tasks, str) else map(str, tasks)
+    rows = [f"- Tasks: {', '.join(f'`{name}`' for name in names) or 'not recorded'}"]
     if record.get("data_sets"):
         rows.append(f"- Image sets: {', '.join(map(str, record['data_sets']))}")
-    known = {
+    labels = {
         "horizon": "Horizon (inner steps of one run)",
         "truncation": "Inner steps per meta-gradient",
         "epochs": "Epochs",
@@ -115,7 +107,7 @@ def _training(record: dict[str, Any]) -> str:
     }
     rows += [
         f"- {label}: {recipe[key]:,}"
-        for key, label in known.items()
+        for key, label in labels.items()
         if _is_number(recipe, key) and (recipe[key] or key == "seed")
     ]
     if record.get("trained_for"):
@@ -132,66 +124,66 @@ def _is_number(data: dict[str, Any], key: str) -> bool:
     return isinstance(data.get(key), (int, float)) and not isinstance(data[key], bool)
 
 
-def _tasks(recipe: dict[str, Any]) -> list[str]:
-    """Names of the meta-training tasks, whether a recipe has one or a mixture."""
-    task = recipe.get("task", recipe.get("tasks", []))
-    return [task] if isinstance(task, str) else [str(name) for name in task]
-
-
-def _results(record: dict[str, Any], evaluation: dict[str, Any] | None, curves: list[str]) -> str:
+def _results(
+    record: dict[str, Any],
+    recipe: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    curves: list[str],
+) -> str:
     parts = []
     if evaluation is not None:
         # The report's headings go one level down, under the card's own.
         parts.append(re.sub(r"^#", "##", markdown(evaluation).strip(), flags=re.MULTILINE))
     parts += [f"![{Path(curve).stem}]({curve})" for curve in curves]
-    behind = (record.get("behind_adamw") or {}).get("average")
-    if isinstance(behind, dict) and _is_number(behind, "mean"):
+    behind = (record.get("behind_adamw") or {}).get("average") or {}
+    if _is_number(behind, "mean"):
         parts.append(
             f"On validation tasks of its meta-training mixture, the final loss is "
             f"{math.exp(behind['mean']):.3f} times tuned AdamW's (geometric mean)."
         )
-    recipe = record.get("recipe") or {}
     kind = recipe.get("validation_mean", "arithmetic")
     figures = []
     if _is_number(record, "validation"):
         figures.append(("validation", kind, f"{record['validation']:.4g}", ""))
-    test = record.get("test")
-    if isinstance(test, dict):
-        runs = f"test, {test.get('runs', '?')} fresh runs"
-        if test.get("task", recipe.get("task")) != recipe.get("task"):
-            runs += f" of {test['task']}"
-        if _is_number(test, "mean"):
-            spread = f"{test['std']:.4g}" if _is_number(test, "std") else ""
-            figures.append((runs, "arithmetic", f"{test['mean']:.4g}", spread))
-        if _is_number(test, "geometric_mean") and kind == "geometric":
-            figures.append((runs, kind, f"{test['geometric_mean']:.4g}", ""))
+    test = record.get("test") or {}
+    runs = f"test, {test.get('runs', '?')} fresh runs"
+    if test.get("task", recipe.get("task")) != recipe.get("task"):
+        runs += f" of {test['task']}"
+    if _is_number(test, "mean"):
+        spread = f"{test['std']:.4g}" if _is_number(test, "std") else ""
+        figures.append((runs, "arithmetic", f"{test['mean']:.4g}", spread))
+    if _is_number(test, "geometric_mean") and kind == "geometric":
+        figures.append((runs, kind, f"{test['geometric_mean']:.4g}", ""))
     if figures:
-        steps = _tested_horizon(record)
+        steps = _tested_horizon(recipe)
         summed = f"loss summed over {steps:,} steps" if steps else "summed loss"
-        rows = [f"| {summed} | mean | value | standard deviation |", "|---|---|---|---|"]
-        parts.append("\n".join([*rows, *(f"| {' | '.join(row)} |" for row in figures)]))
+        parts.append(
+            table([summed, "mean", "value", "standard deviation"], [list(row) for row in figures])
+        )
     return "\n\n".join(parts) or "None was recorded."
 
 
-def _tested_horizon(record: dict[str, Any]) -> int | None:
-    """Inner steps of the runs behind the record's figures, if it says."""
-    recipe = record.get("recipe") or {}
+def _tested_horizon(recipe: dict[str, Any]) -> int | None:
+    """Inner steps of the runs behind the record's figures, if the recipe says."""
     return recipe.get("validation_horizon") or recipe.get("horizon")
 
 
-def _limits(rule: UpdateRule, record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+def _limits(
+    rule: UpdateRule,
+    record: dict[str, Any],
+    recipe: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+) -> str:
     unknown = "an unknown number of"
     trained = f"up to {rule.trained_steps:,}" if rule.trained_steps else unknown
     steps = [entry["steps"] for entry in evaluation["tasks"].values()] if evaluation else []
-    longest = max([*steps, _tested_horizon(record) or 0])
+    longest = max([*steps, _tested_horizon(recipe) or 0])
     tested = f"{longest:,}" if longest else unknown
     state = rule.init_state(torch.zeros(64, 64)).values()
     size = sum(entry.numel() * entry.element_size() for entry in state if entry.dim() > 1) / 64**2
-    seen = f"runs of {trained} steps and tested on runs of {tested}"
-    if record.get("trained_for"):
-        seen = record["trained_for"]
+    runs = record.get("trained_for") or (f"runs of {trained} steps and tested on runs of {tested}")
     rows = [
-        f"- Trained on {seen}; what it does beyond is unknown.",
+        f"- Trained on {runs}; what it does beyond is unknown.",
         "- Tasks unlike those it was trained on may train slowly or diverge: compare with a tuned "
         "Adam first.",
         f"- State takes {size:,.0f} bytes per parameter in float32 (Adam: 8).",

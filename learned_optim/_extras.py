@@ -1,6 +1,6 @@
 """The package's optional dependencies, and how to install them."""
 
-#: Packages of every extra, by the names that they are imported by.
+#: Import names of the packages of an extra.
 EXTRAS = {
     "meta": (
         "filelock", "matplotlib", "numpy", "pydantic", "scipy", "sklearn", "tensorboard", "tomli",
@@ -10,5 +10,5 @@ EXTRAS = {
 
 
 def how_to_install(extra: str) -> str:
-    """What to do about a missing package, for the end of an error."""
+    """The end of an error about a missing package."""
     return f"install the extra {extra!r} (pip install '.[{extra}]' in a checkout of learned_optim)"

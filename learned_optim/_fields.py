@@ -1,4 +1,4 @@
-"""Checks of a dataclass's values against its annotations: they may come from any file."""
+"""Checks of a dataclass's values, which may come from any file, against its annotations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_fields(config: Any) -> None:
     Annotations that only a type checker can resolve are not checked.
 
     Raises:
-        ValueError: a value has another type than its field, or is not one of the choices.
+        ValueError: a value has another type than its field, or is none of the choices.
     """
     try:
         hints = get_type_hints(type(config))
@@ -39,7 +39,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):  # Python's True is an int, and an int is a fine float
         kinds = (int,) if hint is int else (int, float)
         return isinstance(value, kinds) and not isinstance(value, bool)
-    # Annotations of other kinds are not checked.
     return not isinstance(hint, type) or isinstance(value, hint)
 
 

@@ -3,18 +3,19 @@
 import sys
 import warnings
 
-#: Packages whose frames lie between the user's line and a warning.
+#: Packages and modules whose frames lie between the user's line and a warning.
 _BETWEEN = {
     "learned_optim", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers",
+    "contextlib", "functools",
 }  # fmt: skip
 
 
-def warn(message: str) -> None:
-    """Issue a ``UserWarning`` at the innermost frame outside this package and the trainers."""
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning at the innermost frame outside this package, torch and the trainers."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and _package(frame.f_globals) in _BETWEEN:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _package(names: dict[str, object]) -> str:

@@ -15,28 +15,24 @@ from learned_optim._views import local
 from learned_optim._warn import warn
 from learned_optim.rules import State, UpdateRule
 
-# A learning rate that falls in this many updates follows a scheduler, not somebody's decision.
-FALLS_OF_A_SCHEDULE = 3
-# Below this, swa_lr is taken for a learning rate of SGD's or Adam's.
-SHORT_SWA_LR = 0.5
-# So many updates in a row without any finite gradient entry are no bad batch.
-UPDATES_WITHOUT_GRADIENT = 5
-# Gradients are looked at once in so many updates while they are finite.
-GRADIENT_INTERVAL = 64
+FALLS_OF_A_SCHEDULE = 3  # updates with a falling learning rate that make a schedule
+SHORT_SWA_LR = 0.5  # below it, swa_lr is taken for a learning rate of SGD or Adam
+UPDATES_WITHOUT_GRADIENT = 5  # in a row, without a finite gradient entry: no single bad batch
+GRADIENT_INTERVAL = 64  # updates between two looks at finite gradients
 
 
 class GroupWatch:
-    """What is worth a warning in the updates of one group.
+    """Finds what to warn of in the updates of one group.
 
-    A step counts ``updates``, and calls :meth:`look` when ``due`` is reached and :meth:`fall` when
-    the learning rate is below ``rate``. It pays nothing else.
+    A step counts ``updates``, calls :meth:`look` when ``due`` is reached and :meth:`fall` when the
+    learning rate is below ``rate``, and pays nothing else.
 
     Args:
-        rule: of the optimizer.
+        rule: the optimizer's update rule.
         said: kinds of warnings that the optimizer has given.
 
     Attributes:
-        updates: number of updates of the group; may be too high where gradients come and go.
+        updates: number of the group's updates; an upper bound where gradients come and go.
         due: the update at which to look.
         rate: learning rate of the last update; NaN before the first one.
     """
@@ -50,13 +46,13 @@ class GroupWatch:
         self._asked: tuple[Tensor, Any] | None = None
 
     def begin(self, states: Sequence[State]) -> None:
-        """Count on from the updates that the parameters have had; may synchronize a device."""
+        """Continue the count of the parameters' updates; may synchronize a device."""
         if self.updates < 0:
             counts = self._rule.reads_horizon or self._rule.trained_steps is not None
             self.updates = _updates_of(states) if counts else 0
 
     def expect(self, group: dict[str, Any]) -> None:
-        """Take note of the length of the run."""
+        """Note the length of the run, and warn of a ``OneCycleLR`` with another one's rate."""
         total = group["total_steps"] if self._anneals(group) else None
         trained = self._rule.trained_steps
         self._ends = {
@@ -78,7 +74,7 @@ class GroupWatch:
         self.due = min([self._next_gradient, *self._ends.values()])
 
     def look(self, group: dict[str, Any], states: Sequence[State], grads: Sequence[Tensor]) -> None:
-        """Look at an update that was made."""
+        """Look at the last update."""
         if self.updates >= self._next_gradient:
             self._look_at_gradients(grads)
         if any(self.updates >= end for end in self._ends.values()):
@@ -93,7 +89,7 @@ class GroupWatch:
     # ---- the learning rate
 
     def fall(self, group: dict[str, Any], rate: float) -> None:
-        """Take note of a learning rate that is below that of the update before."""
+        """Note a learning rate below that of the update before."""
         self._falls += 1
         if "schedule" in self._said:
             return
@@ -144,7 +140,7 @@ class GroupWatch:
     def _look_at_gradients(self, grads: Sequence[Tensor]) -> None:
         own = [grad for grad in map(local, grads) if grad.numel() and has_values(grad)]
         missing = self._has_no_finite_entry(min(own, key=Tensor.numel)) if own else False
-        if missing is None:  # the device has not answered yet
+        if missing is None:
             self._next_gradient = self.updates + 1
             return
         self._without_gradient = self._without_gradient + 1 if missing else 0
@@ -160,7 +156,10 @@ class GroupWatch:
             )
 
     def _has_no_finite_entry(self, grad: Tensor) -> bool | None:
-        """Whether no entry is finite; on a GPU what an earlier call asked, to wait for nothing."""
+        """Whether no entry is finite; ``None`` while a GPU has not answered.
+
+        On a GPU the answer is that of the call before, so that no step waits.
+        """
         if grad.device.type == "cpu":
             return not bool(grad.isfinite().any())
         if grad.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
@@ -178,6 +177,6 @@ class GroupWatch:
 
 
 def _updates_of(states: Sequence[State]) -> int:
-    """The most updates that any of these parameters has had."""
+    """The largest number of updates of any of these parameters."""
     steps = [state["step"] for state in states if has_values(state["step"])]
     return int(torch.stack(steps).max()) if steps else 0

@@ -1,9 +1,9 @@
 """An update rule as one safetensors file: weights, and a header that rebuilds the rule.
 
-The header's metadata holds ``format``, ``format_version``, ``rule`` (registered name), and as JSON
+The header's metadata holds ``format``, ``format_version`` and ``rule`` (registered name); as JSON
 ``config``, ``use`` (``warmup_steps`` and ``trained_steps`` of the rule) and ``record`` (recipe,
-seed, commit, figures); and ``sha256``, a digest of everything else. The same rule and record
-always give the same bytes. Nothing is ever unpickled. A rule keeps the dtype of its tensors.
+seed, commit, figures); and ``sha256``, a digest of everything else. The same rule and record give
+the same bytes. Nothing is unpickled. Weights keep their dtype.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from learned_optim._discovery import unknown_name
 from learned_optim._fields import check_fields
@@ -41,7 +38,7 @@ USE = ("trained_steps", "warmup_steps")
 #: The best checkpoint so far of a run folder.
 BEST_FILE = "best.safetensors"
 
-#: What safetensors calls the dtypes that a rule's tensors may have.
+#: Dtypes that a rule's tensors may have, by safetensors' names.
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -54,7 +51,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-#: Those in which an update can be computed.
+#: Dtypes in which updates can be computed.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,14 +59,14 @@ class CheckpointError(ValueError):
     """A file that is no usable checkpoint; the message says what is wrong with it."""
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it into place.
 
-    A reader sees the old file or the new one, never half of one, whenever the process dies.
+    Whenever the process dies, a reader sees the old file or the new one, never half of one.
 
     Raises:
-        OSError: the file cannot be written, a full disk say; the message names it, and the old file
-            is as it was.
+        OSError: the file cannot be written, for instance because the disk is full. The message
+            names it, and an older file is as it was.
     """
     path = Path(path)
     try:
@@ -94,17 +91,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of writers that were killed; nobody may be writing there now."""
+    """Delete temporary files of killed writers, in a folder that nobody writes to now."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Make sure, before hours of work, that ``path`` can be written at their end.
-
-    Raises:
-        OSError: its folder cannot be made or written to, or it is a folder itself.
-    """
+    """Raise ``OSError`` now if ``path`` could not be written after hours of work."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder, and a file is to be written")
@@ -118,11 +111,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """:func:`write_atomically` for text."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def as_json(data: Any, indent: int | None = None) -> str:
@@ -155,8 +144,7 @@ def save_rule(
 
     Raises:
         TypeError: the rule is not registered under a name, or the record is not JSON.
-        ValueError: weights that no update can be computed with: not finite, or of no floating dtype
-            of 16 bits or more.
+        ValueError: weights that are not finite, or of no floating dtype of 16 bits or more.
         OSError: the file cannot be written; an older one is as it was.
     """
     if not rule.name:
@@ -179,18 +167,14 @@ def save_rule(
     }
     metadata["sha256"] = content_digest(metadata, tensors)
     content = _safetensors(metadata, tensors)
-    write_atomically(path, lambda temporary: _write(temporary, content))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def _safetensors(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file; safetensors' own writers draw the order of its header at random.
+    """The bytes of a safetensors file; the library's own writers order its header at random.
 
-    The header's length as 8 bytes, the header as JSON padded to a multiple of 8 bytes, and the
-    tensors behind each other, the widest elements first, so that all are aligned.
+    Eight bytes of the header's length, the header as JSON padded to a multiple of 8 bytes, and the
+    tensors, the widest elements first so that all are aligned.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     parts, offset = [], 0
@@ -209,26 +193,26 @@ def _safetensors(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
 
 
 def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over everything that a checkpoint says, the digest itself excepted."""
-    said = {key: value for key, value in metadata.items() if key != "sha256"}
+    """SHA-256 over metadata and tensors, the digest itself excepted."""
+    rest = {key: value for key, value in metadata.items() if key != "sha256"}
     form = {name: [DTYPES[t.dtype], list(t.shape)] for name, t in tensors.items()}
-    digest = hashlib.sha256(json.dumps([said, form], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([rest, form], sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
 
 
 def check_weights(rule: UpdateRule, tensors: Mapping[str, Tensor]) -> None:
-    """Whether updates can be computed with these tensors in the place of the rule's own.
+    """Check that the rule can compute updates with these tensors as its own.
 
     Raises:
         ValueError: a tensor of another kind than the rule's, weights of several dtypes, or weights
-            that are not finite; the message names the tensor.
+            that are not finite. The message names the tensor.
     """
     weights = {name for name, _ in rule.named_parameters()}
     for name, own in rule.state_dict().items():
         if name not in tensors:
-            continue  # loading says which are missing
+            continue  # load_state_dict names those that are missing
         dtype = tensors[name].dtype
         fits = dtype in WEIGHT_DTYPES if own.is_floating_point() else dtype == own.dtype
         if not fits or dtype not in DTYPES:
@@ -275,7 +259,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
             f"{FORMAT_VERSION}: pip install --upgrade learned-optim"
         )
     try:
-        _check_intact(metadata, tensors)
+        foreign = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]
+        if foreign:
+            dtype = tensors[foreign[0]].dtype
+            raise CheckpointError(f"{foreign[0]} has dtype {dtype}, in which no rule computes")
+        if metadata.get("sha256") != content_digest(metadata, tensors):
+            raise CheckpointError(
+                "the file is damaged: its content does not have the digest that its header "
+                "states. Copy or download it again"
+            )
         if metadata["rule"] not in rule_names():
             raise ValueError(
                 f"{unknown_name('update rule', metadata['rule'], rule_names())}. A rule of your "
@@ -284,14 +276,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
         with _no_larger_than(tensors):
             rule = build_rule(metadata["rule"], _json_object(metadata, "config"))
         check_fields(rule.config)
-        _check_finite(rule.config_dict())
+        for name, value in rule.config_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         check_weights(rule, tensors)
         # Weights load into the dtype they have: casting them would make another rule.
         for key, entry in rule.state_dict(keep_vars=True).items():
             if key in tensors and entry.is_floating_point():
                 entry.data = entry.data.to(tensors[key].dtype)
         rule.load_state_dict(tensors, strict=True)
-        for name, value in _use(metadata).items():
+        for name, value in _json_object({"use": "{}", **metadata}, "use").items():
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if name not in USE or not (is_count or (value is None and name == "trained_steps")):
+                raise ValueError(f"its use has {name}={value!r}")
             setattr(rule, name, value)
         record = _json_object({"record": "{}", **metadata}, "record")
     except CheckpointError as error:
@@ -301,69 +298,32 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
     return rule.eval(), record
 
 
-def _use(metadata: dict[str, str]) -> dict[str, int | None]:
-    found = _json_object({"use": "{}", **metadata}, "use")
-    for name, value in found.items():
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        if name not in USE or not (is_count or (value is None and name == "trained_steps")):
-            raise ValueError(f"its use has {name}={value!r}")
-    return found
-
-
-def _check_finite(config: Mapping[str, Any]) -> None:
-    for name, value in config.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
-
-
-def _check_intact(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Hold a file against its own digest.
-
-    Raises:
-        CheckpointError: it differs, or the file has a tensor that no rule has.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{name} has dtype {tensor.dtype}, in which no rule computes")
-    if metadata.get("sha256") != content_digest(metadata, tensors):
-        raise CheckpointError(
-            "the file is damaged: its content does not have the digest that its header states. "
-            "Copy or download it again"
-        )
-
-
 @contextmanager
 def _no_larger_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Stop building a rule as soon as it is clear that the file does not hold its weights.
+    """Stop building a rule once it clearly is larger than the file.
 
     A configuration can name any size: a million layers would be built for hours, and a million
-    units fill the memory, before they turned out to be other weights than those of the file.
+    units fill the memory, before the weights turned out not to fit.
     """
-    # Rules may build parts more than once, and throw some away.
-    most_tensors = 100 + 4 * len(tensors)
-    most_elements = 10_000 + 4 * sum(tensor.numel() for tensor in tensors.values())
-    count, elements, here = 0, 0, threading.get_ident()
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    built, here = 0, threading.get_ident()
 
-    def observe(module: nn.Module, name: str, entry: Tensor | None) -> None:
-        nonlocal count, elements
-        if entry is None or threading.get_ident() != here:
+    def observe(module: nn.Module, name: str, weight: Tensor | None) -> None:
+        nonlocal built
+        if weight is None or threading.get_ident() != here:  # the hook is global
             return
-        count, elements = count + 1, elements + entry.numel()
-        if count > most_tensors or elements > most_elements:
+        built += weight.numel()
+        if built > 10_000 + 4 * stored:  # rules may build parts twice and drop some
             raise CheckpointError(
                 f"the configuration in its header is that of a larger rule: the file holds "
-                f"{len(tensors)} tensors of {sum(t.numel() for t in tensors.values()):,} numbers"
+                f"{stored:,} numbers"
             )
 
-    hooks = [
-        register_module_parameter_registration_hook(observe),
-        register_module_buffer_registration_hook(observe),
-    ]
+    hook = register_module_parameter_registration_hook(observe)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 def _json_object(metadata: dict[str, str], entry: str) -> dict[str, Any]:

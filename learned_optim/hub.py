@@ -1,8 +1,7 @@
 """Upload of update rules to the Hugging Face Hub.
 
-A repository holds ``model.safetensors`` (the checkpoint), ``config.json`` (which rule, for readers
-and for telling a foreign repository before anything large is fetched) and ``README.md`` (the
-card).
+A repository holds ``model.safetensors`` (the checkpoint), ``config.json`` (which rule, so that a
+foreign repository is refused before its weights are fetched) and ``README.md`` (the card).
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from learned_optim.pretrained import load_record, load_rule
 from learned_optim.rules import UpdateRule
 from learned_optim.summary import draw
 
-CARD_FILE = "README.md"
-
 
 def push_to_hub(
     rule: str | os.PathLike[str] | UpdateRule,
@@ -37,14 +34,13 @@ def push_to_hub(
     """Upload an update rule with its configuration and a generated model card, in one commit.
 
     Args:
-        rule: an update rule, or whatever :func:`learned_optim.load_rule` takes.
+        rule: an update rule, or a source as for :func:`learned_optim.load_rule`.
         repo_id: ``"user/repo"``, optionally ``"@branch"``; created where missing.
-        record: how the rule was made; ``None`` takes it from the checkpoint ``rule`` names.
-        evaluation: the summary that ``learned-optim evaluate`` writes; its table and learning
-            curves go onto the card (the curves need matplotlib).
+        record: how the rule was made; ``None`` for the record of the checkpoint ``rule``.
+        evaluation: the summary that ``learned-optim evaluate`` writes. The card shows its table and
+            learning curves, which need matplotlib.
         license: the card's licence, as the Hub spells it.
-        private: whether a repository created by this call is private; ``None`` is the account's
-            default.
+        private: whether a new repository is private; ``None`` for the account's default.
         commit_message: of the upload.
         token: access token; ``None`` takes the logged-in user's.
 
@@ -86,7 +82,7 @@ def push_to_hub(
         card = model_card(
             rule, repo, record=record, evaluation=evaluation, curves=curves, license=license
         )
-        (folder / CARD_FILE).write_text(card)
+        (folder / "README.md").write_text(card)
         api.create_repo(repo, private=private, exist_ok=True)
         if branch:
             api.create_branch(repo, branch=branch, exist_ok=True)

@@ -1,8 +1,4 @@
-"""From gradients to network inputs: pure functions of the observed gradient, no weights.
-
-A learned update rule sees gradients whose magnitudes span many decades. These functions bring
-them into a range a small recurrent network can read.
-"""
+"""Network inputs from gradients, whose magnitudes span many decades: pure functions."""
 
 import math
 
@@ -31,13 +27,13 @@ def log_and_sign(grad: Tensor, p: float = 10.0) -> Tensor:
 
     Args:
         grad: gradient, any shape ``S``, floating point.
-        p: how many powers of e below 1 are told apart before magnitudes fade linearly to zero.
+        p: magnitudes below ``e^-p`` fade linearly to zero.
 
     Returns:
         Features of shape ``(*S, 2)``, same dtype: scaled log-magnitude, then sign.
     """
     magnitude = grad.abs()
-    # Clamping from below keeps log() away from zero, from above it reads inf as the largest number.
+    # The lower bound keeps log() away from zero; the upper one reads inf as the largest number.
     log_magnitude = magnitude.clamp(math.exp(-p), torch.finfo(grad.dtype).max).log() / p
     # clamp(e^p g, -1, 1) is sign(g) above the threshold and e^p g below it; exp(p) overflows in
     # half precision, so the factor goes in as two square roots.

@@ -11,8 +11,7 @@ from learned_optim._discovery import did_you_mean, unknown_name
 from learned_optim.checkpoint import BEST_FILE, CheckpointError, read_checkpoint
 from learned_optim.rules import UpdateRule
 
-#: Names that move on to better weights, and where they stand; ``default`` is what
-#: ``LearnedOptimizer(params)`` uses.
+#: Names that move on to better weights. ``LearnedOptimizer(params)`` uses ``default``.
 ALIASES = {"default": "eigenbasis", "default-fast": "diagonal"}
 
 
@@ -32,17 +31,7 @@ def list_pretrained() -> list[str]:
 def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = False) -> Path:
     """The checkpoint file behind a shipped name, a file, a folder or a Hub id.
 
-    A shipped name never touches the network; ``user/repo`` or ``user/repo@revision`` does (or
-    reads the Hub's local cache), because somebody wrote one.
-
-    Args:
-        source: as for :func:`load_rule`.
-        local_files_only: as for :func:`load_rule`.
-
-    Raises:
-        ValueError: neither a shipped name nor an existing path nor a Hub id.
-        FileNotFoundError: a path that does not exist, or nothing to be had from the Hub.
-        CheckpointError: a Hub repository of something else.
+    Only a Hub id touches the network. Arguments and errors are those of :func:`load_rule`.
     """
     text = os.fspath(source)
     if text in list_pretrained():
@@ -55,7 +44,7 @@ def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = 
             raise FileNotFoundError(f"no checkpoint file at {path}{_beside(path)}")
         return path
     if _download.is_hub_id(text):
-        if "@" not in text and path.parent.is_dir():  # a mistyped path rather than a user's name
+        if "@" not in text and path.parent.is_dir():  # more likely a mistyped path
             near = _beside(path) or "."
             raise FileNotFoundError(
                 f"no checkpoint file or folder at {path}{near} A Hub repository of that name, "
@@ -68,11 +57,7 @@ def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = 
 
 
 def _in_folder(folder: Path) -> Path:
-    """The checkpoint of a folder: a repository's, a finished run's, or the best of a run so far.
-
-    Raises:
-        FileNotFoundError: it holds none, or several of which none is any of these.
-    """
+    """The checkpoint of a folder: a repository's, a finished run's, or the best of a run so far."""
     found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
     for name in (_download.CHECKPOINT_FILE, f"{folder.resolve().name}.safetensors"):
         if name in found:
@@ -91,7 +76,7 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _beside(path: Path) -> str:
-    """What is near a path that does not exist, for an error's end."""
+    """The end of an error about a path that does not exist: the nearest name beside it."""
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     return did_you_mean(str(path), [str(path.parent / name) for name in names])
 
@@ -103,17 +88,17 @@ def load_rule(source: str | os.PathLike[str], *, local_files_only: bool = False)
         source: a shipped name (:func:`list_pretrained`), a ``.safetensors`` file, a folder with a
             checkpoint (``model.safetensors``, or a run folder), or a Hub id ``"user/repo"``,
             optionally ``"@revision"`` (a branch, a tag or a commit).
-        local_files_only: take a Hub id from the local cache or fail, without any network access.
-            Setting ``HF_HUB_OFFLINE=1`` does the same for a whole process.
+        local_files_only: take a Hub id from the local cache or fail, without network access.
+            ``HF_HUB_OFFLINE=1`` does the same for a whole process.
 
     Returns:
         The rule in evaluation mode.
 
     Raises:
         ValueError: unknown name; the message lists the shipped ones.
-        FileNotFoundError: no such file, or none to be had from the Hub; the message tells a
-            missing repository from a missing revision, a missing file and a missing network.
-        CheckpointError: the file is damaged, foreign or of a newer format.
+        FileNotFoundError: no such file, or none from the Hub; the message says whether repository,
+            revision, file or network is missing.
+        CheckpointError: the file is damaged, foreign or of another format version.
 
     Example:
         >>> rule = load_rule("mnist")

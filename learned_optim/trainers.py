@@ -1,4 +1,4 @@
-"""Helpers for trainers that own the loop; each imports its trainer when it is called."""
+"""Helpers for trainers that own the loop. A trainer is imported when its helper is called."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from learned_optim._warn import warn
 
 
 def trainer_callback() -> Any:
-    """A callback that tells the optimizer of a Hugging Face ``Trainer`` the length of its run.
+    """A callback of a Hugging Face ``Trainer`` that sets the optimizer's ``total_steps``.
 
     The trainer knows the number of steps once training begins. Pass
-    ``lr_scheduler_type="constant"`` beside it: the trainer's own schedule would anneal twice.
+    ``lr_scheduler_type="constant"`` beside it, because the optimizer anneals by itself.
 
     Returns:
         A ``transformers.TrainerCallback``, for ``Trainer(callbacks=[trainer_callback()])``.

@@ -1,7 +1,4 @@
-"""What an update rule has learned: a report with plots, and words computed from numbers.
-
-Needs the extra ``meta``. The command is ``learned-optim explain CHECKPOINT``.
-"""
+"""Reports on what an update rule has learned. Needs the extra ``meta``."""
 
 from learned_optim.explain._report import explain
 

@@ -1,4 +1,4 @@
-"""How the step depends on a tensor's scale and shape, on noise and on progress."""
+"""The step as a function of a tensor's scale and shape, of noise and of progress."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Dependence:
     """Root mean square steps after a typical history, in units of the tensor's scale.
 
     Attributes:
-        scale: by the tensor's scale, in units of the usual scale of its shape; so are the steps.
+        scale: by scale. Scales and steps are in units of the shape's usual scale.
         shape: by shape.
         signal: by the amplitude of the gradient's constant part.
         signal_adam: the same of Adam; its learning rate gives an equal step at amplitude 0.3.
-        known: of every step of a run with ``total_steps``; empty if the rule does not read it.
-        unknown: of every step of a run without ``total_steps``.
+        known: every step of a run with ``total_steps``; empty if the rule does not read it.
+        unknown: every step of a run without ``total_steps``.
         horizon: length of the run.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ _SMOOTHED = 10  # steps over which noisy courses are averaged
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure of panels in rows of at most three: wider ones are illegible on a page."""
+    """A figure of panels in rows of at most three, which a page can show."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no window
 
     columns = min(3, count) if count != 4 else 2
@@ -33,27 +32,8 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
     return figure, list(grid.flat[:count])
 
 
-def _save(figure: Any, path: Path) -> None:
-    """A PNG of 64 colours, a third of the usual size: reports are kept under version control."""
-    from PIL import Image  # matplotlib needs it as well
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
-    with Image.open(buffer) as image:
-        image.convert("RGB").quantize(64).save(path, optimize=True)
-
-
-def _style(rule: str) -> dict[str, Any]:
-    """Of a rule's line; momentum is dashed, because it often lies on Adam's."""
-    return {
-        "color": _COLOURS[rule],
-        "lw": 2.0 if rule == "learned" else 1.0,
-        "ls": "--" if rule == "momentum" else "-",
-    }
-
-
 def _legend(figure: Any, *panels: Axes) -> None:
-    """Legends of the lines of panels above and below all panels, where they cover no curve."""
+    """Legends of one or two panels, above and below all panels."""
     for axes, place in zip(panels, ("outside upper center", "outside lower center"), strict=False):
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc=place, ncols=min(6, len(labels)), fontsize=8)
@@ -76,16 +56,19 @@ def plot_histories(curves: dict[str, Curve], path: Path) -> None:
     figure, panels = _panels(len(curves))
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         for rule, descent in curve.descent.items():
-            axes.plot(curve.gradient, descent, label=rule, **_style(rule))
+            width, style = 2.0 if rule == "learned" else 1.0, "-"
+            if rule == "momentum":  # often lies on Adam's line
+                style = "--"
+            axes.plot(curve.gradient, descent, style, color=_COLOURS[rule], lw=width, label=rule)
         axes.axhline(0, color="0.8", lw=0.6, zorder=0)
         axes.axvline(0, color="0.8", lw=0.6, zorder=0)
-        if name == "suddenly large":  # momentum follows the gradient out of the picture
+        if name == "suddenly large":  # momentum would leave the picture
             bounded = [d for r, ds in curve.descent.items() if r != "momentum" for d in ds]
             margin = 0.1 * (max(bounded) - min(bounded))
             axes.set_ylim(min(bounded) - margin, max(bounded) + margin)
         _label(axes, name, "current gradient", "step downhill / scale")
     _legend(figure, panels[0])
-    _save(figure, path)
+    figure.savefig(path, dpi=80)
 
 
 def plot_run(runs: dict[str, Watched], path: Path) -> None:
@@ -109,11 +92,11 @@ def plot_run(runs: dict[str, Watched], path: Path) -> None:
         _label(ratio, f"step / parameter\n{name}", "step")
         _label(effective, f"effective learning rate\n{name}", "step")
     _legend(figure, first, rest[0])
-    _save(figure, path)
+    figure.savefig(path, dpi=80)
 
 
 def gain_shares(numbers: dict[str, float]) -> dict[str, float]:
-    """What each direction adds to a step, as a share of all, negative where it goes against it."""
+    """Shares of the directions in a step; negative for those that are subtracted."""
     parts = {
         key.removeprefix("part/"): value for key, value in numbers.items() if key[:5] == "part/"
     }
@@ -125,7 +108,7 @@ def gain_shares(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def plot_gains(run: Watched, path: Path) -> bool:
-    """Plot the directions' shares in the step over a run; false for a rule of one direction."""
+    """The directions' shares in the step over a run; false for a rule of one direction."""
     tensors = list(run.numbers.items())[:6]
     if len(gain_shares(tensors[0][1][0])) < 2:
         return False
@@ -138,7 +121,7 @@ def plot_gains(run: Watched, path: Path) -> bool:
         axes.set_ylim(-1.05, 1.05)
         _label(axes, tensor, "step", "share of the step")
     _legend(figure, panels[0])
-    _save(figure, path)
+    figure.savefig(path, dpi=80)
     return True
 
 
@@ -162,4 +145,4 @@ def plot_dependence(found: Dependence, path: Path) -> None:
     progress.semilogy(found.unknown, "C1", label="length unknown")
     _label(progress, "progress", "step", "step / scale")
     _legend(figure, progress, signal)
-    _save(figure, path)
+    figure.savefig(path, dpi=80)

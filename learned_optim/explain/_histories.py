@@ -20,8 +20,8 @@ from learned_optim.explain._probe import (
 )
 from learned_optim.rules import UpdateRule
 
-# Of the tensor's 1,024 coordinates, 64 get a varied gradient, and the others one more of the same.
-_VARIED, _POINTS = 64, 41
+_VARIED = 64  # coordinates, of 1,024, whose current gradient is varied
+_POINTS = 41  # values of it
 _DECAY = 30.0  # steps in which the decaying gradient falls by e
 
 
@@ -62,19 +62,18 @@ class Curve:
 
 
 def curves(rule: UpdateRule) -> dict[str, Curve]:
-    """The step of the rule and of the references as a function of the gradient, by history."""
+    """Curves of the rule and of the references, by history."""
     rules = {"learned": rule, **{name: make() for name, make in REFERENCES.items()}}
     sizes = {name: settled_step(Probe(own), typical(1024)) for name, own in rules.items()}
     rates = {name: sizes["learned"] / size for name, size in sizes.items()}
     found = {}
     for history in HISTORIES:
         gradient = torch.linspace(-history.widest, history.widest, _POINTS).tolist()
-        descent, size = {}, {}
+        curve = found[history.name] = Curve(gradient, {}, {})
         for name, rate in rates.items():
-            values, own = _response(rules[name], history, gradient)
-            descent[name] = [rate * value for value in values]
-            size[name] = rate * own
-        found[history.name] = Curve(gradient, descent, size)
+            descent, size = _response(rules[name], history, gradient)
+            curve.descent[name] = [rate * value for value in descent]
+            curve.size[name] = rate * size
     return found
 
 

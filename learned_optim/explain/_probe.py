@@ -13,9 +13,9 @@ from learned_optim import LearnedOptimizer
 from learned_optim._tensors import init_scale
 from learned_optim.rules import UpdateRule, classical
 
-#: Steps after which a history counts as settled, and those over which a step is averaged.
+#: Steps of a history, and steps at its end over which the size of a step is averaged.
 SETTLED, AVERAGED = 100, 20
-#: Shape of the probed tensor where the shape is not what varies.
+#: Shape of the probed tensor unless the shape varies.
 SHAPE = (32, 32)
 
 #: Hand-written rules beside the learned one. Their learning rates are matched to its steps.
@@ -31,14 +31,9 @@ class Probe:
 
     Args:
         rule: the update rule; a rule that reads the loss is shown a loss of 1.
-        shape: of the tensor.
-        scale: standard deviation of its entries; the usual one of the shape if not given.
+        shape: shape of the tensor.
+        scale: root mean square of its entries; ``None`` for the usual one of the shape.
         total_steps: length of the run, for rules that read it.
-        seed: of the entries.
-
-    Attributes:
-        scale: as given.
-        param: the tensor, flattened.
     """
 
     def __init__(
@@ -47,10 +42,9 @@ class Probe:
         shape: tuple[int, ...] = SHAPE,
         scale: float | None = None,
         total_steps: int | None = None,
-        seed: int = 0,
     ) -> None:
-        self.scale = init_scale(torch.Size(shape)) if scale is None else scale
-        draws = torch.randn(math.prod(shape), generator=Generator().manual_seed(seed))
+        self.scale = init_scale(shape) if scale is None else scale
+        draws = torch.randn(math.prod(shape), generator=Generator().manual_seed(0))
         self.param = self.scale * draws / draws.square().mean().sqrt()
         self._tensor = nn.Parameter(self.param.view(shape).clone())
         self._optimizer = LearnedOptimizer(
@@ -82,15 +76,15 @@ def rms(value: Tensor) -> float:
     return float(value.square().mean().sqrt())
 
 
-def typical(n: int, signal: float = 0.3, seed: int = 1) -> Callable[[], Tensor]:
+def typical(n: int, signal: float = 0.3) -> Callable[[], Tensor]:
     """Gradients ``(n,)`` of mean square 1 with a constant part of amplitude ``signal``."""
-    generator = Generator().manual_seed(seed)
+    generator = Generator().manual_seed(1)
     fixed = torch.randn(n, generator=generator).sign() * signal
     noise = math.sqrt(max(0.0, 1.0 - signal**2))
     return lambda: fixed + noise * torch.randn(n, generator=generator)
 
 
-def settled_step(probe: Probe, grads: Callable[[], Tensor], steps: int = SETTLED) -> float:
+def settled_step(probe: Probe, grads: Callable[[], Tensor]) -> float:
     """Root mean square of the last steps of a history, in units of the tensor's scale."""
-    sizes = [rms(probe.advance(grads())) for _ in range(steps)][-AVERAGED:]
-    return sum(sizes) / len(sizes) / probe.scale
+    sizes = [rms(probe.advance(grads())) for _ in range(SETTLED)]
+    return sum(sizes[-AVERAGED:]) / AVERAGED / probe.scale

@@ -1,4 +1,4 @@
-"""The report on a checkpoint: Markdown and plots in a folder."""
+"""The report on a checkpoint: Markdown and plots in a folder, words computed from numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 
 from learned_optim import load_rule
 from learned_optim.checkpoint import write_text
-from learned_optim.explain import _figures, _words
-from learned_optim.explain._dependence import dependence
+from learned_optim.explain import _figures
+from learned_optim.explain._dependence import Dependence, dependence
 from learned_optim.explain._histories import Curve, curves
-from learned_optim.explain._runs import WATCHED_STEPS, watch_digits
+from learned_optim.explain._runs import ADAM_LRS, WATCHED_STEPS, Watched, watch_digits
 from learned_optim.rules import UpdateRule
 
 REPORT = "README.md"
+#: Ratios nearer to 1 than this count as equal.
+LEVEL = 1.1
 
 
 def explain(
@@ -29,21 +31,21 @@ def explain(
 
     Args:
         checkpoint: as for :func:`learned_optim.load_rule`.
-        output: folder of the report; it is created, and an earlier report in it is replaced.
+        output: folder of the report, made if missing; an earlier report in it is replaced.
         progress: called with a line about every finished measurement.
 
     Returns:
         The report, ``README.md`` in the folder.
 
     Raises:
-        ValueError: there is no such checkpoint, or the file is not one.
+        ValueError: unknown name, or a file that is no checkpoint.
         OSError: a file cannot be read or written.
-        ImportError: matplotlib is missing, which the extra ``meta`` installs.
+        ImportError: matplotlib is missing; the extra ``meta`` installs it.
 
     Example:
         >>> explain("default", "runs/explain")  # doctest: +SKIP
     """
-    import matplotlib  # noqa: F401 - missed now, before anything is computed
+    import matplotlib  # noqa: F401 - an error before anything is computed
 
     rule = load_rule(checkpoint)
     folder = Path(output)
@@ -54,7 +56,7 @@ def explain(
         progress(f"[{time.perf_counter() - started:4.0f} s] {what}")
 
     with warnings.catch_warnings():
-        # Probes and runs may be longer than those of the meta-training, on purpose.
+        # Probes may be longer than the runs of the meta-training.
         warnings.filterwarnings("ignore", "step .* is past", UserWarning)
         by_history = curves(rule)
         done("response to the current gradient")
@@ -67,7 +69,7 @@ def explain(
     _figures.plot_run(runs, folder / "run.png")
     sections = [
         _head(rule, os.fspath(checkpoint)),
-        _bullets(_words.in_short(by_history, by_variable)),
+        _bullets(_in_short(by_history, by_variable)),
         f"## The step as a function of the current gradient\n\nA tensor of 32 x 32 sees a hundred "
         f"gradients of one kind; then one gradient is varied. The learning rates of the "
         f"hand-written rules give steps as large as the learned ones on typical gradients: mean "
@@ -78,7 +80,7 @@ def explain(
         f"## A training run\n\nA 64-32-32-10 ReLU network on scikit-learn's digits, batches of 64, "
         f"{WATCHED_STEPS} steps, one seed. The effective learning rate is that of a gradient "
         f"descent that goes as far along the gradient.\n\n![Loss, relative step and effective "
-        f"learning rate](run.png)\n\n{_bullets(_words.of_run(runs))}",
+        f"learning rate](run.png)\n\n{_bullets(_of_run(runs))}",
     ]
     if _figures.plot_gains(next(iter(runs.values())), folder / "gains.png"):
         sections.append(
@@ -97,6 +99,52 @@ def _head(rule: UpdateRule, name: str) -> str:
         f"everything here, words included. The runs show what the rule does, not how well; "
         f"`learned-optim evaluate` measures that."
     )
+
+
+def _in_short(curves: dict[str, Curve], found: Dependence) -> list[str]:
+    """Sentences on history, noise, the tensor's scale and progress."""
+    steps = {name: curve.size["learned"] / curve.size["Adam"] for name, curve in curves.items()}
+    growth = found.scale[3.0] / found.scale[0.3]
+    noise, adam = (sizes[0.05] / sizes[1.0] for sizes in (found.signal, found.signal_adam))
+    lines = [
+        f"Beside an Adam with equal steps on typical gradients, its steps are "
+        f"{_compared(steps['constant'])} where gradients repeat, {_compared(steps['noisy'])} where "
+        f"they are noise and {_compared(steps['alternating'])} where they alternate.",
+        f"On gradients that are nearly all noise, its steps are {noise:.2g} of those on gradients "
+        f"that repeat; Adam's are {adam:.2g}.",
+        f"Ten times the tensor's scale gives steps {growth:.2g} times as large; Adam's are equal.",
+    ]
+    if found.known:
+        lines.append(
+            f"Told a length of {found.horizon} steps, it ends with a step of "
+            f"{found.known[-1] / max(found.known):.2g} of its largest."
+        )
+    return lines
+
+
+def _compared(ratio: float) -> str:
+    if 1 / LEVEL < ratio < LEVEL:
+        return "equal"
+    return f"{ratio:.2g} times as large"
+
+
+def _of_run(runs: dict[str, Watched]) -> list[str]:
+    """Sentences on final losses, and on the layers with the smallest and largest steps."""
+    best = min((f"Adam {lr:g}" for lr in ADAM_LRS), key=lambda name: runs[name].final)
+    lines = []
+    for name, run in runs.items():
+        if name.startswith("Adam"):
+            continue
+        middle = len(run.losses) // 2
+        steps = {tensor: found[middle]["step_ratio"] for tensor, found in run.numbers.items()}
+        small, large = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+        lines.append(
+            f"{name.capitalize()}, the final loss is {run.final:.3g}; that of the best of "
+            f"{len(ADAM_LRS)} Adams ({best.removeprefix('Adam ')}) is {runs[best].final:.3g}. Half "
+            f"way through, steps are {steps[small]:.2g} of the tensor for `{small}` and "
+            f"{steps[large]:.2g} for `{large}`."
+        )
+    return lines
 
 
 def _bullets(lines: list[str]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import warnings
 from pathlib import Path
 
+from learned_optim._warn import warn
 from learned_optim.kernels import _build
 
 #: Addresses and constants per tensor, settings per call, entries of ``stats``, inputs and most
@@ -81,9 +81,8 @@ def _warn(why: str) -> None:
     global _warned
     if not _warned:
         _warned = True  # before the warning, which may be an error
-        warnings.warn(
+        warn(
             f"learned_optim runs without its compiled kernel, several times slower ({why}). "
             f"{REMEDY}",
             RuntimeWarning,
-            stacklevel=4,
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from learned_optim._warn import warn
 from learned_optim.kernels import _build, _checks
 from learned_optim.kernels._call import StepSettings, StepTensors
 from learned_optim.kernels._library import SIZES
@@ -65,11 +65,10 @@ def fail(why: str) -> None:
     global _failure
     if not _failure:
         _failure = why
-        warnings.warn(
+        warn(
             f"learned_optim runs without its Triton kernels, several times slower ({why}). "
             f"{_build.SWITCH}=0 silences this.",
             RuntimeWarning,
-            stacklevel=4,
         )
 
 
