@@ -181,9 +181,7 @@ def test_what_is_not_in_the_cache(hub: Hub, tmp_path: Path) -> None:
     assert len(hub.requests) == asked
     (dead,) = client("http://127.0.0.1:9", tmp_path, load("user/good"), NO_WAITING="1")
     assert "the Hub could not be reached for 'user/good'" in dead[1]
-    assert all(
-        name == "FileNotFoundError" for name, _ in (offline, local, dead)
-    )
+    assert all(name == "FileNotFoundError" for name, _ in (offline, local, dead))
 
 
 @pytest.fixture(scope="module")
