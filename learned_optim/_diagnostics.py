@@ -20,9 +20,9 @@ from learned_optim._views import local, local_grad, real, real_shape, shard_grou
 from learned_optim.kernels.constants import DECAY_UNIT, FAST_BETA, SQUARE_BETA, TINY
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
 from learned_optim.rules import _history as history
+from learned_optim.rules._base import decayed
 from learned_optim.rules._features import bias_correction
-from learned_optim.rules._pieces import as_rows
-from learned_optim.rules._step import decayed, sanitize_grad
+from learned_optim.rules._step import as_rows, sanitize_grad
 from learned_optim.rules.horizon import HorizonRule
 
 #: Directions by rule. A rule of another kind has them numbered.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import MutableMapping, Sequence
 from itertools import chain, repeat
-from operator import is_, is_not, itemgetter
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,11 @@ from learned_optim._ambient import plain_arithmetic
 from learned_optim._param_states import ParamStates
 from learned_optim._views import local, local_grad, real, real_shape, shard_groups
 from learned_optim._watch import GroupWatch
-from learned_optim.rules import UpdateRule
+from learned_optim.rules import Shards, StepSettings, UpdateRule
 from learned_optim.rules._context import BoundStep
 from learned_optim.rules._segments import is_sharded
+
+_grad_of = attrgetter("grad")
 
 
 class GroupStep:
@@ -45,7 +47,7 @@ class GroupStep:
         self._params = list(group["params"])
         self._with_grad = [param for param in self._params if param.grad is not None]
         self._without_grad = [param for param in self._params if param.grad is None]
-        self._grads = [param.grad for param in self._with_grad]
+        self._grads = list(map(_grad_of, self._with_grad))
         self._states = [state[param] for param in self._with_grad]
         self._rule = states.rule
         keys = self._rule.state_keys
@@ -54,7 +56,7 @@ class GroupStep:
         found = [[k for k in self._rule.matrix_state if k in s] for s in self._states]
         self._matrices = found if any(found) else []
         self._entries = self._present_entries()
-        self._checked: tuple[object, ...] = (None, self, None)  # differs from all values of groups
+        self._settings: StepSettings | None = None  # of the last step
         self._calls = calls_of(index, group, states, state)
         self._bound = _bind(self._calls)
         if self._with_grad:
@@ -64,7 +66,7 @@ class GroupStep:
         """True if parameters and state are the same tensors as when the step was prepared."""
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
-        self._grads = [param.grad for param in self._with_grad]
+        self._grads = list(map(_grad_of, self._with_grad))
         if not all(map(is_not, self._grads, repeat(None))):
             return False
         if self._without_grad and any(p.grad is not None for p in self._without_grad):
@@ -89,26 +91,20 @@ class GroupStep:
             group: its values are read, and checked where they are new.
             loss: for rules that read it.
         """
-        lr, watch = group["lr"], self._watch
+        lr, watch, settings = group["lr"], self._watch, self._settings
         grads, self._grads = self._grads, []  # they must not outlive zero_grad()
-        values = group["weight_decay"], group["total_steps"], group["warmup"]
-        if not all(map(is_, values, self._checked)):
-            _groups.settle(self._rule, group)
-            self._checked = group["weight_decay"], group["total_steps"], group["warmup"]
-            watch.expect(group)
+        values = lr, group["weight_decay"], group["maximize"], group["warmup"], group["total_steps"]
+        if settings is None or not all(map(is_, values, settings)):
+            if settings is None or not all(map(is_, values[1:], settings[1:])):
+                _groups.settle(self._rule, group)
+                watch.expect(group)
+            settings = self._settings = settings_of(group)
         rate = lr if type(lr) is float and 0.0 < lr < math.inf else _groups.rate_of(lr, self._index)
         if rate == 0.0 or not self._with_grad:
             return
-        if self._bound is None or not self._bound(
-            grads,
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            warmup=group["warmup"],
-            total_steps=group["total_steps"],
-        ):
+        if self._bound is None or not self._bound(grads, settings):
             for call in self._calls:
-                call.step_(group, loss)
+                call.step_(settings, loss)
         watch.updates += 1
         if rate is not None:
             if rate < watch.rate:
@@ -118,6 +114,13 @@ class GroupStep:
             watch.look(group, self._states, grads)
 
 
+def settings_of(group: dict[str, Any]) -> StepSettings:
+    """The numbers of a step of a group."""
+    return StepSettings(
+        group["lr"], group["weight_decay"], group["maximize"], group["warmup"], group["total_steps"]
+    )
+
+
 class Call(NamedTuple):
     """One call of the rule: the parameters of one device and one way of sharding.
 
@@ -125,20 +128,18 @@ class Call(NamedTuple):
         rule: on that device.
         params: with gradients.
         states: as the rule takes them.
-        sharding: process groups over which the parameters are sharded.
-        sharded: true if they are DTensors.
+        shards: what the parameters are parts of, if they are DTensors.
     """
 
     rule: UpdateRule
     params: list[Tensor]
     states: list[dict[str, Any]]
-    sharding: tuple[Any, ...]
-    sharded: bool
+    shards: Shards | None
 
-    def step_(self, group: dict[str, Any], loss: float | Tensor | None) -> None:
-        """The rule's step in place, with the group's values."""
+    def step_(self, settings: StepSettings, loss: float | Tensor | None) -> None:
+        """The rule's step in place."""
         # Graphs know the sizes of shards as symbols, which cannot be packed: not compiled.
-        (_step_uncompiled if self.sharded else _step_tensors)(self, group, loss)
+        (_step_tensors if self.shards is None else _step_uncompiled)(self, settings, loss)
 
 
 def calls_of(
@@ -154,26 +155,23 @@ def calls_of(
     for (_, sharding, sharded), positions in buckets.items():
         params = [group["params"][i] for i in positions]
         own = [states.for_rule(index, i, state[p]) for i, p in zip(positions, params, strict=True)]
-        calls.append(Call(states.rule_on(params[0]), params, own, sharding, sharded))
+        shards = Shards([real_shape(p) for p in params], sharding) if sharded else None
+        calls.append(Call(states.rule_on(params[0]), params, own, shards))
     return calls
 
 
-def _step_tensors(call: Call, group: dict[str, Any], loss: float | Tensor | None) -> None:
+def _step_tensors(call: Call, settings: StepSettings, loss: float | Tensor | None) -> None:
     rule, params = call.rule, call.params
     device = params[0].device
+    if rule.needs_loss:
+        settings = StepSettings(*settings[:-1], _finite_loss(rule, loss, device))
     with plain_arithmetic({device.type}):
         rule.step_(
             [real(local(param)) for param in params],
             [real(local_grad(param.grad, param)) for param in params],
             call.states,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            warmup=group["warmup"],
-            loss=_finite_loss(rule, loss, device) if rule.needs_loss else None,
-            total_steps=group["total_steps"],
-            shapes=[real_shape(param) for param in params],
-            shard_groups=call.sharding,
+            settings,
+            call.shards,
         )
 
 
@@ -190,8 +188,8 @@ def _bind(calls: Sequence[Call]) -> BoundStep | None:
     """The rule's step of these very tensors, if there is one call and the rule can prepare it."""
     if len(calls) != 1:
         return None
-    ((rule, params, states, _, sharded),) = calls
+    ((rule, params, states, shards),) = calls
     # Of complex numbers a step sees views, which stay behind when the data are replaced.
-    if sharded or rule.needs_loss or any(map(Tensor.is_complex, params)):
+    if shards or rule.needs_loss or any(map(Tensor.is_complex, params)):
         return None
-    return rule.bind_step(params, states)
+    return rule.bind(params, states)

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim import _diagnostics, _groups
 from learned_optim._frozen import FrozenRule, freeze, source_name
-from learned_optim._group_step import GroupStep, calls_of
+from learned_optim._group_step import GroupStep, calls_of, settings_of
 from learned_optim._param_states import ParamStates
 from learned_optim._warn import warn
 from learned_optim._watch import GroupWatch
@@ -210,7 +210,7 @@ class LearnedOptimizer(Optimizer):
         self._init_group(group)
         if not _groups.is_zero_without_sync(group["lr"]):
             for call in calls_of(index, group, self._states, self.state):
-                call.step_(group, loss)
+                call.step_(settings_of(group), loss)
 
     def _init_group(self, group: dict[str, Any]) -> None:
         """Create missing state. torch.compile runs a method of this name instead of tracing it."""

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from learned_optim import kernels
 from learned_optim.kernels import constants as c
-from learned_optim.rules import Segments, State, StepContext
+from learned_optim.rules import Segments, State, StepContext, StepSettings
 from learned_optim.rules import _basis as basis
 from learned_optim.rules import _history as history
-from learned_optim.rules._context import StepSettings
 from learned_optim.rules.horizon import HorizonRule, rate_schedule
 
 #: Shapes of which both sides are rotated, only the shorter one, and none.
 SHAPES = [(8, 6), (3, 40), (40, 3), (4, 2, 2, 2), (5,), (8, 6), (1, 7)]
-NUMBERS = {"lr": 0.7, "weight_decay": 50.0, "total_steps": 80.0}
+NUMBERS: dict[str, Any] = {"lr": 0.7, "weight_decay": 50.0, "total_steps": 80.0}
 
 
 def eigenbasis_rule(dtype: torch.dtype = torch.float32) -> HorizonRule:
@@ -64,8 +63,8 @@ def run(
     params = [param.clone() for param in params]
     states = fresh(rule, params)
     for step in grads:
-        rule.step_(params, [g.to(p.dtype) for g, p in zip(step, params, strict=True)], states,
-                   **numbers)  # fmt: skip
+        raw = [g.to(p.dtype) for g, p in zip(step, params, strict=True)]
+        rule.step_(params, raw, states, StepSettings(**numbers))
     return params, states
 
 
@@ -191,8 +190,7 @@ def test_matrices_of_one_shape_step_as_they_do_alone(ages: str) -> None:
             rotation = rule.rotation(alone[index : index + 1], own[index : index + 1], [index])
             assert rotation is not None
             seen, updates = rotation.rotate(raw[index : index + 1])
-            places = rotation.wide, seen, own[index : index + 1]
-            rule._step_(*places, StepSettings(), None, (), updates)
+            rule.step_(rotation.wide, seen, own[index : index + 1], updates=updates)
             rotation.rotate_back()
     for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -207,11 +205,11 @@ def test_bound_steps_have_the_same_bits(dtype: torch.dtype) -> None:
     unbound, states = run(rule, params, grads, **NUMBERS)
     bound = [param.clone() for param in params]
     own = fresh(rule, bound)
-    step_ = rule.bind_step(bound, own)
+    step_ = rule.bind(bound, own)
     assert step_ is not None
     for step in grads:
         raw = [grad.to(dtype) for grad in step]
-        assert step_(raw, maximize=False, warmup=0, **NUMBERS)  # type: ignore[arg-type]
+        assert step_(raw, StepSettings(**NUMBERS))
     assert all(map(torch.equal, bound, unbound))
     assert all(torch.equal(a[key], b[key]) for a, b in zip(states, own, strict=True) for key in a)
 

@@ -119,15 +119,12 @@ def bound_steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     def recording(*arguments: Any, **keywords: Any) -> Any:
         step = bind(*arguments, **keywords)
 
-        class Recorded:
-            takes = staticmethod(step.takes) if step is not None else None
+        def recorded(*own: Any) -> bool:
+            assert step is not None
+            results.append(step(*own))
+            return results[-1]
 
-            def __call__(self, *own: Any) -> bool:
-                assert step is not None
-                results.append(step(*own))
-                return results[-1]
-
-        return None if step is None else Recorded()
+        return None if step is None else recorded
 
     monkeypatch.setattr(kernels, "bind", recording)
     return results

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from learned_optim import LearnedOptimizer, kernels
 from learned_optim.meta.tasks.coordinates import sine_network
-from learned_optim.rules import Segments, StepContext
+from learned_optim.rules import Segments, StepContext, StepSettings
 from learned_optim.rules import _history as history
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
@@ -145,7 +145,7 @@ def test_no_step_is_longer_than_the_stated_bound(seed: int, spread: float, total
     states = fresh_states(rule, params)
     for grad in grads:
         before = params[0].clone()
-        rule.step_(params, [grad], states, total_steps=total)
+        rule.step_(params, [grad], states, StepSettings(total_steps=total))
         longest = (params[0] - before).abs().max().item()
         assert longest <= rule.longest_step * 0.1 * (1 + 1e-6)
 
@@ -177,7 +177,7 @@ def test_silent_tensors_learn_only_their_root_mean_square() -> None:
     rule = random_rule("horizon", torch.float64)
     params = [torch.full((4,), 2.0, dtype=torch.float64)]
     states = fresh_states(rule, params)
-    rule.step_(params, [torch.zeros(4).double()], states, total_steps=100)
+    rule.step_(params, [torch.zeros(4).double()], states, StepSettings(total_steps=100))
     assert (params[0] == 2).all()
     assert states[0]["stats"].tolist() == [2.0, 2.0, *[0.0] * 11, -3.0]
 
@@ -259,8 +259,8 @@ def test_weight_decay_follows_schedule_and_confidence(total: int | None) -> None
             states[0]["stats"][history.RMS] = 1e-3
             states[0]["stats"][history.CONFIDENCE] = -step / 10
             param = [params[0].clone()]
-            rule.step_(param, [torch.ones(3, 2)], states, lr=0.5, total_steps=total,
-                       weight_decay=decay)  # fmt: skip
+            numbers = StepSettings(lr=0.5, total_steps=total, weight_decay=decay)
+            rule.step_(param, [torch.ones(3, 2)], states, numbers)
             ends_of.append(param[0][0, 0].item())
         ends.append(ends_of)
     shrunk = [before - after for before, after in zip(*ends, strict=True)]

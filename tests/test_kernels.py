@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, kernels
 from learned_optim.kernels import _build, _library
-from learned_optim.kernels._call import StepSettings
-from learned_optim.rules import State
+from learned_optim.rules import State, StepSettings, UpdateRule
 from learned_optim.rules import _history as history
-from learned_optim.rules._step import reference_step_
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +52,7 @@ def kernel_step_(
 ) -> bool:
     """The kernel alone."""
     options = StepSettings(**numbers)
-    return kernels.step_(rule._network(), params, grads, states, options, updates=updates)
+    return kernels.step_(rule.network(), params, grads, states, options, updates)
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -161,7 +159,7 @@ def compare_with_the_pure_form(case: dict[str, Any], step_: Callable[..., bool])
     ):
         for _ in range(min(age, 2)):  # so that tensors of different ages meet in one call
             past = grads_of("noise", case["scale"], [param], generator)
-            reference_step_(rule, [param], past, [state], StepSettings())
+            UpdateRule.step_(rule, [param], past, [state])
         state["step"].fill_(age)
         state["stats"][history.CONFIDENCE] = log
         for key in ("fast", "slow"):
@@ -181,7 +179,7 @@ def compare_with_the_pure_form(case: dict[str, Any], step_: Callable[..., bool])
         grads = grads_of(case["kind"], case["scale"], params, generator)
         assert step_(rule, params, grads, states, places[0], **case["numbers"])
         cast = [grad.double() for grad in grads]
-        reference_step_(exact, wanted, cast, wanted_states, numbers, updates=places[1])
+        UpdateRule.step_(exact, wanted, cast, wanted_states, numbers, updates=places[1])
     for index, (param, state, expected) in enumerate(
         zip(params, states, wanted_states, strict=True)
     ):
@@ -313,12 +311,12 @@ def test_each_tensor_may_have_a_network_of_its_own() -> None:
     params, _ = problem(shapes)
     alone, numbers = copies(params), StepSettings(lr=2.0, weight_decay=10.0)
     states, states_alone = fresh_states(rules[0], params), fresh_states(rules[0], params)
-    stacked = [torch.stack(weights) for weights in zip(*(r._network() for r in rules), strict=True)]
+    stacked = [torch.stack(weights) for weights in zip(*(r.network() for r in rules), strict=True)]
     for seed in range(3):
         _, grads = problem(shapes, seed)
         assert kernels.step_(stacked, params, grads, states, numbers)
         for rule, *own in zip(rules, alone, grads, states_alone, strict=True):
-            assert kernels.step_(rule._network(), *([each] for each in own), numbers)
+            assert kernels.step_(rule.network(), *([each] for each in own), numbers)
     assert all(map(torch.equal, params, alone))
     assert not torch.equal(states[1]["fast"], states[2]["fast"])
 
@@ -401,6 +399,9 @@ def unsuitable() -> dict[str, Any]:
         "steps are one tensor": put_same("step", lambda call: call["states"][1]["step"]),
         "update is param": put_same("updates", lambda call: call["params"][0]),
         "update is state": put_same("updates", lambda call: call["states"][1]["fast"]),
+        "update: dtype": put("updates", lambda t: t.double()),
+        "update: size": put("updates", lambda t: t[:5].clone()),
+        "update: strides": put("updates", lambda t: torch.ones(12)[::2]),
         "params: inference": put("params", lambda t: from_inference(6)),
         "grads: sparse": put("grads", lambda t: t.to_sparse()),
         "stats: float64": put("stats", lambda t: t.double()),
@@ -554,8 +555,8 @@ def test_denormals_and_rounding_stay_as_they_are() -> None:
 def reloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The library is looked for again, now and after the test."""
     monkeypatch.delenv(_build.SWITCH, raising=False)
-    monkeypatch.setattr(_library, "_warned", False)
     _library.loaded.cache_clear()
+    _library._warn_of_missing.cache_clear()
     yield monkeypatch
     _library.loaded.cache_clear()
 

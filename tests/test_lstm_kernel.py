@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learned_optim import kernels
-from learned_optim.rules import rule_names
+from learned_optim.rules import StepSettings, rule_names
 from learned_optim.rules._lstm import LSTMStack
 
 needs_kernel = pytest.mark.skipif(
@@ -213,7 +213,8 @@ def test_rules_take_the_same_steps_without_it(run: dict[str, Any]) -> None:
                 grad.view(-1)[:4] = bad[: grad.numel()]
         for mine, states, compiled in sides:
             with kernel_or_not(compiled) as calls:
-                rule.step_(mine, grads, states, loss=torch.tensor(0.5), **run["options"])
+                numbers = StepSettings(loss=torch.tensor(0.5), **run["options"])
+                rule.step_(mine, grads, states, numbers)
             assert calls == [compiled] * len(calls)
             assert calls or not sum(p.numel() for p in mine)
     tolerance = 1e-5

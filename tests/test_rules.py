@@ -18,6 +18,7 @@ from torch import Tensor
 from learned_optim.rules import (
     Segments,
     StepContext,
+    StepSettings,
     UpdateRule,
     build_rule,
     rule_class,
@@ -50,11 +51,11 @@ def close(rule: UpdateRule) -> dict[str, float]:
 
 def in_place(rule: UpdateRule, grads: Tensor, param: Tensor) -> Tensor:
     """The parameter after every step of the in-place path, ``(T, *shape)``."""
-    horizon = 100 if rule.reads_horizon else None
+    numbers = StepSettings(total_steps=100 if rule.reads_horizon else None)
     param, found = param.clone(), []
     states = fresh_states(rule, [param])
     for grad in grads:
-        rule.step_([param], [grad], states, total_steps=horizon)
+        rule.step_([param], [grad], states, numbers)
         found.append(param.clone())
     return torch.stack(found)
 
@@ -116,12 +117,12 @@ def test_several_tensors_at_once_equal_one_by_one(name: str, config: int) -> Non
         states = fresh_states(rule, params)
         for step in range(4):
             grads = [gradients(4, *shape)[step].to(p.dtype) for shape, p in zip(shapes, params)]  # noqa: B905
-            options = {"lr": 0.7, "weight_decay": 0.3, "maximize": True, "warmup": 3}
+            numbers = StepSettings(lr=0.7, weight_decay=0.3, maximize=True, warmup=3)
             if together:
-                rule.step_(params, grads, states, **options)
+                rule.step_(params, grads, states, numbers)
             else:
                 for each in zip(params, grads, states, strict=True):
-                    rule.step_(*([part] for part in each), **options)
+                    rule.step_(*([part] for part in each), numbers)
         runs.append((params, states))
     loose = {"rtol": 1e-5, "atol": 1e-6}  # one of them is float32
     torch.testing.assert_close(*runs, **loose)
@@ -137,8 +138,8 @@ def test_step_options(name: str, config: int) -> None:
     context = StepContext(torch.zeros(1, dtype=torch.float64), None, horizon)
     decayed = param * (1 - 1e-3 * 0.5 * rule.scheduled_decay(2.0, state, context))
     expected = decayed + 0.5 * 0.25 * trajectory(rule, -grad.unsqueeze(0), decayed)[0]
-    options = {"lr": 0.5, "weight_decay": 2.0, "maximize": True, "warmup": 4}
-    rule.step_([param], [grad], state, total_steps=horizon, **options)
+    numbers = StepSettings(0.5, weight_decay=2.0, maximize=True, warmup=4, total_steps=horizon)
+    rule.step_([param], [grad], state, numbers)
     torch.testing.assert_close(param, expected, **close(rule))
     assert state[0]["step"].item() == 1.0
 
@@ -317,7 +318,8 @@ def test_loss_input() -> None:
     low, high = (trajectory(rule, grads, param, torch.tensor(x)) for x in (0.1, 10.0))
     assert not torch.allclose(low, high)
     moved = param.clone()
-    rule.step_([moved], list(grads), fresh_states(rule, [param]), loss=torch.tensor(10.0))
+    numbers = StepSettings(loss=torch.tensor(10.0))
+    rule.step_([moved], list(grads), fresh_states(rule, [param]), numbers)
     torch.testing.assert_close(moved, high[0])
     segments = Segments([torch.Size((3,)), torch.Size((3,))], dtype=torch.float64)
     states = pack(rule, [rule.init_state(param)] * 2)

@@ -20,12 +20,11 @@ from test_kernels import (
 )
 from torch import Tensor
 
-from learned_optim.kernels import _checks, _trial, triton_step
-from learned_optim.kernels._call import StepSettings, StepTensors
-from learned_optim.rules import State
+from learned_optim.kernels import _cpu, _gpu, _launch
+from learned_optim.rules import State, StepSettings
 from learned_optim.rules.horizon import HorizonRule
 
-SHAPES = [(5, 7), (9, 2), (), (0, 3), (33,), (triton_step.CHUNK + 5,), (2, triton_step.CHUNK)]
+SHAPES = [(5, 7), (9, 2), (), (0, 3), (33,), (_launch.CHUNK + 5,), (2, _launch.CHUNK)]
 
 
 def triton_step_(
@@ -36,13 +35,12 @@ def triton_step_(
     updates: list[Tensor | None] | None = None,
     **numbers: Any,
 ) -> bool:
-    tensors = StepTensors(rule._network(), params, grads, states, None, updates)
-    return triton_step.step_(tensors, StepSettings(**numbers))
+    return _gpu.step_(rule.network(), params, grads, states, StepSettings(**numbers), updates)
 
 
 @pytest.fixture
 def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_trial, "passed", lambda *_: True)
+    monkeypatch.setattr(_gpu, "_has_passed", lambda *_: True)
 
 
 # The interpreter takes a second for a step: nothing is left for shrinking.
@@ -96,26 +94,26 @@ def test_a_kernel_that_fails_its_trial_is_not_used_and_one_warning_says_so(
     rule = horizon_rule()
     params, grads = problem([(5, 7)])
     states = fresh_states(rule, params)
-    monkeypatch.setattr(_trial, "_passed", {})
+    monkeypatch.setattr(_gpu, "_passed", {})
     assert triton_step_(rule, params, grads, states)  # it passes
-    launch = triton_step.launch
+    launch = _launch.launch
 
     def wrong(kernels: Any, call: Any, settings: StepSettings) -> None:
         launch(kernels, call, settings._replace(maximize=True))
 
-    monkeypatch.setattr(triton_step, "launch", wrong)
-    monkeypatch.setattr(triton_step, "_failure", "")
-    monkeypatch.setattr(_trial, "_passed", {})
+    monkeypatch.setattr(_launch, "launch", wrong)
+    monkeypatch.setattr(_gpu, "_failure", "")
+    monkeypatch.setattr(_gpu, "_passed", {})
     before = params[0].clone()
     with pytest.warns(RuntimeWarning, match="went wrong"):
         assert not triton_step_(rule, params, grads, states)
     assert not triton_step_(rule, params, grads, states)  # without a warning, which is an error
     assert torch.equal(params[0], before)
-    assert triton_step.loaded()[1].startswith("failed")
+    assert _gpu.loaded()[1].startswith("failed")
 
 
 def test_a_row_of_addresses_can_be_written_on_the_device() -> None:
-    kernels = triton_step.loaded()[0]
+    kernels = _gpu.loaded()[0]
     assert kernels is not None
     rows = [[0, 2**45 + 16, 1, 2, 3, 4, 5, 6], [7] * 8]
     table = torch.zeros((2, 8), dtype=torch.int64)
@@ -125,5 +123,5 @@ def test_a_row_of_addresses_can_be_written_on_the_device() -> None:
 
 
 def test_it_is_the_interpreter_that_runs() -> None:
-    assert triton_step.INTERPRETED
-    assert triton_step.is_here is _checks.is_cpu
+    assert _launch.INTERPRETED
+    assert _launch.is_here is _cpu.is_cpu

@@ -1,53 +1,168 @@
-"""The step of tensors on the CPU: one call of the compiled library."""
+"""The step of the rule ``horizon`` on the CPU: one call of the compiled library.
+
+The kernels for other devices and for graphs share its settings and its checks of tensors.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
-from typing import TypeAlias
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
-from learned_optim.kernels import _checks
-from learned_optim.kernels._call import StepSettings, StepTensors
+from learned_optim._tensors import fan_in, init_scale
 from learned_optim.kernels._library import SIZES, library
-from learned_optim.kernels.constants import DECAY_UNIT
+from learned_optim.kernels.constants import DECAY_UNIT, LARGEST_SCALE
 
-_POINTERS, _CONSTANTS, _, STATS, _INPUTS, _MOST_UNITS = SIZES
-Updates: TypeAlias = Sequence["Tensor | None"] | None
+_POINTERS, _CONSTANTS, _, STATS, INPUTS, MOST_UNITS = SIZES
+OUTPUTS = 5
+#: Entries of a tensor's state, in the order of a call.
+STATE_KEYS = ("fast", "slow", "square", "stats", "step")
 # Type codes: of the parameter, plus that of the moments.
-_PARAM_CODES = {dtype: code for code, dtype in enumerate(_checks.PARAM_TYPES)}
+_PARAM_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_CODES = {torch.float32: 0, torch.bfloat16: 4}
+_PLAIN = {Tensor, nn.Parameter}
+
+is_cpu, is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
+state_entries = itemgetter(*STATE_KEYS)
+_dtype_of, _shape_of = attrgetter("dtype"), attrgetter("shape")
 
 
-def step_(tensors: StepTensors, settings: StepSettings) -> bool:
+class StepSettings(NamedTuple):
+    """The numbers of a step in place.
+
+    Attributes:
+        lr: multiplier of the update; a tensor has one element, on the device or the CPU.
+        weight_decay: ``param *= 1 - 1e-3 * lr * weight_decay`` before the update, with what
+            :meth:`UpdateRule.scheduled_decay` makes of it.
+        maximize: negate the gradients.
+        warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``; 0 for none.
+        total_steps: length of the run that a rule may know; ``None`` if it is unknown.
+        loss: the loss at the parameters, shape ``()``, for rules that read it.
+    """
+
+    lr: float | Tensor = 1.0
+    weight_decay: float = 0.0
+    maximize: bool = False
+    warmup: int = 0
+    total_steps: float | None = None
+    loss: Tensor | None = None
+
+
+# ---- checks that all kernels share
+
+
+def under_a_mode() -> bool:
+    """True if operations are intercepted: fake tensors, functorch, function or dispatch modes."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return True
+    depth = torch._C._len_torch_function_stack()
+    # A default device is a mode, too, but tells only where new tensors go.
+    return depth > 0 and any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(depth)
+    )
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """True if all are exactly tensors or parameters, no subclasses."""
+    return {*map(type, tensors)} <= _PLAIN
+
+
+def addresses_of(tensors: Sequence[Tensor], is_here: Callable[[Tensor], bool]) -> list[int] | None:
+    """Where the tensors begin; ``None`` if any is a subclass's, elsewhere or not contiguous.
+
+    Args:
+        tensors: some tensors of a call.
+        is_here: whether a tensor is on the kernel's kind of device.
+    """
+    if not {*map(type, tensors)} <= _PLAIN:
+        return None
+    try:
+        addresses = list(map(Tensor.data_ptr, tensors))
+        usual = all(map(is_here, tensors)) and all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # a layout without strides
+        return None
+    return addresses if usual else None
+
+
+def takes_dtypes(m: int, dtypes: Sequence[torch.dtype]) -> bool:
+    """True if the kernels know the dtypes of a call of ``m`` tensors, in its order."""
+    params, grads, own = dtypes[:m], dtypes[m : 2 * m], dtypes[5 * m :]
+    fast, slow, square = (dtypes[i * m : (i + 1) * m] for i in (2, 3, 4))
+    same = params == grads and fast == slow == square and {*own} == {torch.float32}
+    return same and {*params} <= _PARAM_CODES.keys() and {*fast} <= _STATE_CODES.keys()
+
+
+def takes_network(m: int, network: Sequence[torch.Size]) -> bool:
+    """True if the weights have shapes that go together, shared or one network per tensor."""
+    lead, units = network[0][:-2], network[1][-1]
+    parts = [(units, INPUTS), (units,), (OUTPUTS, units), (OUTPUTS,), (OUTPUTS, INPUTS)]
+    return (
+        1 <= units <= MOST_UNITS
+        and lead in ((), (m,))
+        and tuple(network) == tuple(torch.Size((*lead, *part)) for part in parts)
+    )
+
+
+def constants_of(shapes: Sequence[torch.Size]) -> list[float]:
+    """Three numbers per parameter: initial scale, log fan-in, is-vector."""
+    constants: list[float] = []
+    for shape in shapes:
+        scale = min(init_scale(shape), LARGEST_SCALE)
+        constants += [scale, math.log(fan_in(shape)), float(len(shape) < 2)]
+    return constants
+
+
+def increment_versions(params: Sequence[Tensor]) -> None:
+    """A graph that saved a parameter must notice that it changed."""
+    try:
+        torch._C._increment_version(params)
+    except (RuntimeError, TypeError):  # before torch 2.5, one tensor at a time
+        for param in params:
+            torch._C._increment_version(param)
+
+
+# ---- the step
+
+
+def step_(
+    network: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    settings: StepSettings,
+    updates: Sequence[Tensor | None] | None = None,
+) -> bool:
     """See :func:`learned_optim.kernels.step_`."""
-    bound = bind(tensors)
-    return bound is not None and bound.run_first(tensors.grads, settings, tensors.updates)
+    bound = bind(network, params, states)
+    return bound is not None and bound.run(grads, settings, updates)
 
 
-def bind(tensors: StepTensors) -> BoundStep | None:
+def bind(
+    network: Sequence[Tensor], params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
+) -> BoundStep | None:
     """All of a call but gradients and settings; ``None`` for tensors the library does not take."""
     kernel = library()
     if kernel is None:
         return None
-    network, params, _, states, shapes, _ = tensors
     m = len(params)
-    fixed = [*chain(*zip(*map(_checks.state_entries, states), strict=True)), *network]
-    addresses = _checks.addresses_of(fixed, _checks.is_cpu)
-    if addresses is None or not {*map(type, params)} <= _checks.PLAIN:
+    fixed = [*chain(*zip(*map(state_entries, states), strict=True)), *network]
+    addresses = addresses_of(fixed, is_cpu)
+    if addresses is None or not are_plain(params):
         return None
     layout = _layout(
-        tuple([param.shape for param in params] if shapes is None else shapes),
-        tuple(map(_checks.dtype_of, params)),
-        tuple(map(_checks.dtype_of, fixed)),
-        tuple([weight.shape for weight in network]),
+        tuple(map(_shape_of, params)),
+        tuple(map(_dtype_of, params)),
+        tuple(map(_dtype_of, fixed)),
+        tuple(map(_shape_of, network)),
     )
     if layout is None or list(map(Tensor.numel, fixed)) != layout.fixed_numels:
         return None
@@ -58,13 +173,12 @@ def bind(tensors: StepTensors) -> BoundStep | None:
 
 
 class BoundStep:
-    """A call of the library whose parameters, states and weights stay the same tensors.
+    """The step of parameters, states and weights that stay the same tensors.
 
     Args:
         kernel: the library.
-        params: ``m`` parameters, of which each step asks everything again.
-        fixed: state entries and weights. They were found to suit the library; a step asks whether
-            they are still where they were.
+        params: ``m`` parameters; each step checks everything about them again.
+        fixed: state entries and weights, which suit the library; a step checks their addresses.
         addresses: of ``fixed``.
         layout: of all tensors.
         pointers: ``(13, m)``: parameters, gradients, updates, state entries, weights; each step
@@ -83,44 +197,55 @@ class BoundStep:
         self._step = kernel.lo_step
         self._params, self._fixed, self._addresses = params, fixed, addresses
         self._layout, self._pointers = layout, pointers
-        self._shapes = list(map(_checks.shape_of, params))
+        self._shapes = list(map(_shape_of, params))
 
-    def run(self, grads: Sequence[Tensor], settings: StepSettings, updates: Updates = None) -> bool:
+    def __call__(
+        self,
+        grads: Sequence[Tensor],
+        settings: StepSettings,
+        updates: Sequence[Tensor | None] | None = None,
+    ) -> bool:
         """One step; false, and nothing done, unless all tensors are what and where they were."""
-        if list(map(Tensor.data_ptr, self._fixed)) != self._addresses:
+        if (
+            under_a_mode()
+            or list(map(Tensor.data_ptr, self._fixed)) != self._addresses
+            or list(map(_shape_of, self._params)) != self._shapes
+        ):
             return False
-        if list(map(_checks.shape_of, self._params)) != self._shapes:
-            return False
-        return self.run_first(grads, settings, updates)
+        return self.run(grads, settings, updates)
 
-    def run_first(
-        self, grads: Sequence[Tensor], settings: StepSettings, updates: Updates = None
+    def run(
+        self,
+        grads: Sequence[Tensor],
+        settings: StepSettings,
+        updates: Sequence[Tensor | None] | None = None,
     ) -> bool:
         """One step right after :func:`bind`, which has looked at state and weights.
 
         Returns:
-            False, and nothing done, if parameters or gradients do not suit the library.
+            False, and nothing done, if parameters, gradients or updates do not suit the library.
         """
         lr = settings.lr
         params, layout, pointers = self._params, self._layout, self._pointers
         varying, m = [*params, *grads], len(params)
         if len(varying) != 2 * m or (isinstance(lr, Tensor) and not lr.is_cpu):
             return False
-        addresses = _checks.addresses_of(varying, _checks.is_cpu)
+        addresses = addresses_of(varying, is_cpu)
         if (
             addresses is None
             # Parameters and gradients are the user's, and may be any kind of view.
             or any(map(Tensor.is_neg, varying))
             or any(map(Tensor.is_inference, params))
-            or list(map(_checks.dtype_of, varying)) != layout.varying_dtypes
+            or list(map(_dtype_of, varying)) != layout.varying_dtypes
             or list(map(Tensor.numel, varying)) != layout.varying_numels
         ):
             return False
         pointers[: 2 * m] = array("Q", addresses)
         if updates is not None:
-            pointers[2 * m : 3 * m] = array(
-                "Q", [0 if u is None else u.data_ptr() for u in updates]
-            )
+            places = addresses_of_updates(updates, layout.varying_numels, is_cpu)
+            if places is None:
+                return False
+            pointers[2 * m : 3 * m] = array("Q", places)
         numbers = array(
             "d",
             (
@@ -130,7 +255,8 @@ class BoundStep:
         )  # fmt: skip
         failed = self._step(
             m,
-            *layout.sizes_and_types,
+            layout.sizes.buffer_info()[0],
+            layout.types.buffer_info()[0],
             pointers.buffer_info()[0],
             layout.constants.buffer_info()[0],
             numbers.buffer_info()[0],
@@ -138,12 +264,29 @@ class BoundStep:
         )
         if failed:  # overlapping or misaligned memory, or none left: nothing was written
             return False
-        _checks.increment_versions(params)
+        increment_versions(params)
         return True
 
 
-@dataclass(frozen=True)
-class _Layout:
+def addresses_of_updates(
+    updates: Sequence[Tensor | None], numels: Sequence[int], is_here: Callable[[Tensor], bool]
+) -> list[int] | None:
+    """Where updates of rotated matrices go, 0 for other tensors; ``None`` if any does not fit."""
+    given = [update for update in updates if update is not None]
+    if addresses_of(given, is_here) is None:
+        return None
+    places = []
+    for update, numel in zip(updates, numels, strict=False):
+        if update is None:
+            places.append(0)
+        elif update.dtype is torch.float32 and update.numel() == numel:
+            places.append(update.data_ptr())
+        else:
+            return None
+    return places
+
+
+class _Layout(NamedTuple):
     """What shapes and dtypes alone determine of a call.
 
     Attributes:
@@ -153,7 +296,8 @@ class _Layout:
         units: hidden units of the network.
         network_strides: bytes from one tensor's weights to the next one's, 0 for shared ones.
         constants: those of each tensor.
-        arrays: keeps what the addresses in ``sizes_and_types`` point to.
+        sizes: of the parameters.
+        types: codes of each parameter's and its moments' dtypes.
     """
 
     varying_dtypes: list[torch.dtype]
@@ -162,12 +306,8 @@ class _Layout:
     units: int
     network_strides: list[int]
     constants: array[float]
-    arrays: tuple[array[int], array[int]]
-
-    @cached_property
-    def sizes_and_types(self) -> tuple[int, int]:
-        sizes, types = self.arrays
-        return sizes.buffer_info()[0], types.buffer_info()[0]
+    sizes: array[int]
+    types: array[int]
 
 
 @lru_cache(maxsize=64)
@@ -186,21 +326,19 @@ def _layout(
         network: shapes of the weights.
     """
     m = len(shapes)
-    if not _checks.takes_dtypes(m, (*params, *params, *fixed)):
-        return None
-    if not _checks.takes_network(m, network, _MOST_UNITS):
+    if not takes_dtypes(m, (*params, *params, *fixed)) or not takes_network(m, network):
         return None
     lead, units = network[0][:-2], network[1][-1]
     parts = [shape[len(lead) :] for shape in network]
     sizes = list(map(math.prod, shapes))
-    weights = list(map(math.prod, network))
     codes = [_PARAM_CODES[p] + _STATE_CODES[s] for p, s in zip(params, fixed[:m], strict=True)]
     return _Layout(
         varying_dtypes=[*params * 2],
         varying_numels=[*sizes * 2],
-        fixed_numels=[*sizes * 3, *[STATS] * m, *[1] * m, *weights],
+        fixed_numels=[*sizes * 3, *[STATS] * m, *[1] * m, *map(math.prod, network)],
         units=units,
         network_strides=[4 * math.prod(part) if lead else 0 for part in parts],
-        constants=array("d", _checks.constants_of(shapes)),
-        arrays=(array("q", sizes), array("B", codes)),
+        constants=array("d", constants_of(shapes)),
+        sizes=array("q", sizes),
+        types=array("B", codes),
     )

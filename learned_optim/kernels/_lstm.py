@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from learned_optim.kernels import _checks
+from learned_optim.kernels import _cpu
 from learned_optim.kernels._library import library
 
 
@@ -26,12 +26,13 @@ def lstm_step_(
         weights: ``weight_ih, weight_hh, bias_ih, bias_hh`` of each layer, as ``nn.LSTM`` has them.
         layers: number of layers.
     """
-    if _checks.under_a_mode() or not x.is_cpu:
+    if _cpu.under_a_mode() or not x.is_cpu:
         return False
     states, rows, units = (x, hidden, cell), len(x), weights[1].shape[-1]
-    if not all(_is_plain(tensor) for tensor in (*states, *weights)):
+    every = (*states, *weights)
+    if not _cpu.are_plain(every) or any(map(Tensor.is_neg, states)):
         return False
-    if any(map(Tensor.is_neg, states)):
+    if not all(t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided for t in every):
         return False
     if any(map(Tensor.is_inference, (hidden, cell))) and not torch.is_inference_mode_enabled():
         return False
@@ -63,15 +64,5 @@ def lstm_step_(
     if failed:  # overlapping or misaligned memory, none left, or a compiler without vector types
         return False
     # Tensors of inference mode have no versions.
-    _checks.increment_versions([own for own in (hidden, cell) if not own.is_inference()])
+    _cpu.increment_versions([own for own in (hidden, cell) if not own.is_inference()])
     return True
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor that has nothing but its memory, on the CPU, in float32."""
-    return (
-        _checks.is_plain(tensor)
-        and tensor.is_cpu
-        and tensor.dtype is torch.float32
-        and tensor.layout is torch.strided
-    )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from learned_optim.kernels import _checks, _cpu, _library
-from learned_optim.kernels._call import StepSettings, StepTensors
-
-_PLAIN = (Tensor, nn.Parameter)
-_MOST_UNITS = _library.SIZES[-1]
+from learned_optim.kernels import _cpu, _library
 
 
 def _usable() -> bool:
@@ -46,15 +43,15 @@ def _step_(
             update.zero_()
         return
     states = [
-        dict(zip(_checks.STATE_KEYS, own, strict=True))
+        dict(zip(_cpu.STATE_KEYS, own, strict=True))
         for own in zip(fast, slow, square, stats, steps, strict=True)
     ]
     grads = [grad.contiguous() for grad in grads]  # inside a graph they may have any strides
-    settings = StepSettings(rate, weight_decay, maximize, warmup, total_steps or None)
+    settings = _cpu.StepSettings(rate, weight_decay, maximize, warmup, total_steps or None)
     places: list[Tensor | None] = [None] * len(params)
     for index, update in zip(rotated, updates, strict=True):
         places[index] = update
-    if not _cpu.step_(StepTensors(network, params, grads, states, None, places), settings):
+    if not _cpu.step_(network, params, grads, states, settings, places):
         raise RuntimeError(
             "the compiled step refuses these tensors, whose memory overlaps or is not aligned: "
             "call the optimizer's step() outside of torch.compile, or set LEARNED_OPTIM_KERNELS=0"
@@ -74,30 +71,31 @@ _operator: Any = torch.library.custom_op(
 _operator.register_fake(lambda *_: None)
 
 
-def step_(tensors: StepTensors, settings: StepSettings) -> bool:
+def step_(
+    network: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    settings: _cpu.StepSettings,
+    updates: Sequence[Tensor | None] | None = None,
+) -> bool:
     """See :func:`learned_optim.kernels.step_`, while a graph is traced."""
-    network, params, grads, states, shapes, updates = tensors
-    lr, weight_decay, maximize, warmup, total_steps = settings
-    columns = [[state[key] for state in states] for key in _checks.STATE_KEYS]
+    m, lr = len(params), settings.lr
+    columns = [[state[key] for state in states] for key in _cpu.STATE_KEYS]
     every = [*params, *grads, *(tensor for column in columns for tensor in column), *network]
-    m = len(params)
-    if not all(type(t) in _PLAIN and t.device.type == "cpu" for t in every):
+    if not _cpu.are_plain(every) or any(t.device.type != "cpu" for t in every):
         return False
-    if not all(t.layout is torch.strided for t in every):
+    if any(t.layout is not torch.strided for t in every):
         return False
     if not all(t.is_contiguous() for t in [*params, *every[2 * m :]]):
         return False
     if any(param.shape != grad.shape for param, grad in zip(params, grads, strict=True)):
         return False
-    if shapes is not None and [p.shape for p in params] != list(shapes):
-        return False
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1):
         return False
-    if not _checks.takes_dtypes(m, [t.dtype for t in every]):
+    if not _cpu.takes_dtypes(m, [t.dtype for t in every]):
         return False
-    if not _checks.takes_network(m, [weight.shape for weight in network], _MOST_UNITS):
-        return False
-    if not _usable():
+    if not _cpu.takes_network(m, [weight.shape for weight in network]) or not _usable():
         return False
     if not isinstance(lr, Tensor):  # one graph for all of them
         lr = torch.ones((), dtype=torch.float64, device="cpu") * lr
@@ -105,7 +103,8 @@ def step_(tensors: StepTensors, settings: StepSettings) -> bool:
     rotated = [index for index, update in enumerate(places) if update is not None]
     _operator(
         list(params), list(grads), *columns, list(network),
-        [update for update in places if update is not None], rotated, lr, float(weight_decay),
-        bool(maximize), int(warmup), float(total_steps or 0.0),
+        [update for update in places if update is not None], rotated, lr,
+        float(settings.weight_decay), bool(settings.maximize), int(settings.warmup),
+        float(settings.total_steps or 0.0),
     )  # fmt: skip
     return True

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from learned_optim.meta.seeding import global_generator_seeded
 from learned_optim.meta.tasks import Batch, Params, Task
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
-from learned_optim.rules._pieces import BLOCK
+from learned_optim.rules._step import BLOCK
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Update rules, one file each, registered by being there."""
 
-from learned_optim.rules._base import State, StepContext, UpdateRule
+from learned_optim.rules._base import UpdateRule
 from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._context import Shards, State, StepContext, StepSettings
 from learned_optim.rules._registry import (
     build_rule,
     rule_class,
@@ -14,8 +15,10 @@ from learned_optim.rules._segments import Segments
 __all__ = [
     "RuleConfig",
     "Segments",
+    "Shards",
     "State",
     "StepContext",
+    "StepSettings",
     "UpdateRule",
     "build_rule",
     "rule_class",

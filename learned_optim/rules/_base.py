@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from learned_optim.rules import _step
+from learned_optim.kernels.constants import DECAY_UNIT
 from learned_optim.rules._config import ConfiguredModule, RuleConfig, register
-from learned_optim.rules._context import BoundStep, State, StepContext, StepSettings
+from learned_optim.rules._context import BoundStep, Shards, State, StepContext, StepSettings
 from learned_optim.rules._segments import Product, Segments
+from learned_optim.rules._step import (
+    BLOCK,
+    MOST_PACKED,
+    Piece,
+    pieces_of,
+    restore_where_zero_,
+    sanitize_grad,
+    states_before,
+    warmup_factor,
+)
 
-__all__ = ["BoundStep", "State", "StepContext", "UpdateRule"]
+__all__ = ["State", "StepContext", "UpdateRule"]
 
 
 class UpdateRule(ConfiguredModule):
@@ -268,26 +278,22 @@ class UpdateRule(ConfiguredModule):
         gains, network = self.respond(features.unsqueeze(0), network)
         return self.mix(directions, gains[0], segments), {**new, **network}
 
+    # ---- the step in place
+
     @torch.no_grad()
     def step_(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[State],
-        *,
-        lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-        warmup: int = 0,
-        loss: Tensor | None = None,
-        total_steps: float | None = None,
-        shapes: Sequence[torch.Size] | None = None,
-        shard_groups: tuple[Any, ...] = (),
+        settings: StepSettings = StepSettings(),  # noqa: B008 (a tuple)
+        shards: Shards | None = None,
+        updates: Sequence[Tensor | None] | None = None,
     ) -> None:
         """One step in place: weight decay, state, parameters, and each state's ``"step"``.
 
-        This is the only in-place path. It runs the parts of :meth:`forward` over blocks with
-        bounded temporaries. A rule with a kernel overrides it and falls back to this one.
+        It runs the parts of :meth:`forward` over blocks with bounded temporaries. A rule with a
+        kernel overrides it and falls back to this one.
 
         Args:
             params: real tensors of one device, any floating dtype, any strides.
@@ -295,27 +301,188 @@ class UpdateRule(ConfiguredModule):
             states: one dictionary per tensor, with ``"step"``, shape ``()``, and the entries of
                 :meth:`init_state`, dtype float32, float64 or bfloat16; other keys are ignored.
                 Entries in :attr:`tensor_state` are ``(k,)``.
-            lr: multiplier of the update; a tensor has one element on the device or the CPU.
-            weight_decay: ``param *= 1 - 1e-3 * lr * weight_decay`` before the update, with what
-                :meth:`scheduled_decay` makes of it.
-            maximize: negate the gradients.
-            warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``.
-            loss: see :attr:`StepContext.loss`.
-            total_steps: see :attr:`StepContext.total_steps`.
-            shapes: shapes of the whole tensors where ``params`` are shards of them.
-            shard_groups: process groups over which all of ``params`` are sharded.
+            settings: learning rate and other numbers.
+            shards: what ``params`` are parts of; ``None`` for whole tensors.
+            updates: tensors that receive the updates of rotated matrices, whose parameters then
+                only decay; ``None`` for the others, and for all if none is rotated.
         """
-        settings = StepSettings(lr, weight_decay, maximize, warmup, total_steps)
-        _step.reference_step_(self, params, grads, states, settings, loss, shapes, shard_groups)
+        if not params:
+            return
+        lr, dtype, device = settings.lr, self.dtype, params[0].device
+        # Decay and update of half-precision parameters are one rounding.
+        wide = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in params]
+        targets = list(wide)
+        for index, update in enumerate(updates or ()):
+            if update is not None:
+                targets[index] = update.zero_()
+        segments = Segments.of(
+            tuple(p.shape for p in wide) if shards is None else tuple(shards.shapes),
+            dtype,
+            device,
+            tuple(p.numel() for p in wide),
+            () if shards is None else shards.groups,
+        )
+        before = states_before(lr, states, ("step", *self.state_keys))
+        if isinstance(lr, Tensor):
+            lr = lr.to(device).reshape(())
+        steps = [state["step"] for state in states]
+        step = torch.stack(steps).to(dtype)
+        rotated = None
+        if updates is not None:
+            flags = [float(update is not None) for update in updates]
+            rotated = torch.tensor(flags, dtype=dtype, device=device)
+        loss = settings.loss if self.needs_loss else None
+        context = StepContext(step, loss, settings.total_steps, rotated)
+        if settings.weight_decay != 0:
+            decay = self.scheduled_decay(settings.weight_decay, states, context)
+            shrunk = decayed(self, wide, grads, DECAY_UNIT * lr * decay)
+            for param, value in zip(wide, shrunk, strict=True):
+                param.copy_(value)
+        factor = warmup_factor(step, settings.warmup)
+        by_parts = type(self).forward is UpdateRule.forward
+        most_packed = MOST_PACKED if self.rows == "coordinates" else BLOCK
+        pieces = pieces_of(wide, segments, most_packed, not by_parts and not self.coordinatewise)
+        updates_of = _updates_by_parts if by_parts else _updates_by_forward
+        tensors = wide, grads, states
+        for piece, update in updates_of(self, pieces, *tensors, settings, segments, context):
+            if factor is not None:
+                update = update * piece.segments.expand(factor[piece.tensors])
+            piece.add_(targets, update, lr)
+        for param, value in zip(params, wide, strict=True):
+            if value is not param:
+                param.copy_(value)
+        torch._foreach_add_(steps, 1)
+        restore_where_zero_(lr, states, before)
 
-    def bind_step(self, params: Sequence[Tensor], states: Sequence[State]) -> BoundStep | None:
+    def bind(self, params: Sequence[Tensor], states: Sequence[State]) -> BoundStep | None:
         """:meth:`step_` of these very tensors, if the rule can prepare a faster one.
 
-        The optimizer calls it instead while parameters and state entries are the same objects. A
-        subclass that overrides :meth:`step_` must not inherit another one's.
+        The optimizer calls it with gradients and settings while parameters and state entries are
+        the same objects and weights stay. It returns true if it has made the step; false, and
+        nothing is done, if :meth:`step_` has to. A subclass that overrides :meth:`step_` must not
+        inherit another one's.
 
         Args:
             params: whole, real tensors of one device.
             states: as for :meth:`step_`.
         """
         return None
+
+
+def decayed(
+    rule: UpdateRule, params: Sequence[Tensor], grads: Sequence[Tensor], decay: float | Tensor
+) -> Iterator[Tensor]:
+    """Parameters after weight decay: of all by one number, or of each by its own, ``(m,)``."""
+    each = decay.expand(len(params)) if isinstance(decay, Tensor) else [decay] * len(params)
+    for param, grad, own in zip(params, grads, each, strict=True):
+        # On a GPU a factor of no dimensions would be rounded to half precision first.
+        kind = own.dtype if isinstance(own, Tensor) else torch.float32
+        wide = param.to(torch.promote_types(param.dtype, kind))
+        factor = 1.0 - (own.to(wide.dtype) if isinstance(own, Tensor) else own)
+        shrunk = wide * factor
+        if rule.decays_live:
+            shrunk = torch.where(sanitize_grad(grad, rule.dtype) != 0, shrunk, wide)
+        yield shrunk
+
+
+def _updates_by_parts(
+    rule: UpdateRule,
+    pieces: Sequence[Piece],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    settings: StepSettings,
+    segments: Segments,
+    context: StepContext,
+) -> Iterator[tuple[Piece, Tensor]]:
+    """Two passes: moments and means over whole tensors; then features, gains and updates."""
+    dtype = rule.dtype
+    moments = [key for key in rule.state_keys if key not in rule.network_state]
+    seen: dict[int, tuple[Tensor, State, Tensor]] = {}  # of the only piece, kept for pass two
+    sums: list[Tensor] = []
+
+    def load(piece: Piece) -> tuple[Tensor, State, Tensor]:
+        grad = sanitize_grad(piece.pack(grads), dtype, settings.maximize)
+        state = {key: piece.pack_rows(states, key, dtype) for key in moments}
+        return grad, state, piece.pack(params).to(dtype)
+
+    def observe_(piece: Piece) -> tuple[Tensor, State, Tensor]:
+        grad, state, param = load(piece)
+        new = rule.moments(grad, state)
+        for key, value in new.items():
+            piece.unpack_rows_(states, key, value)
+        return grad, {**state, **new}, param
+
+    probe = type(rule).products is not UpdateRule.products
+    for index, piece in enumerate(pieces if probe else ()):
+        grad, state, param = observe_(piece)
+        own = context.of(piece.tensors)
+        part = piece.segments.sums(rule.products(grad, state, param, piece.segments, own))
+        if sums and piece.first == pieces[index - 1].first:  # the tensor's next block
+            sums[-1] = sums[-1] + part
+        else:
+            sums.append(part)
+        if len(pieces) == 1:
+            seen[0] = grad, state, param
+    means = segments.mean_from_sums(torch.cat(sums, 1)) if sums else segments.columns[:0]
+    features, stats = rule.tensor_features(means, segments, context)
+    gains = None
+    if rule.rows == "tensors" and features is not None:
+        gains = _respond_to_tensors_(rule, features, states)
+    for index, piece in enumerate(pieces):
+        if not probe:
+            grad, state, param = observe_(piece)
+        else:
+            grad, state, param = seen.pop(index) if index in seen else load(piece)
+        own_stats = None if stats is None else piece.segments.expand(stats[:, piece.tensors])
+        rows, directions = rule.coordinate_features(grad, state, param, own_stats)
+        if rule.rows == "coordinates" and rows is not None:
+            keys = [key for key in rule.network_state if key not in rule.tensor_state]
+            network = {key: piece.pack_rows(states, key, dtype) for key in keys}
+            answer: Tensor | None = rule.respond_(rows, network)
+            for key, value in network.items():
+                piece.unpack_rows_(states, key, value)
+        else:
+            answer = None if gains is None else gains[piece.tensors]
+        yield piece, rule.mix(directions, answer, piece.segments)
+
+
+def _respond_to_tensors_(rule: UpdateRule, features: Tensor, states: Sequence[State]) -> Tensor:
+    """Gains ``(m, d)`` of rules that have them per tensor, in place in the network's state."""
+    own = {key: [state[key] for state in states] for key in rule.network_state}
+    network = {key: torch.stack(values).to(features.dtype) for key, values in own.items()}
+    gains = rule.respond_(features, network)
+    for key, value in network.items():
+        torch._foreach_copy_(own[key], list(value.unbind()))
+    return gains
+
+
+def _updates_by_forward(
+    rule: UpdateRule,
+    pieces: Sequence[Piece],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    settings: StepSettings,
+    segments: Segments,
+    context: StepContext,
+) -> Iterator[tuple[Piece, Tensor]]:
+    """For rules that define :meth:`forward` itself."""
+    dtype = rule.dtype
+    for piece in pieces:
+        state = {}
+        for key in rule.state_keys:
+            if key in rule.tensor_state:
+                state[key] = torch.stack([s[key] for s in states[piece.tensors]]).to(dtype)
+            else:
+                state[key] = piece.pack_rows(states, key, dtype)
+        own = context.of(piece.tensors)
+        grad = sanitize_grad(piece.pack(grads), dtype, settings.maximize)
+        update, new = rule(grad, state, piece.pack(params).to(dtype), piece.segments, own)
+        for key, value in new.items():
+            if key in rule.tensor_state:
+                targets = [s[key] for s in states[piece.tensors]]
+                torch._foreach_copy_(targets, list(value.unbind()))
+            else:
+                piece.unpack_rows_(states, key, value)
+        yield piece, update

@@ -209,11 +209,12 @@ class _Group:
 class _Batch:
     """Tensors of one shape as a batch ``(b, ...)``: a view if they lie side by side in memory.
 
-    Otherwise the batch is a copy, and :meth:`store` writes it back.
+    Otherwise the batch is a copy. :meth:`load` reads the tensors again, and :meth:`store` writes
+    the batch back.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors, self._is_view = tensors, True
+        self._tensors, self._is_view = list(tensors), True
         first = tensors[0]
         if len(tensors) == 1:
             self.value = first.unsqueeze(0)
@@ -221,12 +222,17 @@ class _Batch:
             shape, strides = (len(tensors), *first.shape), (first.numel(), *first.stride())
             self.value = first.as_strided(shape, strides)
         else:
-            self.value, self._is_view = torch.stack(list(tensors)), False
+            self.value, self._is_view = torch.stack(self._tensors), False
+
+    def load(self) -> None:
+        """Take in what others have written to the tensors."""
+        if not self._is_view:
+            torch._foreach_copy_(list(self.value.unbind()), self._tensors)
 
     def store(self) -> None:
-        """Write the batch back, where it is a copy."""
+        """Write the batch to the tensors."""
         if not self._is_view:
-            torch._foreach_copy_(list(self._tensors), list(self.value.unbind()))
+            torch._foreach_copy_(self._tensors, list(self.value.unbind()))
 
 
 class Rotation:
@@ -296,6 +302,9 @@ class Rotation:
             raw = _Batch([grads[index].reshape(group.shape[1:]) for index in group.indices]).value
             grad = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0).to(group.updates.dtype)
             grad = grad.clamp_(-c.LARGEST_GRAD, c.LARGEST_GRAD)
+            for batch in (*group.bases, *group.covs):
+                if batch is not None:
+                    batch.load()
             self._take_in(group, grad)
             if grad.device.type != "cpu":  # where the rate is 0 the kernel writes no updates
                 group.updates.zero_()

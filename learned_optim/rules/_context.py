@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
-from learned_optim.kernels._call import StepSettings
+from learned_optim.kernels import StepSettings
 
-__all__ = ["BoundStep", "State", "StepContext", "StepSettings"]
+__all__ = ["BoundStep", "Shards", "State", "StepContext", "StepSettings"]
 
 State = dict[str, Tensor]
+#: A step in place whose parameters and state are known, see :meth:`UpdateRule.bind`.
+BoundStep: TypeAlias = Callable[[Sequence[Tensor], StepSettings], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +43,16 @@ class StepContext:
         def part(value: Any) -> Any:
             return value[tensors] if isinstance(value, Tensor) and value.dim() else value
 
-        of_all = self.loss, self.total_steps, self.rotated
-        return StepContext(self.step[tensors], *map(part, of_all))
+        return StepContext(*map(part, (self.step, self.loss, self.total_steps, self.rotated)))
 
 
-class BoundStep(Protocol):
-    """A step in place whose parameters and state are known, see :meth:`UpdateRule.bind_step`."""
+class Shards(NamedTuple):
+    """Where the tensors of a step are parts of sharded ones.
 
-    def __call__(
-        self,
-        grads: Sequence[Tensor | None],
-        *,
-        lr: float | Tensor,
-        weight_decay: float,
-        maximize: bool,
-        warmup: int,
-        total_steps: float | None,
-    ) -> bool:
-        """True if it is done; false, and nothing done, if :meth:`UpdateRule.step_` has to do it."""
+    Attributes:
+        shapes: of the whole tensors.
+        groups: process groups over which all of them are sharded.
+    """
+
+    shapes: Sequence[torch.Size]
+    groups: tuple[Any, ...]

@@ -1,211 +1,29 @@
-"""The in-place step that every rule inherits: the parts of the pure form, block by block."""
+"""Parts of the step in place that know no rule: pieces of work, gradients, rates.
+
+Small tensors are packed, large ones cut into blocks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from learned_optim.kernels.constants import DECAY_UNIT, LARGEST_GRAD
-from learned_optim.rules import _base
-from learned_optim.rules._context import StepSettings
-from learned_optim.rules._pieces import BLOCK, MOST_PACKED, Piece, pieces_of
+from learned_optim.kernels.constants import LARGEST_GRAD
+from learned_optim.rules._context import State
 from learned_optim.rules._segments import Segments, is_plain_eager
 
-if TYPE_CHECKING:
-    from learned_optim.rules._base import State, UpdateRule
+# Coordinates per block: temporaries of a block stay in the cache, and calls cost little beside it.
+BLOCK = 1 << 15
+# Larger tensors than this are not packed: networks of coordinates have dozens of numbers of state
+# each, whose copies soon cost more than a further round of calls.
+MOST_PACKED = 1 << 13
 
 
-def reference_step_(
-    rule: UpdateRule,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[State],
-    settings: StepSettings,
-    loss: Tensor | None = None,
-    shapes: Sequence[torch.Size] | None = None,
-    shard_groups: tuple[Any, ...] = (),
-    updates: Sequence[Tensor | None] | None = None,
-) -> None:
-    """See :meth:`UpdateRule.step_`; tensors with an entry in ``updates`` only decay."""
-    if not params:
-        return
-    lr, weight_decay, maximize, warmup, total_steps = settings
-    # Decay and update of half-precision parameters are one rounding.
-    params, narrow = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in params], params
-    targets = list(params)
-    for index, update in enumerate(updates or ()):
-        if update is not None:
-            targets[index] = update.zero_()
-    dtype, device = rule.dtype, params[0].device
-    segments = Segments.of(
-        tuple(param.shape for param in params) if shapes is None else tuple(shapes),
-        dtype,
-        device,
-        tuple(param.numel() for param in params),
-        shard_groups,
-    )
-    old_states: list[State] = []
-    if needs_sync(lr):  # whether lr is zero, and state must stay, is known on the device alone
-        own = ("step", *rule.state_keys)
-        old_states = [{key: state[key].clone() for key in own} for state in states]
-    if isinstance(lr, Tensor):
-        lr = lr.to(device).reshape(())
-    steps = [state["step"] for state in states]
-    step = torch.stack(steps).to(dtype)
-    rotated = None
-    if updates is not None:
-        rotated = torch.tensor([float(u is not None) for u in updates], dtype=dtype, device=device)
-    context = _base.StepContext(step, loss if rule.needs_loss else None, total_steps, rotated)
-    if weight_decay != 0:
-        decay = DECAY_UNIT * lr * rule.scheduled_decay(weight_decay, states, context)
-        for param, shrunk in zip(params, decayed(rule, params, grads, decay), strict=True):
-            param.copy_(shrunk)
-    factor = warmup_factor(step, warmup)
-    by_parts = type(rule).forward is _base.UpdateRule.forward
-    most_packed = MOST_PACKED if rule.rows == "coordinates" else BLOCK
-    whole = not by_parts and not rule.coordinatewise
-    pieces = pieces_of(params, segments, most_packed, whole)
-    if by_parts:
-        found = _updates_by_parts(rule, pieces, params, grads, states, maximize, segments, context)
-    else:
-        found = _updates_by_forward(rule, pieces, params, grads, states, maximize, context)
-    for piece, update in found:
-        if factor is not None:
-            update = update * piece.segments.expand(factor[piece.tensors])
-        piece.add_(targets, update, lr)
-    for param, target in zip(params, narrow, strict=True):
-        if target is not param:
-            target.copy_(param)
-    torch._foreach_add_(steps, 1)
-    if old_states and isinstance(lr, Tensor):
-        for state, old in zip(states, old_states, strict=True):
-            for key, value in old.items():
-                state[key].copy_(torch.where(lr != 0, state[key], value))
-
-
-def decayed(
-    rule: UpdateRule, params: Sequence[Tensor], grads: Sequence[Tensor], decay: float | Tensor
-) -> Iterator[Tensor]:
-    """Parameters after weight decay: of all by one number, or of each by its own, ``(m,)``."""
-    each = decay.expand(len(params)) if isinstance(decay, Tensor) else [decay] * len(params)
-    for param, grad, own in zip(params, grads, each, strict=True):
-        # On a GPU a factor of no dimensions would be rounded to half precision first.
-        kind = own.dtype if isinstance(own, Tensor) else torch.float32
-        wide = param.to(torch.promote_types(param.dtype, kind))
-        factor = 1.0 - (own.to(wide.dtype) if isinstance(own, Tensor) else own)
-        shrunk = wide * factor
-        if rule.decays_live:
-            shrunk = torch.where(sanitize_grad(grad, rule.dtype, False) != 0, shrunk, wide)
-        yield shrunk
-
-
-def _updates_by_parts(
-    rule: UpdateRule,
-    pieces: Sequence[Piece],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[State],
-    maximize: bool,
-    segments: Segments,
-    context: _base.StepContext,
-) -> Iterator[tuple[Piece, Tensor]]:
-    """Two passes: moments and means over whole tensors; then features, gains and updates."""
-    dtype = rule.dtype
-    per_tensor = set(rule.tensor_state)
-    moments = [key for key in rule.state_keys if key not in rule.network_state]
-    seen: dict[int, tuple[Tensor, State, Tensor]] = {}  # of the only piece, kept for pass two
-    sums: list[Tensor] = []
-
-    def load(piece: Piece) -> tuple[Tensor, State, Tensor]:
-        grad = sanitize_grad(piece.pack(grads), dtype, maximize)
-        state = {key: piece.pack_rows(states, key, dtype) for key in moments}
-        return grad, state, piece.pack(params).to(dtype)
-
-    def observe_(piece: Piece) -> tuple[Tensor, State, Tensor]:
-        grad, state, param = load(piece)
-        new = rule.moments(grad, state)
-        for key, value in new.items():
-            piece.unpack_rows_(states, key, value)
-        return grad, {**state, **new}, param
-
-    probe = type(rule).products is not _base.UpdateRule.products
-    for index, piece in enumerate(pieces if probe else ()):
-        grad, state, param = observe_(piece)
-        own = context.of(piece.tensors)
-        part = piece.segments.sums(rule.products(grad, state, param, piece.segments, own))
-        if sums and piece.first == pieces[index - 1].first:  # the tensor's next block
-            sums[-1] = sums[-1] + part
-        else:
-            sums.append(part)
-        if len(pieces) == 1:
-            seen[0] = grad, state, param
-    means = segments.mean_from_sums(torch.cat(sums, 1)) if sums else segments.columns[:0]
-    features, stats = rule.tensor_features(means, segments, context)
-    gains = None
-    if rule.rows == "tensors" and features is not None:
-        gains = _respond_to_tensors_(rule, features, states)
-    for index, piece in enumerate(pieces):
-        if not probe:
-            grad, state, param = observe_(piece)
-        else:
-            grad, state, param = seen.pop(index) if index in seen else load(piece)
-        own_stats = None if stats is None else piece.segments.expand(stats[:, piece.tensors])
-        rows, directions = rule.coordinate_features(grad, state, param, own_stats)
-        if rule.rows == "coordinates" and rows is not None:
-            network = {
-                key: piece.pack_rows(states, key, dtype)
-                for key in rule.network_state
-                if key not in per_tensor
-            }
-            answer: Tensor | None = rule.respond_(rows, network)
-            for key, value in network.items():
-                piece.unpack_rows_(states, key, value)
-        else:
-            answer = None if gains is None else gains[piece.tensors]
-        yield piece, rule.mix(directions, answer, piece.segments)
-
-
-def _respond_to_tensors_(rule: UpdateRule, features: Tensor, states: Sequence[State]) -> Tensor:
-    """Gains ``(m, d)`` of rules that have them per tensor, in place in the network's state."""
-    own = {key: [state[key] for state in states] for key in rule.network_state}
-    network = {key: torch.stack(values).to(features.dtype) for key, values in own.items()}
-    gains = rule.respond_(features, network)
-    for key, value in network.items():
-        torch._foreach_copy_(own[key], list(value.unbind()))
-    return gains
-
-
-def _updates_by_forward(
-    rule: UpdateRule,
-    pieces: Sequence[Piece],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[State],
-    maximize: bool,
-    context: _base.StepContext,
-) -> Iterator[tuple[Piece, Tensor]]:
-    """For rules that define :meth:`forward` itself."""
-    dtype, keys = rule.dtype, rule.state_keys
-    for piece in pieces:
-        state = {}
-        for key in keys:
-            if key in rule.tensor_state:
-                state[key] = torch.stack([s[key] for s in states[piece.tensors]]).to(dtype)
-            else:
-                state[key] = piece.pack_rows(states, key, dtype)
-        own = context.of(piece.tensors)
-        grad = sanitize_grad(piece.pack(grads), dtype, maximize)
-        update, new = rule(grad, state, piece.pack(params).to(dtype), piece.segments, own)
-        for key, value in new.items():
-            if key in rule.tensor_state:
-                targets = [s[key] for s in states[piece.tensors]]
-                torch._foreach_copy_(targets, list(value.unbind()))
-            else:
-                piece.unpack_rows_(states, key, value)
-        yield piece, update
+# ---- gradients and rates
 
 
 def sanitize_grad(grad: Tensor, dtype: torch.dtype, maximize: bool = False) -> Tensor:
@@ -230,3 +48,156 @@ def needs_sync(lr: float | Tensor) -> bool:
     if not isinstance(lr, Tensor):
         return False
     return lr.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def states_before(
+    lr: float | Tensor, states: Sequence[State], keys: Sequence[str]
+) -> list[State] | None:
+    """Copies of state, for :func:`restore_where_zero_`; ``None`` if ``lr`` is known here."""
+    if not needs_sync(lr):
+        return None
+    return [{key: state[key].clone() for key in keys if key in state} for state in states]
+
+
+def restore_where_zero_(
+    lr: float | Tensor, states: Sequence[State], before: Sequence[State] | None
+) -> None:
+    """Undo changes of state where ``lr`` is 0, which the device alone knows."""
+    if before is None or not isinstance(lr, Tensor):
+        return
+    active = lr.reshape(()) != 0
+    for state, old in zip(states, before, strict=True):
+        for key, value in old.items():
+            if value.device == lr.device:
+                state[key].copy_(torch.where(active, state[key], value))
+
+
+# ---- pieces of work
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Several small tensors, or consecutive coordinates of one; the unit of work.
+
+    Attributes:
+        first: index of the first tensor.
+        last: index after the last tensor.
+        rows: the coordinates of the tensor, if they are but a part of one.
+        segments: describes the piece.
+    """
+
+    first: int
+    last: int
+    rows: slice | None
+    segments: Segments
+
+    @property
+    def tensors(self) -> slice:
+        return slice(self.first, self.last)
+
+    def _part(self, rows: Tensor) -> Tensor:
+        # Not sliced without need: compiled graphs do not know the sizes of shards.
+        return rows if self.rows is None else rows[self.rows]
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The piece's coordinates of all tensors of the call, ``(n,)``; a view where possible."""
+        if self.last - self.first == 1:
+            return self._part(tensors[self.first].reshape(-1))
+        return torch.cat([t.reshape(-1) for t in tensors[self.tensors]])
+
+    def pack_rows(self, states: Sequence[State], key: str, dtype: torch.dtype) -> Tensor:
+        """A per-coordinate entry, ``(n, k)``, each column contiguous; a view where possible."""
+        if self.last - self.first == 1:
+            return self._part(as_rows(states[self.first][key])).to(dtype)
+        parts = [as_rows(state[key]).t() for state in states[self.tensors]]
+        return torch.cat(parts, 1).t().to(dtype)
+
+    def unpack_rows_(self, states: Sequence[State], key: str, value: Tensor) -> None:
+        """Write a packed entry ``(n, k)`` back; views that were written to stay as they are."""
+        if self.last - self.first == 1:
+            target = self._part(as_rows(states[self.first][key]))
+            if not same_memory(target, value):
+                target.copy_(value)
+            return
+        targets = [as_rows(state[key]) for state in states[self.tensors]]
+        torch._foreach_copy_(targets, list(value.split(self.segments.sizes)))
+
+    def add_(self, params: Sequence[Tensor], update: Tensor, lr: float | Tensor) -> None:
+        """``params += lr * update``"""
+        scale: float = 1.0
+        if isinstance(lr, Tensor) or torch.compiler.is_compiling():
+            update = update * lr
+        else:
+            scale = lr
+        if self.last - self.first == 1:
+            param = params[self.first]
+            target = param if self.rows is None else param.view(-1)[self.rows]
+            target.add_(update.view(target.shape), alpha=scale)
+            return
+        targets = list(params[self.tensors])
+        parts = update.split(self.segments.sizes)
+        updates = [u.view(t.shape) for u, t in zip(parts, targets, strict=True)]
+        torch._foreach_add_(targets, updates, alpha=scale)
+
+
+def pieces_of(
+    params: Sequence[Tensor], segments: Segments, most_packed: int, whole: bool
+) -> list[Piece]:
+    """Pieces of at most ``BLOCK`` coordinates.
+
+    Args:
+        params: of which those that are not contiguous stay in one piece.
+        segments: of all of them.
+        most_packed: coordinates of the largest tensor that is packed together with others.
+        whole: leave all tensors in one piece.
+    """
+    compiling = torch.compiler.is_compiling()
+    cut = tuple(p.is_contiguous() and not whole and not compiling for p in params)
+    if compiling or not is_plain_eager():
+        return _pieces(most_packed, cut, segments)
+    return _cached_pieces(most_packed, cut, segments)
+
+
+def _pieces(most_packed: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
+    pieces: list[Piece] = []
+    first = room = 0
+
+    def close(last: int) -> None:
+        if first < last:
+            pieces.append(Piece(first, last, None, segments.piece(first, last)))
+
+    for index, size in enumerate(segments.sizes):
+        if size > most_packed:
+            close(index)
+            if not cut[index]:
+                pieces.append(Piece(index, index + 1, None, segments.piece(index, index + 1)))
+            for start in range(0, size if cut[index] else 0, BLOCK):
+                rows = slice(start, min(start + BLOCK, size))
+                part = segments.piece(index, index + 1, rows.stop - rows.start)
+                pieces.append(Piece(index, index + 1, rows, part))
+            first, room = index + 1, BLOCK
+        elif size > room:
+            close(index)
+            first, room = index, BLOCK - size
+        else:
+            room -= size
+    close(len(segments))
+    return pieces
+
+
+_cached_pieces = lru_cache(maxsize=64)(_pieces)
+
+
+def as_rows(value: Tensor) -> Tensor:
+    """State ``(*S, k)`` as ``(n, k)``, also where ``n`` is 0: a view, to be written through."""
+    n = 1
+    for size in value.shape[:-1]:
+        n *= size
+    return value.view(n, value.shape[-1])
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """True if both are the same view, so that nothing is to be copied."""
+    if torch.compiler.is_compiling() or not is_plain_eager():
+        return False
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype

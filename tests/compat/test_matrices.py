@@ -37,7 +37,7 @@ class Preconditioned(UpdateRule):
         sides = zip(self.matrix_state, shape, strict=False) if len(shape) == 2 else ()
         return {k: torch.eye(n, dtype=torch.float64) for k, n in sides if n <= self.shortest}
 
-    def step_(self, params: Any, grads: Any, states: Any, *, lr: Any = 1.0, **_: Any) -> None:
+    def step_(self, params: Any, grads: Any, states: Any, settings: Any, *_: Any) -> None:
         for param, grad, state in zip(params, grads, states, strict=True):
             state["momentum"].mul_(0.5).add_(grad.unsqueeze(-1))
             step, grad = state["momentum"].squeeze(-1).double(), grad.double()
@@ -49,7 +49,7 @@ class Preconditioned(UpdateRule):
                 step = torch.linalg.solve(state["right"], step.t()).t()
             state["count"] += 1
             state["step"] += 1
-            param.sub_(lr * 0.1 * step)
+            param.sub_(settings.lr * 0.1 * step)
 
 
 SHAPES = [(20, 3), (3, 20), (80, 4), (100, 95), (70, 70), (5,), ()]

@@ -12,9 +12,7 @@ from torch.nn.utils import vector_to_parameters
 
 from learned_optim import kernels
 from learned_optim.meta.populations._base import Params, copies_of
-from learned_optim.rules import State, UpdateRule
-from learned_optim.rules._context import StepSettings
-from learned_optim.rules._step import reference_step_
+from learned_optim.rules import State, StepSettings, UpdateRule
 from learned_optim.rules.horizon import HorizonRule
 
 
@@ -75,7 +73,7 @@ class CopiesOptimizer:
         rule, states, settings = self._rules[0], self._states, self._settings
         if not isinstance(rule, HorizonRule):
             for own, *of in self._by_copy(slices, states):
-                own.step_(*of, weight_decay=settings.weight_decay, total_steps=settings.total_steps)
+                own.step_(*of, settings)
             return
         seen: Sequence[Tensor] = slices
         updates: Sequence[Tensor | None] = [None] * len(slices)
@@ -83,7 +81,7 @@ class CopiesOptimizer:
             seen, updates = self._rotation.rotate(slices)
         if not kernels.step_(self._networks, self._slices, seen, states, settings, updates=updates):
             for own, params, part, of, apart in self._by_copy(seen, states, updates):
-                reference_step_(own, params, part, of, settings, updates=apart)
+                own.step_(params, part, of, settings, updates=apart)
         if self._rotation is not None:
             self._rotation.rotate_back()
 

@@ -1,15 +1,11 @@
-"""From tensors on a GPU to two launches of the Triton kernels, for any number of tensors.
-
-Written without a GPU at hand: the kernels have been run in Triton's interpreter and compiled for
-GPUs, no more. So each kind of call is tried on a small problem before it is trusted.
-"""
+"""Two launches of the Triton kernels, for any number of tensors on a GPU."""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -19,57 +15,18 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from learned_optim._warn import warn
-from learned_optim.kernels import _build, _checks
-from learned_optim.kernels._call import StepSettings, StepTensors
-from learned_optim.kernels._library import SIZES
+from learned_optim.kernels import _cpu
 from learned_optim.kernels.constants import DECAY_UNIT
 
 # Coordinates of a program, and of one pass of its loop.
 CHUNK, BLOCK = 4096, 512
 _MEASURE_BLOCK = 1024  # coordinates of one pass of the loop that measures a new tensor
 _ROW = 16  # of gains and of sums
-*_, STATS, _INPUTS, _MOST_UNITS = SIZES
 # In the interpreter a kernel runs on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-is_here = _checks.is_cpu if INTERPRETED else _checks.is_cuda
+is_here = _cpu.is_cpu if INTERPRETED else _cpu.is_cuda
 
 _Value = TypeVar("_Value")
-
-
-@functools.cache
-def _imported() -> tuple[ModuleType | None, str]:
-    try:
-        import triton
-
-        from learned_optim.kernels import _triton
-    except ImportError as error:
-        return None, f"missing: {error}"
-    except Exception as error:  # an installation that is broken or of an unknown version
-        return None, f"unusable: {error}"
-    return _triton, f"triton {triton.__version__}"
-
-
-_failure = ""
-
-
-def loaded() -> tuple[ModuleType | None, str]:
-    """The kernels, or ``None``; and which Triton there is, or why they are not used."""
-    if _build.switched_off():
-        return None, f"off: {_build.SWITCH}=0"
-    return (None, f"failed: {_failure}") if _failure else _imported()
-
-
-def fail(why: str) -> None:
-    """Switch the kernels off for this process, and warn once."""
-    global _failure
-    if not _failure:
-        _failure = why
-        warn(
-            f"learned_optim runs without its Triton kernels, several times slower ({why}). "
-            f"{_build.SWITCH}=0 silences this.",
-            RuntimeWarning,
-        )
 
 
 class _Cache(dict[Hashable, _Value], Generic[_Value]):
@@ -89,7 +46,7 @@ class _Layout:
     Attributes:
         numels: sizes of all tensors in the order of the call.
         integers: size, first chunk and number of chunks of each tensor, int64 ``(m, 3)``.
-        constants: see :func:`~learned_optim.kernels._checks.constants_of`, float64 ``(m, 3)``.
+        constants: see :func:`~learned_optim.kernels._cpu.constants_of`, float64 ``(m, 3)``.
         chunk_tensor: the tensor that a chunk belongs to, int32 ``(chunks,)``.
         bytes: sizes in memory of parameter, gradient, the three moments, statistics, step and
             update of each tensor, int64 ``(m, 8)``, on the CPU.
@@ -109,74 +66,12 @@ _tables = _Cache[tuple[Tensor, bool] | None]()
 _captured: list[_Layout] = []  # graphs read their tables for as long as they are replayed
 
 
-def step_(tensors: StepTensors, settings: StepSettings) -> bool:
-    """See :func:`learned_optim.kernels.step_`.
-
-    Parameters of several dtypes take two launches for each.
-    """
-    from learned_optim.kernels import _trial  # it runs what is here
-
-    kernels, _ = loaded()
-    if kernels is None or not _takes_lr(settings.lr, tensors.params[0].device):
-        return False
-    calls = []
-    for chosen in _by_types(tensors.params, tensors.states):
-        call = prepare(_subset(tensors, chosen))
-        if call is None or not _trial.passed(kernels, call):
-            return False
-        calls.append(call)
-    for index, call in enumerate(calls):
-        try:
-            launch(kernels, call, settings)
-        except Exception as error:  # of the compiler: nothing was launched
-            if index:
-                raise
-            fail(f"{type(error).__name__}: {error}")
-            return False
-    _checks.increment_versions(tensors.params)
-    return True
-
-
-def _takes_lr(lr: float | Tensor, device: torch.device) -> bool:
-    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
-        return True
-    return lr.device == device and lr.numel() == 1 and lr.is_floating_point() and type(lr) is Tensor
-
-
-def _by_types(
-    params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
-) -> Iterable[list[int]]:
-    """Indices of parameters whose dtypes, and whose moments', are the same."""
-    found: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for index, (param, state) in enumerate(zip(params, states, strict=True)):
-        found.setdefault((param.dtype, state["fast"].dtype), []).append(index)
-    return found.values()
-
-
-def _subset(tensors: StepTensors, chosen: list[int]) -> StepTensors:
-    """The call of some of the parameters."""
-    network, params, grads, states, shapes, updates = tensors
-    if network[1].dim() > 1:  # a network for each tensor
-        network = [weight[chosen] for weight in network]
-    return StepTensors(
-        network,
-        [params[i] for i in chosen],
-        [grads[i] for i in chosen],
-        [states[i] for i in chosen],
-        tuple(params[i].shape if shapes is None else shapes[i] for i in chosen),
-        None if updates is None else [updates[i] for i in chosen],
-    )
-
-
-# ---- one call
-
-
 @dataclass(frozen=True)
 class Call:
     """Two launches.
 
     Attributes:
-        network: weights, see :func:`step_`.
+        network: the five weights, shared, or with a leading ``m``.
         layout: of the tensors.
         addresses: of the tensors, int64 ``(m, 8)``, 0 where the update goes onto the parameter;
             rows on the host while a graph is captured.
@@ -189,35 +84,37 @@ class Call:
     aligned: bool
 
 
-def prepare(call: StepTensors) -> Call | None:
+def prepare(
+    network: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    updates: Sequence[Tensor | None] | None = None,
+) -> Call | None:
     """The launches of parameters of one dtype; ``None`` for tensors the kernels do not take."""
-    network, params, grads, states, shapes, updates = call
     m, device = len(params), params[0].device
-    own = zip(*map(_checks.state_entries, states), strict=True)
+    own = zip(*map(_cpu.state_entries, states), strict=True)
     tensors = [*params, *grads, *chain(*own), *network]
-    addresses = _checks.addresses_of(tensors, is_here)
+    addresses = _cpu.addresses_of(tensors, is_here)
     if addresses is None or any(tensor.device != device for tensor in tensors):
         return None
     if any(map(Tensor.is_neg, tensors[: 2 * m])) or any(map(Tensor.is_inference, params)):
         return None
-    shapes = tuple([param.shape for param in params] if shapes is None else shapes)
+    shapes = tuple(param.shape for param in params)
     capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
     dtypes, weights = tuple(tensor.dtype for tensor in tensors), tuple(w.shape for w in network)
     key = shapes, dtypes, weights, device
     layout = _layouts.get(key)
     if layout is None:
-        if capturing or not _checks.takes_dtypes(m, dtypes):
-            return None
-        if not _checks.takes_network(m, weights, _MOST_UNITS):
+        if capturing or not _cpu.takes_dtypes(m, dtypes) or not _cpu.takes_network(m, weights):
             return None
         _layouts.make_room(256)
         layout = _layouts[key] = _make_layout(shapes, dtypes, weights, device)
     if [tensor.numel() for tensor in tensors] != layout.numels:
         return None
-    places = [0] * m
-    for index, update in enumerate(updates or ()):
-        if update is not None:
-            places[index] = update.data_ptr()
+    places = _cpu.addresses_of_updates(updates or [None] * m, layout.numels, is_here)
+    if places is None:
+        return None
     rows = [[*addresses[i : 7 * m : m], places[i]] for i in range(m)]
     if capturing:
         _captured.append(layout)
@@ -244,11 +141,11 @@ def _make_layout(
     # An empty tensor has a chunk, too, which counts its step.
     chunks = _host([max(1, -(-size // CHUNK)) for size in sizes])
     integers = torch.stack((_host(sizes), chunks.cumsum(0) - chunks, chunks), 1)
-    constants = _host(_checks.constants_of(shapes), torch.float64).reshape(m, 3)
+    constants = _host(_cpu.constants_of(shapes), torch.float64).reshape(m, 3)
     items = [dtypes[i * m].itemsize for i in range(5)]
-    per_tensor = [[*(size * item for item in items), 4 * STATS, 4, 4 * size] for size in sizes]
+    per_tensor = [[*(size * item for item in items), 4 * _cpu.STATS, 4, 4 * size] for size in sizes]
     layout = _Layout(
-        numels=[*sizes * 5, *[STATS] * m, *[1] * m, *map(math.prod, weights)],
+        numels=[*sizes * 5, *[_cpu.STATS] * m, *[1] * m, *map(math.prod, weights)],
         integers=_upload(integers, device),
         constants=_upload(constants, device),
         chunk_tensor=_upload(_host(range(m), torch.int32).repeat_interleave(chunks), device),
@@ -295,10 +192,9 @@ def _memory(rows: list[list[int]], layout: _Layout) -> tuple[bool, bool]:
     return True, not bool((begin[:, vectors][used[:, vectors]] % 16).any())
 
 
-def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
+def launch(kernels: ModuleType, call: Call, settings: _cpu.StepSettings) -> None:
     """Two launches: the gains of all tensors, then the update of all coordinates."""
-    lr, weight_decay, maximize, warmup, total_steps = settings
-    layout = call.layout
+    lr, layout, total_steps = settings.lr, call.layout, settings.total_steps
     m, chunks, device = len(layout.integers), len(layout.chunk_tensor), layout.integers.device
     on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or INTERPRETED)
     with _on(device):
@@ -313,13 +209,13 @@ def launch(kernels: ModuleType, call: Call, settings: StepSettings) -> None:
         kernels.gains_kernel[(m,)](
             addresses, layout.integers, layout.constants, *call.network,
             lr if on_device else gains, gains, counters, 0.0 if on_device else float(lr),
-            DECAY_UNIT * weight_decay, float(total_steps or 0.0), float(warmup),
+            DECAY_UNIT * settings.weight_decay, float(total_steps or 0.0), float(settings.warmup),
             PARAM_TYPE=_triton_type(layout.types[0]), UNITS=call.network[1].shape[-1],
             OWN_NETWORKS=call.network[1].dim() - 1, LR_ON_DEVICE=on_device, BLOCK=_MEASURE_BLOCK,
         )  # fmt: skip
         kernels.update_kernel[(chunks,)](
             addresses, layout.integers, layout.chunk_tensor, gains, counters, sums,
-            -1.0 if maximize else 1.0, KNOWN=bool(total_steps),
+            -1.0 if settings.maximize else 1.0, KNOWN=bool(total_steps),
             PARAM_TYPE=_triton_type(layout.types[0]), STATE_TYPE=_triton_type(layout.types[1]),
             CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=call.aligned,
         )  # fmt: skip

@@ -1,0 +1,191 @@
+"""The step of tensors on a GPU, by Triton kernels that have passed a trial.
+
+Compilers and drivers differ: each kind of call is first tried on a small problem, against the
+CPU's kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from learned_optim._warn import warn
+from learned_optim.kernels import _build, _cpu, _launch, _library
+
+_failure = ""
+_passed: dict[Hashable, bool] = {}
+#: Deviations from the CPU's kernel allowed in a trial: rounding, of half types for the most part.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+
+
+@functools.cache
+def _imported() -> tuple[ModuleType | None, str]:
+    try:
+        import triton
+
+        from learned_optim.kernels import _triton
+    except ImportError as error:
+        return None, f"missing: {error}"
+    except Exception as error:  # an installation that is broken or of an unknown version
+        return None, f"unusable: {error}"
+    return _triton, f"triton {triton.__version__}"
+
+
+def loaded() -> tuple[ModuleType | None, str]:
+    """The kernels, or ``None``; and which Triton there is, or why they are not used."""
+    if _build.switched_off():
+        return None, f"off: {_build.SWITCH}=0"
+    return (None, f"failed: {_failure}") if _failure else _imported()
+
+
+def _fail(error: Exception) -> None:
+    """Switch the kernels off for this process, and warn once."""
+    global _failure
+    if not _failure:
+        _failure = f"{type(error).__name__}: {error}"
+        warn(
+            f"learned_optim runs without its Triton kernels, several times slower ({_failure}). "
+            f"{_build.SWITCH}=0 silences this.",
+            RuntimeWarning,
+        )
+
+
+def step_(
+    network: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    settings: _cpu.StepSettings,
+    updates: Sequence[Tensor | None] | None = None,
+) -> bool:
+    """See :func:`learned_optim.kernels.step_`.
+
+    Parameters of several dtypes take two launches for each.
+    """
+    kernels, _ = loaded()
+    if kernels is None or not _takes_lr(settings.lr, params[0].device):
+        return False
+    calls = []
+    for chosen in _by_types(params, states):
+        own = [weight[chosen] for weight in network] if network[1].dim() > 1 else network
+        call = _launch.prepare(
+            own,
+            [params[i] for i in chosen],
+            [grads[i] for i in chosen],
+            [states[i] for i in chosen],
+            None if updates is None else [updates[i] for i in chosen],
+        )
+        if call is None or not _has_passed(kernels, call):
+            return False
+        calls.append(call)
+    for index, call in enumerate(calls):
+        try:
+            _launch.launch(kernels, call, settings)
+        except Exception as error:  # of the compiler: nothing was launched
+            if index:
+                raise
+            _fail(error)
+            return False
+    _cpu.increment_versions(params)
+    return True
+
+
+def _takes_lr(lr: float | Tensor, device: torch.device) -> bool:
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        return True
+    return lr.device == device and lr.numel() == 1 and lr.is_floating_point() and type(lr) is Tensor
+
+
+def _by_types(
+    params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
+) -> Iterable[list[int]]:
+    """Indices of parameters whose dtypes, and whose moments', are the same."""
+    found: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for index, (param, state) in enumerate(zip(params, states, strict=True)):
+        found.setdefault((param.dtype, state["fast"].dtype), []).append(index)
+    return found.values()
+
+
+# ---- the trial
+
+
+def _has_passed(kernels: ModuleType, call: _launch.Call) -> bool:
+    """True if calls of these dtypes and this network agree with the CPU's kernel; tried once."""
+    network, device, types = call.network, call.layout.integers.device, call.layout.types
+    key = device, types, network[1].shape, network[0].shape[-1]
+    if key not in _passed:
+        if not _launch.INTERPRETED and torch.cuda.is_current_stream_capturing():
+            return False
+        _passed[key] = False
+        try:
+            with torch.no_grad():
+                _try(kernels, network, device, types)
+            _passed[key] = True
+        except Exception as error:  # whatever a compiler may raise
+            _fail(error)
+    return _passed[key]
+
+
+def _try(
+    kernels: ModuleType,
+    network: Sequence[Tensor],
+    device: torch.device,
+    types: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """Three steps of two tensors, by the kernels and, where it is compiled, by the CPU's.
+
+    Raises:
+        Exception: the compiler's.
+        ArithmeticError: the results differ or are not finite.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    network = [weight.detach() for weight in network]
+    if network[1].dim() > 1:
+        network = [weight[:1].expand(2, *weight.shape[1:]).contiguous() for weight in network]
+    shapes = (torch.Size((_launch.CHUNK + 37,)), torch.Size((5, 7)))
+
+    def draw(scale: float) -> list[Tensor]:
+        return [
+            (scale * torch.randn(s, generator=generator, device="cpu")).to(types[0]) for s in shapes
+        ]
+
+    host, on_host = draw(0.1), [_fresh_state(shape, types[1]) for shape in shapes]
+    own = [param.to(device, copy=True) for param in host]
+    on_device = [{k: v.to(device, copy=True) for k, v in state.items()} for state in on_host]
+    options = _cpu.StepSettings(lr=1.0, weight_decay=1000.0, warmup=2, total_steps=9.0)
+    compared = _library.loaded()[0] is not None  # without a warning: it is optional here
+    # The second tensor is a rotated matrix, whose update goes elsewhere.
+    apart = [torch.zeros(shapes[1], device="cpu"), torch.zeros(shapes[1], device=device)]
+    for _ in range(3):
+        grads = draw(1.0)
+        moved = [grad.to(device) for grad in grads]
+        call = _launch.prepare(network, own, moved, on_device, (None, apart[1]))
+        if call is None:
+            raise ArithmeticError("the trial's tensors were refused")
+        _launch.launch(kernels, call, options)
+        weights = [weight.to("cpu") for weight in network]
+        compared = compared and _cpu.step_(weights, host, grads, on_host, options, (None, apart[0]))
+    tolerance = _TOLERANCE.get(types[0], 5e-2)
+    tolerance = tolerance if types[1] is torch.float32 else max(tolerance, 5e-2)
+    pairs = [*zip(host, own, strict=True), (apart[0], apart[1])]
+    for state, device_state in zip(on_host, on_device, strict=True):
+        pairs += [(state[key], device_state[key]) for key in state]
+    for want, got in pairs:
+        got = got.to("cpu")
+        unit = want.double().abs().clamp(min=1)
+        worst = float(((got.double() - want.double()) / unit).abs().max()) if compared else 0.0
+        if not (bool(got.isfinite().all()) and worst <= tolerance):
+            raise ArithmeticError(f"a trial step went wrong by {worst:.2g}")
+
+
+def _fresh_state(shape: torch.Size, dtype: torch.dtype) -> dict[str, Tensor]:
+    keys, like = ("fast", "slow", "square"), torch.zeros((*shape, 1), dtype=dtype, device="cpu")
+    own = {"stats": (_cpu.STATS,), "step": ()}
+    return {
+        **{key: like.clone() for key in keys},
+        **{key: torch.zeros(size, device="cpu") for key, size in own.items()},
+    }
