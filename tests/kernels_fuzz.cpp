@@ -171,8 +171,8 @@ void run_lstm() {}
 }  // namespace
 
 int main() {
-  for (int round = 0; round < 200; ++round) run(round);
-  for (int round = 0; round < 200; ++round) run_lstm();
+  for (int round = 0; round < 100; ++round) run(round);
+  for (int round = 0; round < 100; ++round) run_lstm();
   std::printf("passed\n");
   return 0;
 }

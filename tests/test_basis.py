@@ -128,16 +128,15 @@ def plain(
     return param
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-def test_steps_of_float64_are_those_of_a_plain_account(maximize: bool) -> None:
+def test_steps_of_float64_are_those_of_a_plain_account() -> None:
     """Both sides, the shorter side alone, kernels, vectors; over all periods of refreshes."""
     rule = eigenbasis_rule(torch.float64)
-    params, grads = problem(SHAPES, 60)
-    found, states = run(rule, params, grads, maximize=maximize, **NUMBERS)
+    params, grads = problem(SHAPES, 40)
+    found, states = run(rule, params, grads, maximize=True, **NUMBERS)
     assert ["basis_age" in state for state in states] == [True] * 4 + [False, True, False]
     for index, (param, moved) in enumerate(zip(params, found, strict=True)):
         own = [step[index] for step in grads]
-        expected = plain(rule, param, own, index, maximize)
+        expected = plain(rule, param, own, index, maximize=True)
         torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-9)
         assert (moved - param).abs().max() > 0.01
 
@@ -148,7 +147,7 @@ def test_steps_of_float32_and_bfloat16_are_those_of_a_plain_account(dtype: torch
     """Decay and update of half precision are one rounding: up to a last bit now and then."""
     rule = eigenbasis_rule()
     shapes: list[tuple[int, ...]] = [(6, 6), (3, 40), (4, 2, 2, 2)]
-    params, grads = problem(shapes, 60)
+    params, grads = problem(shapes, 30)
     params = [param.to(dtype) for param in params]
     found, _ = run(rule, params, grads, **NUMBERS)
     for index, (param, moved) in enumerate(zip(params, found, strict=True)):
@@ -199,34 +198,22 @@ def test_matrices_of_one_shape_step_as_they_do_alone(ages: str) -> None:
 @pytest.mark.skipif(not kernels.status().startswith("compiled"), reason=kernels.status())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bound_steps_have_the_same_bits(dtype: torch.dtype) -> None:
+    """Also after somebody has written to bases, of matrices that lie apart in memory, too."""
     rule = eigenbasis_rule()
-    params, grads = problem(SHAPES, 12)
-    params = [param.to(dtype) for param in params]
-    unbound, states = run(rule, params, grads, **NUMBERS)
-    bound = [param.clone() for param in params]
-    own = fresh(rule, bound)
+    start, grads = problem(SHAPES, 12)
+    params, bound = ([param.to(dtype, copy=True) for param in start] for _ in range(2))
+    states, own = fresh(rule, params), fresh(rule, bound)
     step_ = rule.bind(bound, own)
     assert step_ is not None
-    for step in grads:
+    for number, step in enumerate(grads):
+        if number == 6:
+            for state in (states[0], own[0], states[5], own[5]):
+                state["row_basis"].neg_()
         raw = [grad.to(dtype) for grad in step]
         assert step_(raw, StepSettings(**NUMBERS))
-    assert all(map(torch.equal, bound, unbound))
+        rule.step_(params, raw, states, StepSettings(**NUMBERS))
+    assert all(map(torch.equal, bound, params))
     assert all(torch.equal(a[key], b[key]) for a, b in zip(states, own, strict=True) for key in a)
-
-
-@pytest.mark.parametrize("size", [64, 300])
-def test_results_do_not_depend_on_the_number_of_threads(size: int) -> None:
-    rule, found = eigenbasis_rule(), []
-    params, grads = problem([(size, size)], 3)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(run(rule, [params[0].float()], grads)[0][0])
-    finally:
-        torch.set_num_threads(before)
-    # BLAS adds in an order of its own: equal to rounding, unlike tensors that are not rotated.
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
 # ---- promises
@@ -368,40 +355,3 @@ def test_bases_stay_orthogonal_and_find_the_eigenvectors() -> None:
     torch.testing.assert_close((found[0].T @ vectors).abs(), torch.eye(12), rtol=0, atol=2e-3)
     # What has converged does not change, nor turn its sign.
     torch.testing.assert_close(basis.next_basis(found, cov), found, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_directions_without_a_gradient_stay(scale: float) -> None:
-    old, _ = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
-    old = old.unsqueeze(0)
-    assert torch.equal(
-        basis.next_basis(torch.eye(5)[None], torch.zeros(1, 5, 5)), torch.eye(5)[None]
-    )
-    torch.testing.assert_close(basis.next_basis(old, torch.zeros(1, 5, 5)), old)
-    # One direction has all gradients: it comes first, and the others span what is left.
-    axis = torch.zeros(1, 5, 5)
-    axis[0, 2, 2] = scale
-    found = torch.eye(5).unsqueeze(0)
-    for _ in range(5):
-        found = basis.next_basis(found, axis)
-    torch.testing.assert_close(found.abs(), torch.eye(5).unsqueeze(0), rtol=0, atol=1e-5)
-    for _ in range(5):
-        old = basis.next_basis(old, axis)
-    torch.testing.assert_close(old[0, 2].abs(), torch.eye(5)[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(old[0].T @ old[0], torch.eye(5), rtol=0, atol=1e-5)
-
-
-def test_momenta_are_carried_over_and_stay_within_their_bounds() -> None:
-    generator = torch.Generator().manual_seed(0)
-    square, rule = torch.rand(3, 6, 4, generator=generator) ** 4, eigenbasis_rule()
-    fast, slow = (
-        bound * square.sqrt() * (2 * torch.rand(3, 6, 4, generator=generator) - 1)
-        for bound in rule.momentum_bounds
-    )
-    turn, _ = torch.linalg.qr(torch.randn(3, 6, 6, generator=generator))
-    before, old = fast.clone(), square.clone()
-    basis.carry_over_([fast, slow], square, [turn, None], rule.momentum_bounds)
-    torch.testing.assert_close(fast, turn @ before)
-    assert (square >= old).all()
-    assert (fast.abs() <= rule.momentum_bounds[0] * square.sqrt() * (1 + 1e-5)).all()
-    assert (slow.abs() <= rule.momentum_bounds[1] * square.sqrt() * (1 + 1e-5)).all()

@@ -1,8 +1,6 @@
 """Diagnostics of a step, held against what the parameters did."""
 
 import copy
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ from torch import nn
 
 from learned_optim import LearnedOptimizer
 from learned_optim._tensors import init_scale
-from learned_optim.rules import State, StepContext, UpdateRule, rule_names
+from learned_optim.rules import rule_names
 from learned_optim.rules.horizon import HorizonRule
 from tests.conftest import random_rule
 
@@ -89,13 +87,13 @@ def test_every_rule(name: str) -> None:
 
 def test_signal_share_tells_repetition_from_noise() -> None:
     generator = torch.Generator().manual_seed(0)
-    param = nn.Parameter(0.1 * torch.randn(100, 100, generator=generator))
+    param = nn.Parameter(0.1 * torch.randn(60, 60, generator=generator))
     for noisy, expected in ((False, 1.0), (True, 0.1 / 1.9)):
         optimizer = LearnedOptimizer([param])
         optimizer.diagnose()
-        grad = torch.randn(100, 100, generator=generator)
-        for _ in range(200):
-            param.grad = torch.randn(100, 100, generator=generator) if noisy else grad
+        grad = torch.randn(60, 60, generator=generator)
+        for _ in range(100):
+            param.grad = torch.randn(60, 60, generator=generator) if noisy else grad
             optimizer.step()
         share = optimizer.diagnostics()["0/0"]["signal_share"]
         assert share == pytest.approx(expected, rel=0.1)
@@ -137,19 +135,6 @@ def test_schedule_follows_the_run() -> None:
     assert warming.diagnostics()["0/0"]["schedule"] == 1 / 50
 
 
-def test_step_confidence_starts_low_and_grows_where_gradients_agree() -> None:
-    model, optimizer = trained("diagonal", 0)
-    optimizer.diagnose()
-    found = []
-    for _ in range(8):
-        backward(model, 0)  # the same batch again
-        optimizer.step()
-        found.append(optimizer.diagnostics()["0/0"]["step_confidence"])
-    assert found[:2] == pytest.approx([math.exp(-3.0)] * 2)  # nothing to agree with at first
-    assert found == sorted(found)
-    assert found[-1] == 1.0
-
-
 def test_recording_changes_no_step_and_copies_record_nothing() -> None:
     plain, _ = trained("diagonal", 6)
     model = network()
@@ -185,21 +170,6 @@ def test_names_and_tensors_without_a_step() -> None:
     assert optimizer.diagnostics() == {}
 
 
-def test_weight_decay_and_maximize() -> None:
-    model, optimizer = trained("diagonal", 3, weight_decay=10.0, maximize=True)
-    optimizer.diagnose()
-    backward(model, 3)
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer.step()
-    for old, param, numbers in zip(
-        before, model.parameters(), optimizer.diagnostics().values(), strict=True
-    ):
-        moved = param.detach() - old
-        assert numbers["step_rms"] == pytest.approx(rms(moved), rel=1e-5)
-        parts = sum(value for key, value in numbers.items() if key.startswith("part/"))
-        assert numbers["step_rms"] <= parts + rms(0.01 * old) + 1e-9
-
-
 def test_half_precision_and_complex_parameters() -> None:
     torch.manual_seed(3)
     params = [
@@ -220,33 +190,3 @@ def test_half_precision_and_complex_parameters() -> None:
         moved = torch.view_as_real(moved) if moved.is_complex() else moved.float()
         assert numbers["step_rms"] == pytest.approx(rms(moved), rel=1e-4)
         assert "gain/fast" in numbers
-
-
-class DecayReadsAnAverage(UpdateRule):
-    """Its decay reads state of whole tensors that its network does not own."""
-
-    tensor_state = ("average",)
-
-    def init_state(self, param: torch.Tensor) -> State:
-        return {"average": torch.zeros(1)}
-
-    def scheduled_decay(
-        self, weight_decay: float, states: Sequence[State], context: StepContext
-    ) -> torch.Tensor:
-        return weight_decay * torch.stack(
-            [1 + state["average"][0] + state["step"] for state in states]
-        )
-
-    def coordinate_features(self, grad: Any, state: Any, param: Any, stats: Any) -> Any:
-        return None, -grad.unsqueeze(1)
-
-
-def test_decay_that_reads_a_tensors_state() -> None:
-    param = nn.Parameter(torch.ones(3))
-    optimizer = LearnedOptimizer([param], DecayReadsAnAverage(), weight_decay=100.0)
-    optimizer.diagnose()
-    for _ in range(2):
-        param.grad = torch.zeros(3)
-        optimizer.step()
-    assert optimizer.diagnostics()["0/0"]["step"] == 1.0
-    assert param.detach().tolist() == pytest.approx([0.9 * 0.8] * 3)

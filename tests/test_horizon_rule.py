@@ -6,17 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fresh_states, pack, random_rule, trajectory
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import fresh_states, pack, random_rule
 from torch import Tensor
 from torch.nn import Parameter
 
 from learned_optim import LearnedOptimizer, kernels
-from learned_optim.meta.tasks.coordinates import sine_network
 from learned_optim.rules import Segments, StepContext, StepSettings
 from learned_optim.rules import _history as history
-from learned_optim.rules.horizon import HorizonConfig, HorizonRule
+from learned_optim.rules.horizon import HorizonRule
 
 
 def schedule(t: int, total: int | None) -> float:
@@ -106,39 +103,16 @@ def test_untrained_it_is_adam_in_natural_units_with_schedule_and_confidence(
     assert (max(seen[:40]) > -0.5) == (kind in ("drift", "rows"))
 
 
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("plateau", [0, 70])
-def test_step_confidence_falls_and_grows_again(known: bool, plateau: int) -> None:
-    """Also if it took longer than the warm-up to saturate."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(80, generator=generator).double() - 0.5
-    agree = torch.full((60,), 0.9).double()
-    agreements = torch.cat((torch.full((plateau,), -0.1), agree, noise - 0.3, noise + 0.3))
-    log, expected, found = torch.tensor([-3.0]).double(), -3.0, []
-    for step, agreement in enumerate(agreements.tolist()):
-        mean, growth = (-0.2, 0.0)[step % 4 == 0], (0.2, 1.3)[step % 3 == 0]
-        told = (agreement, mean, growth, float(step), float(known))
-        log = history.next_confidence(log, *(torch.tensor([x]).double() for x in told))
-        expected = next_log(expected, agreement, mean, growth, step, known)
-        assert log.item() == pytest.approx(expected, abs=1e-5)
-        found.append(expected)
-    assert all(z == -3.0 for z in found[:plateau])
-    assert found[plateau + 59] == 0.0
-    lowest = min(found[plateau + 60 : plateau + 140])
-    assert -0.5 * math.log(1 + len(found) / 50) <= lowest < -0.5
-    assert max(found[-80:]) > lowest + 0.3
-
-
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10_000), spread=st.floats(-8, 8), total=st.sampled_from([None, 30, 500]))
-def test_no_step_is_longer_than_the_stated_bound(seed: int, spread: float, total: Any) -> None:
+@pytest.mark.parametrize("total", [None, 30, 500])
+@pytest.mark.parametrize("spread", [0.0, 2.0, 8.0])
+def test_no_step_is_longer_than_the_stated_bound(spread: float, total: int | None) -> None:
     """Whatever the weights and the gradients: bursts after silence, twelve decades, one-sided."""
     rule = random_rule("horizon", torch.float64)
     assert isinstance(rule, HorizonRule)
     with torch.no_grad():
         for weight in rule.parameters():
             weight.mul_(3.0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     grads = torch.randn(40, 3, 3, generator=generator, dtype=torch.float64)
     grads = grads * torch.exp(spread * torch.randn(40, 1, 1, generator=generator)) * (grads > 0.5)
     params = [torch.randn(3, 3, generator=generator, dtype=torch.float64)]
@@ -182,23 +156,6 @@ def test_silent_tensors_learn_only_their_root_mean_square() -> None:
     assert states[0]["stats"].tolist() == [2.0, 2.0, *[0.0] * 11, -3.0]
 
 
-def test_values_are_checked() -> None:
-    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
-        HorizonConfig(hidden_size=0)
-
-
-def test_its_updates_depend_on_the_weights_everywhere() -> None:
-    """Each of the five outputs moves the update: none is cut off from it."""
-    grads, param = torch.randn(6, 5, 4, dtype=torch.float64), torch.randn(5, 4).double()
-    expected = trajectory(random_rule("horizon", torch.float64), grads, param)
-    for output in range(5):
-        rule = random_rule("horizon", torch.float64)
-        assert isinstance(rule, HorizonRule)
-        with torch.no_grad():
-            rule.readout.bias[output] += 0.1
-        assert not torch.allclose(trajectory(rule, grads, param), expected, rtol=1e-4)
-
-
 def test_it_anneals_where_the_length_is_unknown() -> None:
     """A regression on noisy labels; the excess loss falls though the noise stays."""
     generator = torch.Generator().manual_seed(3)
@@ -213,26 +170,6 @@ def test_it_anneals_where_the_length_is_unknown() -> None:
         optimizer.step()
         excess.append((weight.detach()[0] - target).square().sum().item())
     assert sum(excess[-300:]) < 0.75 * sum(excess[300:600])
-
-
-def test_it_shortens_steps_that_are_too_long_where_the_length_is_known() -> None:
-    """A network of sines diverges under steps of full length."""
-    torch.manual_seed(0)
-    model = sine_network(inputs=2, outputs=1, width=40)
-    generator = torch.Generator().manual_seed(1)
-    waves = 8 * torch.randn(12, 2, generator=generator)
-    phases = torch.randn(12, generator=generator)
-    optimizer = LearnedOptimizer(model.parameters(), "diagonal", total_steps=1500, weight_decay=0.0)
-    losses = []
-    for _ in range(1500):
-        x = 2 * torch.rand(96, 2, generator=generator) - 1
-        wanted = 2 * (x @ waves.T + phases).sin().mean(1, keepdim=True)
-        optimizer.zero_grad()
-        loss = (model(x) - wanted).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-75:]) / 75 < 1e-3 * losses[0]
 
 
 # ---- weight decay
