@@ -1,7 +1,6 @@
-"""What PyTorch's own suite asks of every for-loop optimizer, asked of every rule and checkpoint.
+"""What PyTorch's own suite asks of every optimizer, asked of every rule.
 
-The checks follow the structure of upstream's ``OptimizerInfo`` tests: the error inputs are
-upstream's own, taken from ``torch.testing._internal.common_optimizers``.
+The checks follow upstream's ``OptimizerInfo`` tests; the error inputs are upstream's own.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from torch.optim.lr_scheduler import (
     ExponentialLR,
     LinearLR,
     ReduceLROnPlateau,
-    StepLR,
 )
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -37,28 +34,20 @@ from learned_optim.rules import UpdateRule
 
 from .common import SHIPPED, descending_lstm, flat, make_rule, small_net, train
 
-SCHEDULERS = {
-    "none": [],
-    "step": [lambda opt: StepLR(opt, gamma=0.9, step_size=10)],
-    "plateau": [lambda opt: ReduceLROnPlateau(opt, patience=2)],
-    "chained": [
-        lambda opt: LinearLR(opt, start_factor=0.5, total_iters=4),
-        lambda opt: ExponentialLR(opt, gamma=0.95),
-    ],
-    "cosine": [lambda opt: CosineAnnealingLR(opt, T_max=40)],
+#: Schedulers of a run, and whether it maximizes.
+RUNS = {
+    "plain": ([], False),
+    "maximize": ([], True),
+    "plateau": ([lambda opt: ReduceLROnPlateau(opt, patience=2)], False),
+    "chained": (
+        [
+            lambda opt: LinearLR(opt, start_factor=0.5, total_iters=4),
+            lambda opt: ExponentialLR(opt, gamma=0.95),
+        ],
+        False,
+    ),
+    "cosine, maximize": ([lambda opt: CosineAnnealingLR(opt, T_max=40)], True),
 }
-
-# Constructor settings under which everything below must hold, as upstream's optim_inputs_func.
-SETTINGS = [
-    {},
-    {"lr": 0.5},
-    {"weight_decay": 0.1},
-    {"maximize": True},
-    {"weight_decay": 0.1, "maximize": True},
-    {"lr": torch.tensor(0.5)},
-    {"state_dtype": torch.bfloat16},
-]
-SETTING_IDS = ["default", "lr", "decay", "maximize", "decay-maximize", "tensor-lr", "bf16-state"]
 
 
 def problem(dtype: torch.dtype = torch.float32) -> tuple[list[Parameter], Tensor]:
@@ -97,16 +86,14 @@ def state_equal(a: dict, b: dict) -> None:
 
 
 @pytest.mark.parametrize("error_input", get_error_inputs_for_all_optims("cpu", torch.float32))
-def test_upstreams_error_inputs(error_input, rule: UpdateRule) -> None:
+def test_upstreams_error_inputs(error_input) -> None:
     wanted = error_input.optimizer_error_input
     assert error_input.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
     params = wanted.params if wanted.params is not None else [Parameter(torch.ones(1))]
-    if error_input.error_type is UserWarning:
-        with pytest.warns(UserWarning, match=error_input.error_regex):
-            LearnedOptimizer(params, rule, **wanted.kwargs)
-        return
-    with pytest.raises(error_input.error_type, match=error_input.error_regex):
-        LearnedOptimizer(params, rule, **wanted.kwargs)
+    warns = error_input.error_type is UserWarning
+    expected = pytest.warns if warns else pytest.raises
+    with expected(error_input.error_type, match=error_input.error_regex):
+        LearnedOptimizer(params, "default", **wanted.kwargs)
 
 
 @pytest.mark.parametrize(
@@ -130,23 +117,9 @@ def test_adams_positional_learning_rate_is_refused(lr) -> None:
         LearnedOptimizer([Parameter(torch.ones(1))], lr)
 
 
-def test_adams_keyword_learning_rate_warns_once_and_schedulers_do_not() -> None:
-    params = [Parameter(torch.ones(1))]
-    with pytest.warns(UserWarning, match="1000 times too slowly") as caught:
-        LearnedOptimizer(params, descending_lstm(), lr=1e-3)
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt = LearnedOptimizer(params, descending_lstm())
-        scheduler = ExponentialLR(opt, gamma=1e-3)
-        step_with_random_grads(opt)
-        scheduler.step()
-    assert opt.param_groups[0]["lr"] == pytest.approx(1e-3)
-
-
-def test_sparse_gradients_are_refused_with_a_remedy(rule: UpdateRule) -> None:
+def test_sparse_gradients_are_refused_with_a_remedy() -> None:
     embedding = nn.Embedding(4, 2, sparse=True)
-    opt = LearnedOptimizer(embedding.parameters(), rule)
+    opt = LearnedOptimizer(embedding.parameters())
     embedding(torch.tensor([1])).sum().backward()
     before = flat(embedding)
     with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*SparseAdam"):
@@ -157,12 +130,12 @@ def test_sparse_gradients_are_refused_with_a_remedy(rule: UpdateRule) -> None:
 # ---- the right direction
 
 
-@pytest.mark.parametrize("schedule", SCHEDULERS)
-@pytest.mark.parametrize("maximize", [False, True])
-def test_goes_in_the_right_direction(descending: UpdateRule, schedule: str, maximize) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_goes_in_the_right_direction(descending: UpdateRule, run: str) -> None:
     params, x = problem()
+    makers, maximize = RUNS[run]
     opt = LearnedOptimizer(params, descending, maximize=maximize)
-    schedulers = [make(opt) for make in SCHEDULERS[schedule]]
+    schedulers = [make(opt) for make in makers]
     initial = loss_of(params, x).item()
     for _ in range(20):
         opt.zero_grad()
@@ -179,16 +152,11 @@ def test_goes_in_the_right_direction(descending: UpdateRule, schedule: str, maxi
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_checkpoint_descends_and_resumes(name: str) -> None:
+def test_every_shipped_checkpoint_descends(name: str) -> None:
     """The rest of this file is asked of one checkpoint of a kind."""
-    rule, model = make_rule(name), small_net()
-    opt = LearnedOptimizer(model.parameters(), rule)
-    losses = train(model, opt, 20)
+    model = small_net()
+    losses = train(model, LearnedOptimizer(model.parameters(), make_rule(name)), 20)
     assert losses[-1] < losses[0]
-    model2, opt2 = copy.deepcopy((model, opt))
-    fresh = LearnedOptimizer(model2.parameters(), rule)
-    fresh.load_state_dict(opt2.state_dict())
-    assert train(model, opt, 3) == train(model2, fresh, 3)
 
 
 def test_strides_do_not_matter(rule: UpdateRule) -> None:
@@ -226,9 +194,9 @@ def test_groups_have_their_own_lr_and_weight_decay(rule: UpdateRule) -> None:
         assert torch.equal(a, b)
 
 
-def test_add_param_group_takes_part_from_then_on(rule: UpdateRule) -> None:
+def test_add_param_group_takes_part_from_then_on() -> None:
     first, second = Parameter(torch.ones(3)), Parameter(torch.ones(2))
-    opt = LearnedOptimizer([first], rule, lr=0.5)
+    opt = LearnedOptimizer([first], lr=0.5)
     opt.add_param_group({"params": [second], "weight_decay": 10.0})
     assert opt.param_groups[1]["lr"] == 0.5
     before = second.detach().clone()
@@ -265,10 +233,8 @@ def test_tensor_lr_equals_float_lr(rule: UpdateRule, shape) -> None:
         assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_tensor_lr_is_followed_and_never_changed(rule: UpdateRule) -> None:
-    lr = torch.tensor(1.0)
-    param = Parameter(torch.ones(3))
-    opt = LearnedOptimizer([param], rule, lr=lr)
+def test_a_scheduler_follows_a_tensor_lr() -> None:
+    opt = LearnedOptimizer([Parameter(torch.ones(3))], lr=torch.tensor(1.0))
     scheduler = ExponentialLR(opt, gamma=0.5)
     for seed in range(3):
         step_with_random_grads(opt, seed)
@@ -280,8 +246,9 @@ def test_tensor_lr_is_followed_and_never_changed(rule: UpdateRule) -> None:
 # ---- complex numbers
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (4, 3)], ids=["0d", "1d", "2d"])
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((), torch.complex64), ((7,), torch.complex128), ((4, 3), torch.complex64)]
+)
 def test_complex_parameters_are_pairs_of_reals(rule: UpdateRule, shape, dtype) -> None:
     start = torch.randn(shape, dtype=dtype)
     as_complex = Parameter(start.clone())
@@ -302,10 +269,9 @@ def test_complex_parameters_are_pairs_of_reals(rule: UpdateRule, shape, dtype) -
 # ---- no-ops
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
-def test_no_gradients_no_change(rule: UpdateRule, settings) -> None:
+def test_no_gradients_no_change(rule: UpdateRule) -> None:
     params, x = problem()
-    opt = LearnedOptimizer(params, rule, **settings)
+    opt = LearnedOptimizer(params, rule, weight_decay=0.1)
     before = [p.detach().clone() for p in params]
     opt.step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
@@ -317,12 +283,9 @@ def test_no_gradients_no_change(rule: UpdateRule, settings) -> None:
     assert not torch.equal(params[1], before[1])
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
-def test_zero_gradients_no_change_where_promised(rule: UpdateRule, settings) -> None:
-    if settings.get("weight_decay"):
-        settings = {**settings, "weight_decay": 0.0}
+def test_zero_gradients_no_change_where_promised(rule: UpdateRule) -> None:
     params, _ = problem()
-    opt = LearnedOptimizer(params, rule, **settings)
+    opt = LearnedOptimizer(params, rule)
     before = [p.detach().clone() for p in params]
     for _ in range(3):
         for p in params:
@@ -357,44 +320,30 @@ def test_a_step_at_lr_zero_creates_state_and_leaves_no_trace(rule: UpdateRule, l
     state_equal(results[0][1], results[1][1])
 
 
-# ---- printing
-
-
-def test_can_be_printed(rule: UpdateRule) -> None:
-    params, x = problem()
-    opt = LearnedOptimizer(params, rule, weight_decay=0.25)
-    before = repr(opt)
-    loss_of(params, x).backward()
-    opt.step()
-    text = repr(opt)
-    assert text == before == str(opt)
-    assert text.startswith("LearnedOptimizer (\nUpdate rule: " + rule.name)
-    assert rule.fingerprint() in text
-    assert "weight_decay: 0.25" in text
-
-
 # ---- state dicts
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
-def test_state_dict_is_deterministic(rule: UpdateRule, settings) -> None:
-    """Saved, loaded into a fresh optimizer and continued: the same bits as never stopping."""
-    params, x = problem()
-    opt = LearnedOptimizer(params, rule, **settings)
-
-    def advance(opt: LearnedOptimizer, params: list[Parameter]) -> None:
-        for _ in range(5):
-            opt.zero_grad()
-            loss_of(params, x).backward()
-            opt.step()
-
-    advance(opt, params)
-    copies = [Parameter(p.detach().clone()) for p in params]
-    resumed = LearnedOptimizer(copies, rule, **settings)
-    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
-    advance(opt, params)
-    advance(resumed, copies)
-    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr": 0.5}, {"weight_decay": 0.1, "maximize": True}, {"lr": torch.tensor(0.5)},
+     {"state_dtype": torch.bfloat16}],
+    ids=["lr", "decay-maximize", "tensor-lr", "bf16-state"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name: str, settings) -> None:
+    rule, model = make_rule(name), small_net()
+    opt = LearnedOptimizer(model.parameters(), rule, **settings)
+    train(model, opt, 5)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert saved["rule"] == {"name": rule.name, "fingerprint": rule.fingerprint()}
+    other = copy.deepcopy(model)
+    resumed = LearnedOptimizer(other.parameters(), rule, **settings)
+    resumed.load_state_dict(saved)
+    assert train(model, opt, 3) == train(other, resumed, 3)
+    assert torch.equal(flat(model), flat(other))
     state_equal(opt.state_dict()["state"], resumed.state_dict()["state"])
 
 
@@ -414,7 +363,8 @@ def test_loading_copies_so_that_two_optimizers_share_nothing(rule: UpdateRule) -
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
     reason="optimizers take named parameters from torch 2.6 on",
 )
-def test_named_and_unnamed_state_dicts_load_into_each_other(rule: UpdateRule) -> None:
+def test_named_and_unnamed_state_dicts_load_into_each_other() -> None:
+    rule = make_rule("lstm")
     named_params, _ = problem()
     plain_params, _ = problem()
     named = LearnedOptimizer(zip(("weight", "bias"), named_params, strict=True), rule)
@@ -431,29 +381,14 @@ def test_named_and_unnamed_state_dicts_load_into_each_other(rule: UpdateRule) ->
     step_with_random_grads(fresh)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
-def test_weights_only_loading(rule: UpdateRule, settings) -> None:
+def test_a_step_count_that_is_a_number_loads() -> None:
     params, _ = problem()
-    opt = LearnedOptimizer(params, rule, **settings)
-    step_with_random_grads(opt)
-    buffer = io.BytesIO()
-    torch.save(opt.state_dict(), buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=True)
-    assert loaded["rule"] == {"name": rule.name, "fingerprint": rule.fingerprint()}
-    fresh = LearnedOptimizer(params, rule, **settings)
-    fresh.load_state_dict(loaded)
-    state_equal(fresh.state_dict()["state"], opt.state_dict()["state"])
-
-
-def test_a_step_count_that_is_a_number_loads(rule: UpdateRule) -> None:
-    params, _ = problem()
-    opt = LearnedOptimizer(params, rule)
+    opt = LearnedOptimizer(params)
     step_with_random_grads(opt)
     saved = copy.deepcopy(opt.state_dict())
     for state in saved["state"].values():
         state["step"] = state["step"].item()
-    fresh = LearnedOptimizer(params, rule)
+    fresh = LearnedOptimizer(params)
     fresh.load_state_dict(saved)
     step_with_random_grads(fresh)
     assert all(state["step"].item() == 2.0 for state in fresh.state.values())
@@ -501,59 +436,38 @@ def test_state_is_never_empty_after_a_step_and_fits_its_parameter(rule: UpdateRu
 # ---- hooks
 
 
-def test_step_hooks_run_around_the_step(rule: UpdateRule) -> None:
+def test_step_hooks_run_around_the_step() -> None:
     param = Parameter(torch.ones(2))
-    opt = LearnedOptimizer([param], rule)
+    opt = LearnedOptimizer([param])
     order = []
     handles = [
-        opt.register_step_pre_hook(lambda *_: order.append(("pre", param[0].item()))),
-        opt.register_step_post_hook(lambda *_: order.append(("post", param[0].item()))),
+        opt.register_step_pre_hook(lambda *_: order.append(("pre", param[0].item() == 1.0))),
+        opt.register_step_post_hook(lambda *_: order.append(("post", param[0].item() == 1.0))),
         register_optimizer_step_pre_hook(lambda *_: order.append("all pre")),
         register_optimizer_step_post_hook(lambda *_: order.append("all post")),
     ]
     param.grad = torch.ones(2)
     try:
         opt.step()
-        opt.step(lambda: 1.0)
     finally:
         for handle in handles:
             handle.remove()
     opt.step()
-    assert len(order) == 8
-    assert order[0] == "all pre"
-    assert order[1] == ("pre", 1.0)
-    assert order[2][0] == "post"
-    assert order[2][1] != 1.0
-    assert order[3] == "all post"
+    assert order == ["all pre", ("pre", True), ("post", False), "all post"]
 
 
-def test_state_dict_hooks(rule: UpdateRule) -> None:
-    params, _ = problem()
-    opt = LearnedOptimizer(params, rule)
-    step_with_random_grads(opt)
-    calls = []
-    opt.register_state_dict_pre_hook(lambda _: calls.append("pre"))
-
-    def post(_, state_dict):
-        calls.append("post")
-        return {**state_dict, "mine": 1}
-
-    opt.register_state_dict_post_hook(post)
-    opt.register_state_dict_post_hook(lambda *_: calls.append("first post"), prepend=True)
-    saved = opt.state_dict()
-    assert calls == ["pre", "first post", "post"]
-    assert saved["mine"] == 1
-    assert saved["rule"]["name"] == rule.name
-
-
-def test_load_state_dict_hooks_see_and_change_the_final_state(rule: UpdateRule) -> None:
-    """A pre-hook may edit what is loaded; a post-hook finds the saved bits already restored."""
+def test_state_dict_hooks() -> None:
+    """A hook before loading may edit; one after it finds the saved bits restored."""
     params = [Parameter(torch.ones(3, dtype=torch.bfloat16))]
-    opt = LearnedOptimizer(params, rule, lr=0.7)
+    opt = LearnedOptimizer(params, lr=0.7)
     step_with_random_grads(opt)
+    calls, seen = [], []
+    opt.register_state_dict_pre_hook(lambda _: calls.append("pre"))
+    opt.register_state_dict_post_hook(lambda _, state_dict: {**state_dict, "mine": 1})
+    opt.register_state_dict_post_hook(lambda *_: calls.append("first post"), prepend=True)
     saved = copy.deepcopy(opt.state_dict())
-    fresh = LearnedOptimizer(params, rule)
-    seen = []
+    assert calls == ["pre", "first post"]
+    assert saved["mine"] == 1
 
     def edit(_, state_dict):
         state_dict["param_groups"][0]["lr"] = 0.25
@@ -562,6 +476,7 @@ def test_load_state_dict_hooks_see_and_change_the_final_state(rule: UpdateRule) 
     def look(loaded):
         seen.append({k: v.clone() for k, v in loaded.state_dict()["state"][0].items()})
 
+    fresh = LearnedOptimizer(params)
     fresh.register_load_state_dict_pre_hook(edit)
     fresh.register_load_state_dict_post_hook(look, prepend=True)
     fresh.load_state_dict(saved)
@@ -572,27 +487,14 @@ def test_load_state_dict_hooks_see_and_change_the_final_state(rule: UpdateRule) 
 # ---- copies
 
 
-def test_deepcopy_keeps_all_public_attributes_and_the_network(rule: UpdateRule) -> None:
-    params, _ = problem()
-    opt = LearnedOptimizer(params, rule, state_dtype=torch.bfloat16)
-    step_with_random_grads(opt)
-    twin = copy.deepcopy(opt)
-
-    def public(o: object) -> set[str]:
-        return {name for name in vars(o) if not name.startswith("_")}
-
-    assert public(twin) == public(opt) >= {"state_dtype", "defaults"}
-    assert twin.rule is not opt.rule
-    assert twin.rule.fingerprint() == rule.fingerprint()
-    assert twin.state_dtype is torch.bfloat16
-
-
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_model_and_optimizer_copied_together_go_on_alike(rule: UpdateRule, make_copy) -> None:
     model = small_net()
-    opt = LearnedOptimizer(model.parameters(), rule)
+    opt = LearnedOptimizer(model.parameters(), rule, state_dtype=torch.bfloat16)
     train(model, opt, 3)
     model2, opt2 = make_copy((model, opt))
+    assert opt2.rule is not opt.rule
+    assert opt2.state_dtype is torch.bfloat16
     assert train(model, opt, 3) == train(model2, opt2, 3)
     assert torch.equal(flat(model), flat(model2))
 
@@ -629,30 +531,3 @@ def test_closure_runs_with_gradients_and_its_loss_comes_back(descending: UpdateR
     assert calls == [True] * 10
     assert losses[-1] < losses[0]
     assert opt.step() is None
-
-
-# ---- mixtures
-
-
-def test_mixed_dtypes_and_shapes_in_one_group(rule: UpdateRule) -> None:
-    params = [
-        Parameter(torch.randn(3, 4, dtype=torch.float64)),
-        Parameter(torch.randn(2, 2, dtype=torch.float32)),
-        Parameter(torch.randn(5, dtype=torch.bfloat16)),
-        Parameter(torch.randn((), dtype=torch.float16)),
-        Parameter(torch.randn(3, dtype=torch.complex64)),
-        Parameter(torch.empty(0, 3)),
-    ]
-    dtypes = [p.dtype for p in params]
-    before = [p.detach().clone() for p in params]
-    # So that an update is felt in half precision, also where a rule's first steps are short.
-    lr = 1000.0 if rule.reads_horizon else 100.0
-    opt = LearnedOptimizer(params, rule, lr=lr)
-    for seed in range(3):
-        step_with_random_grads(opt, seed)
-    for p, b, dtype in zip(params, before, dtypes, strict=True):
-        assert p.dtype is dtype
-        assert torch.isfinite(torch.view_as_real(p) if p.is_complex() else p).all()
-        assert p.numel() == 0 or not torch.equal(p, b)
-        for value in opt.state[p].values():
-            assert value.dtype is torch.float32
