@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from learned_optim.evaluation import compare, plot_worth, worth
 from learned_optim.evaluation.figures import final_loss
-from learned_optim.meta.tasks.language import TransformerModel
+from learned_optim.meta.tasks.language import Transformer
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LENGTH = 64
@@ -97,7 +97,7 @@ def main() -> None:
     tasks = {
         "digits": (lambda: mlp(64, 64, 64, 10), digits, test_digits),
         "table": (lambda: mlp(30, 64, 64, 2), table, test_table),
-        "text": (lambda: TransformerModel(count), text, test_text),
+        "text": (lambda: Transformer(count), text, test_text),
     }
     found = {
         name: compare(

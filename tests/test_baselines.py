@@ -17,7 +17,7 @@ from learned_optim.evaluation.baselines import (
 )
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import build_tasks
-from learned_optim.meta.tasks.vision_transformer import VisionTransformer
+from learned_optim.meta.tasks.image_networks import VisionTransformer
 
 
 def descend(name: str, lr: float, steps: int) -> tuple[torch.nn.Parameter, list[float]]:
@@ -115,7 +115,7 @@ def test_outer_parameters_of_the_field() -> None:
         params = {n: torch.nn.Parameter(p) for n, p in task.init(seeded(1)).items()}
         mark_outer(params, task.module)
         assert {n for n, p in params.items() if hasattr(p, OUTER)} == outer, name
-    network = VisionTransformer(3, 32, 10)
+    network = VisionTransformer((3, 32, 32), 10)
     params = dict(network.named_parameters())
     mark_outer(params, network)
     marked = {n for n, p in params.items() if hasattr(p, OUTER) and p.dim() > 1}

@@ -34,13 +34,14 @@ from learned_optim.meta.evolution_jobs import (
 from learned_optim.meta.evolution_tasks import RunSource
 from learned_optim.meta.meta_optimizer import MetaOptimizer
 from learned_optim.meta.method import Validation
-from learned_optim.meta.populations import MIXTURES, TRAINED_FOR, Draw, Sampler, sample
+from learned_optim.meta.populations import MIXTURES, TRAINED_FOR, Draw, draw
 from learned_optim.meta.populations._base import UnusableTaskError
 from learned_optim.meta.populations.quadratics import Quadratic
 from learned_optim.meta.progress import TrainingError
 from learned_optim.meta.recipes import EvolutionRecipe, Recipe, load_recipe, recipe_from_json
 from learned_optim.meta.recipes._evolution import MIXTURE_NAMES
 from learned_optim.meta.references import read_references
+from learned_optim.meta.sampler import Sampler
 from learned_optim.pretrained import load_record
 from learned_optim.rules.classical import AdamConfig
 from learned_optim.rules.equivariant import EquivariantConfig
@@ -257,7 +258,7 @@ def test_tasks_that_fail_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_no_finite_fitness_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = MetaTrainer(SMALL, tmp_path)
-    nan = np.full(4, math.nan)
+    nan = torch.full((4,), math.nan).double()
     monkeypatch.setattr(evolution_jobs, "fitness", lambda *_: nan)
     with pytest.raises(TrainingError, match=r"meta-step 1 taught nothing.*no fitness was finite"):
         trainer.train()
@@ -307,7 +308,7 @@ def test_recipes(tmp_path: Path) -> None:
     for changes, message in (
         ({"method": "revolution"}, "unknown method 'revolution'; known: evolution"),
         ({"task": "mnist"}, "task 'mnist' needs a horizon, the inner steps of its runs"),
-        ({"horizon": 100}, "horizon=100 does not apply to the mixture 'populations'"),
+        ({"horizon": 100}, "horizon=100 does not apply to the mixture 'populations-2'"),
         ({"task": "mnist", "horizon": 0}, "horizon must be at least 1, got 0"),
         ({"epochs": 2}, "unknown field 'epochs'"),
         ({"pairs": 0}, "pairs must be at least 1, got 0"),
@@ -438,7 +439,7 @@ def test_only_unusable_tasks_are_drawn_again(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(MIXTURES, "faulty", {Faulty: 1})
     error: ValueError = ValueError("sizes do not match")
     with pytest.raises(ValueError, match="sizes do not match"):
-        sample(0, DataOptions(), "faulty")
+        draw(0, DataOptions(), "faulty")
     error = UnusableTaskError("diverged")
     with pytest.raises(ValueError, match="no usable task in 50 draws"):
-        sample(0, DataOptions(), "faulty")
+        draw(0, DataOptions(), "faulty")

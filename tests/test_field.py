@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_rule
 
 from learned_optim import save_rule
@@ -19,6 +20,15 @@ from learned_optim.meta.tasks import (
     field_horizon,
     field_tasks,
     finetuning,
+)
+from learned_optim.meta.tasks.finetuning import with_adapters
+from learned_optim.meta.tasks.physics import DIFFUSION, solution, source
+from learned_optim.meta.tasks.surrogates import (
+    TORQUE,
+    Adversaries,
+    advance,
+    observed,
+    sliced_distance,
 )
 
 #: Tasks whose data needs no folder of images.
@@ -42,15 +52,28 @@ def test_stated_steps() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(field_tasks()))
-def test_every_task_trains(name: str, request: pytest.FixtureRequest) -> None:
-    """A few of Adam's steps lower the loss on one batch; the same seeds give the same numbers."""
+def test_every_task_trains(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few of Adam's steps lower the loss on one batch; weights and batches are the seeds'."""
     data = DataOptions() if name in WITHOUT_IMAGES else request.getfixturevalue("image_data")
-    task = build_tasks(name, TaskOptions(data=data)).sample(seeded(0))
-    first = {n: torch.nn.Parameter(p) for n, p in task.init(seeded(1)).items()}
-    again = task.init(seeded(1))
-    assert all(torch.equal(p, again[n]) for n, p in first.items())
-    batch = task.batch(seeded(2))
-    assert all(torch.equal(a, b) for a, b in zip(batch, task.batch(seeded(2)), strict=True))
+    pretrained = finetuning.pretrained
+    shortened = lambda task, steps, lr=1e-3: pretrained(task, 20, lr)  # noqa: E731
+    monkeypatch.setattr(finetuning, "pretrained", shortened)
+    starts = []
+    for drawn_before in range(2):
+        for cached in (finetuning._trained_convnet, finetuning._trained_transformer):
+            cached.cache_clear()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(drawn_before)
+            task = build_tasks(name, TaskOptions(data=data)).sample(seeded(0))
+            starts.append((task.init(seeded(1)), task.batch(seeded(2))))
+    for cached in (finetuning._trained_convnet, finetuning._trained_transformer):
+        cached.cache_clear()
+    (initial, batch), (again, other) = starts
+    assert all(torch.equal(p, again[n]) for n, p in initial.items())
+    assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+    first = {n: torch.nn.Parameter(p) for n, p in initial.items()}
     before = task.loss(first, batch).item()
     # These two do not descend their loss: they have tests of their own.
     steps = 0 if name in ("policy-gradient", "adversarial-pair") else 15
@@ -69,8 +92,6 @@ def test_every_task_trains(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_pendulum_by_hand() -> None:
-    from learned_optim.meta.tasks.control import TORQUE, advance, observed
-
     state = torch.tensor([[math.pi, 0.0], [0.0, 1.0]])
     following, cost = advance(state, torch.tensor([2.0, 0.0]))
     # Hanging: the farthest from the top, and the torque is cut off. Upright: the speed's tenth.
@@ -96,10 +117,6 @@ def test_policy_gradient_learns_to_hold_the_pendulum() -> None:
 
 def test_adversaries_have_each_their_own_gradient() -> None:
     """The discriminator's gradient is that of its loss alone, and the generator's likewise."""
-    import torch.nn.functional as F
-
-    from learned_optim.meta.tasks.adversarial import Adversaries, sliced_distance
-
     task = Adversaries()
     params = {n: torch.nn.Parameter(p) for n, p in task.init(seeded(0)).items()}
     real, noise = task.batch(seeded(1))
@@ -121,41 +138,16 @@ def test_adversaries_have_each_their_own_gradient() -> None:
     torch.testing.assert_close(params["generator.0.weight"].grad, expected)
 
 
-@pytest.mark.parametrize("name", sorted({*field_tasks()} - {"lora-lm"}))  # as finetune-lm
-def test_a_start_is_the_seeds_alone(
-    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever a process has drawn before: every optimizer gets the same weights and batches."""
-    data = DataOptions() if name in WITHOUT_IMAGES else request.getfixturevalue("image_data")
-    starts, pretrained = [], finetuning.pretrained
-    shortened = lambda task, steps, lr=1e-3: pretrained(task, 20, lr)  # noqa: E731
-    monkeypatch.setattr(finetuning, "pretrained", shortened)
-    for drawn_before in range(2):
-        finetuning._trained_convnet.cache_clear()
-        finetuning._trained_transformer.cache_clear()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(drawn_before)
-            task = build_tasks(name, TaskOptions(data=data)).sample(seeded(0))
-            starts.append([*task.init(seeded(1)).values(), *task.batch(seeded(2))])
-        finetuning._trained_convnet.cache_clear()
-        finetuning._trained_transformer.cache_clear()
-    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
-
-
 def test_the_heat_equations_solution_solves_it() -> None:
-    from learned_optim.meta.tasks.physics import DIFFUSION, solution, source
-
-    places = torch.rand(50, 2, dtype=torch.float64, requires_grad=True)
-    u = solution(places)
-    (slopes,) = torch.autograd.grad(u.sum(), places, create_graph=True)
-    (curvatures,) = torch.autograd.grad(slopes[:, 1].sum(), places)
-    residual = slopes[:, 0] - DIFFUSION * curvatures[:, 1] + u**3 - source(places)
+    points = torch.rand(50, 2, dtype=torch.float64, requires_grad=True)
+    u = solution(points)
+    (slopes,) = torch.autograd.grad(u.sum(), points, create_graph=True)
+    (curvatures,) = torch.autograd.grad(slopes[:, 1].sum(), points)
+    residual = slopes[:, 0] - DIFFUSION * curvatures[:, 1] + u**3 - source(points)
     assert residual.abs().max() < 1e-12
 
 
 def test_adapters_start_as_the_network_they_adapt() -> None:
-    from learned_optim.meta.tasks.finetuning import with_adapters
-
     base = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3))
     adapted = with_adapters(base)
     x = torch.randn(5, 6)
@@ -170,13 +162,6 @@ def test_rare_classes_are_rare() -> None:
     labels = torch.cat([task.batch(seeded(i))[1] for i in range(100)])
     counts = torch.bincount(labels, minlength=200)
     assert counts[0] > 20 * counts[50:100].double().mean()
-
-
-def test_tiny_data_is_refused() -> None:
-    from learned_optim.meta.tasks._examples import Examples
-
-    with pytest.raises(ValueError, match="20 examples leave 16 to train on and 4 held out"):
-        Examples(torch.zeros(20, 2), torch.zeros(20)).split()
 
 
 # ---- pinned: a tier of seconds

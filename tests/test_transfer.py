@@ -13,7 +13,7 @@ from learned_optim.meta import DataOptions, MetaTrainer, TaskOptions, build_task
 from learned_optim.meta.data import Images, halves
 from learned_optim.meta.recipes import Recipe, load_recipe, recipe_from_json
 from learned_optim.meta.seeding import seeded
-from learned_optim.meta.tasks import images, residual, transfer
+from learned_optim.meta.tasks import TaskMixture, _examples, images
 from learned_optim.rules.classical import SGDRule
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -30,8 +30,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Images]:
             torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2 + index, 2)
         )
         found[name] = Images(pixels, torch.arange(count) % 10, 10)
-    for module in (images, residual):
-        monkeypatch.setattr(module, "load_images", lambda name, train, options: found[name])
+    monkeypatch.setattr(images, "load_images", lambda name, train, options: found[name])
+    monkeypatch.setattr(_examples, "load_images", lambda name, train, options: found[name])
     return found
 
 
@@ -76,12 +76,8 @@ def test_the_set_left_out_is_never_drawn(left_out: str, made_up: dict[str, Image
 
 def test_each_set_is_drawn_about_as_often(made_up: dict[str, Images]) -> None:
     family = build_tasks("all-but-mnist", TaskOptions("meta"))
-    assert isinstance(family, transfer.AnyOf)
-    members = [family.sample(seeded("member", i)) for i in range(300)]
-    assert {id(m) for m in members} == {id(f.sample(seeded(0))) for f in family.families}
-    counts = [sum(m is f.sample(seeded(0)) for m in members) for f in family.families]
-    # Three standard deviations of a binomial with p = 1/3.
-    assert all(abs(count - 100) < 3 * (300 * 2 / 9) ** 0.5 for count in counts)
+    assert isinstance(family, TaskMixture)
+    assert set(family.shares.values()) == {1 / 3}
 
 
 def test_record_says_what_was_trained_on_and_tested_on(

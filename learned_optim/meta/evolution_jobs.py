@@ -18,17 +18,14 @@ from torch import Tensor
 
 from learned_optim.meta.evolution_tasks import (
     RunSource,
-    TaskPopulation,
     given_family,
     set_given_family,
 )
 from learned_optim.meta.populations import ADAMW_LRS as MIXTURE_LRS
 from learned_optim.meta.populations import (
-    Population,
     fitness,
     roll,
     roll_adamw,
-    roll_held_out,
     scores,
 )
 from learned_optim.meta.progress import TrainingError
@@ -124,11 +121,11 @@ def run_task(job: TaskJob) -> TaskResult:
     started, family, recipe = time.perf_counter(), "", job.recipe
     try:
         run = job.source.draw(job.seed, job.large)
-        family = _kind(run.task)
+        family = run.task.name
         change = perturbations(job.seed, recipe.pairs, len(job.weights)) * recipe.sigma
         weights = torch.cat((job.weights + change, job.weights - change))
-        losses, held_out = roll_held_out(_rule(recipe.rule), weights, run, job.seed)
-        found = torch.from_numpy(fitness(losses, run.known, held_out))
+        losses, held_out = roll(_rule(recipe.rule), weights, run, job.seed)
+        found = fitness(losses, run.known, held_out)
     except _RUN_ERRORS as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         return TaskResult(job.seed, family, None, time.perf_counter() - started, said)
@@ -169,7 +166,8 @@ def validate_task(job: ValidationJob) -> list[float]:
     """Log of the final over the first loss, of every row of weights."""
     seed = VALIDATION_SEEDS.start + job.index
     run = job.source.draw_validation(seed, SHORTEST_VALIDATION)
-    final: list[float] = scores(roll(_rule(job.rule), job.weights, run, seed))[0].tolist()
+    losses, _ = roll(_rule(job.rule), job.weights, run, seed)
+    final: list[float] = scores(losses)[0].tolist()
     return final
 
 
@@ -182,10 +180,6 @@ def reference_task(job: tuple[int, RunSource]) -> Reference:
     rates = MIXTURE_LRS if source.is_mixture else ADAMW_LRS
     final = scores(roll_adamw(rates, run, seed))[0]
     return Reference(index, run.task.name, run.steps, run.known, tuple(final.tolist()))
-
-
-def _kind(task: Population) -> str:
-    return task.name if isinstance(task, TaskPopulation) else type(task).__name__
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations import MIXTURES, Batch, Draw, Params, Population, draw
-from learned_optim.meta.populations._mixture import SHORTEST_RUN, UNKNOWN_SHARE
+from learned_optim.meta.populations._mixture import UNKNOWN_SHARE
 from learned_optim.meta.recipes import EvolutionRecipe
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import (
@@ -42,10 +42,14 @@ class TaskPopulation(Population):
     """
 
     def __init__(self, task: Task, stacked: bool) -> None:
-        self.name = type(task.module if isinstance(task, ModuleTask) else task).__name__
         self._task, self._stacked = task.separate(), stacked
         self._copies: list[Task] = []
         self._step, self._seed = 0, 0
+
+    @property
+    def name(self) -> str:
+        task = self._task
+        return type(task.module if isinstance(task, ModuleTask) else task).__name__
 
     def reset(self) -> None:
         self._copies, self._step = [], 0
@@ -149,13 +153,13 @@ class RunSource:
             large: take sizes from the upper part of their ranges, of mixtures.
         """
         if self.is_mixture:
-            return draw(seed, self.data, SHORTEST_RUN, large=large, mixture=self.task)
+            return draw(seed, self.data, self.task, large=large)
         return self._draw(seed)
 
     def draw_validation(self, seed: int, shortest: int) -> Draw:
         """The run of a seed in validation; those of a mixture have ``shortest`` steps at least."""
         if self.is_mixture:
-            return draw(seed, self.data, shortest, mixture=self.task)
+            return draw(seed, self.data, self.task, shortest=shortest)
         return self._draw(seed)
 
     def family(self) -> TaskFamily:

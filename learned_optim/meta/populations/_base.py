@@ -1,4 +1,4 @@
-"""What a population is, and the random draws that make one.
+"""What a population is.
 
 A *population* is ``B`` copies of one network that train side by side, each under other weights of
 the update rule. Their parameters are stacked, so one small step of all copies is one pass through
@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Generator, Tensor
-
-T = TypeVar("T")
 
 #: Named parameters: of one copy where a task makes them, with a leading ``B`` where it reads them.
 Params: TypeAlias = dict[str, Tensor]
@@ -47,7 +44,6 @@ class Population(ABC):
     which add what the mixture draws for tasks of every family.
 
     Attributes:
-        name: what was drawn, for logs.
         batch_size: examples per step.
         longest_run: steps that a run may take at most.
         scales: positive factors, one per parameter, by which parameters are stored divided; None
@@ -57,7 +53,6 @@ class Population(ABC):
         jitter: standard deviation of the log of a random factor on the loss of every step.
     """
 
-    name: str
     batch_size: int = 1
     longest_run: ClassVar[int] = 2000
     scales: dict[str, float] | None = None
@@ -74,6 +69,11 @@ class Population(ABC):
     @abstractmethod
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """:meth:`losses` of parameters in the task's own units."""
+
+    @property
+    def name(self) -> str:
+        """What was drawn, for logs."""
+        return type(self).__name__
 
     @property
     def rows(self) -> int:
@@ -121,62 +121,6 @@ class Population(ABC):
         if not self.jitter:
             return total
         return total * math.exp(self.jitter * torch.randn((), generator=generator).item())
-
-
-class Sampler:
-    """Random draws from one generator, one call each.
-
-    Example:
-        >>> draw = Sampler(torch.Generator().manual_seed(0))
-        >>> 8 <= draw.log_uniform(8, 512) <= 512
-        True
-        >>> draw.choice(["relu", "tanh"], [3, 1]) in ("relu", "tanh")
-        True
-    """
-
-    def __init__(self, generator: Generator, large: bool = False) -> None:
-        self.generator = generator
-        #: Whether sizes are drawn from the upper part of their range.
-        self.large = large
-
-    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A number from ``[low, high)``."""
-        return low + (high - low) * torch.rand((), generator=self.generator).item()
-
-    def log_uniform(self, low: float, high: float) -> float:
-        """A positive number whose logarithm is uniform."""
-        return math.exp(self.uniform(math.log(low), math.log(high)))
-
-    def log_integer(self, low: float, high: float) -> int:
-        """:meth:`log_uniform`, rounded down: sizes and lengths."""
-        return int(self.log_uniform(low, high))
-
-    def width(self, low: int, high: int) -> int:
-        """:meth:`log_integer` of units of a layer; at least ``4 * low`` if sizes are large."""
-        return self.log_integer(min(4 * low, high // 2) if self.large else low, high)
-
-    def batch_size(self, low: int, high: int) -> int:
-        """:meth:`log_integer` of examples; twice as many if sizes are large, to ``2 * low``."""
-        return self.log_integer(2 * low if self.large else low, high)
-
-    def integer(self, low: int, high: int) -> int:
-        """An integer from ``low`` to ``high``, both included."""
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
-
-    def choice(self, options: Sequence[T], weights: Sequence[float] | None = None) -> T:
-        """One of the options, all alike or in proportion to the weights."""
-        if weights is None:
-            return options[self.integer(0, len(options) - 1)]
-        shares = torch.tensor(weights, dtype=torch.float)
-        return options[int(torch.multinomial(shares, 1, generator=self.generator))]
-
-    def chance(self, probability: float) -> bool:
-        """True with this probability."""
-        return self.uniform() < probability
-
-    def subset(self, size: int, of: int) -> Tensor:
-        """``min(size, of)`` different indices below ``of``, int64, in random order."""
-        return torch.randperm(of, generator=self.generator)[:size]
 
 
 def draw_index(weights: Tensor | None, of: int, size: int, generator: Generator) -> Tensor:

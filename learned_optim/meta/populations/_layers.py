@@ -78,11 +78,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: boo
     query, key, value = (
         x.unflatten(-1, (heads, -1)).transpose(-2, -3) for x in (query, key, value)
     )
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(future, -1e9)
-    return (torch.softmax(scores, -1) @ value).transpose(-2, -3).flatten(-2)
+    found = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    return found.transpose(-2, -3).flatten(-2)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:

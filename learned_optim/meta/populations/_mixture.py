@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import Generator
 
-from learned_optim._discovery import unknown_name
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Population, Sampler, UnusableTaskError
+from learned_optim.meta.populations._base import Population, UnusableTaskError
 from learned_optim.meta.populations.autoencoders import Autoencoder
 from learned_optim.meta.populations.boundary import BoundaryValue
 from learned_optim.meta.populations.classification import (
@@ -25,25 +24,25 @@ from learned_optim.meta.populations.quadratics import Quadratic
 from learned_optim.meta.populations.restarts import Restart
 from learned_optim.meta.populations.sequences import DeepSequences, Sequences
 from learned_optim.meta.populations.tabular import HeldOutTeacher, Teacher
+from learned_optim.meta.sampler import Sampler
 
-_FIRST: dict[type[Population], int] = {
-    Classification: 20,
-    Teacher: 13,
-    Quadratic: 3,
-    Coordinates: 10,
-    BoundaryValue: 3,
-    MatrixFactorization: 7,
-    SkipGram: 3,
-    Sequences: 18,
-    ConvNet: 6,
-    Autoencoder: 9,
-    Restart: 20,
-}
 #: Mixtures by name: families and how often each is drawn, relative to the others. The order matters
 #: to the draws. A mixture never changes under its name, because a seed stands for a task of it.
 MIXTURES: dict[str, dict[type[Population], int]] = {
-    "populations": _FIRST,
-    "populations-2": {**_FIRST, Sequences: 22, ConvNet: 8, Restart: 26, WideClassification: 6},
+    "populations-2": {
+        Classification: 20,
+        Teacher: 13,
+        Quadratic: 3,
+        Coordinates: 10,
+        BoundaryValue: 3,
+        MatrixFactorization: 7,
+        SkipGram: 3,
+        Sequences: 22,
+        ConvNet: 8,
+        Autoencoder: 9,
+        Restart: 26,
+        WideClassification: 6,
+    },
     "populations-3": {
         Classification: 14,
         Teacher: 7,
@@ -63,9 +62,19 @@ MIXTURES: dict[str, dict[type[Population], int]] = {
         DeepSequences: 10,
     },
 }
-#: All families.
-FAMILIES = tuple({family: None for mixture in MIXTURES.values() for family in mixture})
-DEFAULT_MIXTURE = "populations"
+#: What a rule trained on a mixture has seen, and what lies beyond, for the records of checkpoints.
+TRAINED_FOR = {
+    "populations-2": (
+        "runs of 100 to 3,000 steps, widths to 2,048 in one hidden layer, to 512 in up to 3 and to "
+        "192 in up to 8, transformers to width 96 and 3 layers, batches of 4 to 512; longer runs "
+        "follow the schedule of the rule with what was learned at 3,000 steps, larger networks are "
+        "extrapolation"
+    ),
+    "populations-3": (
+        "runs of 100 to 10,000 steps, widths to 2,048 in one hidden layer, to 512 in up to 3 and "
+        "to 96 in up to 20, transformers to width 96 and 8 layers, batches of 4 to 512"
+    ),
+}
 
 ATTEMPTS = 50
 SCALED_SHARE, UNKNOWN_SHARE = 0.2, 0.3
@@ -76,27 +85,6 @@ SECONDS, ALWAYS = 5.0, 80
 # What a step costs, in seconds: of the whole, per parameter; and operations per second.
 _PER_STEP, _PER_PARAMETER, _PRODUCTS_PER_SECOND = 1.5e-3, 2.5e-9, 4e10
 _COPIES = 8
-
-
-_BEYOND = (
-    "transformers to width 96 and 3 layers, batches of 4 to 512; longer runs follow the schedule "
-    "of the rule with what was learned at 3,000 steps, larger networks are extrapolation"
-)
-#: What a rule trained on a mixture has seen, and what lies beyond, for the records of checkpoints.
-TRAINED_FOR = {
-    "populations": (
-        "runs of 100 to 3,000 steps, widths to 512 in up to 3 hidden layers and to 192 in up to 8, "
-        + _BEYOND
-    ),
-    "populations-2": (
-        "runs of 100 to 3,000 steps, widths to 2,048 in one hidden layer, to 512 in up to 3 and to "
-        "192 in up to 8, " + _BEYOND
-    ),
-    "populations-3": (
-        "runs of 100 to 10,000 steps, widths to 2,048 in one hidden layer, to 512 in up to 3 and "
-        "to 96 in up to 20, transformers to width 96 and 8 layers, batches of 4 to 512"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -114,36 +102,26 @@ class Draw:
     known: bool
 
 
-def sample(seed: int, data: DataOptions, mixture: str = DEFAULT_MIXTURE) -> Population:
-    """The task of a seed.
+def draw(
+    seed: int,
+    data: DataOptions,
+    mixture: str,
+    *,
+    shortest: int = SHORTEST_RUN,
+    large: bool = False,
+) -> Draw:
+    """The task of a seed, the length of its run and whether that is known to the rule.
 
     Args:
         seed: the same seed gives the same task, with the same release of torch.
         data: where MNIST is.
         mixture: a key of :data:`MIXTURES`.
+        shortest: steps that runs have at least, where they are not too costly for that.
+        large: take widths and batches from the upper part of their ranges.
 
     Raises:
         FileNotFoundError: the task needs images and they are not there.
-        ValueError: unknown mixture, or none of fifty draws was usable.
-    """
-    return _sample(seed, data, mixture)[0]
-
-
-def draw(
-    seed: int,
-    data: DataOptions,
-    shortest: int = SHORTEST_RUN,
-    large: bool = False,
-    mixture: str = DEFAULT_MIXTURE,
-) -> Draw:
-    """The task of a seed, the length of its run and whether that is known to the rule.
-
-    Args:
-        seed: see :func:`sample`.
-        data: where MNIST is.
-        shortest: steps that runs have at least, where they are not too costly for that.
-        large: take widths and batches from the upper part of their ranges.
-        mixture: a key of :data:`MIXTURES`.
+        ValueError: none of fifty draws was usable.
     """
     task, sampler = _sample(seed, data, mixture, large)
     longest = longest_run(task)
@@ -170,12 +148,8 @@ def longest_run(task: Population, longer: float = 1) -> int:
     return int(min(max(1, longer) * task.longest_run, affordable, LONGEST_RUN))
 
 
-def _sample(
-    seed: int, data: DataOptions, mixture: str, large: bool = False
-) -> tuple[Population, Sampler]:
+def _sample(seed: int, data: DataOptions, mixture: str, large: bool) -> tuple[Population, Sampler]:
     """The task of a seed, and the sampler from which the draws about its run go on."""
-    if mixture not in MIXTURES:
-        raise unknown_name("mixture of tasks", mixture, list(MIXTURES))
     families = MIXTURES[mixture]
     for attempt in range(ATTEMPTS):
         sampler = Sampler(Generator().manual_seed(seed * 1000 + attempt), large)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from learned_optim.meta.populations._base import Params, Sampler
+from learned_optim.meta.populations._base import Params
 from learned_optim.meta.populations._layers import (
     ACTIVATIONS,
     batch_norm,
@@ -16,6 +16,7 @@ from learned_optim.meta.populations._layers import (
     layer_norm,
     linear,
 )
+from learned_optim.meta.sampler import Sampler
 
 #: Share of perceptrons that may be wider than 96.
 WIDE_SHARE, LARGE_WIDE_SHARE = 0.2, 0.35
@@ -54,9 +55,6 @@ class Perceptron:
         self.residual, self.output_init = residual, output_init or init
         self.dropout, self.prefix = dropout, prefix
         self.layers = len(self.sizes) - 1
-
-    def __str__(self) -> str:
-        return f"{self.sizes} {self.activation} {self.init_kind} norm={self.norm}"
 
     def init(self, generator: Generator) -> Params:
         """Initial parameters: ``weight``, ``bias`` and, if normalized, ``gain`` and ``shift``."""

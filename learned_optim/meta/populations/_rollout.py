@@ -1,13 +1,10 @@
-"""Whole runs of populations, and the scores by which they are compared.
-
-NumPy comes with an extra, and is imported where it is used: recipes can be listed without it.
-"""
+"""Whole runs of populations, and the scores by which they are compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,18 +14,13 @@ from learned_optim.meta.populations._driver import CopiesOptimizer
 from learned_optim.meta.populations._mixture import Draw, run_generators
 from learned_optim.rules import UpdateRule
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Array: TypeAlias = NDArray[np.float64]
-
 #: Peak learning rates among which AdamW is tuned.
 ADAMW_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _ADAMW_DECAY, _ADAMW_WARMUP = 0.01, 0.05
 _ADAMW_BETAS, _ADAMW_EPS = (0.9, 0.999), 1e-8
 
-# Losses are in units of the first one: bounds of what is averaged, and what is added before logs.
+# Losses are in units of the first one. These bounds clip them before they are averaged, and
+# _OFFSET is added before the log.
 _LARGEST, _SMALLEST_FIRST, _OFFSET = 1e3, 1e-12, 1e-4
 # Times of a run at which the loss is read for its mean, geometrically spaced.
 _TIMES = 20
@@ -38,7 +30,13 @@ _RISE_WINDOW = 5
 _SHARES_KNOWN, _SHARES_UNKNOWN = (0.8, 0.2), (0.5, 0.5)
 
 
-def roll(rule: UpdateRule, weights: Tensor, run: Draw, seed: int) -> Array:
+class _Optimizer(Protocol):
+    params: Params
+
+    def step(self, grads: Sequence[Tensor]) -> None: ...
+
+
+def roll(rule: UpdateRule, weights: Tensor, run: Draw, seed: int) -> tuple[Tensor, Tensor | None]:
     """Train a population under several weights of a rule at once.
 
     Args:
@@ -48,87 +46,75 @@ def roll(rule: UpdateRule, weights: Tensor, run: Draw, seed: int) -> Array:
         seed: of the initial parameters, batches and jitter.
 
     Returns:
-        Losses before each step, float64 of shape ``(steps, B)``.
+        Losses before each step, float64 of shape ``(steps, B)``; and the held-out losses before the
+        first step and after the last, ``(2, B)``, or None without held-out examples.
     """
-    return roll_held_out(rule, weights, run, seed)[0]
-
-
-def roll_held_out(
-    rule: UpdateRule, weights: Tensor, run: Draw, seed: int
-) -> tuple[Array, Array | None]:
-    """:func:`roll`, and the held-out losses, ``(2, B)``: before the first step, after the last."""
     total = run.steps if run.known else None
-
-    def optimizer(initial: Params) -> tuple[Params, Callable[[Sequence[Tensor]], None]]:
-        copies = CopiesOptimizer(rule, weights, initial, total)
-        return copies.params, copies.step
-
-    return _roll(optimizer, run, seed)
+    return _roll(lambda initial: CopiesOptimizer(rule, weights, initial, total), run, seed)
 
 
-def roll_adamw(lrs: Sequence[float], run: Draw, seed: int) -> Array:
+def roll_adamw(lrs: Sequence[float], run: Draw, seed: int) -> Tensor:
     """The same under AdamW with these peak learning rates, each a copy; returns ``(steps, lrs)``.
 
     They warm up over the first twentieth of the run, and, if its length is known, follow a cosine.
     """
-
-    def optimizer(initial: Params) -> tuple[Params, Callable[[Sequence[Tensor]], None]]:
-        params = copies_of(initial, len(lrs))
-        return params, _adamw(list(params.values()), torch.tensor(lrs), run)
-
-    return _roll(optimizer, run, seed)[0]
+    return _roll(lambda initial: _AdamW(initial, lrs, run), run, seed)[0]
 
 
 def _roll(
-    optimizer: Callable[[Params], tuple[Params, Callable[[Sequence[Tensor]], None]]],
-    run: Draw,
-    seed: int,
-) -> tuple[Array, Array | None]:
-    import numpy as np
-
+    optimizer_of: Callable[[Params], _Optimizer], run: Draw, seed: int
+) -> tuple[Tensor, Tensor | None]:
     task = run.task
     generator, jitter = run_generators(seed)
-    params, step = optimizer(task.initial(generator))
-    values, rows = list(params.values()), []
+    optimizer = optimizer_of(task.initial(generator))
+    params, rows = optimizer.params, []
     with torch.no_grad():
         before = task.held_out_losses(params)
     for _ in range(run.steps):
         losses = task.losses(params, task.batch(generator))
-        step(torch.autograd.grad(task.jittered(losses.sum(), jitter), values))
-        rows.append(losses.detach().numpy())
-    training = np.array(rows, dtype=np.float64)
+        total = task.jittered(losses.sum(), jitter)
+        optimizer.step(torch.autograd.grad(total, list(params.values())))
+        rows.append(losses.detach())
+    training = torch.stack(rows).double()
     if before is None:
         return training, None
     with torch.no_grad():
         after = task.held_out_losses(params)
     assert after is not None
-    return training, torch.stack((before, after)).double().numpy()
+    return training, torch.stack((before, after)).double()
 
 
-def _adamw(params: list[Tensor], lrs: Tensor, run: Draw) -> Callable[[Sequence[Tensor]], None]:
-    means = [torch.zeros_like(param) for param in params]
-    squares = [torch.zeros_like(param) for param in params]
-    (beta, square_beta), warmup, done = _ADAMW_BETAS, max(1, _ADAMW_WARMUP * run.steps), 0
+class _AdamW:
+    """AdamW on stacked copies, each with its own peak learning rate.
+
+    ``torch.optim.AdamW`` needs a group per copy, and takes up to eight times as long.
+    """
+
+    def __init__(self, initial: Params, lrs: Sequence[float], run: Draw) -> None:
+        self.params = copies_of(initial, len(lrs))
+        self._lrs, self._run, self._done = torch.tensor(lrs), run, 0
+        self._means = [torch.zeros_like(param) for param in self.params.values()]
+        self._squares = [torch.zeros_like(param) for param in self.params.values()]
 
     @torch.no_grad()
-    def step(grads: Sequence[Tensor]) -> None:
-        nonlocal done
-        schedule = min(1, (done + 1) / warmup)
+    def step(self, grads: Sequence[Tensor]) -> None:
+        run, (beta, square_beta) = self._run, _ADAMW_BETAS
+        schedule = min(1, (self._done + 1) / max(1, _ADAMW_WARMUP * run.steps))
         if run.known:
-            schedule *= 0.5 * (1 + math.cos(math.pi * done / run.steps))
-        correction, square_correction = 1 - beta ** (done + 1), 1 - square_beta ** (done + 1)
-        for param, grad, mean, square in zip(params, grads, means, squares, strict=True):
-            lr = (lrs * schedule).view(-1, *[1] * (param.dim() - 1))
+            schedule *= 0.5 * (1 + math.cos(math.pi * self._done / run.steps))
+        self._done += 1
+        correction, square_correction = 1 - beta**self._done, 1 - square_beta**self._done
+        for param, grad, mean, square in zip(
+            self.params.values(), grads, self._means, self._squares, strict=True
+        ):
+            lr = (self._lrs * schedule).view(-1, *[1] * (param.dim() - 1))
             mean.lerp_(grad, 1 - beta)
             square.mul_(square_beta).addcmul_(grad, grad, value=1 - square_beta)
             root = (square / square_correction).sqrt() + _ADAMW_EPS
             param.mul_(1 - lr * _ADAMW_DECAY).sub_(lr * (mean / correction) / root)
-        done += 1
-
-    return step
 
 
-def scores(losses: Array) -> tuple[Array, Array]:
+def scores(losses: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of every copy's run, the lower the better.
 
     Args:
@@ -139,57 +125,47 @@ def scores(losses: Array) -> tuple[Array, Array]:
         and the mean of the log loss at geometrically spaced times, both relative to the first
         loss of all copies.
     """
-    import numpy as np
-
     steps = len(losses)
     bounded = _relative(losses)
 
-    def log_mean(low: int, high: int) -> Array:
-        mean: Array = np.log(np.maximum(bounded[low:high].mean(0), 0) + _OFFSET)
-        return mean
+    def log_mean(low: int, high: int) -> Tensor:
+        return (bounded[low:high].mean(0).clamp(min=0) + _OFFSET).log()
 
-    final = log_mean(-max(5, steps // 20), steps)
-    times = np.unique(np.geomspace(1, steps, _TIMES).astype(int))
-    mean: Array = np.mean([log_mean(max(0, t - max(1, t // 5)), t) for t in times], 0)
+    final = log_mean(max(0, steps - max(5, steps // 20)), steps)
+    # Whole powers must not be rounded down.
+    times = sorted({int(steps ** (i / (_TIMES - 1)) + 1e-9) for i in range(_TIMES)})
+    mean = torch.stack([log_mean(max(0, t - max(1, t // 5)), t) for t in times]).mean(0)
     return final, mean
 
 
-def rise(losses: Array) -> Array:
+def rise(losses: Tensor) -> Tensor:
     """How far the loss ever was, and on average, above the first; in logs, shape ``(B,)``.
 
     Runs that damage what they began with come back in the end, so that the final loss does not
     tell. Losses are averaged over five steps, because batches differ.
     """
-    import numpy as np
-
     bounded = _relative(losses)
-    sums = np.cumsum(np.concatenate((np.zeros_like(bounded[:1]), bounded)), 0)
-    window = min(_RISE_WINDOW, len(bounded))
-    above: Array = np.log(np.maximum((sums[window:] - sums[:-window]) / window, 1.0))
-    return above.max(0) + 0.5 * above.mean(0)
+    windows = bounded.unfold(0, min(_RISE_WINDOW, len(bounded)), 1).mean(-1)
+    above = windows.clamp(min=1.0).log()
+    return above.amax(0) + 0.5 * above.mean(0)
 
 
-def fitness(losses: Array, known: bool, held_out: Array | None = None) -> Array:
+def fitness(losses: Tensor, known: bool, held_out: Tensor | None = None) -> Tensor:
     """What evolution strategies minimize, of every copy, shape ``(B,)``.
 
     Shares of the final and the mean loss (:func:`scores`), and the whole of :func:`rise`. Where
     examples are held out, their loss counts for half of the final one.
     """
-    import numpy as np
-
     final, mean = scores(losses)
     if held_out is not None:
         last = _relative(held_out)[-1]
-        final = 0.5 * final + 0.5 * np.log(np.maximum(last, 0) + _OFFSET)
+        final = 0.5 * final + 0.5 * (last.clamp(min=0) + _OFFSET).log()
     final_share, mean_share = _SHARES_KNOWN if known else _SHARES_UNKNOWN
     return final_share * final + mean_share * mean + rise(losses)
 
 
-def _relative(losses: Array) -> Array:
-    """Losses in units of the first one, within bounds."""
-    import numpy as np
-
-    first = np.nanmax([abs(losses[0].mean()), _SMALLEST_FIRST])
-    with np.errstate(invalid="ignore"):  # a first loss that is infinite makes everything NaN
-        finite = np.where(np.isfinite(losses), losses, np.inf) / first
-    return np.clip(finite, -_LARGEST, _LARGEST)
+def _relative(losses: Tensor) -> Tensor:
+    """Losses in units of the first one, within bounds; NaN if the first one is infinite."""
+    first = losses[0].mean().abs().nan_to_num(_SMALLEST_FIRST, math.inf).clamp(_SMALLEST_FIRST)
+    finite = torch.where(losses.isfinite(), losses, math.inf) / first
+    return finite.clamp(-_LARGEST, _LARGEST)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Batch, Params, Population, Sampler
+from learned_optim.meta.populations._base import Batch, Params, Population
 from learned_optim.meta.populations._layers import meta_images
 from learned_optim.meta.populations._perceptron import Perceptron
+from learned_optim.meta.sampler import Sampler
 
 
 class Autoencoder(Population):
@@ -47,7 +48,6 @@ class Autoencoder(Population):
             self.decoder = Perceptron(
                 self.code, self.features, [width], activation, init, prefix="decoder."
             )
-        self.name = f"autoencoder {self.kind} {side} width={width} batch={self.batch_size}"
 
     def init(self, generator: Generator) -> Params:
         if self.kind == "denoiser":

@@ -8,9 +8,10 @@ import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Batch, Params, Population, Sampler
+from learned_optim.meta.populations._base import Batch, Params, Population
 from learned_optim.meta.populations._layers import linear
 from learned_optim.meta.populations._perceptron import Perceptron
+from learned_optim.meta.sampler import Sampler
 
 
 class BoundaryValue(Population):
@@ -32,7 +33,6 @@ class BoundaryValue(Population):
         self.input_scale = draw.uniform(1, 4)
         init = draw.choice(["torch", "xavier"])
         self.net = Perceptron(1, 1, [width] * self.depth, "tanh", init)
-        self.name = f"boundary {width}x{self.depth} batch={self.batch_size}"
 
     def init(self, generator: Generator) -> Params:
         return self.net.init(generator)

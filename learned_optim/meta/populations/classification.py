@@ -10,12 +10,12 @@ from learned_optim.meta.populations._base import (
     Batch,
     Params,
     Population,
-    Sampler,
     UnusableTaskError,
     draw_index,
 )
 from learned_optim.meta.populations._layers import cross_entropy, meta_images
 from learned_optim.meta.populations._perceptron import Perceptron, draw_perceptron
+from learned_optim.meta.sampler import Sampler
 
 CLASSES = 10
 
@@ -55,10 +55,6 @@ class Classification(Population):
         # Rare classes: a class is drawn the less, the larger its label.
         rare = draw.chance(0.1)
         self.example_weights = 1 / (1 + self.labels.float()) ** 2 if rare else None
-        self.name = (
-            f"images {side} {self.net} batch={self.batch_size} wrong={self.wrong_share} "
-            f"examples={len(self.pixels)}"
-        )
 
     def init(self, generator: Generator) -> Params:
         return self.net.init(generator)
@@ -91,7 +87,6 @@ class WideClassification(Classification):
         init = draw.choice(["torch", "he", "xavier", "small"], [4, 1, 1, 1])
         norm = draw.choice(["none", "layer"], [3, 1])
         self.net = Perceptron(inputs, CLASSES, hidden, activation, init, norm)
-        self.name = f"wide {self.net} batch={self.batch_size} wrong={self.wrong_share}"
 
 
 class FewExamples(Classification):
@@ -111,7 +106,6 @@ class FewExamples(Classification):
         )
         self.pixels, self.labels = self.pixels[chosen[:count]], self.labels[chosen[:count]]
         self.example_weights = None
-        self.name = f"few {self.name} of {count}"
 
     def held_out(self, params: Params) -> Tensor:
         return cross_entropy(self.net(params, self.other_pixels), self.other_labels, self.smoothing)
@@ -137,4 +131,3 @@ class DeepClassification(Classification):
             [5, 1, 2, 1, 1],
         )
         self.net = Perceptron(inputs, CLASSES, hidden, activation, init)
-        self.name = f"deep {self.net} batch={self.batch_size} wrong={self.wrong_share}"

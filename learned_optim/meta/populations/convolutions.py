@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Batch, Params, Population, Sampler
+from learned_optim.meta.populations._base import Batch, Params, Population
 from learned_optim.meta.populations._layers import (
     ACTIVATIONS,
     cross_entropy,
@@ -16,6 +16,7 @@ from learned_optim.meta.populations._layers import (
     meta_images,
 )
 from learned_optim.meta.populations.classification import CLASSES, wrong_labels
+from learned_optim.meta.sampler import Sampler
 
 # What a position of an image counts for in the cost of a step.
 POSITIONS = 60
@@ -42,10 +43,6 @@ class ConvNet(Population):
         self.init_kind = draw.choice(["torch", "he"])
         self.activation = draw.choice(["relu", "silu", "gelu"], [3, 1, 1])
         self.pooled = draw.chance(0.5)
-        self.name = (
-            f"convnet {self.side} {self.channels}x{self.depth} batch={self.batch_size} "
-            f"normalized={self.normalized} residual={self.residual}"
-        )
 
     @property
     def rows(self) -> int:

@@ -8,9 +8,10 @@ import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Batch, Params, Population, Sampler
+from learned_optim.meta.populations._base import Batch, Params, Population
 from learned_optim.meta.populations._layers import linear
 from learned_optim.meta.populations._perceptron import Perceptron
+from learned_optim.meta.sampler import Sampler
 
 FOURIER_FEATURES = 12
 
@@ -44,8 +45,6 @@ class Coordinates(Population):
             projection = torch.randn(self.dimensions, FOURIER_FEATURES, generator=generator)
             self.projection = projection * highest / 3
             self.net = Perceptron(2 * FOURIER_FEATURES, 1, [width] * depth, "relu", "torch")
-        kind = f"sine{self.omega:.0f}" if self.sine else "fourier"
-        self.name = f"coordinates {kind} {self.sizes} highest={highest:.0f}"
 
     def init(self, generator: Generator) -> Params:
         if not self.sine:

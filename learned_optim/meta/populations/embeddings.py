@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Batch, Params, Population, Sampler, draw_index
+from learned_optim.meta.populations._base import Batch, Params, Population, draw_index
+from learned_optim.meta.sampler import Sampler
 
 NEGATIVES = 5
 WORD_CLASSES = 8
@@ -39,10 +40,6 @@ class MatrixFactorization(Population):
         self.implicit = draw.chance(0.2)
         self.user_weights = 1 / (torch.arange(self.users).float() + 3) if zipf else None
         self.item_weights = 1 / (torch.arange(self.items).float() + 3) if zipf else None
-        self.name = (
-            f"factorization {self.users}x{self.items} width={self.width} "
-            f"deviation={self.deviation} batch={self.batch_size} biased={self.biased}"
-        )
 
     def init(self, generator: Generator) -> Params:
         users = torch.randn(self.users, self.width, generator=generator)
@@ -95,7 +92,6 @@ class SkipGram(Population):
         self.frequencies = 1 / (torch.arange(self.words).float() + 2)
         same = (classes[:, None] == classes[None]).float() * 20 + 0.2
         self.neighbours = same * self.frequencies  # (words, words): weights, row by row
-        self.name = f"skip-gram {self.words} width={self.width} deviation={self.deviation}"
 
     def init(self, generator: Generator) -> Params:
         shape = (self.words, self.width)

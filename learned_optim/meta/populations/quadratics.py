@@ -6,7 +6,8 @@ import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Batch, Params, Population, Sampler
+from learned_optim.meta.populations._base import Batch, Params, Population
+from learned_optim.meta.sampler import Sampler
 
 
 class Quadratic(Population):
@@ -35,7 +36,6 @@ class Quadratic(Population):
             normal = torch.randn(self.size, generator=generator)
             self.start = normal * draw.log_uniform(0.1, 3)
         self.noise = draw.choice([0, 0.1, 0.5], [2, 1, 1])
-        self.name = f"quadratic {self.kind} {self.size} noise={self.noise}"
 
     def init(self, generator: Generator) -> Params:
         return {"x": self.start.clone()}

@@ -12,7 +12,6 @@ from learned_optim.meta.populations._base import (
     Batch,
     Params,
     Population,
-    Sampler,
     UnusableTaskError,
 )
 from learned_optim.meta.populations._layers import init_weight
@@ -20,6 +19,7 @@ from learned_optim.meta.populations.classification import CLASSES, Classificatio
 from learned_optim.meta.populations.convolutions import ConvNet
 from learned_optim.meta.populations.sequences import Sequences
 from learned_optim.meta.populations.tabular import Teacher
+from learned_optim.meta.sampler import Sampler
 
 
 class Restart(Population):
@@ -40,9 +40,8 @@ class Restart(Population):
             modes = ["same", "shift", "adapter", "labels"]
             self.mode = draw.choice(modes, [2, 3, 3, 1])
         self.weights = self._trained(draw)
-        self.name = f"restart {self.mode} {self.base.name}"
         if not all(bool(weight.isfinite().all()) for weight in self.weights.values()):
-            raise UnusableTaskError(f"training diverged before the restart: {self.name}")
+            raise UnusableTaskError("training diverged before the restart")
         if isinstance(self.base, Classification) and self.mode != "same":
             self._change_data(self.base, draw)
         self.rank = draw.choice([2, 4, 8])

@@ -11,7 +11,6 @@ from learned_optim.meta.populations._base import (
     Batch,
     Params,
     Population,
-    Sampler,
     UnusableTaskError,
 )
 from learned_optim.meta.populations._layers import (
@@ -23,6 +22,7 @@ from learned_optim.meta.populations._layers import (
     linear_tokens,
     meta_images,
 )
+from learned_optim.meta.sampler import Sampler
 
 CLASSES = 10
 # Texts of the grammar and their length.
@@ -62,11 +62,6 @@ class Sequences(Population):
             self.post_norm = draw.chance(0.5)
         else:
             self.text = _grammar_text(draw, self.tokens)
-        self.name = (
-            f"sequences {self.kind} {self.width}x{self.depth} tokens={self.tokens} "
-            f"length={self.length} batch={self.batch_size} post_norm={self.post_norm} "
-            f"tied={self.tied} deviation={self.deviation} {self.init_kind}"
-        )
 
     @property
     def rows(self) -> int:
@@ -220,7 +215,6 @@ class DeepSequences(Sequences):
         self.width = draw.choice([32, 48, 64, 96], [3, 3, 2, 0.5])
         self.depth = draw.choice([3, 4, 6, 8], [3, 3, 2, 0.5])
         self.batch_size = min(self.batch_size, 8)
-        self.name = f"deep {self.width}x{self.depth} {self.name}"
 
 
 def _grammar_text(draw: Sampler, tokens: int) -> Tensor:

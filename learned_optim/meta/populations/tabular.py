@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import Batch, Params, Population, Sampler
+from learned_optim.meta.populations._base import Batch, Params, Population
 from learned_optim.meta.populations._layers import cross_entropy
 from learned_optim.meta.populations._perceptron import draw_perceptron
+from learned_optim.meta.sampler import Sampler
 
 TEACHER_UNITS = 32
 
@@ -65,10 +66,6 @@ class Teacher(Population):
             wave = self.examples[:, :1].sin()
             self.other_targets = wave * self.targets.std() * torch.ones(1, outputs)
         self.reset()
-        kind = "classes" if self.classifies else "regression"
-        self.name = (
-            f"teacher {kind} {self.net} batch={self.batch_size} rows={count} drift={self.drift:.0f}"
-        )
 
     def reset(self) -> None:
         self._step = 0
@@ -108,7 +105,6 @@ class HeldOutTeacher(Teacher):
         self.drift, count = 0.0, len(self.examples) // 3
         self.other_examples, self.examples = self.examples[:count], self.examples[count:]
         self.other_targets, self.targets = self.targets[:count], self.targets[count:]
-        self.name = f"held-out {self.name}"
 
     def held_out(self, params: Params) -> Tensor:
         return self._loss_of(self.net(params, self.other_examples), self.other_targets)

@@ -12,7 +12,7 @@ from learned_optim.rules import RuleConfig, rule_reference
 METHOD = "evolution"
 
 #: Mixtures of :mod:`learned_optim.meta.populations`: a recipe's task may be one of them.
-MIXTURE_NAMES = ("populations", "populations-2", "populations-3")
+MIXTURE_NAMES = ("populations-2", "populations-3")
 
 #: Their seeds are kept free of training tasks.
 MOST_VALIDATION_TASKS = 100_000
@@ -64,8 +64,8 @@ class EvolutionRecipe:
     """Meta-steps from one validation to the next."""
     seed: int = 0
     """Seed of everything random in the training."""
-    task: str = "populations"
-    """Mixture of tasks, `populations` or `populations-2`, or a task family that may meta-train."""
+    task: str = "populations-2"
+    """Mixture of tasks, `populations-2` or `populations-3`, or a family that may meta-train."""
     horizon: int | None = None
     """Inner steps of the runs of a task family. Mixtures draw their own."""
     shortest_horizon: int | None = None

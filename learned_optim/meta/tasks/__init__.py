@@ -3,15 +3,15 @@
 from learned_optim.meta.tasks._base import (
     Batch,
     FixedTask,
-    Horizon,
     ModuleTask,
     Params,
     Task,
     TaskFamily,
+    TaskMixture,
     TaskOptions,
+    as_family,
     obstacle_to_stacking,
 )
-from learned_optim.meta.tasks._mixture import TaskMixture, as_family
 from learned_optim.meta.tasks._registry import (
     GIVEN,
     build_tasks,
@@ -25,7 +25,6 @@ __all__ = [
     "GIVEN",
     "Batch",
     "FixedTask",
-    "Horizon",
     "ModuleTask",
     "Params",
     "Task",

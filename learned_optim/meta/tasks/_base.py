@@ -1,10 +1,11 @@
-"""What an optimizee is: initial parameters, a source of batches and a loss, as pure functions."""
+"""Tasks: initial parameters, a source of batches and a loss, as pure functions."""
 
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import default_generator_seeded, global_generator_seeded, seeded
 from learned_optim.meta.tasks._batches import BatchSource, Source, flatten, unflatten
 
-#: Examples per forward pass when a held-out set is tested.
+#: Examples per forward pass on a held-out set: convolutions of a whole set would fill gigabytes.
 TEST_SLICE = 1000
 
 Params = dict[str, Tensor]
@@ -26,7 +27,7 @@ Batch = tuple[Tensor, ...]
 class Task(ABC):
     """One thing to optimize. All randomness comes from the generators passed in.
 
-    A task may keep state of the optimizee that it serves, if :meth:`init` resets it: buffers, which
+    A task may keep state of the optimizee that it serves if :meth:`init` resets it: buffers, which
     :meth:`loss` updates, and a position in its data. Optimizees side by side then each have a task
     of their own, by :meth:`separate`.
     """
@@ -64,9 +65,8 @@ class Task(ABC):
 class TaskFamily(ABC):
     """A distribution of tasks.
 
-    All tasks of a ``stackable`` family share parameter shapes, batch shapes and the loss function
-    (what differs between them is in their batches), so that several can be trained side by side
-    under ``vmap``.
+    All tasks of a ``stackable`` family share parameter shapes, batch shapes and the loss function,
+    so that several can be trained side by side under ``vmap``. They differ in their batches.
     """
 
     stackable: bool = True
@@ -193,27 +193,23 @@ class ModuleTask(Task):
         if self._tests is None:
             return {}
         inputs, targets = self._tests()
+        classifies = self._criterion is not None and not targets.is_floating_point()
+        loss = correct = 0.0
         self.module.eval()
         try:
-            # In slices, because a test set on a convolutional network fills gigabytes at once.
-            slices = zip(inputs.split(TEST_SLICE), targets.split(TEST_SLICE), strict=True)
-            weights, losses, correct = [], [], []
-            for x, y in slices:
-                weights.append(float(len(x)))
+            for x, y in zip(inputs.split(TEST_SLICE), targets.split(TEST_SLICE), strict=True):
                 if self._criterion is None:
-                    losses.append(self._loss(params, (x, y)).item() * len(x))
+                    loss += self._loss(params, (x, y)).item() * len(x)
                     continue
                 given = {**params, **self._buffers}
                 outputs = torch.func.functional_call(self.module, given, (x,))
-                losses.append(self._criterion(outputs, y).item() * len(x))
-                if not y.is_floating_point():
-                    correct.append((outputs.argmax(-1) == y).float().mean().item() * len(x))
+                loss += self._criterion(outputs, y).item() * len(x)
+                if classifies:
+                    correct += (outputs.argmax(-1) == y).float().mean().item() * len(x)
         finally:
             self.module.train()
-        figures = {"loss": sum(losses) / sum(weights)}
-        if correct:
-            figures["accuracy"] = sum(correct) / sum(weights)
-        return figures
+        figures = {"loss": loss / len(inputs)}
+        return {**figures, "accuracy": correct / len(inputs)} if classifies else figures
 
 
 class _Objective(nn.Module):
@@ -259,38 +255,6 @@ def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
-def evaluation_only(name: str, options: TaskOptions) -> None:
-    """Refuse to build a family for meta-training that has no examples set apart for it.
-
-    Raises:
-        ValueError: ``options.split`` is ``"meta"``.
-    """
-    if options.split == "meta":
-        raise ValueError(
-            f"{name!r} is for evaluation only: meta-training on it would leak the evaluation. To "
-            f"meta-train on your own data, write a family of your own"
-        )
-
-
-def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
-    """``value`` with the gradient of ``surrogate``, both of shape ``()``.
-
-    For training that does not descend the figure it is about, as policy gradients and adversarial
-    pairs do.
-    """
-    return surrogate - surrogate.detach() + value.detach()
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """For how many steps a task of the field is trained."""
-
-    steps: int
-    """In the whole field: what its users would take."""
-    quick: int
-    """In the quick tier: a few seconds of one core."""
-
-
 class FixedTask(TaskFamily):
     """The family with one member: only initial parameters and batches differ between runs.
 
@@ -325,7 +289,10 @@ def obstacle_to_stacking(task: Task) -> str | None:
     try:
         initial = [task.init(generator) for generator in generators]
         batches = [task.batch(generator) for generator in generators]
-        updated = _updated_buffers(task, initial[0], batches[0])
+        before = {name: buffer.clone() for name, buffer in task.buffers().items()}
+        with torch.no_grad(), global_generator_seeded("stacking"):
+            task.loss(initial[0], batches[0])
+        updated = [name for name, b in task.buffers().items() if not torch.equal(b, before[name])]
         if updated:
             return f"it updates the buffers {', '.join(updated)}"
         params = {name: torch.stack([p[name] for p in initial]) for name in initial[0]}
@@ -338,29 +305,64 @@ def obstacle_to_stacking(task: Task) -> str | None:
     return None if torch.equal(together, again) else "it keeps state from call to call"
 
 
-def _updated_buffers(task: Task, params: Params, batch: Batch) -> list[str]:
-    before = {name: buffer.clone() for name, buffer in task.buffers().items()}
-    with torch.no_grad(), global_generator_seeded("stacking"):
-        task.loss(params, batch)
-    return [name for name, b in task.buffers().items() if not torch.equal(b, before[name])]
+class TaskMixture(TaskFamily):
+    """Draws one of several families, in proportion to their weights, and a task from it.
 
-
-Builder = Callable[[TaskOptions], TaskFamily]
-
-
-def evaluation_family(name: str, make: Callable[[DataOptions], Task], *data_sets: str) -> Builder:
-    """An entry of ``FAMILIES`` for one task that never meta-trains.
+    Example:
+        >>> mixture = TaskMixture({"deep": deep, "wide": wide}, {"deep": 3, "wide": 1})
 
     Args:
-        name: its registered name.
-        make: builds the task; called once per :func:`build_tasks`.
-        *data_sets: image sets of which it reads all training images.
+        members: tasks or families by name.
+        weights: by the same names, positive and of any sum; equal if not given.
+
+    Raises:
+        ValueError: no members, or weights that do not fit them.
     """
 
-    def build(options: TaskOptions) -> TaskFamily:
-        evaluation_only(name, options)
-        family = FixedTask(make(options.data), stackable=False)
-        family.data_sets, family.halved = data_sets, not data_sets
-        return family
+    stackable = False
 
-    return build
+    def __init__(
+        self,
+        members: Mapping[str, Task | TaskFamily],
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        if not members:
+            raise ValueError("a mixture needs at least one task")
+        given = dict.fromkeys(members, 1.0) if weights is None else dict(weights)
+        if set(given) != set(members):
+            raise ValueError(
+                f"a mixture of {', '.join(members)} needs a weight for each and no other, got "
+                f"weights for {', '.join(given) or 'none'}"
+            )
+        wrong = [f"{n}: {w}" for n, w in given.items() if not (w > 0 and math.isfinite(w))]
+        if wrong:
+            raise ValueError(
+                f"weights of tasks must be positive and finite, got {', '.join(wrong)}"
+            )
+        self.members = {name: as_family(member) for name, member in members.items()}
+        total = sum(given.values())
+        self.shares = {name: given[name] / total for name in members}
+        families = self.members.values()
+        self.data_sets = tuple(dict.fromkeys(name for f in families for name in f.data_sets))
+        self.halved = all(family.halved for family in families)
+
+    def sample(self, generator: Generator) -> Task:
+        shares = torch.tensor(list(self.shares.values()), dtype=torch.float64)
+        drawn = int(torch.multinomial(shares, 1, generator=generator))
+        return list(self.members.values())[drawn].sample(generator)
+
+
+def as_family(task: Task | TaskFamily) -> TaskFamily:
+    """A task as the family with that one member; a family as it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(task, TaskFamily):
+        return task
+    if not isinstance(task, Task):
+        raise ValueError(
+            f"a task must be a Task or a TaskFamily, and is a {type(task).__name__}: "
+            f"ModuleTask(module, batches, criterion) makes one of a module"
+        )
+    return FixedTask(task)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Generator, Tensor
 
+from learned_optim._extras import how_to_install
+from learned_optim.meta.data import DataOptions, load_images
 from learned_optim.meta.tasks._base import Batch
-
-#: Fewer examples than this on either side of a split say nothing about an optimizer.
-FEWEST = 16
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,14 @@ class Examples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def at(self, index: Tensor) -> Examples:
-        """The examples at ``index`` (int64, shape ``(M,)``)."""
-        return Examples(self.inputs[index], self.targets[index])
-
     def split(self, held_out: float = 0.2) -> tuple[Examples, Examples]:
-        """Training and held-out examples, in an order that depends on their number alone.
-
-        Raises:
-            ValueError: too few examples on one side.
-        """
-        order = torch.randperm(len(self), generator=Generator().manual_seed(0))
-        cut = int(len(self) * (1.0 - held_out))
-        if min(cut, len(self) - cut) < FEWEST:
-            raise ValueError(
-                f"{len(self)} examples leave {cut} to train on and {len(self) - cut} held out: at "
-                f"least {FEWEST} of each are needed. Give a larger data set"
-            )
-        return self.at(order[:cut]), self.at(order[cut:])
+        """Training and held-out examples, in an order that depends on their number alone."""
+        order = torch.randperm(len(self), generator=draws(0))
+        train, rest = order.tensor_split([int(len(self) * (1.0 - held_out))])
+        return (
+            Examples(self.inputs[train], self.targets[train]),
+            Examples(self.inputs[rest], self.targets[rest]),
+        )
 
     def batches(self, size: int) -> Callable[[Generator], Batch]:
         """A source of ``size`` random examples, drawn with replacement."""
@@ -57,6 +47,12 @@ class Examples:
         return self.inputs, self.targets
 
 
+def first_images(name: str, train: bool, data: DataOptions, count: int | None = None) -> Examples:
+    """The first ``count`` images of a set, or all, float32 ``(N, C, H, W)``, and their labels."""
+    images = load_images(name, train, data)
+    return Examples(*images.batch(torch.arange(len(images))[:count]))
+
+
 def standardized(x: Tensor) -> Tensor:
     """``x`` with columns of mean 0 and standard deviation 1; constant columns become 0."""
     return (x - x.mean(0)) / x.std(0).clamp_min(1e-8)
@@ -65,3 +61,16 @@ def standardized(x: Tensor) -> Tensor:
 def draws(seed: int) -> Generator:
     """The generator of a data set that is made up: the same in every process."""
     return Generator().manual_seed(seed)
+
+
+def sklearn_datasets() -> ModuleType:
+    """scikit-learn's bundled data sets and generators.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError(f"the data comes with scikit-learn: {how_to_install('meta')}") from error
+    return datasets

@@ -1,4 +1,4 @@
-"""Coordinate networks: a photograph as a function of the place in it.
+"""Coordinate networks: a photograph as a function of the position in it.
 
 Sine activations in the initialization of Sitzmann et al. (2020), and ReLU on Fourier features
 (Tancik et al. 2020), on a photograph that scikit-learn ships, at a quarter of its resolution. A
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learned_optim._extras import how_to_install
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import Horizon, ModuleTask, evaluation_family
-from learned_optim.meta.tasks._examples import Examples, draws
+from learned_optim.meta.tasks._base import ModuleTask
+from learned_optim.meta.tasks._examples import Examples, draws, sklearn_datasets
+from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
 
 BATCH_SIZE = 512
 FREQUENCY = 30.0  # omega_0 of Sitzmann et al.
@@ -64,18 +64,13 @@ def fourier_network() -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _pixels() -> Examples:
-    """Places in [-1, 1]^2 and colours in [-1, 1]^3 of the photograph."""
-    try:
-        from sklearn.datasets import load_sample_image
-    except ImportError as error:
-        raise ImportError(
-            f"the photograph comes with scikit-learn: {how_to_install('meta')}"
-        ) from error
-    image = torch.tensor(load_sample_image("china.jpg")).float() / 127.5 - 1.0  # (427, 640, 3)
+    """Positions in [-1, 1]^2 and colours in [-1, 1]^3 of the photograph."""
+    photograph = sklearn_datasets().load_sample_image("china.jpg")
+    image = torch.tensor(photograph).float() / 127.5 - 1.0  # (427, 640, 3)
     image = F.avg_pool2d(image.permute(2, 0, 1), 4).permute(1, 2, 0)  # (106, 160, 3)
     axes = [torch.linspace(-1.0, 1.0, size) for size in image.shape[:2]]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-    return Examples(places.flatten(0, 1), image.flatten(0, 1))
+    positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    return Examples(positions.flatten(0, 1), image.flatten(0, 1))
 
 
 def _photograph(build: Callable[[], nn.Module], data: DataOptions) -> ModuleTask:
@@ -83,10 +78,9 @@ def _photograph(build: Callable[[], nn.Module], data: DataOptions) -> ModuleTask
     return ModuleTask(build, train.batches(BATCH_SIZE), F.mse_loss, tests=held_out.all)
 
 
-FAMILIES = {
-    "coordinates-sine": evaluation_family("coordinates-sine", partial(_photograph, sine_network)),
-    "coordinates-fourier": evaluation_family(
-        "coordinates-fourier", partial(_photograph, fourier_network)
-    ),
-}
-FIELD = {"coordinates-sine": Horizon(4000, 1000), "coordinates-fourier": Horizon(4000, 1000)}
+FAMILIES, FIELD = evaluation_tables(
+    {
+        f"coordinates-{name}": EvaluationTask(partial(_photograph, network), Horizon(4000, 1000))
+        for name, network in (("sine", sine_network), ("fourier", fourier_network))
+    }
+)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import Batch, Horizon, ModuleTask, evaluation_family
+from learned_optim.meta.tasks._base import Batch, ModuleTask
 from learned_optim.meta.tasks._examples import Examples, draws
+from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
 from learned_optim.meta.tasks.language import text_of
 
 USERS, ITEMS, FACTORS = 300, 400, 4
@@ -114,8 +115,9 @@ def _skip_gram(data: DataOptions) -> ModuleTask:
     )
 
 
-FAMILIES = {
-    "matrix-factorization": evaluation_family("matrix-factorization", _factorization),
-    "skip-gram": evaluation_family("skip-gram", _skip_gram),
-}
-FIELD = {"matrix-factorization": Horizon(5000, 1000), "skip-gram": Horizon(5000, 1000)}
+FAMILIES, FIELD = evaluation_tables(
+    {
+        "matrix-factorization": EvaluationTask(_factorization, Horizon(5000, 1000)),
+        "skip-gram": EvaluationTask(_skip_gram, Horizon(5000, 1000)),
+    }
+)

@@ -21,22 +21,16 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions, load_images
-from learned_optim.meta.tasks._base import (
-    Batch,
-    Horizon,
-    ModuleTask,
-    Params,
-    TaskOptions,
-    evaluation_family,
-)
-from learned_optim.meta.tasks._examples import Examples
-from learned_optim.meta.tasks.convnets import convnet
+from learned_optim.meta.tasks._base import ModuleTask, Params, TaskOptions
+from learned_optim.meta.tasks._examples import Examples, first_images
+from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks.image_networks import convnet
 from learned_optim.meta.tasks.images import image_batches
-from learned_optim.meta.tasks.language import TiedTransformer, encoded, sequence_loss, sequences
+from learned_optim.meta.tasks.language import Transformer, next_character_task
 
 RANK, ALPHA = 4, 8.0
 FINETUNE_IMAGES, HELD_OUT = 2000, 2000
-LENGTH, TEXT_BATCH = 32, 16
+LENGTH = 32
 TEXT_TASKS = ("finetune-lm", "lora-lm")
 # Printable ASCII and the line break: the alphabet of both texts.
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -103,7 +97,7 @@ def with_adapters(network: nn.Module) -> nn.Module:
 @lru_cache(maxsize=1)
 def _trained_convnet(data: DataOptions) -> nn.Module:
     images = load_images("fashion", True, data)
-    build = partial(convnet, images.shape, (8, 16), images.classes, batch_norm=False)
+    build = partial(convnet, images.shape, images.classes)
     network = build()
     batches = image_batches("fashion", TaskOptions(data=data), 64)
     network.load_state_dict(pretrained(ModuleTask(build, batches), 600))
@@ -112,8 +106,8 @@ def _trained_convnet(data: DataOptions) -> nn.Module:
 
 def _finetune_convnet(data: DataOptions) -> ModuleTask:
     def faded(train: bool, count: int) -> Examples:
-        images, labels = load_images("fashion", train, data).batch(torch.arange(count))
-        return Examples(0.6 * images + 0.2, labels)
+        examples = first_images("fashion", train, data, count)
+        return Examples(0.6 * examples.inputs + 0.2, examples.targets)
 
     network = _trained_convnet(data)
     return ModuleTask(
@@ -124,23 +118,11 @@ def _finetune_convnet(data: DataOptions) -> ModuleTask:
 
 
 def _text_task(text: str, build: Callable[[], nn.Module]) -> ModuleTask:
-    """Next-character prediction on nine tenths of ``text``; the last tenth tests."""
-    tokens = encoded(text, ALPHABET)
-    cut = len(tokens) * 9 // 10
-    train, held_out = tokens[:cut], tokens[cut:]
-
-    def draw(generator: Generator) -> Batch:
-        starts = torch.randint(len(train) - LENGTH, (TEXT_BATCH,), generator=generator)
-        return sequences(train, starts, LENGTH)
-
-    def tests() -> tuple[Tensor, Tensor]:
-        return sequences(held_out, torch.arange(0, len(held_out) - LENGTH, LENGTH), LENGTH)
-
-    return ModuleTask(build, draw, sequence_loss, tests=tests)
+    return next_character_task(text, ALPHABET, build, LENGTH)
 
 
 def _small_transformer() -> nn.Module:
-    return TiedTransformer(len(ALPHABET), width=48, length=LENGTH)
+    return Transformer(len(ALPHABET), width=48, length=LENGTH, tied=True)
 
 
 @lru_cache(maxsize=1)
@@ -160,13 +142,10 @@ def _language_model(adapters: bool, data: DataOptions) -> ModuleTask:
     return _text_task(texts()[1], build)
 
 
-FAMILIES = {
-    "finetune-convnet": evaluation_family("finetune-convnet", _finetune_convnet, "fashion"),
-    "finetune-lm": evaluation_family("finetune-lm", partial(_language_model, False)),
-    "lora-lm": evaluation_family("lora-lm", partial(_language_model, True)),
-}
-FIELD = {
-    "finetune-convnet": Horizon(1000, 400),
-    "finetune-lm": Horizon(1500, 400),
-    "lora-lm": Horizon(1500, 400),
-}
+FAMILIES, FIELD = evaluation_tables(
+    {
+        "finetune-convnet": EvaluationTask(_finetune_convnet, Horizon(1000, 400), "fashion"),
+        "finetune-lm": EvaluationTask(partial(_language_model, False), Horizon(1500, 400)),
+        "lora-lm": EvaluationTask(partial(_language_model, True), Horizon(1500, 400)),
+    }
+)

@@ -7,13 +7,17 @@ output layer starts at zero as is usual there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from learned_optim.meta.data import DataOptions, load_images
-from learned_optim.meta.tasks._base import Batch, Horizon, ModuleTask, evaluation_family
-from learned_optim.meta.tasks._examples import Examples, draws
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.tasks._base import Batch, ModuleTask
+from learned_optim.meta.tasks._examples import Examples, draws, first_images
+from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
 
 BATCH_SIZE = 64
 HELD_OUT = 2000
@@ -21,25 +25,23 @@ HELD_OUT = 2000
 
 def _pooled(data: DataOptions, train: bool, count: int) -> Examples:
     """The first ``count`` FashionMNIST images, ``(count, 196)`` in [0, 1]; each its own target."""
-    images = load_images("fashion", train, data)
-    pixels, _ = images.batch(torch.arange(min(count, len(images))))
-    pooled = F.avg_pool2d(pixels, 2).flatten(1)
+    pooled = F.avg_pool2d(first_images("fashion", train, data, count).inputs, 2).flatten(1)
     return Examples(pooled, pooled)
 
 
-def _autoencoder(data: DataOptions) -> ModuleTask:
-    def build() -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(196, 128), nn.ReLU(), nn.Linear(128, 16), nn.Linear(16, 128), nn.ReLU(),
-            nn.Linear(128, 196),
-        )  # fmt: skip
+def _reconstruction(
+    build: Callable[[], nn.Module], criterion: Callable[[Tensor, Tensor], Tensor], data: DataOptions
+) -> ModuleTask:
+    train, held_out = _pooled(data, True, 20_000), _pooled(data, False, HELD_OUT)
+    return ModuleTask(build, train.batches(BATCH_SIZE), criterion, tests=held_out.all)
 
-    return ModuleTask(
-        build,
-        _pooled(data, True, 20_000).batches(BATCH_SIZE),
-        F.binary_cross_entropy_with_logits,
-        tests=_pooled(data, False, HELD_OUT).all,
-    )
+
+def autoencoder() -> nn.Module:
+    """Logits of the pixels through a linear code of 16 numbers: ``(batch, 196)``."""
+    return nn.Sequential(
+        nn.Linear(196, 128), nn.ReLU(), nn.Linear(128, 16), nn.Linear(16, 128), nn.ReLU(),
+        nn.Linear(128, 196),
+    )  # fmt: skip
 
 
 class VariationalAutoencoder(nn.Module):
@@ -72,15 +74,6 @@ def negative_evidence(outputs: Tensor, pixels: Tensor) -> Tensor:
     return (reconstruction + divergence) / len(pixels)
 
 
-def _variational(data: DataOptions) -> ModuleTask:
-    return ModuleTask(
-        VariationalAutoencoder,
-        _pooled(data, True, 20_000).batches(BATCH_SIZE),
-        negative_evidence,
-        tests=_pooled(data, False, HELD_OUT).all,
-    )
-
-
 def denoising_network(width: int = 128) -> nn.Module:
     """Noisy digits and their share of noise ``(batch, 65)`` to the noise; zero output layer."""
     head = nn.Linear(width, 64)
@@ -98,9 +91,7 @@ def _denoiser(data: DataOptions) -> ModuleTask:
         return torch.cat((mixed, share), 1), noise
 
     def digits(train: bool) -> Tensor:
-        images = load_images("digits", train, data)
-        pixels, _ = images.batch(torch.arange(len(images)))
-        return 2.0 * pixels.flatten(1) - 1.0
+        return 2.0 * first_images("digits", train, data).inputs.flatten(1) - 1.0
 
     train, held_out = digits(True), digits(False)
 
@@ -111,15 +102,12 @@ def _denoiser(data: DataOptions) -> ModuleTask:
     return ModuleTask(denoising_network, draw, F.mse_loss, tests=lambda: noisy(held_out, draws(0)))
 
 
-FAMILIES = {
-    "autoencoder": evaluation_family("autoencoder", _autoencoder, "fashion"),
-    "variational-autoencoder": evaluation_family(
-        "variational-autoencoder", _variational, "fashion"
-    ),
-    "denoiser": evaluation_family("denoiser", _denoiser),
-}
-FIELD = {
-    "autoencoder": Horizon(5000, 1000),
-    "variational-autoencoder": Horizon(5000, 1000),
-    "denoiser": Horizon(5000, 1000),
-}
+_plain = partial(_reconstruction, autoencoder, F.binary_cross_entropy_with_logits)
+_variational = partial(_reconstruction, VariationalAutoencoder, negative_evidence)
+FAMILIES, FIELD = evaluation_tables(
+    {
+        "autoencoder": EvaluationTask(_plain, Horizon(5000, 1000), "fashion"),
+        "variational-autoencoder": EvaluationTask(_variational, Horizon(5000, 1000), "fashion"),
+        "denoiser": EvaluationTask(_denoiser, Horizon(5000, 1000)),
+    }
+)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learned_optim.meta.data import DataOptions, load_images
-from learned_optim.meta.tasks._base import Horizon, ModuleTask, evaluation_family
-from learned_optim.meta.tasks._examples import Examples, draws
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.tasks._base import ModuleTask
+from learned_optim.meta.tasks._examples import Examples, draws, first_images
+from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
 from learned_optim.meta.tasks.images import mlp
 
 BATCH_SIZE = 64
@@ -23,17 +24,14 @@ CLASSES, FEATURES = 200, 32
 
 
 def _noisy_labels(data: DataOptions) -> ModuleTask:
-    def first(train: bool, count: int) -> Examples:
-        return Examples(*load_images("fashion", train, data).batch(torch.arange(count)))
-
-    clean, generator = first(True, NOISY_IMAGES), draws(1)
+    clean, generator = first_images("fashion", True, data, NOISY_IMAGES), draws(1)
     wrong = torch.rand(NOISY_IMAGES, generator=generator) < WRONG
     other = torch.randint(10, (NOISY_IMAGES,), generator=generator)
     noisy = Examples(clean.inputs, torch.where(wrong, other, clean.targets))
     return ModuleTask(
         lambda: mlp(784, (64, 64), 10, nn.ReLU),
         noisy.batches(BATCH_SIZE),
-        tests=first(False, HELD_OUT).all,
+        tests=first_images("fashion", False, data, HELD_OUT).all,
     )
 
 
@@ -71,13 +69,10 @@ def _rare_classes(data: DataOptions) -> ModuleTask:
     )
 
 
-FAMILIES = {
-    "noisy-labels": evaluation_family("noisy-labels", _noisy_labels, "fashion"),
-    "heavy-tails": evaluation_family("heavy-tails", _heavy_tails),
-    "rare-classes": evaluation_family("rare-classes", _rare_classes),
-}
-FIELD = {
-    "noisy-labels": Horizon(4000, 1000),
-    "heavy-tails": Horizon(4000, 1000),
-    "rare-classes": Horizon(5000, 1000),
-}
+FAMILIES, FIELD = evaluation_tables(
+    {
+        "noisy-labels": EvaluationTask(_noisy_labels, Horizon(4000, 1000), "fashion"),
+        "heavy-tails": EvaluationTask(_heavy_tails, Horizon(4000, 1000)),
+        "rare-classes": EvaluationTask(_rare_classes, Horizon(5000, 1000)),
+    }
+)

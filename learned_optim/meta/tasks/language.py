@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from learned_optim.meta.tasks._base import (
-    Batch,
-    FixedTask,
-    Horizon,
-    ModuleTask,
-    TaskFamily,
-    TaskOptions,
-    evaluation_only,
-)
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.tasks._base import Batch, ModuleTask
+from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
 
 LENGTH = 64
 BATCH_SIZE = 16
@@ -49,24 +43,34 @@ def text_of(path: Path | None) -> str:
     return text
 
 
-def encoded(text: str, alphabet: str | list[str]) -> Tensor:
-    """Indices into ``alphabet``, int64 of shape ``(N,)``; other characters are left out."""
+def next_character_task(
+    text: str, alphabet: str, build: Callable[[], nn.Module], length: int = LENGTH
+) -> ModuleTask:
+    """Next-character prediction on the first nine tenths of a text; the last tenth tests.
+
+    Args:
+        text: characters that are not in ``alphabet`` are left out.
+        alphabet: the tokens, in order.
+        build: makes a module from tokens ``(batch, length)`` to logits ``(batch, length,
+            vocabulary)``.
+        length: of the sequences.
+    """
     index = {character: i for i, character in enumerate(alphabet)}
-    return torch.tensor([index[character] for character in text if character in index])
+    tokens = torch.tensor([index[character] for character in text if character in index])
+    train, held_out = tokens.tensor_split([len(tokens) * 9 // 10])
 
+    def sequences(part: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        chunk = part[starts[:, None] + torch.arange(length + 1)]  # (batch, length + 1)
+        return chunk[:, :-1], chunk[:, 1:]
 
-@lru_cache(maxsize=2)
-def read_text(path: Path | None) -> tuple[Tensor, int]:
-    """:func:`text_of` as character indices, and the number of different characters."""
-    text = text_of(path)
-    alphabet = sorted(set(text))
-    return encoded(text, alphabet), len(alphabet)
+    def draw(generator: Generator) -> Batch:
+        starts = torch.randint(len(train) - length, (BATCH_SIZE,), generator=generator)
+        return sequences(train, starts)
 
+    def tests() -> tuple[Tensor, Tensor]:
+        return sequences(held_out, torch.arange(0, len(held_out) - length, length))
 
-def sequences(text: Tensor, starts: Tensor, length: int = LENGTH) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, both ``(len(starts), length)``, from the characters at ``starts``."""
-    chunk = text[starts[:, None] + torch.arange(length + 1)]  # (batch, length + 1)
-    return chunk[:, :-1], chunk[:, 1:]
+    return ModuleTask(build, draw, sequence_loss, tests=tests)
 
 
 def sequence_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -113,65 +117,44 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
-class TransformerModel(nn.Module):
-    """Two blocks of width 64 over token and position embeddings of standard deviation 0.02."""
+class Transformer(nn.Module):
+    """A decoder-only transformer: logits ``(batch, length, vocabulary)``.
 
-    def __init__(self, vocabulary: int, width: int = 64, depth: int = 2, heads: int = 4) -> None:
-        super().__init__()
-        self.embed, self.place = nn.Embedding(vocabulary, width), nn.Embedding(LENGTH, width)
-        for table in (self.embed, self.place):
-            nn.init.normal_(table.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.place.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-class TiedTransformer(nn.Module):
-    """A decoder-only transformer whose output layer is its embedding table, of deviation 0.02."""
-
-    output_layers = ()  # none of its own
+    Token and position embeddings have a standard deviation of 0.02. The output layer of a ``tied``
+    one is its embedding table.
+    """
 
     def __init__(
-        self, vocabulary: int, width: int = 64, depth: int = 2, heads: int = 4, length: int = LENGTH
-    ) -> None:
+        self, vocabulary: int, width: int = 64, depth: int = 2, length: int = LENGTH,
+        tied: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.embed, self.place = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         for table in (self.embed, self.place):
             nn.init.normal_(table.weight, std=0.02)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads=4) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
+        self.head = None if tied else nn.Linear(width, vocabulary)
+        self.output_layers = () if tied else ("head.weight",)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens) + self.place.weight[: tokens.shape[1]]
-        return self.norm(self.blocks(x)) @ self.embed.weight.t()
+        x = self.norm(self.blocks(x))
+        return x @ self.embed.weight.t() if self.head is None else self.head(x)
 
 
-def char_lm(model: Callable[[int], nn.Module], options: TaskOptions) -> TaskFamily:
-    """Next-character prediction on the first nine tenths of a text; the last tenth tests."""
-    evaluation_only("char-lm", options)
-    tokens, vocabulary = read_text(options.data.text)
-    cut = len(tokens) * 9 // 10
-    train, held_out = tokens[:cut], tokens[cut:]
-
-    def draw(generator: Generator) -> Batch:
-        starts = torch.randint(len(train) - LENGTH, (BATCH_SIZE,), generator=generator)
-        return sequences(train, starts)
-
-    def tests() -> tuple[Tensor, Tensor]:
-        return sequences(held_out, torch.arange(0, len(held_out) - LENGTH, LENGTH))
-
-    task = ModuleTask(partial(model, vocabulary), draw, sequence_loss, tests=tests)
-    return FixedTask(task)
+def _char_lm(model: Callable[[int], nn.Module], data: DataOptions) -> ModuleTask:
+    text = text_of(data.text)
+    alphabet = "".join(sorted(set(text)))
+    return next_character_task(text, alphabet, partial(model, len(alphabet)))
 
 
-FAMILIES = {
-    "char-lm-gru": partial(char_lm, GRUModel),
-    "char-lm-transformer": partial(char_lm, TransformerModel),
-    "char-lm-tied": partial(char_lm, TiedTransformer),
-}
-FIELD = {"char-lm-gru": Horizon(1500, 300), "char-lm-tied": Horizon(1500, 300)}
+FAMILIES, FIELD = evaluation_tables(
+    {
+        "char-lm-gru": EvaluationTask(partial(_char_lm, GRUModel), Horizon(1500, 300)),
+        "char-lm-transformer": EvaluationTask(partial(_char_lm, Transformer)),
+        "char-lm-tied": EvaluationTask(
+            partial(_char_lm, partial(Transformer, tied=True)), Horizon(1500, 300)
+        ),
+    }
+)

@@ -3,8 +3,8 @@
     u_t = 0.1 u_xx - u^3 + f(t, x),   t in [0, 1], x in [-1, 1],
 
 with ``f`` such that u(t, x) = exp(-t) sin(pi x) + exp(-2 t) sin(3 pi x) / 2 solves it. The loss is
-the mean squared residual at 128 random places plus ten times the mean squared error at 64 random
-places of the initial and boundary values. The held-out figure is the relative error of u on a
+the mean squared residual at 128 random points plus ten times the mean squared error at 64 random
+points of the initial and boundary values. The held-out figure is the relative error of u on a
 grid.
 """
 
@@ -15,28 +15,22 @@ import math
 import torch
 from torch import Generator, Tensor, nn
 
-from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import (
-    Batch,
-    Horizon,
-    ModuleTask,
-    Params,
-    evaluation_family,
-)
+from learned_optim.meta.tasks._base import Batch, ModuleTask, Params
+from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
 
 INTERIOR, BOUNDARY = 128, 64
 DIFFUSION, BOUNDARY_WEIGHT = 0.1, 10.0
 
 
-def solution(places: Tensor) -> Tensor:
-    """``u`` at ``places`` ``(n, 2)`` of t and x: shape ``(n,)``."""
-    t, x = places.unbind(1)
+def solution(points: Tensor) -> Tensor:
+    """``u`` at ``points`` ``(n, 2)`` of t and x: shape ``(n,)``."""
+    t, x = points.unbind(1)
     return (-t).exp() * (math.pi * x).sin() + 0.5 * (-2 * t).exp() * (3 * math.pi * x).sin()
 
 
-def source(places: Tensor) -> Tensor:
-    """``f`` at ``places`` ``(n, 2)``: shape ``(n,)``."""
-    t, x = places.unbind(1)
+def source(points: Tensor) -> Tensor:
+    """``f`` at ``points`` ``(n, 2)``: shape ``(n,)``."""
+    t, x = points.unbind(1)
     slow = (-t).exp() * (math.pi * x).sin()
     fast = 0.5 * (-2 * t).exp() * (3 * math.pi * x).sin()
     u_xx = -(math.pi**2) * slow - 9 * math.pi**2 * fast
@@ -47,7 +41,7 @@ class HeatEquation(ModuleTask):
     """A perceptron of two tanh layers of 32 units for u(t, x)."""
 
     def __init__(self) -> None:
-        super().__init__(_network, _places)
+        super().__init__(_network, _points)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         inside, border = batch
@@ -63,8 +57,8 @@ class HeatEquation(ModuleTask):
     @torch.no_grad()
     def test(self, params: Params) -> dict[str, float]:
         axes = torch.linspace(0.0, 1.0, 41), torch.linspace(-1.0, 1.0, 81)
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)
-        u, found = solution(places), torch.func.functional_call(self.module, params, (places,))
+        points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)
+        u, found = solution(points), torch.func.functional_call(self.module, params, (points,))
         mse = (found[:, 0] - u).square().mean()
         return {"loss": mse.item(), "relative error": (mse / u.square().mean()).sqrt().item()}
 
@@ -74,19 +68,16 @@ def _network() -> nn.Module:
     return nn.Sequential(*hidden, nn.Linear(32, 1))
 
 
-def _places(generator: Generator) -> Batch:
-    """Random places inside; and half of the others at t = 0, half at x = -1 or 1."""
+def _points(generator: Generator) -> Batch:
+    """Random points inside; and half of the others at t = 0, half at x = -1 or 1."""
     unit = torch.rand(INTERIOR + BOUNDARY, 2, generator=generator)
-    places = torch.stack((unit[:, 0], 2.0 * unit[:, 1] - 1.0), 1)
-    inside, border = places[:INTERIOR], places[INTERIOR:]
+    points = torch.stack((unit[:, 0], 2.0 * unit[:, 1] - 1.0), 1)
+    inside, border = points[:INTERIOR], points[INTERIOR:]
     border[: BOUNDARY // 2, 0] = 0.0
     border[BOUNDARY // 2 :, 1] = border[BOUNDARY // 2 :, 1].sign()
     return inside, border
 
 
-def _heat_equation(data: DataOptions) -> ModuleTask:
-    return HeatEquation()
-
-
-FAMILIES = {"physics-informed": evaluation_family("physics-informed", _heat_equation)}
-FIELD = {"physics-informed": Horizon(4000, 800)}
+FAMILIES, FIELD = evaluation_tables(
+    {"physics-informed": EvaluationTask(lambda _: HeatEquation(), Horizon(4000, 800))}
+)

@@ -1,11 +1,11 @@
-"""Random quadratics: f(theta) = ||W theta - y||^2 (thesis section 4.2, Andrychowicz et al. 4.1)."""
+"""Random quadratics ||W theta - y||^2 (thesis section 4.2, Andrychowicz et al. 2016, 4.1)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
 
-from learned_optim.meta.tasks._base import Batch, Params, Task, TaskFamily, TaskOptions
+from learned_optim.meta.tasks._base import Batch, Params, Task, TaskFamily
 
 
 class Quadratic(Task):
@@ -41,8 +41,4 @@ class Quadratics(TaskFamily):
         return Quadratic(w, torch.randn(self.size, generator=generator))
 
 
-def _quadratic(options: TaskOptions) -> TaskFamily:
-    return Quadratics()
-
-
-FAMILIES = {"quadratic": _quadratic}
+FAMILIES = {"quadratic": lambda options: Quadratics()}

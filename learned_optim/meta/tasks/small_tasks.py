@@ -1,69 +1,45 @@
-"""A mixture of small, cheap and varied optimizees, of which every sample is a task of its own.
+"""A mixture of small and varied optimizees, of which every sample is a task of its own.
 
-Images of MNIST's meta-training half at several resolutions and
-under random transformations, on perceptrons and convolutional networks of random size, activation
-and initialization; and synthetic problems: quadratics, regression on random teachers, mixtures of
-Gaussians, and sequences from random Markov chains. No other data set is read.
+Two thirds classify images of MNIST's meta-training half, at several resolutions and under random
+transformations, by perceptrons and convolutional networks of random size, activation and
+initialization. The others are synthetic: quadratics, random teachers, and sequences from random
+Markov chains.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import Images, halves, load_images
+from learned_optim.meta.sampler import Sampler
 from learned_optim.meta.tasks._base import Batch, ModuleTask, Params, Task, TaskFamily, TaskOptions
 from learned_optim.meta.tasks.images import THESIS_STD, mlp
-from learned_optim.meta.tasks.quadratic import Quadratic
-
-T = TypeVar("T")
-
-
-class Dice:
-    """Readable draws from a generator."""
-
-    def __init__(self, generator: Generator) -> None:
-        self.generator = generator
-
-    def uniform(self, low: float, high: float) -> float:
-        return low + (high - low) * torch.rand((), generator=self.generator).item()
-
-    def log_uniform(self, low: float, high: float) -> float:
-        return math.exp(self.uniform(math.log(low), math.log(high)))
-
-    def integer(self, low: int, high: int) -> int:
-        """Log-uniform over ``low`` to ``high``, both included."""
-        return round(self.log_uniform(low, high))
-
-    def chance(self, probability: float) -> bool:
-        return self.uniform(0.0, 1.0) < probability
-
-    def choice(self, options: Sequence[tuple[float, T]]) -> T:
-        """One of the options, by weight."""
-        weights = torch.tensor([float(weight) for weight, _ in options])
-        return options[int(torch.multinomial(weights, 1, generator=self.generator))][1]
-
-    def seed(self) -> int:
-        return int(torch.randint(2**62, (), generator=self.generator))
+from learned_optim.meta.tasks.language import sequence_loss
+from learned_optim.meta.tasks.quadratic import Quadratics
 
 
-def _activation(dice: Dice) -> type[nn.Module]:
-    return dice.choice([(4, nn.Sigmoid), (4, nn.ReLU), (2, nn.Tanh), (1, nn.GELU), (1, nn.SiLU)])
+def _size(sampler: Sampler, low: int, high: int) -> int:
+    """Log-uniform over ``low`` to ``high``, both included."""
+    return round(sampler.log_uniform(low, high))
 
 
-def _batch_size(dice: Dice) -> int:
-    return dice.choice([(6, 128), (2, 64), (1, 32), (1, 16), (1, 256)])
+def _activation(sampler: Sampler) -> type[nn.Module]:
+    return sampler.choice([nn.Sigmoid, nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU], [4, 4, 2, 1, 1])
 
 
-def _initialization(dice: Dice) -> float | None:
+def _batch_size(sampler: Sampler) -> int:
+    return sampler.choice([128, 64, 32, 16, 256], [6, 2, 1, 1, 1])
+
+
+def _initialization(sampler: Sampler) -> float | None:
     """The thesis's tiny weights, other normal ones, or the module's own (``None``)."""
-    other = dice.log_uniform(0.003, 0.1)
-    return dice.choice([(5, THESIS_STD), (2, other), (6, None)])
+    other = sampler.log_uniform(0.003, 0.1)
+    return sampler.choice([THESIS_STD, other, None], [5, 2, 6])
 
 
 class ScaledInit(nn.Module):
@@ -80,12 +56,12 @@ class ScaledInit(nn.Module):
         return self.body(x)
 
 
-def _mlp(dice: Dice, inputs: int, outputs: int, widest: int) -> Callable[[], nn.Module]:
-    depth = dice.choice([(5, 1), (3, 2), (1, 3), (0.5, 5), (0.5, 0)])
-    widths = [dice.integer(8, widest) for _ in range(depth)]
-    activation = _activation(dice)
-    norm = dice.choice([(8, None), (1, nn.LayerNorm), (1, _batch_norm)])
-    gain = dice.choice([(6, None), (1, 1.0), (1, math.sqrt(2.0))])
+def _mlp(sampler: Sampler, inputs: int, outputs: int, widest: int) -> Callable[[], nn.Module]:
+    depth = sampler.choice([1, 2, 3, 5, 0], [5, 3, 1, 0.5, 0.5])
+    widths = [_size(sampler, 8, widest) for _ in range(depth)]
+    activation = _activation(sampler)
+    norm = sampler.choice([None, nn.LayerNorm, _batch_norm], [8, 1, 1])
+    gain = sampler.choice([None, 1.0, math.sqrt(2.0)], [6, 1, 1])
 
     def build() -> nn.Module:
         layers: list[nn.Module] = [nn.Flatten()]
@@ -107,11 +83,11 @@ def _batch_norm(width: int) -> nn.Module:
     return nn.BatchNorm1d(width, track_running_stats=False)
 
 
-def _convnet(dice: Dice, channels: int, side: int, outputs: int) -> Callable[[], nn.Module]:
-    first, second = dice.integer(4, 12), dice.integer(6, 20)
-    activation = dice.choice([(3, nn.ReLU), (1, nn.GELU), (1, nn.Tanh)])
-    norm = dice.chance(0.35)
-    pool = dice.chance(0.5)
+def _convnet(sampler: Sampler, channels: int, side: int, outputs: int) -> Callable[[], nn.Module]:
+    first, second = _size(sampler, 4, 12), _size(sampler, 6, 20)
+    activation = sampler.choice([nn.ReLU, nn.GELU, nn.Tanh], [3, 1, 1])
+    norm = sampler.chance(0.35)
+    pool = sampler.chance(0.5)
 
     def build() -> nn.Module:
         layers: list[nn.Module] = []
@@ -140,31 +116,31 @@ class ImageTasks:
             self.pixels[side] = pooled.round().to(torch.uint8).squeeze(1)
         self.labels = images.labels
 
-    def sample(self, dice: Dice) -> Task:
-        if dice.chance(0.3):
-            return self._plain(dice)
-        conv = dice.chance(0.2)
+    def sample(self, sampler: Sampler) -> Task:
+        if sampler.chance(0.3):
+            return self._plain(sampler)
+        conv = sampler.chance(0.2)
         side = (
-            dice.choice([(3, 7), (3, 14), (2, 28)]) if not conv else dice.choice([(2, 7), (1, 14)])
+            sampler.choice([7, 14, 28], [3, 3, 2]) if not conv else sampler.choice([7, 14], [2, 1])
         )
-        colours = 3 if side < 28 and dice.chance(0.25) else 1
-        views = dice.choice([(6, 1), (1, 2), (1, 3)])
-        draw = self._batches(dice, side, colours, views)
+        colours = 3 if side < 28 and sampler.chance(0.25) else 1
+        views = sampler.choice([1, 2, 3], [6, 1, 1])
+        draw = self._batches(sampler, side, colours, views)
         classes = 10 * views
         if conv:
-            build = _convnet(dice, colours, side, classes)
-            init = dice.choice([(1, 0.01), (8, None)])
+            build = _convnet(sampler, colours, side, classes)
+            init = sampler.choice([0.01, None], [1, 8])
         else:
-            build = _mlp(dice, colours * side * side, classes, 32 if side == 28 else 100)
-            init = _initialization(dice)
+            build = _mlp(sampler, colours * side * side, classes, 32 if side == 28 else 100)
+            init = _initialization(sampler)
         return ModuleTask(build, draw, init_std=init)
 
-    def _plain(self, dice: Dice) -> Task:
+    def _plain(self, sampler: Sampler) -> Task:
         """A perceptron of the thesis's kind: whole images as they are, tiny or usual weights."""
-        widths = [dice.integer(12, 64)] * dice.choice([(3, 1), (1, 2)])
-        activation = dice.choice([(3, nn.Sigmoid), (2, nn.ReLU)])
+        widths = [_size(sampler, 12, 64)] * sampler.choice([1, 2], [3, 1])
+        activation = sampler.choice([nn.Sigmoid, nn.ReLU], [3, 2])
         pixels, labels = self.pixels[28], self.labels
-        size = dice.choice([(6, 128), (1, 64), (1, 32)])
+        size = sampler.choice([128, 64, 32], [6, 1, 1])
 
         def build() -> nn.Module:
             return mlp(28 * 28, tuple(widths), 10, activation)
@@ -173,24 +149,24 @@ class ImageTasks:
             index = torch.randint(len(labels), (size,), generator=generator)
             return pixels[index].float().div_(255.0).unsqueeze(1), labels[index]
 
-        return ModuleTask(build, draw, init_std=dice.choice([(3, THESIS_STD), (2, None)]))
+        return ModuleTask(build, draw, init_std=sampler.choice([THESIS_STD, None], [3, 2]))
 
     def _batches(
-        self, dice: Dice, side: int, colours: int, views: int
+        self, sampler: Sampler, side: int, colours: int, views: int
     ) -> Callable[[Generator], Batch]:
         """Batches under one fixed random transformation.
 
         With ``views`` > 1, each image is shown as it is, flipped or transposed, and the view
         becomes part of the class: 20 or 30 classes.
         """
-        pixels, labels, size = self.pixels[side], self.labels, _batch_size(dice)
-        invert = dice.chance(0.15)
-        noise = dice.uniform(0.0, 0.6) if dice.chance(0.25) else 0.0
-        wrong = dice.uniform(0.0, 0.4) if dice.chance(0.15) else 0.0
-        standardize = dice.chance(0.3)
+        pixels, labels, size = self.pixels[side], self.labels, _batch_size(sampler)
+        invert = sampler.chance(0.15)
+        noise = sampler.uniform(0.0, 0.6) if sampler.chance(0.25) else 0.0
+        wrong = sampler.uniform(0.0, 0.4) if sampler.chance(0.15) else 0.0
+        standardize = sampler.chance(0.3)
         mean, std = 0.13, 0.28  # roughly those of all pixels, at any resolution
-        tint = torch.tensor([dice.uniform(0.2, 1.0) for _ in range(colours)]).view(-1, 1, 1)
-        ground = torch.tensor([dice.uniform(0.0, 0.5) for _ in range(colours)]).view(-1, 1, 1)
+        tint = torch.tensor([sampler.uniform(0.2, 1.0) for _ in range(colours)]).view(-1, 1, 1)
+        ground = torch.tensor([sampler.uniform(0.0, 0.5) for _ in range(colours)]).view(-1, 1, 1)
         if colours == 1:
             ground.zero_()
 
@@ -217,19 +193,23 @@ class ImageTasks:
         return draw
 
 
+def _quadratic(sampler: Sampler) -> Task:
+    return Quadratics().sample(sampler.generator)
+
+
 class IllConditioned(Task):
     """f(theta) = sum_i lambda_i (R (theta - theta*))_i^2, eigenvalues over up to three decades."""
 
-    def __init__(self, dice: Dice) -> None:
-        n = dice.integer(4, 64)
-        decades = dice.uniform(0.0, 3.0)
-        eigenvalues = 10.0 ** (-decades * torch.rand(n, generator=dice.generator))
-        rotation, _ = torch.linalg.qr(torch.randn(n, n, generator=dice.generator))
-        if dice.chance(0.5):
+    def __init__(self, sampler: Sampler) -> None:
+        n = _size(sampler, 4, 64)
+        decades = sampler.uniform(0.0, 3.0)
+        eigenvalues = 10.0 ** (-decades * torch.rand(n, generator=sampler.generator))
+        rotation, _ = torch.linalg.qr(torch.randn(n, n, generator=sampler.generator))
+        if sampler.chance(0.5):
             rotation = torch.eye(n)
         self.root = eigenvalues.sqrt()[:, None] * rotation
-        self.target = dice.log_uniform(0.1, 3.0) * torch.randn(n, generator=dice.generator)
-        self.noise = dice.uniform(0.0, 0.5) if dice.chance(0.3) else 0.0
+        self.target = sampler.log_uniform(0.1, 3.0) * torch.randn(n, generator=sampler.generator)
+        self.noise = sampler.uniform(0.0, 0.5) if sampler.chance(0.3) else 0.0
 
     def init(self, generator: Generator) -> Params:
         return {"theta": torch.zeros_like(self.target)}
@@ -243,15 +223,15 @@ class IllConditioned(Task):
         return (root @ (params["theta"] - target)).square().sum()
 
 
-def _teacher(dice: Dice) -> Task:
+def _teacher(sampler: Sampler) -> Task:
     """Regression on, or classification by, a random network."""
-    inputs, hidden = dice.integer(4, 64), dice.integer(4, 64)
-    outputs = dice.integer(1, 10)
-    first = torch.randn(hidden, inputs, generator=dice.generator) / math.sqrt(inputs)
-    second = torch.randn(outputs, hidden, generator=dice.generator) * 1.5 / math.sqrt(hidden)
-    linear, noise = dice.chance(0.3), dice.uniform(0.0, 0.3)
-    spread = dice.log_uniform(0.3, 3.0) ** torch.randn(inputs, generator=dice.generator)
-    classify, size = outputs > 1 and dice.chance(0.4), _batch_size(dice)
+    inputs, hidden = _size(sampler, 4, 64), _size(sampler, 4, 64)
+    outputs = _size(sampler, 1, 10)
+    first = torch.randn(hidden, inputs, generator=sampler.generator) / math.sqrt(inputs)
+    second = torch.randn(outputs, hidden, generator=sampler.generator) * 1.5 / math.sqrt(hidden)
+    linear, noise = sampler.chance(0.3), sampler.uniform(0.0, 0.3)
+    spread = sampler.log_uniform(0.3, 3.0) ** torch.randn(inputs, generator=sampler.generator)
+    classify, size = outputs > 1 and sampler.chance(0.4), _batch_size(sampler)
 
     def draw(generator: Generator) -> Batch:
         x = torch.randn(size, inputs, generator=generator)
@@ -262,8 +242,8 @@ def _teacher(dice: Dice) -> Task:
         return x * spread, y + noise * torch.randn(y.shape, generator=generator)
 
     criterion = F.cross_entropy if classify else F.mse_loss
-    build = _mlp(dice, inputs, outputs, 100)
-    return ModuleTask(build, draw, criterion, init_std=_initialization(dice))
+    build = _mlp(sampler, inputs, outputs, 100)
+    return ModuleTask(build, draw, criterion, init_std=_initialization(sampler))
 
 
 class SequenceNet(nn.Module):
@@ -307,11 +287,11 @@ class SequenceNet(nn.Module):
         return torch.stack(states, 1)
 
 
-def _sequence(dice: Dice) -> Task:
+def _sequence(sampler: Sampler) -> Task:
     """Next-token prediction on a random second-order Markov chain."""
-    vocabulary, width, length = dice.integer(6, 24), dice.integer(12, 32), dice.integer(6, 12)
-    attention, size = dice.chance(0.5), dice.choice([(1, 16), (1, 32)])
-    logits = 2.5 * torch.randn(vocabulary, vocabulary, vocabulary, generator=dice.generator)
+    vocabulary, width, length = _size(sampler, 6, 24), _size(sampler, 12, 32), _size(sampler, 6, 12)
+    attention, size = sampler.chance(0.5), sampler.choice([16, 32], [1, 1])
+    logits = 2.5 * torch.randn(vocabulary, vocabulary, vocabulary, generator=sampler.generator)
     table = logits.softmax(-1)
 
     def draw(generator: Generator) -> Batch:
@@ -322,15 +302,10 @@ def _sequence(dice: Dice) -> Task:
         sequence = torch.stack(tokens, 1)  # (size, length + 1)
         return sequence[:, :-1], sequence[:, 1:]
 
-    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+    def build() -> nn.Module:
+        return SequenceNet(vocabulary, width, length, attention)
 
-    return ModuleTask(lambda: SequenceNet(vocabulary, width, length, attention), draw, criterion)
-
-
-def _thesis_quadratic(dice: Dice) -> Task:
-    w = torch.randn(10, 10, generator=dice.generator)
-    return Quadratic(w, torch.randn(10, generator=dice.generator))
+    return ModuleTask(build, draw, sequence_loss)
 
 
 class SmallTasks(TaskFamily):
@@ -343,15 +318,11 @@ class SmallTasks(TaskFamily):
         self._images = ImageTasks(images)
 
     def sample(self, generator: Generator) -> Task:
-        dice = Dice(generator)
-        kinds: list[tuple[float, Callable[[Dice], Task]]] = [
-            (66, self._images.sample),
-            (7, _thesis_quadratic),
-            (6, IllConditioned),
-            (12, _teacher),
-            (9, _sequence),
-        ]
-        return dice.choice(kinds)(dice)
+        sampler = Sampler(generator)
+        kinds: list[Callable[[Sampler], Task]] = [
+            self._images.sample, _quadratic, IllConditioned, _teacher, _sequence,
+        ]  # fmt: skip
+        return sampler.choice(kinds, [66, 7, 6, 12, 9])(sampler)
 
 
 def _small_tasks(options: TaskOptions) -> TaskFamily:

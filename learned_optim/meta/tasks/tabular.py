@@ -1,7 +1,8 @@
 """Tables: networks with residual blocks, layer norm and dropout (Gorishniy et al. 2021).
 
 scikit-learn's bundled breast cancer data, and its generators of Friedman's regression problem and
-of clustered classes. A fifth of the rows is held out; columns are standardized.
+of clustered classes; and its 442 diabetes patients on a tanh network of 32 units (``regression``).
+A fifth of the rows is held out; columns are standardized.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learned_optim._extras import how_to_install
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import Horizon, ModuleTask, evaluation_family
-from learned_optim.meta.tasks._examples import Examples, standardized
+from learned_optim.meta.tasks._base import ModuleTask
+from learned_optim.meta.tasks._examples import Examples, sklearn_datasets, standardized
+from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
 
 BATCH_SIZE = 64
 
@@ -44,12 +45,12 @@ def tabular_network(columns: int, outputs: int, width: int = 64) -> nn.Module:
 @lru_cache(maxsize=4)
 def _table(name: str) -> tuple[Examples, int]:
     """A table and the number of its classes, 0 for regression."""
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(f"the tables come with scikit-learn: {how_to_install('meta')}") from error
-    if name == "friedman":
-        x, y = datasets.make_friedman1(4000, n_features=10, noise=1.0, random_state=0)
+    datasets = sklearn_datasets()
+    if name in ("friedman", "diabetes"):
+        if name == "friedman":
+            x, y = datasets.make_friedman1(4000, n_features=10, noise=1.0, random_state=0)
+        else:
+            x, y = datasets.load_diabetes(return_X_y=True)
         target = standardized(torch.tensor(y).float().unsqueeze(1))
         return Examples(standardized(torch.tensor(x).float()), target), 0
     if name == "cancer":
@@ -75,12 +76,20 @@ def _tabular(name: str, data: DataOptions) -> ModuleTask:
     )
 
 
-FAMILIES = {
-    f"tabular-{name}": evaluation_family(f"tabular-{name}", partial(_tabular, name))
-    for name in ("friedman", "classes", "cancer")
-}
-FIELD = {
-    "tabular-friedman": Horizon(4000, 800),
-    "tabular-classes": Horizon(4000, 800),
-    "tabular-cancer": Horizon(1000, 500),
-}
+def _regression(data: DataOptions) -> ModuleTask:
+    train, held_out = _table("diabetes")[0].split()
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    return ModuleTask(build, train.batches(BATCH_SIZE), F.mse_loss, tests=held_out.all)
+
+
+FAMILIES, FIELD = evaluation_tables(
+    {
+        "tabular-friedman": EvaluationTask(partial(_tabular, "friedman"), Horizon(4000, 800)),
+        "tabular-classes": EvaluationTask(partial(_tabular, "classes"), Horizon(4000, 800)),
+        "tabular-cancer": EvaluationTask(partial(_tabular, "cancer"), Horizon(1000, 500)),
+        "regression": EvaluationTask(_regression, Horizon(1000, 500)),
+    }
+)

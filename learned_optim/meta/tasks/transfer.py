@@ -9,13 +9,11 @@ thesis's, 20 sigmoid units; shipped checkpoints are trained on none of these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
-import torch
-from torch import Generator, nn
+from torch import nn
 
-from learned_optim.meta.tasks._base import Task, TaskFamily, TaskOptions
+from learned_optim.meta.tasks._base import TaskFamily, TaskMixture, TaskOptions
 from learned_optim.meta.tasks.images import META_SETS, THESIS_STD, image_mlp
 
 #: The sets of the leave-one-out families.
@@ -27,28 +25,9 @@ def half(image_set: str, options: TaskOptions) -> TaskFamily:
     return image_mlp(image_set, (20,), nn.Sigmoid, THESIS_STD, options, halved=True)
 
 
-class AnyOf(TaskFamily):
-    """Each task is one of several families', drawn with equal probabilities.
-
-    Args:
-        families: what is drawn from.
-    """
-
-    stackable = False
-
-    def __init__(self, families: Sequence[TaskFamily]) -> None:
-        self.families = families
-        self.data_sets = tuple(name for family in families for name in family.data_sets)
-        self.halved = all(family.halved for family in families)
-
-    def sample(self, generator: Generator) -> Task:
-        index = int(torch.randint(len(self.families), (), generator=generator))
-        return self.families[index].sample(generator)
-
-
 def all_but(left_out: str, options: TaskOptions) -> TaskFamily:
-    """The halves of every set but ``left_out``."""
-    return AnyOf([half(name, options) for name in SETS if name != left_out])
+    """The halves of every set but ``left_out``, drawn with equal probabilities."""
+    return TaskMixture({name: half(name, options) for name in SETS if name != left_out})
 
 
 FAMILIES = {
