@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 from torch.optim.swa_utils import SWALR
 
 from learned_optim import LearnedOptimizer
@@ -57,12 +57,11 @@ LRS = pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "ten
 @pytest.mark.parametrize(
     "make",
     [
-        lambda opt: ExponentialLR(opt, 0.9),
         lambda opt: CosineAnnealingLR(opt, 50),
         lambda opt: LambdaLR(opt, lambda t: min(1.0, (t + 1) / 3) * (1 - t / 50)),
         lambda opt: StepLR(opt, 2, 0.5),
     ],
-    ids=["exponential", "cosine", "warm-up and linear", "steps"],
+    ids=["cosine", "warm-up and linear", "steps"],
 )
 def test_a_scheduler_beside_total_steps(make, lr, said) -> None:
     lr = lr.clone() if isinstance(lr, Tensor) else lr
@@ -91,50 +90,35 @@ def test_rates_that_are_no_schedule(said) -> None:
     assert said() == []
 
 
-@pytest.mark.parametrize("total_steps", [None, 50])
-def test_swalr_with_a_rate_of_another_optimizer(total_steps, said) -> None:
-    opt = optimizer(total_steps=total_steps)
-    scheduler = SWALR(opt, swa_lr=0.05, anneal_epochs=2)
-    for _ in range(4):
-        more(opt, 1)
-        scheduler.step()
-    (message,) = said()
-    assert "swa_lr=0.05" in message
-    assert "20 times shorter" in message
-
-
-def test_a_cycle_with_a_rate_of_another_optimizer(said) -> None:
-    opt = optimizer()
-    OneCycleLR(opt, max_lr=1e-3, total_steps=50, cycle_momentum=False)
-    more(opt, 2)
-    (message,) = said()
-    assert "max_lr=0.001" in message
-    assert "1000 times shorter" in message
+def test_rates_of_other_optimizers_in_schedulers(said) -> None:
+    for make in (
+        lambda opt: SWALR(opt, swa_lr=0.05, anneal_epochs=2),
+        lambda opt: OneCycleLR(opt, max_lr=1e-3, total_steps=50, cycle_momentum=False),
+    ):
+        opt = optimizer(total_steps=50)
+        scheduler = make(opt)
+        for _ in range(4):
+            more(opt, 1)
+            scheduler.step()
+    swa, cycle = said()
+    assert "swa_lr=0.05, which makes learned updates 20 times shorter" in swa
+    assert "max_lr=0.001, which makes learned updates 1000 times shorter" in cycle
 
 
 # ---- past the end of the run
 
 
 @LRS
-def test_past_the_end_counted_by_updates(lr, said) -> None:
-    opt = optimizer(lr=lr, total_steps=3)
-    for grad in (1.0, None, None, None, 1.0, None, 1.0):
-        step(opt, grad)
-    assert said() == []
-    step(opt, 1.0)
-    step(opt, 1.0)
-    (message,) = said()
-    assert "step 4 is past total_steps=3: the rule '' holds the last rate" in message
-
-
-def test_updates_are_those_of_a_parameter(said) -> None:
+def test_past_the_end_counted_by_the_updates_of_a_parameter(lr, said) -> None:
     """Parameters whose gradients come in turn have had half as many updates as there were."""
-    opt = optimizer(2, total_steps=3)
+    opt = optimizer(2, lr=lr, total_steps=3)
     for t in range(6):
         step(opt, *((1.0, None) if t % 2 else (None, 1.0)))
     assert said() == []
     step(opt, 1.0, 1.0)
-    assert len(said()) == 1
+    step(opt, 1.0, 1.0)
+    (message,) = said()
+    assert "step 4 is past total_steps=3: the rule '' holds the last rate" in message
 
 
 def test_every_group_has_its_own_end(said) -> None:
@@ -163,12 +147,10 @@ def test_a_resumed_run_knows_where_it_is_and_may_be_extended(said) -> None:
     assert "step 6 is past total_steps=5" in said()[2]
 
 
-class TrainedOnFive(Annealed):
-    trained_steps = 5
-
-
 def test_past_the_runs_that_a_rule_was_trained_on(said) -> None:
-    opt = LearnedOptimizer([Parameter(torch.zeros(1))], TrainedOnFive())
+    rule = Annealed()
+    rule.trained_steps = 5
+    opt = LearnedOptimizer([Parameter(torch.zeros(1))], rule)
     more(opt, 5)
     assert said() == []
     more(opt, 5)
@@ -179,8 +161,7 @@ def test_past_the_runs_that_a_rule_was_trained_on(said) -> None:
 # ---- gradients without a value
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("healthy", [0, 70])
+@pytest.mark.parametrize(("bad", "healthy"), [(math.nan, 0), (math.inf, 70)])
 def test_gradients_without_a_finite_entry(bad: float, healthy: int, said) -> None:
     opt = optimizer()
     for _ in range(healthy):
@@ -218,19 +199,15 @@ def test_a_rate_that_became_nan_has_its_own_words() -> None:
         assert opt.param_groups[0]["params"][0].item() == before
 
 
-@pytest.mark.parametrize(
-    ("key", "bad", "message"),
-    [
-        ("weight_decay", -1.0, "Invalid weight_decay"),
-        ("warmup", 2.5, "warmup is a number of steps"),
-    ],
-)
-def test_values_set_in_mid_run_are_checked(key: str, bad: float, message: str) -> None:
+def test_values_set_in_mid_run_are_checked() -> None:
     opt = optimizer()
     more(opt, 1)
-    opt.param_groups[0][key] = bad
-    with pytest.raises(ValueError, match=message):
-        more(opt, 1)
+    for key, bad in (("weight_decay", -1.0), ("warmup", 2.5)):
+        before = opt.param_groups[0][key]
+        opt.param_groups[0][key] = bad
+        with pytest.raises(ValueError, match=key):
+            more(opt, 1)
+        opt.param_groups[0][key] = before
 
 
 def test_small_rates_at_construction(said) -> None:
@@ -249,8 +226,7 @@ def test_small_rates_at_construction(said) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"betas": (0.9, 0.95)}, {"eps": 1e-8, "fused": True}, {"momentum": 0.9, "nesterov": True},
-     {"foreach": False}, {"amsgrad": True}],
+    [{"betas": (0.9, 0.95)}, {"eps": 1e-8, "fused": True}, {"momentum": 0.9, "nesterov": True}],
     ids=lambda given: " ".join(given),
 )  # fmt: skip
 def test_keywords_of_other_optimizers(given: dict[str, Any], said) -> None:
