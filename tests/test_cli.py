@@ -1,6 +1,5 @@
 """The command: what it prints, what it writes, and what it says when it is used wrongly."""
 
-import functools
 import json
 import os
 import re
@@ -9,9 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import pytest
 from conftest import random_rule
 from test_trainer import SMALL
@@ -362,23 +359,6 @@ def test_reader_that_has_seen_enough() -> None:
     assert process.wait() == 141
 
 
-def test_train_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert main(["train", "quadratic", *TINY, "--folder", str(tmp_path), "--tensorboard"]) == 0
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    written = [json.loads(line)["validation"] for line in lines]
-    scalars = events.Scalars("validation")
-    assert [s.step for s in scalars] == [1, 2]
-    assert [s.value for s in scalars] == pytest.approx(written)
-    for name in ("ratio_to_adamw", "runs_per_second", "seconds_left"):
-        values = [json.loads(line)[name] for line in lines]
-        assert [s.value for s in events.Scalars(name)] == pytest.approx(values)
-    assert "epoch" not in events.Tags()["scalars"]
-
-
 def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "handmade.safetensors"
     save_rule(AdamRule(), path)
@@ -468,13 +448,6 @@ def test_usage_errors(command: list[str], message: str, capsys: pytest.CaptureFi
     assert "--help" in captured.err
 
 
-def test_recipe_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for content in ("{", "[1]", '{"task": "quadratic"}'):
-        (tmp_path / "broken.json").write_text(content)
-        assert main(["train", str(tmp_path / "broken.json")]) == 1
-        assert f"learned-optim: {tmp_path / 'broken.json'}: " in said(capsys)
-
-
 INTERRUPTED = """
 import builtins, sys
 real = builtins.__import__
@@ -521,72 +494,6 @@ def test_as_a_process() -> None:
     assert failed.stderr.startswith("learned-optim: unknown checkpoint 'nonesuch'; known: ")
 
 
-# ---- the schema of recipe files
-
-
-@functools.cache
-def validator() -> jsonschema.Draft202012Validator:
-    jsonschema.Draft202012Validator.check_schema(recipe_schema())
-    return jsonschema.Draft202012Validator(recipe_schema())
-
-
-@pytest.mark.parametrize("name", recipes())
-def test_shipped_recipes_are_valid(name: str) -> None:
-    validator().validate(json.loads(json.dumps(recipes()[name].to_json())))
-
-
 def test_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out) == recipe_schema()
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"task": "digits", "rule": "lstm", "epochs": 2, "meta_lr": 0.01},
-        {
-            "method": "evolution", "task": "digits", "horizon": 20, "rule": "lstm",
-            "meta_steps": 2, "meta_lr": 0.01, "meta_lr_final": 0,
-        },
-    ],
-    ids=["backpropagation", "evolution"],
-)  # fmt: skip
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"rule": {"name": "lstm", "config": {"hidden_size": 4}}},
-        {"seed": 3},
-        {"seed": "three"},
-        {"sead": 3},
-        {"meta_lr": None},
-        {"rule": "nonesuch"},
-        {"rule": {"name": "lstm", "config": {"hiden_size": 4}}},
-        {"rule": {"name": "lstm", "conf": {}}},
-        {"rule": {"name": "lstm", "config": {"hidden_size": "four"}}},
-        {"method": "backpropagation"},
-        {"clip_norm": 1},
-        {"estimator": "guess"},
-        {"sigma": 0.1},
-    ],
-    ids=str,
-)
-def test_schema_accepts_what_reads_and_refuses_what_does_not(
-    data: dict[str, Any], change: dict[str, Any]
-) -> None:
-    changed = {**data, **change}
-    try:
-        recipe_from_json(changed)
-        reads = True
-    except ValueError:
-        reads = False
-    assert validator().is_valid(changed) == reads
-
-
-@pytest.mark.parametrize("missing", ["task", "rule", "epochs", "meta_lr"])
-def test_required_fields(missing: str) -> None:
-    data = {"task": "digits", "rule": "lstm", "epochs": 2, "meta_lr": 0.01}
-    del data[missing]
-    assert not validator().is_valid(data)
-    with pytest.raises(ValueError, match=f"lacks {missing}|{missing}"):
-        recipe_from_json(data)

@@ -1,14 +1,30 @@
-"""Meta-gradients: the estimators against each other and against finite differences."""
+"""Meta-gradients: estimators against exact gradients, finite differences and each other."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 from conftest import random_rule
+from noisy_quadratic import ExactGradients, NoisyQuadratic, TwoRates, exact_gradients
+from test_trainer import SMALL, bits, stop_at
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
-from learned_optim.meta import ESTIMATORS, EstimatorOptions, MetaGradient, Optimizees, build_tasks
+from learned_optim.meta import (
+    ESTIMATORS,
+    EstimatorOptions,
+    MetaGradient,
+    MetaTrainer,
+    ModuleTask,
+    Optimizees,
+    build_tasks,
+)
 from learned_optim.meta.estimators import _sample_coordinates
-from learned_optim.meta.seeding import seeded
+from learned_optim.meta.seeding import global_generator_seeded, seeded
+from learned_optim.meta.tasks import Params
 from learned_optim.rules import UpdateRule, rule_class, rule_names
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
@@ -95,18 +111,6 @@ def test_full_in_float32_where_gradients_are_exactly_zero(name: str) -> None:
         assert (a.double() - b).norm() <= 1e-2 * b.norm(), name
 
 
-def test_truncated_equals_full_where_nothing_is_truncated() -> None:
-    """Over two steps only the first update counts, and no gradient of it reaches a gradient."""
-    rule = random_rule("lstm", torch.float64)
-    full, _ = estimate(rule, "quadratic", "full", 2)
-    first_order, _ = estimate(rule, "quadratic", "autograd", 2)
-    for a, b in zip(first_order.grads, full.grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
-    full, _ = estimate(rule, "quadratic", "full", 3)
-    first_order, _ = estimate(rule, "quadratic", "autograd", 3)
-    assert any(not torch.allclose(a, b) for a, b in zip(first_order.grads, full.grads, strict=True))
-
-
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
 @pytest.mark.parametrize(
     ("name", "task", "count"), [("lstm", "quadratic", 5), ("lstm", "digits", 90),
@@ -175,3 +179,192 @@ def test_stratified_sample_of_fewer_coordinates_than_tensors() -> None:
     chosen, weights = _sample_coordinates([3, 4, 0, 5], options)
     assert torch.bucketize(chosen, torch.tensor([3, 7, 12]), right=True).tolist() == [0, 1, 2]
     assert weights.tolist() == [3.0, 4.0, 5.0]
+
+
+# ---- against a problem whose gradients are known
+
+RATES, UNROLLS, STEPS, SIGMA = (0.1, 0.1), 3, 3, 0.03
+TASK = NoisyQuadratic(copies=100)
+EXACT = exact_gradients(TASK, RATES, UNROLLS, STEPS, SIGMA)
+
+
+@dataclass(frozen=True)
+class FromOnes(NoisyQuadratic):
+    """One run of it is the expectation over runs from a normal start, for want of noise."""
+
+    def init(self, generator: Generator) -> Params:
+        return {"theta": torch.ones(1, len(self.curvatures), dtype=torch.float64)}
+
+
+def run(
+    name: str,
+    *,
+    task: NoisyQuadratic = TASK,
+    unrolls: int = UNROLLS,
+    steps: int = STEPS,
+    rates: tuple[float, float] = RATES,
+    seed: int = 0,
+    **options: object,
+) -> Tensor:
+    """The estimate of a run's gradient per copy, summed over its unrolls, ``(2,)``."""
+    rule = TwoRates(rates)
+    optimizees = Optimizees(rule, [task], [seeded("run", seed)], torch.float64)
+    given = EstimatorOptions(generator=seeded("perturbations", seed), **options)  # type: ignore[arg-type]
+    total = torch.zeros(2, dtype=torch.float64)
+    for _ in range(unrolls):
+        total += ESTIMATORS[name](rule, optimizees, steps, given).grads[0]
+    return total / task.copies
+
+
+def standard_errors(estimates: Tensor, target: Tensor) -> float:
+    """By how many standard errors of the mean a coordinate is off its target at most."""
+    error = estimates.std(0) / len(estimates) ** 0.5
+    return ((estimates.mean(0) - target) / error).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("name", "unrolls", "target"),
+    [
+        ("autograd", 3, lambda exact: exact.first_order),
+        ("replay", 3, lambda exact: exact.first_order),
+        ("full", 3, lambda exact: exact.truncated),
+        ("full", 1, lambda exact: exact.whole),
+    ],
+)
+def test_backpropagation_is_exact(
+    name: str, unrolls: int, target: Callable[[ExactGradients], Tensor]
+) -> None:
+    """Without noise one run has the expected gradient, to the digits of float64."""
+    exact = exact_gradients(NoisyQuadratic(copies=1, noise=0.0), RATES, 3, 4, 0.0)
+    found = run(name, task=FromOnes(noise=0.0, copies=1), unrolls=unrolls, steps=12 // unrolls)
+    torch.testing.assert_close(found, target(exact), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "other"),
+    [
+        ("es", EXACT.smoothed_truncated, EXACT.smoothed_whole),
+        ("pes", EXACT.smoothed_whole, EXACT.smoothed_truncated),
+    ],
+)
+def test_evolution_strategies_are_unbiased_for_their_own_target(
+    name: str, target: Tensor, other: Tensor
+) -> None:
+    """The unrolls' gradient is a third of the whole run's, which only `pes` can see."""
+    estimates = torch.stack([run(name, seed=s, pairs=24, sigma=SIGMA) for s in range(16)])
+    assert standard_errors(estimates, target) < 4
+    assert standard_errors(estimates, other) > 6
+
+
+def on_quadratic(
+    rule: UpdateRule, name: str, options: EstimatorOptions, steps: int = 4, unrolls: int = 1
+) -> tuple[MetaGradient, Optimizees]:
+    family = build_tasks("quadratic")
+    generators = [seeded("antithetic", i) for i in range(3)]
+    tasks = [family.sample(generator) for generator in generators]
+    optimizees = Optimizees(rule, tasks, generators, rule.dtype)
+    for _ in range(unrolls):
+        meta = ESTIMATORS[name](rule, optimizees, steps, options)
+    return meta, optimizees
+
+
+@pytest.mark.parametrize("name", ["es", "pes"])
+@pytest.mark.parametrize("rule", ["lstm", "horizon"])
+def test_optimizees_go_on_under_the_weights_themselves(name: str, rule: str) -> None:
+    """As under replay, to the bit: particles share no state with them, nor their batches."""
+    learned = random_rule(rule)
+    before = [weight.clone() for weight in learned.parameters()]
+    reference, there = on_quadratic(learned, "replay", EstimatorOptions(), unrolls=2)
+    options = EstimatorOptions(generator=Generator(), sigma=0.1)
+    found, here = on_quadratic(learned, name, options, unrolls=2)
+    assert torch.equal(found.losses, reference.losses)
+    assert torch.equal(here.packed, there.packed)
+    assert all(torch.equal(here.state[key], there.state[key]) for key in here.state)
+    assert here.step == there.step == 8
+    for weight, old in zip(learned.parameters(), before, strict=True):
+        assert torch.equal(weight, old)
+
+
+def test_particles_begin_anew_with_every_run() -> None:
+    """The first unroll of a run is that of plain evolution strategies."""
+    rule = random_rule("lstm", torch.float64)
+    first = {}
+    for name in ("es", "pes"):
+        options = EstimatorOptions(generator=Generator().manual_seed(3))
+        first[name], optimizees = on_quadratic(rule, name, options)
+        assert (optimizees.carry is None) == (name == "es")
+    for a, b in zip(first["es"].grads, first["pes"].grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_pair_sees_one_dropout() -> None:
+    """The first loss comes before the first update: its difference is zero unless masks differ."""
+    task = ModuleTask(
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 1)),
+        lambda g: (torch.randn(4, 8, generator=g), torch.ones(4, 1)),
+        nn.functional.mse_loss,
+    )
+    rule, generator = random_rule("lstm"), seeded("dropout")
+    found = []
+    for name in ("replay", "es"):
+        optimizees = Optimizees(rule, [task], [generator.manual_seed(0)])
+        with global_generator_seeded("dropout"):
+            options = EstimatorOptions(generator=Generator())
+            found += [ESTIMATORS[name](rule, optimizees, steps, options) for steps in (1, 1, 3)]
+    assert all(not g.any() for meta in found[3:5] for g in meta.grads)
+    assert all(torch.equal(a.losses, b.losses) for a, b in zip(found[:3], found[3:], strict=True))
+
+
+def test_interrupted_training_by_pes_gives_the_same_bits(tmp_path: Path) -> None:
+    """Stopped in the middle of an epoch, after the particles of a run were lost."""
+    recipe = replace(SMALL, estimator="pes", epochs=2, runs_per_epoch=2, pairs=2)
+    whole = MetaTrainer(recipe, tmp_path / "whole")
+    whole.train()
+    stop_at(MetaTrainer(recipe, tmp_path / "parts"), 3)
+    resumed = MetaTrainer(recipe, tmp_path / "parts")
+    resumed.train()
+    assert all(map(torch.equal, bits(resumed), bits(whole)))
+
+
+def test_copies_of_optimizees_with_buffers_and_dropout_are_apart() -> None:
+    """In turns on the same batches, two copies have the losses that one alone has."""
+    layers = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)
+    inputs = torch.randn(32, 3, generator=seeded("inputs"))
+
+    def batch(generator: Generator) -> tuple[Tensor, Tensor]:
+        index = torch.randint(32, (8,), generator=generator)
+        return inputs[index], (inputs[index, 0] > 0).long()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:  # reads the buffers, too
+        x, y = batch
+        return F.cross_entropy(model.train()(x), y) + F.cross_entropy(model.eval()(x), y)
+
+    task = ModuleTask(lambda: nn.Sequential(nn.Linear(3, 4), *layers), batch, loss=loss)
+    rule, other = random_rule("lstm"), random_rule("lstm")
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+
+    def losses(together: bool) -> Tensor:
+        optimizees = Optimizees(rule, [task, task], [seeded(1), seeded(2)], stacked=False)
+        optimizees.advance(rule)
+        twin, found = optimizees.copy(), []
+        for _ in range(4):
+            batches = optimizees.next_batch()
+            if together:
+                twin.advance(other, batches)
+            found.append(optimizees.advance(rule, batches))
+        if together:
+            last = optimizees.next_batch()
+            own = optimizees.losses(optimizees.packed, last)
+            assert not torch.equal(twin.losses(twin.packed, last), own)
+        return torch.stack(found)
+
+    assert torch.equal(losses(together=True), losses(together=False))
+
+
+def test_every_rank_needs_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 3)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.raises(ValueError, match="pairs=2 leave some of 3 ranks nothing to do"):
+        MetaTrainer(replace(SMALL, estimator="es", pairs=2), tmp_path)

@@ -14,6 +14,7 @@ from learned_optim.meta.data import Images, halves
 from learned_optim.meta.recipes import Recipe, load_recipe, recipe_from_json
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import TaskMixture, _examples, images
+from learned_optim.meta.validation import summed_losses
 from learned_optim.rules.classical import SGDRule
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -96,7 +97,7 @@ def test_record_says_what_was_trained_on_and_tested_on(
     assert record["test"]["task"] == "mnist"
     family = build_tasks("mnist")
     seeds = [(recipe.seed, "test", i) for i in range(2)]
-    sums = trainer.method.validator.sums(trainer.kept, family, list(seeds), "test")
+    sums = summed_losses(trainer.kept, family, recipe.horizon, seeds)
     assert record["test"]["mean"] == pytest.approx(sums.mean().item(), rel=1e-6)
 
 

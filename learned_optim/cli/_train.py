@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
 
 from learned_optim.cli._arguments import take
 from learned_optim.cli._progress import ProgressBar
-
-if TYPE_CHECKING:
-    from learned_optim.meta.trainer import EvolutionTrainConfig, TrainConfig
-
-    AnyConfig = TrainConfig | EvolutionTrainConfig
+from learned_optim.meta.data import DataOptions
+from learned_optim.meta.recipes import (
+    EvolutionRecipe,
+    Recipe,
+    load_recipe,
+    recipe_descriptions,
+    recipe_schema,
+    rule_config,
+)
 
 DESCRIPTION = """Meta-train an update rule by a recipe, in a run folder.
 
@@ -30,14 +35,46 @@ class Schema:
     """Print the JSON Schema of recipe files."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Train:
+    """Meta-train an update rule; an interrupted run goes on when started again."""
+
+    folder: Path = Path("runs")
+    """Run folder: metrics, best checkpoint, resume state."""
+    output: Path | None = None
+    """Where the finished checkpoint goes; into the run folder if not given."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run folder."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """Where image sets are looked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainUnrolls(_Train):
+    """Meta-train an update rule; an interrupted run goes on when started again."""
+
+    recipe: Recipe
+    threads: int = 1
+    """Threads of torch. Small optimizees are no faster with more, and differ in the last bits."""
+    against_adamw: bool = True
+    """Report validation relative to AdamW, which is tuned on its runs before training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainWholeRuns(_Train):
+    """Meta-train an update rule; an interrupted run goes on when started again."""
+
+    recipe: EvolutionRecipe
+    workers: int = 1
+    """Processes that share the tasks of a meta-step, a core each."""
+
+
 def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
     """The configuration of the recipe, or of all recipes if none is given.
 
     Raises:
         ValueError: no such recipe or update rule, or an option before the recipe.
     """
-    from learned_optim.meta.recipes import recipe_descriptions
-
     if list(args) == ["--schema"]:
         return "train", {"f": Schema}, []
     if args and not args[0].startswith("-"):
@@ -57,17 +94,14 @@ def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
     return "train", {"f": every, "description": DESCRIPTION}, args
 
 
-def configuration(source: str, rule: str | None) -> AnyConfig:
+def configuration(source: str, rule: str | None) -> TrainUnrolls | TrainWholeRuns:
     """The configuration of a training by a recipe, with another update rule if one is given."""
-    from learned_optim.meta.recipes import EvolutionRecipe, load_recipe, rule_config
-    from learned_optim.meta.trainer import EvolutionTrainConfig, TrainConfig
-
     recipe, folder = load_recipe(source), run_folder(source)
     if rule is not None:
         recipe = replace(recipe, rule=rule_config(rule))
     if isinstance(recipe, EvolutionRecipe):
-        return EvolutionTrainConfig(recipe=recipe, folder=folder)
-    return TrainConfig(recipe=recipe, folder=folder)
+        return TrainWholeRuns(recipe=recipe, folder=folder)
+    return TrainUnrolls(recipe=recipe, folder=folder)
 
 
 def run_folder(source: str) -> Path:
@@ -81,30 +115,21 @@ def run_folder(source: str) -> Path:
     return Path("runs") / (folder.resolve().name if folder is not None else path.stem)
 
 
-def run(config: AnyConfig | Schema) -> int:
-    """Train by the method of the recipe."""
-    import json
-
-    from learned_optim.meta.recipes import recipe_schema
-
+def run(config: TrainUnrolls | TrainWholeRuns | Schema) -> int:
+    """Train, show a progress bar on the first rank, and print the results."""
     if isinstance(config, Schema):
         print(json.dumps(recipe_schema(), indent=2))
         return 0
-    return train(config)
-
-
-def train(config: TrainConfig | EvolutionTrainConfig) -> int:
-    """Train, show a progress bar on the first rank, and print what came of it."""
     import torch
 
     from learned_optim.checkpoint import check_writable
-    from learned_optim.meta.ranks import process_group
-    from learned_optim.meta.trainer import EvolutionTrainConfig, MetaTrainer
+    from learned_optim.meta.trainer import MetaTrainer
+    from learned_optim.meta.unrolls import process_group
     from learned_optim.pretrained import load_record
 
     if config.output is not None:
         check_writable(config.output)
-    if isinstance(config, EvolutionTrainConfig):
+    if isinstance(config, TrainWholeRuns):
         options: dict[str, Any] = {"workers": config.workers}
     else:
         torch.set_num_threads(config.threads)
@@ -114,7 +139,7 @@ def train(config: TrainConfig | EvolutionTrainConfig) -> int:
             config.recipe, config.folder, config.data, config.tensorboard, **options
         )
         if trainer.method.rank > 0:
-            trainer.train()
+            trainer.run(config.output)
             return 0
         with ProgressBar("meta-training") as show:
 
@@ -122,8 +147,7 @@ def train(config: TrainConfig | EvolutionTrainConfig) -> int:
                 show(*trainer.progress, text)
 
             report("starting")
-            trainer.train(report)
-            path = trainer.finish(config.output, report)
+            path = trainer.run(config.output, report)
     print(trainer.method.summary(load_record(path)))
     print(f"wrote {path}")
     return 0

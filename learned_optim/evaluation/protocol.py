@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,7 +44,7 @@ from learned_optim.evaluation.runs import (
 )
 from learned_optim.evaluation.worth import worth_by_group
 from learned_optim.meta import provenance
-from learned_optim.meta.checks import check_family, check_finite
+from learned_optim.meta.checks import check_family, check_finite, check_picklable
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import (
@@ -373,14 +372,7 @@ def _check_given(tasks: Mapping[str, TaskFamily], config: EvaluateConfig) -> Non
     for name, family in tasks.items():
         check_family(family, name)
     if config.workers > 1:
-        try:
-            pickle.dumps(tasks)
-        except Exception as error:  # whatever an object of the user's raises
-            raise ValueError(
-                f"workers={config.workers} need tasks that can be sent to other processes, and "
-                f"these cannot ({error}): make them of functions and classes of a module, or set "
-                f"workers=1"
-            ) from error
+        check_picklable(tasks, config.workers)
 
 
 def measure(

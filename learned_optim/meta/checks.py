@@ -1,7 +1,8 @@
-"""Whether a task can be meta-trained on, found out before hours are spent on it."""
+"""Checks that a task can be meta-trained on, before hours are spent on it."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,19 +18,13 @@ from learned_optim.meta.tasks import (
     obstacle_to_stacking,
 )
 
-#: Batches drawn to see whether their shapes stay the same.
-BATCHES = 3
 
-
-def check_family(family: TaskFamily, name: str, samples: int = 2) -> None:
-    """Draw tasks of a family and try what every step of meta-training does.
-
-    Of a mixture, every member is tried.
+def check_family(family: TaskFamily, name: str) -> None:
+    """Draw two tasks of a family, or of all members of a mixture, and try a step of each.
 
     Args:
         family: the family.
-        name: what the errors call it.
-        samples: tasks to draw.
+        name: its name in errors.
 
     Raises:
         ValueError: a task without parameters, a source without batches, batches that are no tuples
@@ -39,11 +34,11 @@ def check_family(family: TaskFamily, name: str, samples: int = 2) -> None:
     """
     if isinstance(family, TaskMixture):
         for member, tasks in family.members.items():
-            check_family(tasks, member, samples)
+            check_family(tasks, member)
         return
-    for index in range(samples):
+    for index in range(2):
         task = family.sample(seeded("check", index))
-        check_task(task, name, alone=not family.stackable)
+        _check_task(task, name, alone=not family.stackable)
         obstacle = obstacle_to_stacking(task) if family.stackable else None
         if obstacle is not None:
             raise ValueError(
@@ -52,16 +47,12 @@ def check_family(family: TaskFamily, name: str, samples: int = 2) -> None:
             )
 
 
-def check_task(task: Task, name: str, *, alone: bool = False) -> None:
-    """:func:`check_family` for one task.
-
-    Args:
-        alone: no two optimizees share a forward pass.
-    """
+def _check_task(task: Task, name: str, alone: bool) -> None:
+    """``alone``: no two optimizees share a forward pass."""
     task = task.separate()
     params = _parameters(task, name)
     generator = seeded("check", "batches")
-    batches = [_batch(task, name, generator) for _ in range(BATCHES)]
+    batches = [_batch(task, name, generator) for _ in range(3)]
     loss = _loss(task, params, batches[0], name)
     _check_scalar(loss, name)
     _check_gradients(loss, params, name)
@@ -71,10 +62,10 @@ def check_task(task: Task, name: str, *, alone: bool = False) -> None:
 
 
 def check_finite(task: Task, name: str) -> None:
-    """Take the first gradient of a task that is to be trained and not meta-trained on.
+    """Take the first gradient of a task that is trained, but not meta-trained on.
 
-    :func:`check_family` asks more: such a task may have parameters that its loss does not use, keep
-    state, or draw at random.
+    Unlike under :func:`check_family`, the loss may leave parameters unused, keep state, or draw at
+    random.
 
     Raises:
         ValueError: the loss cannot be computed or is no finite scalar, or a gradient is not finite.
@@ -84,6 +75,17 @@ def check_finite(task: Task, name: str) -> None:
     loss = _loss(task, params, task.batch(generator), name)
     _check_scalar(loss, name)
     _check_finite(_gradients(loss, params), name)
+
+
+def check_picklable(tasks: object, workers: int) -> None:
+    """Raise ``ValueError`` for tasks that cannot be sent to other processes."""
+    try:
+        pickle.dumps(tasks)
+    except Exception as error:  # whatever an object of the user's raises
+        raise ValueError(
+            f"workers={workers} need tasks that can be sent to other processes, and these cannot "
+            f"({error}): define functions and classes at the top of a module, or set workers=1"
+        ) from error
 
 
 def _parameters(task: Task, name: str) -> Params:
@@ -104,7 +106,7 @@ def _parameters(task: Task, name: str) -> Params:
                 f"task {name!r}: parameter {key!r} is on {value.device}, and meta-training "
                 f"computes on the CPU: let init(), or the module of a ModuleTask, stay there"
             )
-    # What optimizees are trained in.
+    # Optimizees are trained in float32.
     return {key: value.detach().float().requires_grad_() for key, value in params.items()}
 
 

@@ -14,37 +14,68 @@ with w_t = 1), averaged over the optimizees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Generator, Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from learned_optim.meta._estimator import (
-    Estimator,
-    EstimatorOptions,
-    MetaGradient,
-    Sampling,
-)
-from learned_optim.meta.antithetic import es, pes
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.rules import State, UpdateRule
-
-__all__ = [
-    "ESTIMATORS",
-    "Estimator",
-    "EstimatorOptions",
-    "MetaGradient",
-    "Sampling",
-    "autograd",
-    "es",
-    "full",
-    "pes",
-    "replay",
-]
 
 # Coordinates per slice of a replay: recurrent activations of 1,000 rows and 20 steps stay near the
 # cache, which halves the backward pass's time per coordinate against one slice of 4,000.
 REPLAY_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class EstimatorOptions:
+    """Options of the estimators; each reads its own.
+
+    Attributes:
+        coordinates: of ``replay``: sample this many coordinates (unbiased); ``None``: all.
+        generator: draws the sample, or the perturbations of ``es`` and ``pes``, for which it must
+            be seeded alike on all ranks.
+        sampling: ``"uniform"`` over all coordinates, or ``"stratified"``: as many of every tensor,
+            and all of those that have fewer. A small tensor, such as an output layer, can carry
+            most of the meta-gradient, and a uniform sample of a large network rarely contains it.
+        pairs: pairs of opposite perturbations, of ``es`` and ``pes``; the same in all unrolls of a
+            run.
+        sigma: standard deviation of the perturbations of each weight.
+        rank: number of this process.
+        world: number of processes that share the pairs. More than 1 need a process group.
+    """
+
+    coordinates: int | None = None
+    generator: Generator | None = None
+    sampling: Literal["uniform", "stratified"] = "uniform"
+    pairs: int = 4
+    sigma: float = 0.01
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """The outcome of one unroll.
+
+    Attributes:
+        losses: under the rule's own weights, shape ``(steps, B)``, detached.
+        grads: d meta-loss / d weight, one per ``rule.parameters()``.
+    """
+
+    losses: Tensor
+    grads: list[Tensor]
+
+
+Estimator: TypeAlias = Callable[[UpdateRule, Optimizees, int, EstimatorOptions], MetaGradient]
+
+
+# ---- backpropagation
 
 
 def _backpropagate(
@@ -69,15 +100,10 @@ def _backpropagate(
             optimizees.step += 1
         stacked = torch.stack(losses)  # (steps, B)
         weights = list(rule.parameters())
-        meta = torch.autograd.grad(stacked.sum(0).mean(), weights, allow_unused=True)
+        grads = torch.autograd.grad(stacked.sum(0).mean(), weights, materialize_grads=True)
     optimizees.packed = optimizees.packed.detach()
     optimizees.state = {key: value.detach() for key, value in optimizees.state.items()}
-    return MetaGradient(stacked.detach(), _zeros_for_none(meta, weights))
-
-
-def _zeros_for_none(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of ``weights``, zero for those that had no part in the unroll."""
-    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
+    return MetaGradient(stacked.detach(), list(grads))
 
 
 def autograd(
@@ -99,11 +125,11 @@ def replay(
 ) -> MetaGradient:
     """The gradients of :func:`autograd`, at a fraction of its memory and time.
 
-    With d grad / d phi = 0 the parameters enter the meta-loss only as sums of updates, so that
+    With d grad / d phi = 0 the parameters enter the meta-loss only as sums of updates:
 
-        dL / dphi = sum_t sum_i A_{t,i} d u_{t,i} / d phi,   A_t = sum_{s > t} grad f(theta_s),
+        dL / dphi = sum_t sum_i A_{t,i} d u_{t,i} / d phi,   A_t = sum_{s > t} grad f(theta_s).
 
-    An update is a sum of directions D, which do not depend on the weights, times gains, so that
+    An update is a sum of directions D, which do not depend on the weights, times gains:
 
         dL / dgain_{t,r,d} = sum over coordinates i of row r of A_{t,i} D_{t,i,d}.
 
@@ -128,25 +154,22 @@ def replay(
         rows, scale = _sample_coordinates(segments.sizes, options)
     start = {key: optimizees.state[key][rows] for key in rule.network_state}
     record = [optimizees.advance_recorded(rule) for _ in range(steps)]
-    losses = torch.stack([step.losses for step in record])
-    grads = [step.grad for step in record]
 
-    future_grads = torch.zeros_like(optimizees.packed if by_tensor else grads[0][rows])
+    future_grads = torch.zeros_like(optimizees.packed if by_tensor else optimizees.packed[rows])
     grad_gains = []  # dL / dgains, (r, d) per step, last first
-    for t in reversed(range(steps)):
-        directions = record[t].directions
+    for step in reversed(record):
         if by_tensor:
-            products = [(direction, future_grads) for direction in directions.t()]
+            products = [(direction, future_grads) for direction in step.directions.t()]
             grad_gains.append(segments.sums(products).t())
-            future_grads = future_grads + grads[t]
+            future_grads = future_grads + step.grad
         else:
-            grad_gains.append(future_grads.unsqueeze(1) * directions[rows])
-            future_grads = future_grads + grads[t][rows]
+            grad_gains.append(future_grads.unsqueeze(1) * step.directions[rows])
+            future_grads = future_grads + step.grad[rows]
     slopes = torch.stack(grad_gains[::-1])  # (T, r, d)
     slopes = slopes * (scale / len(optimizees)).to(slopes.dtype).unsqueeze(1)
     features = torch.stack([step.features if by_tensor else step.features[rows] for step in record])
-    meta = _backpropagate_gains(rule, features, slopes, start)
-    return MetaGradient(losses, meta)
+    losses = torch.stack([step.losses for step in record])
+    return MetaGradient(losses, _backpropagate_gains(rule, features, slopes, start))
 
 
 def _backpropagate_gains(
@@ -167,20 +190,14 @@ def _backpropagate_gains(
             state = {key: value[part] for key, value in start.items()}
             gains, _ = rule.respond(features[:, part].contiguous(), state)
             objective = (gains * grad_gains[:, part]).sum()
-            grads = torch.autograd.grad(objective, weights, allow_unused=True)
+            grads = torch.autograd.grad(objective, weights, materialize_grads=True)
         for total, grad in zip(meta, grads, strict=True):
-            if grad is not None:
-                total += grad
+            total += grad
     return meta
 
 
 def _sample_coordinates(sizes: Sequence[int], options: EstimatorOptions) -> tuple[Tensor, Tensor]:
-    """Sorted indices of sampled coordinates, and by what to weight them.
-
-    Args:
-        sizes: coordinates of each tensor.
-        options: how many to draw, and how.
-    """
+    """Sorted indices of sampled coordinates and their weights; ``sizes`` are those of tensors."""
     total, count = sum(sizes), options.coordinates
     if count is None or count >= total:
         return torch.arange(total), torch.ones(total, dtype=torch.float64)
@@ -200,10 +217,7 @@ def _sample_coordinates(sizes: Sequence[int], options: EstimatorOptions) -> tupl
 
 
 def _fair_share(sizes: Sequence[int], count: int) -> int:
-    """What each may have of ``count`` at most, such that whoever needs less leaves the rest.
-
-    At least 1: with more of them than ``count``, each has one.
-    """
+    """The largest sample per tensor such that all samples together are ``count``, or at least 1."""
     ordered = sorted(sizes)
     for i, size in enumerate(ordered):
         share = count // (len(ordered) - i)
@@ -211,6 +225,158 @@ def _fair_share(sizes: Sequence[int], count: int) -> int:
             return max(1, share)
         count -= size
     return ordered[-1]
+
+
+# ---- evolution strategies
+
+
+@dataclass
+class Particles:
+    """Pairs of runs under opposite perturbations.
+
+    Attributes:
+        runs: the two runs of each pair of this rank, by the pair's number.
+        directions: sums of the perturbations of all ranks' pairs so far, in units of sigma; shape
+            ``(pairs, weights)``.
+    """
+
+    runs: dict[int, tuple[Optimizees, Optimizees]]
+    directions: Tensor
+
+
+def es(
+    rule: UpdateRule, optimizees: Optimizees, steps: int, options: EstimatorOptions
+) -> MetaGradient:
+    """Antithetic evolution strategies on the unroll (Salimans et al. 2017, arXiv 1703.03864).
+
+    Pairs of opposite perturbations of the rule's weights phi train copies of the optimizees, on the
+    same batches and with the same random numbers, so that noise cancels in the difference of a
+    pair. With the fitness L of the unroll, which begins where the rule's own weights have led,
+
+        1 / (2 N sigma^2) * sum over i of e_i (L(phi + e_i) - L(phi - e_i)),  e_i ~ N(0, sigma^2 I)
+
+    estimates the gradient of L smoothed by the perturbations (Metz et al. 2019, arXiv 1810.10180),
+    with the truncation bias of backpropagation. Memory does not grow with the unroll's length.
+
+    Ranks draw the same perturbations, run a share of the pairs, and exchange fitness alone, a few
+    numbers per pair.
+    """
+    fresh = _perturbations(rule, options)
+    return _estimate(
+        rule, optimizees, steps, options, fresh, _particles(optimizees, options, fresh)
+    )
+
+
+def pes(
+    rule: UpdateRule, optimizees: Optimizees, steps: int, options: EstimatorOptions
+) -> MetaGradient:
+    """Persistent evolution strategies (Vicol, Metz and Sohl-Dickstein 2021, algorithm 2).
+
+    As :func:`es`, but both runs of a pair go on from unroll to unroll, each from where its own
+    perturbations have led, and the difference of an unroll is credited to the sum of all
+    perturbations so far. Summed over the unrolls of a run, and if the weights do not change
+    meanwhile, this is an unbiased estimate of the gradient of the whole run's smoothed fitness. The
+    particles are kept in ``optimizees.carry``, and begin anew with every run.
+    """
+    fresh = _perturbations(rule, options)
+    particles = optimizees.carry
+    if isinstance(particles, Particles):
+        particles.directions = particles.directions + fresh
+    else:
+        particles = optimizees.carry = _particles(optimizees, options, fresh)
+    return _estimate(rule, optimizees, steps, options, fresh, particles)
+
+
+def _perturbations(rule: UpdateRule, options: EstimatorOptions) -> Tensor:
+    """Standard normal directions of all pairs, the same on every rank, ``(pairs, weights)``."""
+    count = sum(weight.numel() for weight in rule.parameters())
+    return torch.randn(options.pairs, count, generator=options.generator, dtype=rule.dtype)
+
+
+def _particles(optimizees: Optimizees, options: EstimatorOptions, directions: Tensor) -> Particles:
+    """Fresh copies of the optimizees for the pairs of this rank."""
+    share = range(options.rank, options.pairs, options.world)
+    return Particles({pair: (optimizees.copy(), optimizees.copy()) for pair in share}, directions)
+
+
+def _perturbed(rule: UpdateRule, change: Tensor) -> UpdateRule:
+    """A copy of the rule with ``change``, ``(weights,)``, added to its weights."""
+    other = copy.deepcopy(rule)
+    with torch.no_grad():
+        weights = parameters_to_vector(rule.parameters())
+        vector_to_parameters(weights + change, other.parameters())
+    return other
+
+
+def _estimate(
+    rule: UpdateRule,
+    optimizees: Optimizees,
+    steps: int,
+    options: EstimatorOptions,
+    fresh: Tensor,
+    particles: Particles,
+) -> MetaGradient:
+    """Unroll pairs and optimizees under ``fresh``, ``(pairs, weights)``; weight the directions."""
+    losses, fitness = _unroll(rule, optimizees, steps, options, fresh, particles)
+    losses, fitness = _exchange(losses, fitness, options)
+    difference = fitness[:, 0] - fitness[:, 1]  # (pairs, B)
+    slopes = difference.mean(1) / (2 * options.sigma)  # (pairs,)
+    # Pair after pair, so that the sum's bits do not depend on how a matrix product is split.
+    flat = torch.zeros_like(particles.directions[0])
+    for slope, direction in zip(slopes.tolist(), particles.directions, strict=True):
+        flat += slope / options.pairs * direction
+    weights = list(rule.parameters())
+    parts = flat.split([weight.numel() for weight in weights])
+    return MetaGradient(losses, [p.view_as(w) for p, w in zip(parts, weights, strict=True)])
+
+
+def _unroll(
+    rule: UpdateRule,
+    optimizees: Optimizees,
+    steps: int,
+    options: EstimatorOptions,
+    fresh: Tensor,
+    particles: Particles,
+) -> tuple[Tensor, Tensor]:
+    """All runs side by side, on the same batches and with the same dropout masks.
+
+    Returns:
+        ``(losses, fitness)``: under the rule's own weights, ``(steps, B)``; and of both runs of
+        each pair, ``(pairs, 2, B)``, float64, zero where another rank runs the pair.
+    """
+    runs: list[tuple[UpdateRule, Optimizees]] = []
+    for pair, (plus, minus) in particles.runs.items():
+        change = options.sigma * fresh[pair]
+        runs += [(_perturbed(rule, change), plus), (_perturbed(rule, -change), minus)]
+    runs.append((rule, optimizees))
+    losses = []
+    for _ in range(steps):
+        batch, dropout = optimizees.next_batch(), torch.get_rng_state()
+        for weights, run in runs:
+            torch.set_rng_state(dropout)
+            losses.append(run.advance(weights, batch))
+    stacked = torch.stack(losses).unflatten(0, (steps, len(runs)))  # (steps, runs, B)
+    fitness = stacked.new_zeros((options.pairs, 2, len(optimizees)), dtype=torch.float64)
+    if particles.runs:
+        # In float64: the difference within a pair is much smaller than the losses.
+        each = stacked[:, :-1].double().sum(0)  # (runs of pairs, B)
+        fitness[list(particles.runs)] = each.unflatten(0, (-1, 2))
+    return stacked[:, -1], fitness
+
+
+def _exchange(losses: Tensor, fitness: Tensor, options: EstimatorOptions) -> tuple[Tensor, Tensor]:
+    """All ranks' fitness, and the losses of rank 0.
+
+    Each entry comes from one rank and is zero on all others, so nothing is rounded. Ranks must
+    agree to the bit on whether to drop an unroll, and so on the losses.
+    """
+    if options.world == 1:
+        return losses, fitness
+    ours = losses.double() if options.rank == 0 else torch.zeros_like(losses, dtype=torch.float64)
+    packed = torch.cat([ours.flatten(), fitness.flatten()])
+    dist.all_reduce(packed)
+    first, rest = packed.split([losses.numel(), fitness.numel()])
+    return first.view_as(losses).to(losses.dtype), rest.view_as(fitness)
 
 
 ESTIMATORS: dict[str, Estimator] = {

@@ -17,12 +17,12 @@ class MetaOptimizer:
     """Clips a meta-gradient, takes Adam's step, and averages the weights.
 
     Args:
-        rule: whose weights are trained.
+        rule: the rule to train.
         meta_lr: Adam's learning rate.
-        meta_lr_final: where a cosine takes it by the last meta-step; constant if ``None``.
-        average: decay of the moving average, which is a plain mean of all weights, the first ones
-            included, until a meta-step has a share of ``1 - average`` in it.
-        betas: Adam's.
+        meta_lr_final: the same after the last meta-step, by a cosine; constant if ``None``.
+        average: decay of the moving average. The first ``1 / (1 - average)`` weights, those before
+            training included, have equal shares.
+        betas: Adam's decays.
         clip_norm: largest norm of a meta-gradient; longer ones are scaled down.
 
     Attributes:
@@ -37,11 +37,11 @@ class MetaOptimizer:
         meta_lr: float,
         meta_lr_final: float | None,
         average: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        clip_norm: float | None = None,
+        betas: tuple[float, float],
+        clip_norm: float | None,
     ) -> None:
         self.rule, self._clip_norm = rule, clip_norm
-        self._first, self._final = meta_lr, meta_lr if meta_lr_final is None else meta_lr_final
+        self._initial, self._final = meta_lr, meta_lr if meta_lr_final is None else meta_lr_final
         self._adam = torch.optim.Adam(rule.parameters(), lr=meta_lr, betas=betas)
 
         def averaged(mean: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
@@ -79,9 +79,8 @@ class MetaOptimizer:
         parts = gradient.split([weight.numel() for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             weight.grad = part.view_as(weight).clone()
-        swing = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        for group in self._adam.param_groups:
-            group["lr"] = self._final + (self._first - self._final) * swing
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        self._adam.param_groups[0]["lr"] = self._final + (self._initial - self._final) * cosine
         self._adam.step()
         self._averaged.update_parameters(self.rule)
         self.steps += 1

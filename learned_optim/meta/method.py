@@ -1,23 +1,29 @@
-"""What a meta-training does in a round, and how it validates: the contract of its methods."""
+"""The two methods of meta-training: their contract with the trainer."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
+from learned_optim.meta import provenance
 from learned_optim.meta.meta_optimizer import MetaOptimizer
-from learned_optim.meta.progress import Report
 from learned_optim.meta.tasks import TaskFamily
 from learned_optim.rules import UpdateRule
+
+#: Takes a line on what a training is doing, whenever there is progress.
+Report: TypeAlias = Callable[[str], None]
+
+
+class TrainingError(ValueError):
+    """A meta-training that failed; the message says why and what may help."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What validation runs say of the kept weights.
+    """Results of the validation runs.
 
     Attributes:
         value: the lower the better; infinite if it is not finite.
@@ -32,7 +38,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Round:
-    """What came of the training of a round.
+    """Results of the training of a round.
 
     Attributes:
         meta_loss: mean over its runs; infinite if none was finite.
@@ -53,8 +59,14 @@ class Method(ABC):
     """Where meta-gradients come from, and how weights are validated.
 
     Attributes:
+        task: the recipe's name of the tasks.
+        given: the tasks, if they were handed over in Python.
         family: the tasks; ``None`` if they are a mixture of populations.
         rounds: how many there are.
+        longest_run: inner steps of the longest runs.
+        average: decay of the moving average of the weights.
+        betas: Adam's decays.
+        clip_norm: largest norm of a meta-gradient.
         rank: number of this process.
         world: how many processes there are.
         runs_per_round: units of progress in a round.
@@ -63,26 +75,28 @@ class Method(ABC):
 
     #: What a round is.
     unit: ClassVar[str]
-    #: Whether each process draws something of its own.
+    #: Whether the finished checkpoint has the weights of the best validation, or the last ones.
+    keeps_best: ClassVar[bool]
+    #: Whether each process draws its own sample of coordinates.
     draws_by_rank: bool = False
     #: What a user should know before it begins.
     note: str = ""
-    #: Whether the finished checkpoint has the weights of the best validation, or the last ones.
-    keeps_best: ClassVar[bool]
+    task: str
+    given: TaskFamily | None
     family: TaskFamily | None
     rounds: int
+    longest_run: int
+    average: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = None
     rank: int = 0
     world: int = 1
     runs_per_round: int = 1
     runs_done: int = 0
 
     @abstractmethod
-    def initialize(self, rule: UpdateRule) -> None:
-        """Refuse a rule that the method cannot train; say how its weights are to be used."""
-
-    @abstractmethod
-    def optimizer(self, rule: UpdateRule) -> MetaOptimizer:
-        """What follows the meta-gradients of the rule."""
+    def check_rule(self, rule: UpdateRule) -> None:
+        """Raise ``ValueError`` for a rule that the method cannot train."""
 
     @abstractmethod
     def train_round(self, number: int, optimizer: MetaOptimizer, report: Report) -> Round:
@@ -101,25 +115,35 @@ class Method(ABC):
         return {}
 
     @contextmanager
-    def session(self, folder: Path, report: Report) -> Iterator[None]:
-        """Inside, rounds and validations are run."""
+    def session(self, report: Report) -> Iterator[None]:
+        """Rounds and their validations run inside."""
         yield
 
-    @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Take what earlier processes have left in the run folder."""
-
-    @abstractmethod
     def trained_on(self) -> dict[str, Any]:
-        """What was read and for what runs, for the record."""
+        """For the record: the tasks and data sets read in training."""
+        data: str | dict[str, str] = f"task family {self.task!r}, meta-training split alone"
+        if self.given is not None:
+            data = provenance.conditions_of_given(self.task, self.given)
+        assert self.family is not None
+        return {"data": data, "data_sets": list(self.family.data_sets)}
 
-    @abstractmethod
     def task_names(self) -> list[str]:
         """Registered tasks that the run depends on."""
+        return [self.task] if self.family is not None and self.given is None else []
 
     @abstractmethod
     def summary(self, record: dict[str, Any]) -> str:
-        """What came of the training, in a line."""
+        """The results of the training, in a line."""
 
     def barrier(self) -> None:  # noqa: B027
         """Wait until every process is here."""
+
+
+def pace_text(runs_per_second: float | None, ratio: float | None) -> str:
+    """Pace and ratio to tuned AdamW, as progress shows them; empty where neither is known."""
+    parts = []
+    if ratio is not None:
+        parts.append(f"{ratio:.2f} of tuned AdamW's")
+    if runs_per_second is not None:
+        parts.append(f"{runs_per_second:.3g} runs/s")
+    return ", ".join(parts)

@@ -13,7 +13,8 @@ import inspect
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,16 +27,8 @@ from learned_optim.meta.tasks import Task, TaskFamily, TaskMixture, embeddings, 
 FILE = "protocol.json"
 
 
-def conditions(
-    tasks: Sequence[str], data: DataOptions, modules: Sequence[str] = ()
-) -> dict[str, str]:
-    """What the figures of ``tasks`` depend on, by what a reader would call it.
-
-    Args:
-        tasks: names of tasks; the modules of one's own are among the conditions.
-        data: where their data is.
-        modules: further modules whose source matters.
-    """
+def conditions(tasks: Sequence[str], data: DataOptions) -> dict[str, str]:
+    """What the figures of the tasks with these names depend on: versions, texts, sources."""
     from learned_optim import __version__
 
     found = {"torch": torch.__version__.split("+")[0], "learned_optim": __version__}
@@ -43,11 +36,7 @@ def conditions(
         found["text"] = _digest(language.text_of(data.text).encode())
     if any(task in finetuning.TEXT_TASKS for task in tasks):
         found["Python's library"] = _digest("".join(finetuning.texts()).encode())
-    for module in dict.fromkeys([*(task.rpartition(":")[0] for task in tasks), *modules]):
-        source = importlib.import_module(module).__file__ if module else None
-        if source is not None:
-            found[f"source of {module}"] = _digest(Path(source).read_bytes())
-    return found
+    return found | _sources({task.rpartition(":")[0] for task in tasks} - {""})
 
 
 def conditions_of_given(name: str, family: TaskFamily) -> dict[str, str]:
@@ -84,17 +73,28 @@ def _computed(family: TaskFamily, index: int) -> str:
     )
 
 
-def conditions_of_main(*classes: type) -> dict[str, str]:
-    """Digests of classes that the running script or notebook defines, by what to call them."""
-    found = {}
+def conditions_of_classes(*classes: type) -> dict[str, str]:
+    """Digests of the source of classes that are not of this package."""
+    ours = __name__.partition(".")[0]
+    found = _sources(
+        {cls.__module__ for cls in classes if cls.__module__.partition(".")[0] != ours}
+        - {"__main__"}
+    )
     for cls in classes:
+        # The script or notebook itself may change between two runs, the class may not.
         if cls.__module__ == "__main__":
-            try:
-                source = inspect.getsource(cls)
-            except (OSError, TypeError):  # typed into an interpreter
-                continue
-            found[f"source of {cls.__qualname__}"] = _digest(source.encode())
+            with suppress(OSError, TypeError):  # typed into an interpreter
+                found[f"source of {cls.__qualname__}"] = _digest(inspect.getsource(cls).encode())
     return found
+
+
+def _sources(modules: Iterable[str]) -> dict[str, str]:
+    files = {module: importlib.import_module(module).__file__ for module in modules}
+    return {
+        f"source of {module}": _digest(Path(file).read_bytes())
+        for module, file in files.items()
+        if file is not None
+    }
 
 
 def check(

@@ -1,4 +1,4 @@
-"""Optimizees in the middle of their training: B runs of one task family, advanced side by side."""
+"""Optimizees during their training: B runs of one task family, advanced side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from learned_optim.rules._step import BLOCK
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What replay needs of one inner step, of ``m`` tensors packed in ``n`` coordinates.
+    """One inner step as replay needs it; ``n`` coordinates, ``r`` rows.
 
     Attributes:
         losses: before the step, shape ``(B,)``.
@@ -39,22 +39,22 @@ class Optimizees:
     if stacked, and by optimizee and then by name otherwise.
 
     Args:
-        rule: the update rule whose state is kept.
+        rule: the update rule; sets the initial state.
         tasks: B tasks of one family.
         generators: one per task; draws initial parameters and then batches, so a run does not
-            depend on which other runs it shares a batch with.
-        dtype: the optimizees' dtype; batches are converted to it where floating.
-        stacked: compute all losses in one forward pass, under ``vmap``: the tasks share shapes and
-            loss, which draws nothing at random and updates no buffers. Otherwise one after another,
-            each with buffers of its own, and with random numbers (dropout) that follow from its
-            generator and the step.
+            depend on the runs beside it.
+        dtype: of parameters and of floating batches.
+        stacked: compute all losses in one forward pass, under ``vmap``. The tasks must share shapes
+            and a loss that draws nothing at random and updates no buffers. Otherwise losses are
+            computed one after another: each optimizee has its own buffers, and its dropout masks
+            follow from its generator and the step.
 
     Attributes:
         packed: all parameters, shape ``(n,)``.
         segments: which coordinate belongs to which tensor.
         state: of the rule, entries ``(n, k)`` or ``(m, k)``.
         step: number of inner steps taken.
-        carry: what an estimator keeps from unroll to unroll of these runs; gone with them.
+        carry: what an estimator keeps from unroll to unroll of these runs.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Optimizees:
         return len(self._tasks)
 
     def copy(self) -> Optimizees:
-        """Runs of their own from here, of the same tasks; they share the batch sources.
+        """Independent runs from the present state, without :attr:`carry`.
 
-        Hand them batches, or else they take turns in drawing them. Nothing is carried over.
+        Batch sources are shared, so draw a batch once and give it to both.
         """
         twin = copy.copy(self)
         # Parameters are replaced at every step, the network's state is changed in place.
@@ -99,20 +99,9 @@ class Optimizees:
         twin.carry = None
         return twin
 
-    @property
-    def params(self) -> Params:
-        """Parameters by the task's own names, each ``(B, *shape)``, as views."""
-        return self.unpack(self.packed)
-
-    def unpack(self, packed: Tensor) -> Params:
-        """Packed values, ``(n,)``, by the task's own names, each ``(B, *shape)``, as views.
-
-        Raises:
-            ValueError: several optimizees that are not stacked.
-        """
-        count, (shapes, *others) = len(self), self._shapes
-        if others and not self._stacked:
-            raise ValueError(f"{count} optimizees that are not stacked have no stacked parameters")
+    def _unpack(self, packed: Tensor) -> Params:
+        """Packed values of stacked optimizees by name, each ``(B, *shape)``, as views."""
+        shapes, count = self._shapes[0], len(self)
         parts = packed.split([count * shape.numel() for shape in shapes.values()])
         return {
             name: part.view(count, *shape)
@@ -127,10 +116,6 @@ class Optimizees:
             {name: next(parts).view(shape) for name, shape in shapes.items()}
             for shapes in self._shapes
         ]
-
-    def expand(self, values: Tensor) -> Tensor:
-        """From one value per optimizee, ``(B,)``, to one per coordinate, ``(n,)``."""
-        return self.segments.expand(values[self._owners])
 
     def next_batch(self) -> list[Batch]:
         """The next batch of every optimizee; one of tensors ``(B, ...)`` if they are stacked.
@@ -158,7 +143,7 @@ class Optimizees:
         """Loss of every optimizee, shape ``(B,)``: the same for every call within a step."""
         if not self._stacked:
             return self._losses_one_by_one(packed, batch)
-        loss, named, (stack,) = self._tasks[0].loss, self.unpack(packed), batch
+        loss, named, (stack,) = self._tasks[0].loss, self._unpack(packed), batch
         if len(self) == 1:  # vmap costs more than the whole step of a small network
             return loss({n: p[0] for n, p in named.items()}, tuple(b[0] for b in stack))[None]
         return torch.vmap(loss)(named, stack)
@@ -206,7 +191,7 @@ class Optimizees:
         """One inner step without a graph; returns the losses before it, ``(B,)``, detached.
 
         Args:
-            batch: one of :meth:`next_batch`, which is called if none is given.
+            batch: of :meth:`next_batch`, which is called if none is given.
         """
         batch = self.next_batch() if batch is None else batch
         losses, grad = self.losses_and_grad(self.packed, batch)
@@ -222,12 +207,12 @@ class Optimizees:
 
     @torch.no_grad()
     def advance_recorded(self, rule: UpdateRule) -> StepRecord:
-        """:meth:`advance`, and what replay needs of the step."""
+        """:meth:`advance`; returns the record of the step."""
         losses, grad = self.losses_and_grad(self.packed, self.next_batch())
         return self._respond(rule, losses.detach(), grad)
 
     def _respond(self, rule: UpdateRule, losses: Tensor, grad: Tensor) -> StepRecord:
-        """Observe, respond in place and block by block, and update."""
+        """Compute features, run the network in place, block by block, and update."""
         context = self.context(rule, losses)
         features, directions, new = rule.observe(
             grad, self.state, self.packed, self.segments, context

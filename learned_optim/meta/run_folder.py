@@ -175,10 +175,3 @@ class RunFolder:
 
         write_atomically(self.path / RESUME, write)
         self._seen = self._stamp()
-
-
-def source_modules(*classes: type) -> list[str]:
-    """Modules outside of this package that define ``classes``, as far as they can be imported."""
-    names = {cls.__module__ for cls in classes}
-    ours = __name__.partition(".")[0]
-    return sorted(n for n in names if n != "__main__" and n.partition(".")[0] != ours)

@@ -8,65 +8,33 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from learned_optim._extras import how_to_install
 from learned_optim.checkpoint import CheckpointError, read_checkpoint, save_rule
 from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.method import Method
-from learned_optim.meta.progress import Report, TrainingError, event_writer, pace_text, seconds_left
-from learned_optim.meta.recipes import AnyRecipe, EvolutionRecipe, Recipe
-from learned_optim.meta.run_folder import RunFolder, source_modules
+from learned_optim.meta.meta_optimizer import MetaOptimizer
+from learned_optim.meta.method import Method, Report, TrainingError, pace_text
+from learned_optim.meta.recipes import AnyRecipe, Recipe
+from learned_optim.meta.run_folder import RunFolder
 from learned_optim.meta.tasks import TaskFamily
 from learned_optim.meta.unrolls import Unrolls
 from learned_optim.meta.whole_runs import WholeRuns
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
 
-#: What has helped where training diverged.
+# What has helped where training diverged.
 ADVICE = "Lower --meta-lr, or clip with --clip-norm"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Meta-train an update rule; an interrupted run goes on when started again."""
-
-    recipe: Recipe
-    folder: Path = Path("runs")
-    """Run folder: metrics, best checkpoint, resume state."""
-    output: Path | None = None
-    """Where the finished checkpoint goes; into the run folder if not given."""
-    threads: int = 1
-    """Threads of torch: more change the last bits, and hardly the time, of small optimizees."""
-    tensorboard: bool = False
-    """Also write TensorBoard events into the run folder."""
-    against_adamw: bool = True
-    """Report validation relative to AdamW, which is tuned on its runs before training."""
-    data: DataOptions = field(default_factory=DataOptions)
-    """Where image sets are looked for."""
-
-
-@dataclass(frozen=True)
-class EvolutionTrainConfig:
-    """Meta-train an update rule; an interrupted run goes on when started again."""
-
-    recipe: EvolutionRecipe
-    folder: Path = Path("runs")
-    """Run folder: metrics, best checkpoint, resume state."""
-    output: Path | None = None
-    """Where the finished checkpoint goes; into the run folder if not given."""
-    workers: int = 1
-    """Processes that share the tasks of a meta-step, a core each."""
-    tensorboard: bool = False
-    """Also write TensorBoard events into the run folder."""
-    data: DataOptions = field(default_factory=DataOptions)
-    """Where image sets are looked for."""
+# Rounds whose mean duration gives the time left: later rounds may be longer.
+RECENT = 10
 
 
 @dataclass(frozen=True)
@@ -111,9 +79,9 @@ class MetaTrainer:
     validation runs), ``best.safetensors`` (best by validation) and ``resume.pt``. A kill loses at
     most the current round, and a resumed run gives the same bits as an uninterrupted one.
 
-    Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients;
-    or, with the estimators ``es`` and ``pes``, the pairs of perturbations, and exchange fitness.
-    Recipes of evolution strategies share the tasks of a meta-step among ``workers`` instead.
+    Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients.
+    With the estimators ``es`` and ``pes`` they share the pairs of perturbations. Recipes of
+    evolution strategies share the tasks of a meta-step among ``workers`` instead.
 
     Args:
         recipe: what to train.
@@ -153,29 +121,55 @@ class MetaTrainer:
     ) -> None:
         self.recipe, self.folder, self.tensorboard = recipe, Path(folder), tensorboard
         self.data, self.files = data or DataOptions(), RunFolder(Path(folder))
-        self.given = family
-        self.method = _method_of(recipe, self.data, workers, family, test_family, against_adamw)
+        self.method = self._method(workers, family, test_family, against_adamw)
         if self.method.family is not None:
             check_family(self.method.family, recipe.task)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.rule = rule_for(recipe.rule)
-        self.method.initialize(self.rule)
+        self.method.check_rule(self.rule)
+        self.rule.warmup_steps, self.rule.trained_steps = 0, self.method.longest_run
         self._start: str | None = None  # fingerprint of the weights before training, if learned
         if recipe.start:
             start = load_rule(recipe.start)
             self.rule.init_from(start)
             self._start = start.fingerprint()
-        self.optimizer = self.method.optimizer(self.rule)
+        self.optimizer = MetaOptimizer(
+            self.rule,
+            meta_lr=recipe.meta_lr,
+            meta_lr_final=recipe.meta_lr_final,
+            average=self.method.average,
+            betas=self.method.betas,
+            clip_norm=self.method.clip_norm,
+        )
         self.history: list[Metrics] = []
-        self._report: Report = lambda _: None
         conditions = self.files.check(recipe, self._conditions())
         saved = self.files.read_state()
         if saved is not None:
             self._load(saved)
-        self.method.load(self.folder)
         if self.method.rank == 0:
             self.files.begin(recipe, conditions)
+
+    def _method(
+        self,
+        workers: int,
+        family: TaskFamily | None,
+        test_family: TaskFamily | None,
+        against_adamw: bool,
+    ) -> Method:
+        if isinstance(self.recipe, Recipe):
+            if workers != 1:
+                raise ValueError(
+                    f"workers={workers} apply to recipes of evolution strategies: start others by "
+                    f"torchrun"
+                )
+            return Unrolls(self.recipe, self.data, self.folder, family, test_family, against_adamw)
+        if not against_adamw:
+            raise ValueError(
+                "against_adamw=False does not apply to recipes of evolution strategies, whose "
+                "validation is relative to tuned AdamW"
+            )
+        return WholeRuns(self.recipe, self.data, self.folder, workers, family)
 
     @property
     def kept(self) -> UpdateRule:
@@ -210,11 +204,10 @@ class MetaTrainer:
 
     def _conditions(self) -> dict[str, str]:
         """What the run depends on besides the recipe."""
-        classes = (type(self.rule), type(self.recipe.rule))
-        found = provenance.conditions(self.method.task_names(), self.data, source_modules(*classes))
-        found |= provenance.conditions_of_main(*classes)
-        if self.given is not None:
-            found |= provenance.conditions_of_given(self.recipe.task, self.given)
+        found = provenance.conditions(self.method.task_names(), self.data)
+        found |= provenance.conditions_of_classes(type(self.rule), type(self.recipe.rule))
+        if self.method.given is not None:
+            found |= provenance.conditions_of_given(self.recipe.task, self.method.given)
         if self._start is not None:
             found["weights of start"] = self._start
         return found
@@ -268,7 +261,7 @@ class MetaTrainer:
 
         Args:
             output: where to; into the run folder, and named after it, if not given.
-            report: told what is being done.
+            report: takes lines on the progress.
 
         Returns:
             The file written. Its record describes the weights in it: recipe, commit, validation
@@ -303,11 +296,29 @@ class MetaTrainer:
 
     # ---- training
 
+    def run(self, output: Path | None = None, report: Report | None = None) -> Path:
+        """:meth:`train`, and :meth:`finish` unless the checkpoint is there; returns its path."""
+        self.train(report)
+        path = output or self.files.finished
+        if self.method.rank == 0 and not self._is_finished(path):
+            self.finish(path, report)
+        self.method.barrier()  # no rank reads the file before it is there
+        return path
+
+    def _is_finished(self, path: Path) -> bool:
+        """Whether the file is the finished checkpoint of this run."""
+        try:
+            _, record = read_checkpoint(path)
+        except (FileNotFoundError, CheckpointError):
+            return False
+        done = {"recipe": self.recipe.to_json(), "rounds": self.round}
+        return all(record.get(name) == value for name, value in done.items())
+
     def train(self, report: Report | None = None) -> None:
         """Run the remaining rounds.
 
         Args:
-            report: told what is being done, in a line, after every run and meta-step.
+            report: takes a line on the progress after every run and meta-step.
 
         Raises:
             TrainingError: nothing in a round was finite.
@@ -319,7 +330,7 @@ class MetaTrainer:
         tell, first = self._teller(report), self.method.rank == 0
         with (
             self.files.locked() if first else nullcontext(),
-            self.method.session(self.folder, tell),
+            self.method.session(tell),
             event_writer(self.folder, self.tensorboard and first) as write,
         ):
             while not self.is_over():
@@ -362,11 +373,11 @@ class MetaTrainer:
 
     def _seconds_left(self, line: Metrics, remaining: range) -> float:
         """Of the remaining rounds and validations, if they take as long as the last ones."""
-        left = seconds_left([m.seconds for m in [*self.history, line]], len(remaining))
-        taken = [m.validation_seconds for m in [*self.history, line] if m.validation is not None]
+        lines = [*self.history, line]
+        left = len(remaining) * _mean([m.seconds for m in lines[-RECENT:]])
+        taken = [m.validation_seconds for m in lines if m.validation is not None]
         if taken:
-            validations = sum(map(self.method.validates_after, remaining))
-            left += seconds_left(taken, validations)
+            left += sum(map(self.method.validates_after, remaining)) * _mean(taken[-RECENT:])
         return left
 
     def is_over(self) -> bool:
@@ -401,24 +412,36 @@ class MetaTrainer:
         return tell
 
 
-def _method_of(
-    recipe: AnyRecipe,
-    data: DataOptions,
-    workers: int,
-    family: TaskFamily | None,
-    test_family: TaskFamily | None,
-    against_adamw: bool,
-) -> Method:
-    if isinstance(recipe, Recipe):
-        if workers != 1:
-            raise ValueError(
-                f"workers={workers} apply to recipes of evolution strategies: start others by "
-                f"torchrun"
-            )
-        return Unrolls(recipe, data, family, test_family, against_adamw)
-    if not against_adamw:
-        raise ValueError(
-            "against_adamw=False does not apply to recipes of evolution strategies, whose "
-            "validation is relative to tuned AdamW"
-        )
-    return WholeRuns(recipe, data, workers, family)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+#: Writes the values of a step by name; ``None`` is left out.
+WriteEvents: TypeAlias = Callable[[int, Mapping[str, float | None]], None]
+
+
+@contextmanager
+def event_writer(folder: Path, wanted: bool) -> Iterator[WriteEvents]:
+    """Writes TensorBoard events into ``folder/tensorboard``, or nothing unless ``wanted``.
+
+    Raises:
+        ImportError: TensorBoard's package is not installed.
+    """
+    if not wanted:
+        yield lambda step, values: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            f"TensorBoard events need its package: {how_to_install('meta')}"
+        ) from error
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+
+        def write(step: int, values: Mapping[str, float | None]) -> None:
+            for name, value in values.items():
+                if value is not None:
+                    writer.add_scalar(name, value, step)
+            writer.flush()
+
+        yield write

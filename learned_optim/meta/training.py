@@ -8,16 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from learned_optim._discovery import did_you_mean
-from learned_optim.checkpoint import CheckpointError, check_writable, read_checkpoint
+from learned_optim.checkpoint import check_writable, read_checkpoint
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.given_tasks import Tasks, family_of, names_of
-from learned_optim.meta.progress import pace_text, time_text
-from learned_optim.meta.ranks import process_group
+from learned_optim.meta.method import pace_text
 from learned_optim.meta.recipes import (
     AnyRecipe,
     EvolutionRecipe,
@@ -26,18 +24,32 @@ from learned_optim.meta.recipes import (
     rule_config,
 )
 from learned_optim.meta.recipes.quick import RECIPE as QUICK
-from learned_optim.meta.tasks import TaskOptions
+from learned_optim.meta.tasks import (
+    GIVEN,
+    ModuleTask,
+    Task,
+    TaskFamily,
+    TaskMixture,
+    TaskOptions,
+    as_family,
+    build_tasks,
+)
 from learned_optim.meta.trainer import MetaTrainer, Metrics
+from learned_optim.meta.unrolls import process_group
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import RuleConfig, UpdateRule, rule_for
 
-# Seconds of silence after which whatever is done next is said.
+AnyTask: TypeAlias = str | Task | TaskFamily
+#: One task, several, or several by name.
+Tasks: TypeAlias = AnyTask | Sequence[AnyTask] | Mapping[str, AnyTask]
+
+# Seconds without a line after which any progress is printed.
 _SILENCE = 30.0
 
 
 @dataclass(frozen=True)
 class MetaTrained:
-    """What came of a meta-training.
+    """The results of a meta-training.
 
     Attributes:
         path: the finished checkpoint, which :class:`~learned_optim.LearnedOptimizer`,
@@ -81,30 +93,29 @@ def meta_train(
     compute something else: parameters, batches, first losses and gradients are compared. Under
     ``torchrun``, ranks share the tasks of every meta-step.
 
-    With a recipe of evolution strategies (``"quick-evolution"``, ``"diagonal"``), the way the
-    shipped default was trained, whole runs of the tasks are compared under perturbed weights, and
-    processes are ``workers``.
+    Recipes of evolution strategies (``"quick-evolution"``, ``"diagonal"``) compare whole runs under
+    perturbed weights, in ``workers`` processes. The shipped default was trained by one.
 
     Args:
-        tasks: a task, usually a :class:`ModuleTask`, a family of them, or the name of a registered
+        tasks: a task, usually a :class:`ModuleTask`, a family of tasks, or the name of a registered
             one; or several, as a sequence or by names of one's own.
-        recipe: how to train, except on what; or the name or file of one. If not given, that of
-            ``quick``: about 30,000 inner steps, on a small network some minutes of one core. A
+        recipe: a recipe, of which all but the tasks counts, or the name or file of one; ``quick``
+            if not given: about 30,000 inner steps, on a small network some minutes of one core. A
             recipe of evolution strategies needs a ``horizon`` if its own tasks are a mixture.
         folder: the run folder, created if needed.
         weights: of several tasks, in which proportion they are drawn; equal if not given.
-        test_tasks: like ``tasks``, for the test figures in the record: the same losses on other
-            data, say. If not given, the evaluation split of registered tasks and fresh runs of all
-            others. Recipes of evolution strategies select nothing by their validation runs, which
-            therefore are the test, and take none.
+        test_tasks: like ``tasks``, for the test figures in the record, for example the same losses
+            on other data. If not given, the evaluation split of registered tasks and fresh runs of
+            all others. Recipes of evolution strategies take none: they select nothing by their
+            validation runs, which therefore are the test.
         output: where the finished checkpoint goes; into the run folder if not given.
         data: where registered tasks find their image sets.
         tensorboard: also write TensorBoard events into the folder.
         against_adamw: tune AdamW on the validation runs before training, and report validation as a
             ratio to it. It takes as long as eight validations without the rule. Recipes of
             evolution strategies always do.
-        threads: of torch while it trains: more change the last bits, and hardly the time, of small
-            optimizees.
+        threads: of torch in training. Small optimizees are no faster with more, and differ in the
+            last bits.
         workers: processes of a training by evolution strategies; a script that takes several needs
             ``if __name__ == "__main__":``.
         progress: print a line per epoch, with the time left, on standard error.
@@ -117,15 +128,13 @@ def meta_train(
         The checkpoint's path, the rule, its record, and the metrics of the epochs.
 
     Raises:
-        ValueError: an unknown or unfit field; tasks that cannot be meta-trained on, without
-            parameters or batches or with a loss that is no finite number, does not depend on the
-            parameters or keeps state (:func:`~learned_optim.meta.checks.check_family`); or a folder
-            of another run.
+        ValueError: an unknown or unfit field; tasks that cannot be meta-trained on
+            (:func:`~learned_optim.meta.checks.check_family`); or a folder of another run.
         TrainingError: nothing in an epoch was finite.
         OSError: a file cannot be written.
     """
     options = data or DataOptions()
-    label, family = family_of(tasks, weights, TaskOptions("meta", options))
+    label, family = _family(tasks, weights, TaskOptions("meta", options))
     chosen = _recipe(label, recipe, changes)
     if output is not None:
         check_writable(Path(output))
@@ -136,11 +145,11 @@ def meta_train(
                 "test_tasks do not apply to a recipe of evolution strategies, which selects "
                 "nothing by its validation runs: evaluate on them instead"
             )
-        shares = weights if names_of(test_tasks) == names_of(tasks) else None
-        tested, test_family = family_of(test_tasks, shares, TaskOptions("evaluation", options))
+        shares = weights if list(_named(test_tasks)) == list(_named(tasks)) else None
+        tested, test_family = _family(test_tasks, shares, TaskOptions("evaluation", options))
         chosen = replace(chosen, test_task=tested)
     elif family is not None and isinstance(chosen, Recipe):
-        _, test_family = family_of(tasks, weights, TaskOptions("evaluation", options))
+        _, test_family = _family(tasks, weights, TaskOptions("evaluation", options))
     with _threads(threads), process_group():
         trainer = MetaTrainer(
             chosen,
@@ -152,13 +161,8 @@ def meta_train(
             test_family=test_family,
             against_adamw=against_adamw,
         )
-        first = trainer.method.rank == 0
-        report = _Lines(trainer) if progress and first else None
-        trainer.train(report)
-        path = trainer.files.finished if output is None else Path(output)
-        if first and not _is_finished(path, trainer):
-            trainer.finish(path, report)
-        trainer.method.barrier()  # no rank reads the file before it is there
+        report = _Lines(trainer) if progress and trainer.method.rank == 0 else None
+        path = trainer.run(None if output is None else Path(output), report)
         rule, record = read_checkpoint(path)
     if report:
         report.say(trainer.method.summary(record))
@@ -176,7 +180,6 @@ def _recipe(task: str, recipe: AnyRecipe | str | Path | None, changes: dict[str,
         if name not in known:
             near = did_you_mean(name, [*known, "test_tasks"]) or f". Fields: {', '.join(known)}"
             raise ValueError(f"unknown field {name!r} of a recipe{near}")
-    changes = dict(changes)
     if "rule" not in changes and changes.get("start") is not None:
         changes["rule"] = load_rule(changes["start"]).config
     if "rule" in changes:
@@ -205,7 +208,53 @@ def _rule(rule: Any) -> RuleConfig:
     return rule
 
 
-# ---- the run
+# ---- the tasks
+
+
+def _family(
+    tasks: Tasks, weights: Sequence[float] | Mapping[str, float] | None, options: TaskOptions
+) -> tuple[str, TaskFamily | None]:
+    """The recipe's name for tasks, and their family: ``None`` for one registered task."""
+    named = _named(tasks)
+    if isinstance(tasks, (str, Task, TaskFamily)):
+        if weights is not None:
+            raise ValueError(f"weights={weights!r} are for several tasks, and there is one")
+        if isinstance(tasks, str):
+            return tasks, None
+        return f"{GIVEN}:{next(iter(named))}", as_family(tasks)
+    if weights is not None and not isinstance(weights, Mapping):
+        if len(weights) != len(named):
+            raise ValueError(f"{len(named)} tasks need as many weights, got {len(weights)}")
+        weights = dict(zip(named, weights, strict=True))
+    families = {
+        name: build_tasks(task, options) if isinstance(task, str) else as_family(task)
+        for name, task in named.items()
+    }
+    return f"{GIVEN}:{'+'.join(named)}", TaskMixture(families, weights)
+
+
+def _named(tasks: Tasks) -> dict[str, AnyTask]:
+    """Tasks by the names of a mapping, or by their classes, numbered where these repeat."""
+    if isinstance(tasks, Mapping):
+        return dict(tasks)
+    several = isinstance(tasks, Sequence) and not isinstance(tasks, str)
+    listed: Sequence[AnyTask] = tasks if several else [tasks]  # type: ignore[assignment, list-item]
+    named: dict[str, AnyTask] = {}
+    for task in listed:
+        name = _name(task)
+        same = sum(other == name or other.startswith(f"{name}-") for other in named)
+        named[f"{name}-{same + 1}" if same else name] = task
+    return named
+
+
+def _name(task: AnyTask) -> str:
+    if isinstance(task, str):
+        return task
+    inner = getattr(task, "task", task)  # of the family with one member
+    return type(inner.module if isinstance(inner, ModuleTask) else inner).__name__
+
+
+# ---- the progress
 
 
 class _Lines:
@@ -237,7 +286,7 @@ class _Lines:
             f"validation {line.validation:.4g} (best {best.validation:.4g})",
             pace_text(line.runs_per_second, line.ratio_to_adamw),
             f"{line.dropped} dropped" if line.dropped else "",
-            f"{time_text(line.seconds_left)} left" if line.seconds_left else "",
+            f"{_duration(line.seconds_left)} left" if line.seconds_left else "",
         ]
         place = f"{self._trainer.method.unit} {line.round}/{self._trainer.method.rounds}"
         return f"{place}: {', '.join(filter(None, parts))}"
@@ -247,14 +296,10 @@ class _Lines:
         print(f"meta_train: {text}", file=sys.stderr, flush=True)
 
 
-def _is_finished(path: Path, trainer: MetaTrainer) -> bool:
-    """Whether the checkpoint is there already, and its record says what is done."""
-    try:
-        _, record = read_checkpoint(path)
-    except (FileNotFoundError, CheckpointError):
-        return False
-    done = {"recipe": trainer.recipe.to_json(), "rounds": trainer.round}
-    return all(record.get(name) == value for name, value in done.items())
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

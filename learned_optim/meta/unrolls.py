@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Generator
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
 from learned_optim.meta.meta_optimizer import MetaOptimizer
-from learned_optim.meta.method import Method, Round, Validation
-from learned_optim.meta.progress import Report, pace_text
+from learned_optim.meta.method import Method, Report, Round, Validation, pace_text
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import global_generator_seeded, seeded
@@ -26,14 +27,14 @@ from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
 from learned_optim.meta.validation import Validator
 from learned_optim.rules import UpdateRule
 
-# Loss below which nothing is divided any further: such a task is solved.
+# Meta-gradients are divided by no smaller loss: below it a task is solved.
 SMALLEST_LOSS = 1e-3
 
 
 def plan_of_run(recipe: Recipe, generator: Generator) -> list[tuple[int, bool]]:
-    """How a run is cut into unrolls: of each, its inner steps and whether it ends in a meta-step.
+    """The inner steps of each unroll of a run, and whether it ends in a meta-step.
 
-    What follows the last meta-step is left out, because it would teach nothing.
+    Steps after the last meta-step are left out: nothing is learned from them.
     """
     length, truncation = recipe.horizon, recipe.truncation
     tail, u = torch.rand(2, generator=generator).tolist()
@@ -56,6 +57,7 @@ class Unrolls(Method):
     Args:
         recipe: how.
         data: where image sets are looked for.
+        folder: the run folder.
         family: the tasks, if they have no registered name.
         test_family: those of the test runs, if others than the recipe's ``test_task`` or ``task``.
         against_adamw: tune AdamW on the validation runs.
@@ -68,12 +70,15 @@ class Unrolls(Method):
         self,
         recipe: Recipe,
         data: DataOptions,
+        folder: Path,
         family: TaskFamily | None,
         test_family: TaskFamily | None,
         against_adamw: bool,
     ) -> None:
-        self.recipe, self.data, self.given = recipe, data, family
+        self.recipe, self.task, self.given = recipe, recipe.task, family
         self.rounds, self.runs_per_round = recipe.epochs, recipe.runs_per_epoch
+        self.longest_run = recipe.longest_run
+        self.average, self.clip_norm = recipe.average, recipe.clip_norm
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.draws_by_rank = recipe.coordinates is not None and not recipe.perturbs
@@ -91,70 +96,55 @@ class Unrolls(Method):
         if self.rank > 0:
             self.barrier()  # rank 0 downloads what is missing, alone
         self.family = family or build_tasks(recipe.task, TaskOptions("meta", data))
-        self._test_family = test_family
-        if test_family is None:
-            self._test_family = family if recipe.test_task is None else None
-        if self._test_family is None:  # missing data fails now, not after the training
-            build_tasks(self._test_task, TaskOptions("evaluation", data))
+        self._test_task = recipe.test_task or recipe.task
+        self._tests_by_name = test_family is None and (family is None or bool(recipe.test_task))
+        if self._tests_by_name:
+            test_family = build_tasks(self._test_task, TaskOptions("evaluation", data))
+        self._test_family = test_family or self.family
         if self.rank == 0:
             self.barrier()
-        if test_family is not None and test_family is not family:
-            check_family(test_family, f"{recipe.task} (test)")
-        self.validator = Validator(recipe, self.family, self.rank, self.world)
+        if not self._tests_by_name and self._test_family is not family:
+            check_family(self._test_family, f"{recipe.task} (test)")
+        self.validator = Validator(recipe, self.family, folder, self.rank, self.world)
         self._against_adamw = against_adamw
         alone = None if self.family.stackable else self.family.alone_because
         if alone and recipe.tasks_per_meta_step > self._stride:
             self.note = f"forward passes one optimizee after another: {alone}"
 
-    @property
-    def _test_task(self) -> str:
-        return self.recipe.test_task or self.recipe.task
-
     def barrier(self) -> None:
         if self.world > 1:
             dist.all_reduce(torch.zeros(1))
 
-    def initialize(self, rule: UpdateRule) -> None:
+    def check_rule(self, rule: UpdateRule) -> None:
         if self.recipe.estimator == "replay" and rule.rows == "none":
             raise ValueError(
                 f"estimator 'replay' needs a rule that splits into observation and response, and "
                 f"{rule.name!r} does not: use estimator='autograd' (--estimator autograd)"
             )
-        rule.warmup_steps, rule.trained_steps = 0, self.recipe.longest_run
-
-    def optimizer(self, rule: UpdateRule) -> MetaOptimizer:
-        recipe = self.recipe
-        return MetaOptimizer(
-            rule, meta_lr=recipe.meta_lr, meta_lr_final=recipe.meta_lr_final,
-            average=recipe.average, clip_norm=recipe.clip_norm,
-        )  # fmt: skip
-
-    def load(self, folder: Path) -> None:
-        self.validator.load_adamw(folder)
 
     @contextmanager
-    def session(self, folder: Path, report: Report) -> Iterator[None]:
+    def session(self, report: Report) -> Iterator[None]:
         if self._against_adamw:
-            self.validator.tune_adamw(folder, report)
+            self.validator.tune_adamw(report)
         yield
 
     # ---- training
 
     def train_round(self, number: int, optimizer: MetaOptimizer, report: Report) -> Round:
-        losses, dropped = [], 0
-        for run in range(self.recipe.runs_per_epoch):
+        runs, finite = self.recipe.runs_per_epoch, []
+        for run in range(runs):
             loss = self.train_run(optimizer, number, run)
-            dropped += not math.isfinite(loss)
-            losses.append(loss)
+            if math.isfinite(loss):
+                finite.append(loss)
             self.runs_done = run + 1
             report(f"epoch {number} loss {loss:.1f}")
-        finite = [loss for loss in losses if math.isfinite(loss)]
+        dropped = runs - len(finite)
         why = (
             f"all of its {dropped} unrolls met a loss or a gradient that is not finite, and so did "
             f"validation"
         )
         mean = sum(finite) / len(finite) if finite else math.inf
-        return Round(mean, dropped, why, len(losses) * self.recipe.tasks_per_meta_step)
+        return Round(mean, dropped, why, runs * self.recipe.tasks_per_meta_step)
 
     def train_run(self, optimizer: MetaOptimizer, epoch: int, run: int) -> float:
         """Train the rule on one run of ``tasks_per_meta_step`` optimizees side by side.
@@ -165,8 +155,8 @@ class Unrolls(Method):
             run: number of the run in it, from 0.
 
         Returns:
-            The mean over optimizees of the mean loss times the horizon; infinite if something in an
-            unroll was not finite: it is dropped, and the run ends there.
+            The mean over optimizees of the mean loss times the horizon. Infinite if a loss or
+            gradient of an unroll was not finite: the unroll is dropped, and the run ends there.
         """
         with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self._first):
             return self._train_run(optimizer, epoch, run)
@@ -223,11 +213,8 @@ class Unrolls(Method):
         return Validation(value, self.validator.ratio_to_adamw(value), {"validation": value})
 
     def test(self, rule: UpdateRule, report: Report) -> dict[str, Any]:
-        family = self._test_family
-        if family is None:
-            family = build_tasks(self._test_task, TaskOptions("evaluation", self.data))
         seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
-        sums = self.validator.sums(rule, family, seeds, "test", report)
+        sums = self.validator.sums(rule, self._test_family, seeds, "test", report)
         figures = {
             "mean": sums.mean().item(),
             "std": sums.std().item(),
@@ -237,19 +224,11 @@ class Unrolls(Method):
         }
         return {"test": figures}
 
-    # ---- what is said of it
-
-    def trained_on(self) -> dict[str, Any]:
-        data: str | dict[str, str] = f"task family {self.recipe.task!r}, meta-training split alone"
-        if self.given is not None:
-            data = provenance.conditions_of_given(self.recipe.task, self.given)
-        return {"data": data, "data_sets": list(self.family.data_sets)}
+    # ---- the record
 
     def task_names(self) -> list[str]:
-        names = [self.recipe.task] if self.given is None else []
-        if self._test_family is None and self._test_task not in names:
-            names.append(self._test_task)
-        return names
+        tested = [self._test_task] if self._tests_by_name else []
+        return list(dict.fromkeys([*super().task_names(), *tested]))
 
     def summary(self, record: dict[str, Any]) -> str:
         recipe, test = self.recipe, record["test"]
@@ -269,3 +248,26 @@ class Unrolls(Method):
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Under ``torchrun``, a process group, unless the script has begun one."""
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        yield
+        return
+    # Optimizers import this; were the group there already, default arguments in it would keep the
+    # group, and its threads, past its end. A thread that lets go of a tensor while the interpreter
+    # ends aborts the process.
+    import torch.distributed.nn  # noqa: F401
+
+    # Restarted ranks may share a store with those before them, whose addresses are still in it.
+    store, rank, world = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"attempt-{attempt}", store)
+    # Meta-gradients live on the CPU, whatever else there is.
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

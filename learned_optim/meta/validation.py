@@ -1,10 +1,14 @@
-"""Validation and test runs of a meta-training by unrolls, and tuned AdamW on the former."""
+"""Validation and test runs of a meta-training, and tuned AdamW on the former.
+
+AdamW runs once, before training, and its scores are kept in the run folder.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,24 +16,96 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from learned_optim.meta.progress import Report
+from learned_optim.checkpoint import write_text
+from learned_optim.meta.method import Report
 from learned_optim.meta.recipes import Recipe
-from learned_optim.meta.references import (
-    ADAMW_LRS,
-    Reference,
-    mean_sum,
-    read_references,
-    tuned_sums,
-    write_references,
-)
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.classical import SGDRule
 
+REFERENCES = "references.json"
+
+#: Learning rates among which AdamW is tuned on task families. Small sigmoid networks take 0.3 for a
+#: hundred steps, and the best rate must not lie at the end of the grid.
+ADAMW_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+
 #: What :func:`seeded` makes a run's generator from.
 Seed: TypeAlias = tuple[object, ...]
+
+
+# ---- tuned AdamW
+
+
+@dataclass(frozen=True)
+class Reference:
+    """AdamW on a validation run.
+
+    Attributes:
+        index: of the validation run.
+        task: what was drawn; runs of one task share a learning rate.
+        steps: length of the run.
+        known: whether the rule is told the length, and AdamW follows a cosine.
+        scores: the lower the better, by learning rate: the log of the final over the first loss in
+            trainings by evolution strategies, the summed loss in those by backpropagation.
+    """
+
+    index: int
+    task: str
+    steps: int
+    known: bool
+    scores: tuple[float, ...] = ()
+
+    @property
+    def best(self) -> float:
+        """The score at the best of the learning rates."""
+        return min((score for score in self.scores if not math.isnan(score)), default=math.nan)
+
+
+def read_references(folder: Path) -> list[Reference]:
+    """The references in the run folder; an empty list if there are none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / REFERENCES
+    if not path.exists():
+        return []
+    try:
+        lines = json.loads(path.read_text())
+        return [Reference(**{**line, "scores": tuple(line["scores"])}) for line in lines]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it, and tuned AdamW runs again"
+        ) from error
+
+
+def write_references(folder: Path, references: Sequence[Reference]) -> None:
+    """Write them into the run folder, one a line."""
+    lines = [json.dumps(asdict(reference)) for reference in references]
+    write_text(folder / REFERENCES, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def mean_of(sums: Tensor, geometric: bool) -> float:
+    """Mean of summed losses, ``(runs,)``; infinite if it is not finite, or not real."""
+    mean = (sums.log() if geometric else sums).sum().item() / len(sums)
+    if not math.isfinite(mean):
+        return math.inf
+    return math.exp(mean) if geometric else mean
+
+
+def tuned_sums(references: Sequence[Reference]) -> Tensor:
+    """Every run's summed loss at the best learning rate for the runs of its task, ``(runs,)``."""
+    rates: dict[str, int] = {}
+    for task in {reference.task for reference in references}:
+        rows = torch.tensor([r.scores for r in references if r.task == task], dtype=torch.float64)
+        means = [mean_of(column, geometric=False) for column in rows.t()]
+        rates[task] = means.index(min(means))
+    return torch.tensor([r.scores[rates[r.task]] for r in references], dtype=torch.float64)
+
+
+# ---- runs
 
 
 def summed_losses(
@@ -38,7 +114,7 @@ def summed_losses(
     horizon: int,
     seeds: Sequence[Seed],
     together: int = 8,
-    on_runs: Callable[[int], None] | None = None,
+    on_runs: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Loss summed over ``horizon`` steps of frozen-rule runs, one per seed; shape ``(seeds,)``.
 
@@ -48,7 +124,7 @@ def summed_losses(
         horizon: inner steps.
         seeds: of the runs.
         together: runs side by side.
-        on_runs: told how many are done.
+        on_runs: takes the number of runs done.
     """
     sums = [
         torch.stack([optimizees.advance(rule) for _ in range(horizon)]).sum(0)
@@ -63,9 +139,9 @@ def adamw_sums(
     horizon: int,
     seeds: Sequence[Seed],
     together: int = 8,
-    on_runs: Callable[[int], None] | None = None,
+    on_runs: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """:func:`summed_losses` under AdamW at a constant rate: rules do not know the length, too."""
+    """:func:`summed_losses` under AdamW at a constant rate: rules do not know the length either."""
     sums = []
     for optimizees in _together(SGDRule(), family, seeds, together, on_runs):
         # AdamW is coordinatewise: one packed tensor trains as its parts would.
@@ -85,7 +161,7 @@ def _together(
     family: TaskFamily,
     seeds: Sequence[Seed],
     together: int,
-    on_runs: Callable[[int], None] | None,
+    on_runs: Callable[[int], None],
 ) -> Iterator[Optimizees]:
     """Optimizees of the seeds, some at a time, at their initial parameters."""
     for low in range(0, len(seeds), together):
@@ -94,8 +170,7 @@ def _together(
         optimizees = Optimizees(rule, tasks, generators, stacked=family.stackable)
         with global_generator_seeded(*seeds[low], "forward"):
             yield optimizees
-        if on_runs is not None:
-            on_runs(min(low + together, len(seeds)))
+        on_runs(min(low + together, len(seeds)))
 
 
 class Validator:
@@ -104,61 +179,54 @@ class Validator:
     Args:
         recipe: seeds, horizon and number of the runs, and what mean is taken of them.
         family: of the validation runs.
+        folder: where AdamW's scores are kept.
         rank: number of this process.
         world: processes among which validation runs are shared.
     """
 
-    def __init__(self, recipe: Recipe, family: TaskFamily, rank: int = 0, world: int = 1) -> None:
-        self.recipe, self.family, self.rank, self.world = recipe, family, rank, world
+    def __init__(
+        self, recipe: Recipe, family: TaskFamily, folder: Path, rank: int = 0, world: int = 1
+    ) -> None:
+        self.recipe, self.family, self.folder = recipe, family, folder
+        self.rank, self.world = rank, world
         self.horizon = recipe.validation_horizon or recipe.horizon
         self.seeds: list[Seed] = [
             (recipe.seed, "validation", i) for i in range(recipe.validation_runs)
         ]
+        self._geometric = recipe.validation_mean == "geometric"
         self._adamw: float | None = None
 
     @torch.no_grad()
-    def mean(self, rule: UpdateRule, report: Report | None = None) -> float:
-        """Mean summed loss over the validation runs, infinite if it is not finite.
-
-        Args:
-            rule: whose.
-            report: told how far it is.
-        """
-        seeds = self.seeds[self.rank :: self.world]
-        sums = self.sums(rule, self.family, seeds, "validation", report).double()
-        geometric = self.recipe.validation_mean == "geometric"
-        total = (sums.log() if geometric else sums).sum()
-        if self.world > 1:
-            dist.all_reduce(total)
-        mean = total.item() / len(self.seeds)
-        if not math.isfinite(mean):
-            return math.inf
-        return math.exp(mean) if geometric else mean
+    def mean(self, rule: UpdateRule, report: Report) -> float:
+        """Mean summed loss over the validation runs, infinite if it is not finite."""
+        sums = self._shared(lambda seeds: self.sums(rule, self.family, seeds, "validation", report))
+        return mean_of(sums, self._geometric)
 
     def sums(
-        self,
-        rule: UpdateRule,
-        family: TaskFamily,
-        seeds: Sequence[Seed],
-        what: str,
-        report: Report | None = None,
+        self, rule: UpdateRule, family: TaskFamily, seeds: Sequence[Seed], what: str, report: Report
     ) -> Tensor:
-        """:func:`summed_losses` over the recipe's horizon.
+        """:func:`summed_losses` over the recipe's horizon; ``report`` is told of ``what``."""
 
-        Args:
-            rule: trains the optimizees.
-            family: of the optimizees.
-            seeds: of the runs.
-            what: what ``report`` is told they are for.
-            report: told how far it is.
-        """
-        if not seeds:
-            return torch.zeros(0)
-        on_runs = _counted(report, what, 0, len(seeds))
-        return summed_losses(rule, family, self.horizon, seeds, self._together(family), on_runs)
+        def on_runs(done: int) -> None:
+            report(f"{what} {done}/{len(seeds)}")
 
-    def _together(self, family: TaskFamily) -> int:
+        return summed_losses(rule, family, self.horizon, seeds, self._width(family), on_runs)
+
+    def _width(self, family: TaskFamily) -> int:
+        """Runs side by side."""
         return max(8, self.recipe.tasks_per_meta_step) if family.stackable else 1
+
+    def _shared(self, run: Callable[[Sequence[Seed]], Tensor]) -> Tensor:
+        """Sums of all validation runs, float64; each rank computes a part of them."""
+        sums, ours = (
+            torch.zeros(len(self.seeds), dtype=torch.float64),
+            self.seeds[self.rank :: self.world],
+        )
+        if ours:
+            sums[self.rank :: self.world] = run(ours).double()
+        if self.world > 1:
+            dist.all_reduce(sums)
+        return sums
 
     def ratio_to_adamw(self, validation: float) -> float | None:
         """A validation over that of tuned AdamW; ``None`` if that is unknown or not positive."""
@@ -167,59 +235,33 @@ class Validator:
             return None
         return validation / adamw
 
-    # ---- AdamW
-
-    def tune_adamw(self, folder: Path, report: Report | None = None) -> None:
+    def tune_adamw(self, report: Report) -> None:
         """Run AdamW at every learning rate on the validation runs, as far as that is not done.
 
-        All ranks must take part. Results are kept in ``references.json`` after each rate.
-
-        Args:
-            folder: where.
-            report: told how far it is.
+        All ranks must take part. Scores are kept in ``references.json`` after each rate.
 
         Raises:
             ValueError: the file is damaged.
         """
-        if self._adamw is not None:
-            return
-        found = read_references(folder) or self._blank_references()
+        found = read_references(self.folder) or self._blank_references()
         count = len(self.seeds)
         for index in range(min(len(r.scores) for r in found), len(ADAMW_LRS)):
-            on_runs = _counted(report, "AdamW", index * count, len(ADAMW_LRS) * count)
-            column = self._adamw_column(ADAMW_LRS[index], on_runs)
+
+            def on_runs(done: int, before: int = index * count) -> None:
+                report(f"AdamW {before + done}/{len(ADAMW_LRS) * count}")
+
+            def run(seeds: Sequence[Seed], lr: float = ADAMW_LRS[index]) -> Tensor:
+                width = self._width(self.family)
+                return adamw_sums(lr, self.family, self.horizon, seeds, width, on_runs)
+
+            column = self._shared(run).nan_to_num(nan=math.inf).tolist()
             found = [
                 replace(reference, scores=(*reference.scores[:index], score))
                 for reference, score in zip(found, column, strict=True)
             ]
             if self.rank == 0:
-                write_references(folder, found)
-        self._take(found)
-
-    def load_adamw(self, folder: Path) -> None:
-        """Take tuned AdamW's figures from the folder, if all are there.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        self._take(read_references(folder))
-
-    def _take(self, found: list[Reference]) -> None:
-        if found and all(len(reference.scores) == len(ADAMW_LRS) for reference in found):
-            self._adamw = mean_sum(tuned_sums(found), self.recipe.validation_mean == "geometric")
-
-    def _adamw_column(self, lr: float, on_runs: Callable[[int], None] | None) -> list[float]:
-        """Summed losses of all validation runs at one learning rate."""
-        sums = torch.zeros(len(self.seeds), dtype=torch.float64)
-        ours = slice(self.rank, None, self.world)
-        if self.seeds[ours]:
-            together = self._together(self.family)
-            sums[ours] = adamw_sums(
-                lr, self.family, self.horizon, self.seeds[ours], together, on_runs
-            ).double()
-        if self.world > 1:
-            dist.all_reduce(sums)
-        return sums.nan_to_num(nan=math.inf).tolist()
+                write_references(self.folder, found)
+        self._adamw = mean_of(tuned_sums(found), self._geometric)
 
     def _blank_references(self) -> list[Reference]:
         """One per validation run; those for which the family gives one object share a task."""
@@ -231,12 +273,3 @@ class Validator:
             Reference(index, labels[id(task)], self.horizon, known=False)
             for index, task in enumerate(tasks)
         ]
-
-
-def _counted(
-    report: Report | None, what: str, before: int, total: int
-) -> Callable[[int], None] | None:
-    """Reports of runs done, given how many were done before these."""
-    if report is None:
-        return None
-    return lambda done: report(f"{what} {before + done}/{total}")

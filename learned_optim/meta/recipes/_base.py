@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
-import sys
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
 
-from learned_optim._discovery import did_you_mean, import_submodules, unknown_name
 from learned_optim._fields import check_fields
-from learned_optim.meta.recipes._evolution import METHOD, EvolutionRecipe
-from learned_optim.rules import RuleConfig, build_rule, rule_class, rule_reference
+from learned_optim.rules import RuleConfig, rule_reference
 
-_AT_LEAST = {
-    "epochs": 1,
-    "runs_per_epoch": 1,
-    "tasks_per_meta_step": 1,
-    "horizon": 1,
-    "truncation": 1,
-    "long_truncation": 1,
-    "unrolls_per_run": 1,
-    "coordinates": 1,
-    "pairs": 1,
-    "validation_runs": 2,
-    "validation_horizon": 1,
-    "test_runs": 2,  # their standard deviation goes into the checkpoint's record
-    "patience": 1,
-    "meta_lr_final": 0,
-}
+#: The entry ``method`` in the JSON form of an :class:`EvolutionRecipe`.
+METHOD = "evolution"
+
+#: Mixtures of :mod:`learned_optim.meta.populations`: a recipe's task may be one of them.
+MIXTURE_NAMES = ("populations-2", "populations-3")
+
+#: Their seeds are kept free of training tasks.
+MOST_VALIDATION_TASKS = 100_000
+
+
+class _Checked:
+    """Checks of a recipe's values by type and bounds, and its JSON form."""
+
+    rule: RuleConfig
+    _at_least: ClassVar[Mapping[str, int]]
+    _positive: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_fields(self.rule)
+        for name, least in self._at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in self._positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data; :func:`recipe_from_json` reads it back."""
+        data = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {**data, "rule": {"name": rule_reference(self.rule), "config": data["rule"]}}
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(_Checked):
     """What to meta-train, on what, and how."""
 
     task: str
@@ -97,13 +108,18 @@ class Recipe:
     seed: int = 0
     """Seed of everything random in the run."""
 
+    _at_least: ClassVar[Mapping[str, int]] = {
+        **dict.fromkeys(("epochs", "runs_per_epoch", "tasks_per_meta_step", "horizon"), 1),
+        **dict.fromkeys(("truncation", "long_truncation", "unrolls_per_run"), 1),
+        **dict.fromkeys(("coordinates", "pairs", "validation_horizon", "patience"), 1),
+        "validation_runs": 2,
+        "test_runs": 2,  # their standard deviation goes into the checkpoint's record
+        "meta_lr_final": 0,
+    }
+    _positive: ClassVar[tuple[str, ...]] = ("meta_lr", "clip_norm", "sigma")
+
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_fields(self.rule)
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        super().__post_init__()
         if not 0 <= self.long_fraction <= 1:
             raise ValueError(f"long_fraction must lie in [0, 1], got {self.long_fraction}")
         if self.long_fraction and (self.long_horizon or 0) < self.horizon:
@@ -111,10 +127,6 @@ class Recipe:
                 f"long_fraction={self.long_fraction} needs a long_horizon of at least "
                 f"horizon={self.horizon}, got {self.long_horizon}"
             )
-        for name in ("meta_lr", "clip_norm", "sigma"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average must lie in [0, 1), got {self.average}")
         if self.estimator == "pes" and self.unrolls_per_run is not None:
@@ -133,164 +145,76 @@ class Recipe:
         """Inner steps of the longest runs."""
         return max(self.horizon, self.long_horizon or 0) if self.long_fraction else self.horizon
 
+
+@dataclasses.dataclass(frozen=True)
+class EvolutionRecipe(_Checked):
+    """What to meta-train by antithetic evolution strategies, and how.
+
+    See :mod:`learned_optim.meta.whole_runs`.
+    """
+
+    rule: RuleConfig
+    """Configuration of the update rule; its type says which rule."""
+    meta_steps: int
+    """Meta-steps, over which the meta-learning rate falls by a cosine."""
+    meta_lr: float
+    """Learning rate of the meta-optimizer, Adam, at the first meta-step."""
+    meta_lr_final: float
+    """The same by the last meta-step."""
+    tasks_per_meta_step: int = 8
+    """Tasks of every meta-step; their meta-gradients are averaged."""
+    pairs: int = 4
+    """Pairs of opposite perturbations of the weights per task, a run each."""
+    sigma: float = 0.03
+    """Standard deviation of the perturbations."""
+    large_from: int = 1_000_000
+    """Meta-steps with tasks of all sizes; later ones draw widths and batches from the upper part of
+    their ranges: small networks teach the most per second, and users' are larger."""
+    large_share: float = 1.0
+    """Share of their tasks that are larger ones."""
+    start: str = ""
+    """Checkpoint from whose weights the training starts (random ones if not given): a shipped name,
+    a file or a Hub id, of a rule of the same kind and size."""
+    validation_tasks: int = 64
+    """Tasks, always the same, on which weights are held against tuned AdamW."""
+    validation_every: int = 50
+    """Meta-steps from one validation to the next."""
+    seed: int = 0
+    """Seed of everything random in the training."""
+    task: str = "populations-2"
+    """Mixture of tasks, `populations-2` or `populations-3`, or a family that may meta-train."""
+    horizon: int | None = None
+    """Inner steps of the runs of a task family. Mixtures draw their own."""
+
+    _at_least: ClassVar[Mapping[str, int]] = {
+        **dict.fromkeys(("meta_steps", "tasks_per_meta_step", "pairs", "horizon"), 1),
+        **dict.fromkeys(("validation_tasks", "validation_every"), 1),
+        "meta_lr_final": 0,
+        "seed": 0,
+    }
+    _positive: ClassVar[tuple[str, ...]] = ("meta_lr", "sigma")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_tasks > MOST_VALIDATION_TASKS:
+            raise ValueError(
+                f"validation_tasks must be at most {MOST_VALIDATION_TASKS}, got "
+                f"{self.validation_tasks}"
+            )
+        if (self.horizon is None) != (self.task in MIXTURE_NAMES):
+            raise ValueError(
+                f"task {self.task!r} needs a horizon, the inner steps of its runs: the mixtures "
+                f"{' and '.join(MIXTURE_NAMES)} alone draw them"
+                if self.horizon is None
+                else f"horizon={self.horizon} does not apply to the mixture {self.task!r}, which "
+                f"draws the lengths of runs for each task"
+            )
+        if not 0 <= self.large_share <= 1:
+            raise ValueError(f"large_share must be in [0, 1], got {self.large_share}")
+
     def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON-ready data; :func:`recipe_from_json` reads it back."""
-        data = dataclasses.asdict(self)
-        data["rule"] = {"name": rule_reference(self.rule), "config": data["rule"]}
-        return data
+        return {"method": METHOD, **super().to_json()}
 
 
 #: A recipe of either method: meta-gradients by backpropagation, or evolution strategies.
 AnyRecipe: TypeAlias = Recipe | EvolutionRecipe
-
-_R = TypeVar("_R", Recipe, EvolutionRecipe)
-
-
-def rule_config(name: str, values: dict[str, Any] | None = None) -> RuleConfig:
-    """The configuration of an update rule from its name and plain data.
-
-    Args:
-        name: a registered name, or ``"module:name"`` for a rule that an importable module defines.
-        values: fields that differ from their defaults.
-
-    Raises:
-        ValueError: no such module or rule, or unknown or unfit fields; the message names the
-            nearest that exists.
-    """
-    module, _, own = name.rpartition(":")
-    if module:
-        import_rules(module)
-    values = values or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"the config of a rule must be a table, got {values!r}")
-    known = [field.name for field in dataclasses.fields(rule_class(own).Config)]
-    for key in values:
-        if key not in known:
-            raise ValueError(
-                f"{key!r} does not fit update rule {own!r}, whose fields are "
-                f"{', '.join(known) or 'none'}{did_you_mean(key, known)}"
-            )
-    config: RuleConfig = build_rule(own, values).config
-    return config
-
-
-def import_rules(module: str) -> None:
-    """Import a module of the user's that defines update rules.
-
-    Raises:
-        ValueError: there is no such module.
-    """
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"no update rules from module {module!r} ({error}): it must be importable (PYTHONPATH)"
-        ) from error
-
-
-def recipe_from_json(data: dict[str, Any]) -> AnyRecipe:
-    """A recipe from the data of a recipe file, the inverse of :meth:`Recipe.to_json`.
-
-    ``method = "evolution"`` selects :class:`EvolutionRecipe`. ``rule`` is a table of ``name`` and
-    ``config``, or the name alone.
-
-    Raises:
-        ValueError: unknown or missing fields, or values that do not fit them; of an unknown field,
-            the message names the nearest that exists.
-    """
-    if not isinstance(data, dict):
-        raise ValueError(f"not a recipe: a table of fields is one, got {str(data)[:40]}")
-    method = data.get("method")
-    if method is None:
-        return _from_json(Recipe, data)
-    if method != METHOD:
-        raise ValueError(f"not a recipe: unknown method {method!r}; known: {METHOD}")
-    values = {key: value for key, value in data.items() if key != "method"}
-    return _from_json(EvolutionRecipe, values)
-
-
-def _from_json(kind: type[_R], data: dict[str, Any]) -> _R:
-    known = dataclasses.fields(kind)
-    names = [field.name for field in known]
-    for key in data:
-        if key not in names:
-            near = did_you_mean(key, names) or f". Fields: {', '.join(names)}"
-            raise ValueError(f"not a recipe: unknown field {key!r}{near}")
-    missing = [f.name for f in known if f.name not in data and f.default is dataclasses.MISSING]
-    if missing:
-        raise ValueError(f"not a recipe: it lacks {', '.join(missing)}")
-    try:
-        rule = data["rule"]
-        if isinstance(rule, str):
-            rule = {"name": rule}
-        for key in rule:
-            if key not in ("name", "config"):
-                raise ValueError(
-                    f"unknown field {key!r} of rule, which has name and config"
-                    f"{did_you_mean(key, ('name', 'config'))}"
-                )
-        config = rule_config(rule["name"], rule.get("config"))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"not a recipe: rule: {error}") from error
-    values = {**data, "rule": config}
-    return kind(**values)
-
-
-def recipes() -> dict[str, AnyRecipe]:
-    """The recipes that ship with the package, by name: each module's ``RECIPE``."""
-    return {name: module.RECIPE for name, module in _modules().items()}
-
-
-def recipe_descriptions() -> dict[str, str]:
-    """The purpose of every shipped recipe in a sentence, by name."""
-    return {
-        name: (module.__doc__ or "").partition("\n\n")[0].strip().replace("\n", " ")
-        for name, module in _modules().items()
-    }
-
-
-def _modules() -> dict[str, ModuleType]:
-    modules = import_submodules("learned_optim.meta.recipes")
-    return {module.__name__.rsplit(".", 1)[1].replace("_", "-"): module for module in modules}
-
-
-def load_recipe(source: str) -> AnyRecipe:
-    """A recipe by shipped name, from a TOML or JSON file, or from a run folder.
-
-    Raises:
-        ValueError: neither a shipped name nor a readable recipe file; the message names the file.
-        FileNotFoundError: a path to a file that does not exist.
-        ImportError: a TOML file under Python 3.10 without the ``meta`` extra.
-    """
-    known = recipes()
-    if source in known:
-        return known[source]
-    path = Path(source)
-    if path.is_dir():
-        path = path / "recipe.json"
-    if path.suffix in (".json", ".toml") and not path.is_file():
-        raise FileNotFoundError(f"no recipe file at {path}")
-    if path.suffix not in (".json", ".toml"):
-        if path.name != source:
-            raise FileNotFoundError(f"no recipe file or run folder at {path}")
-        raise unknown_name("recipe", source, list(known))
-    try:
-        return recipe_from_json(_parsed(path))
-    except ValueError as error:
-        remedy = ""
-        if Path(source).is_dir():  # a run folder, whose recipe is its own record
-            remedy = (
-                f". If it is damaged, delete it, and start the run again by the recipe that it "
-                f"began with and --folder {source}: nothing else of the run is lost"
-            )
-        raise ValueError(f"{path}: {error}{remedy}") from error
-
-
-def _parsed(path: Path) -> Any:
-    if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(path.read_text(encoding="utf-8"))
