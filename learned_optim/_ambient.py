@@ -1,4 +1,4 @@
-"""What surrounds a call and must not change its arithmetic: autocast, matmul precision."""
+"""Keeps autocast, matmul precision and inference mode of the caller out of a step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 
 
 def plain_arithmetic(devices: set[str]) -> AbstractContextManager[object]:
-    """Without autocast and reduced matmul precision on these device types.
+    """Switches autocast and reduced matmul precision off on these device types.
 
-    Default dtype, default device, grad mode and deterministic mode need nothing: code of the step
-    names its dtypes and devices.
+    Default dtype and device need nothing: code of the step names its dtypes and devices.
     """
     if torch.compiler.is_compiling():
         return torch.autocast("cpu", enabled=False) if "cpu" in devices else nullcontext()
@@ -39,6 +38,6 @@ def _matmul_precision(before: str) -> Iterator[None]:
 
 @contextmanager
 def outliving_inference_mode() -> Iterator[None]:
-    """No graph, and tensors that may be changed outside of a surrounding inference mode, too."""
+    """No graph; tensors made here may be changed outside of a surrounding inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -1,8 +1,8 @@
-"""What one optimizer step did, tensor by tensor, as plain numbers.
+"""Numbers of one optimizer step by tensor, for :meth:`LearnedOptimizer.diagnostics`.
 
-Step hooks do it: a step pays nothing unless somebody asked. Before the step the parameters and the
-network's state are copied; after it the pure form of the rule, which the compiled kernel follows,
-is run once more on what is there, for the gains.
+Step hooks compute them, so a step that nobody watches pays nothing. Before the step, parameters and
+the network's state are copied. After it, the pure form of the rule is run on the new moments, which
+gives the gains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from learned_optim.rules._features import bias_correction
 from learned_optim.rules._step import as_rows, sanitize_grad
 from learned_optim.rules.horizon import HorizonRule
 
-#: Directions by rule. A rule of another kind has them numbered.
+#: Directions by rule; those of other rules are numbered.
 DIRECTION_NAMES = {
     "horizon": ("fast", "slow", "gradient", "cautious"),
     "equivariant": ("fast", "slow", "gradient"),
@@ -33,24 +33,19 @@ DIRECTION_NAMES = {
 }
 
 
-def direction_names(rule: UpdateRule, count: int) -> tuple[str, ...]:
-    """Names of a rule's ``count`` directions."""
-    names = DIRECTION_NAMES.get(rule.name, ())
-    return names if len(names) == count else tuple(f"direction_{i}" for i in range(count))
-
-
 class Recorder:
-    """Step hooks of one optimizer, and what the last step's found.
+    """Step hooks of one optimizer.
 
     Attributes:
-        found: by tensor, see :meth:`learned_optim.LearnedOptimizer.diagnostics`.
-        stepped: whether there has been a step.
+        found: numbers of the last step by tensor.
+        stepped: true after the first step.
     """
 
     def __init__(self, optimizer: Optimizer, states: ParamStates) -> None:
         self._states = states
         self.found: dict[str, dict[str, float]] = {}
         self.stepped = False
+        # By parameter: number of earlier updates, copy, entries of network and tensor.
         self._before: dict[Tensor, tuple[float, Tensor, State]] = {}
         self._hooks = (
             optimizer.register_step_pre_hook(self._copy),
@@ -70,27 +65,25 @@ class Recorder:
                 rule, state = self._states.rule_on(param), optimizer.state.get(param, {})
                 own = real(local(param)).detach().clone()
                 entries = state if "step" in state else rule.init_state(own)
-                kept = {
+                copied = {
                     key: _entry(rule, key, entries, param).clone()
                     for key in {*rule.network_state, *rule.tensor_state}
                 }
-                self._before[param] = float(state.get("step", 0.0)), own, kept
+                self._before[param] = float(state.get("step", 0.0)), own, copied
 
     @torch.no_grad()
     def _measure(self, optimizer: Any, *_: Any) -> None:
         self.found, self.stepped = {}, True
         for number, group in enumerate(optimizer.param_groups):
-            names = group.get("param_names") or [
-                f"{number}/{i}" for i in range(len(group["params"]))
-            ]
-            for name, param in zip(names, group["params"], strict=True):
-                known = self._before.get(param)
-                # A frozen group takes no step.
-                if param.grad is None or known is None:
-                    continue
-                if float(optimizer.state.get(param, {}).get("step", -1.0)) == known[0] + 1:
-                    rule, state = self._states.rule_on(param), optimizer.state[param]
-                    self.found[name] = _tensor_numbers(rule, state, group, param, known)
+            params = group["params"]
+            names = group.get("param_names") or [f"{number}/{i}" for i in range(len(params))]
+            for name, param in zip(names, params, strict=True):
+                before = self._before.get(param)
+                state = optimizer.state.get(param, {})
+                # The count of a frozen tensor stays.
+                if param.grad is not None and before and state.get("step", 0.0) == before[0] + 1:
+                    rule = self._states.rule_on(param)
+                    self.found[name] = _tensor_numbers(rule, state, group, param, before)
         self._before = {}
 
 
@@ -105,15 +98,15 @@ def _tensor_numbers(
     state: Mapping[str, Tensor],
     group: dict[str, Any],
     param: Tensor,
-    known: tuple[float, Tensor, State],
+    before: tuple[float, Tensor, State],
 ) -> dict[str, float]:
-    step, before, kept = known
+    step, start, copied = before
     grad = sanitize_grad(
         real(local_grad(param.grad, param)).reshape(-1), rule.dtype, group["maximize"]
     )
-    old = before.reshape(-1).to(rule.dtype)
+    old = start.reshape(-1).to(rule.dtype)
     # In the parameter's own dtype first, which may be wider than the rule's.
-    moved = (real(local(param)) - before).reshape(-1).to(rule.dtype)
+    moved = (real(local(param)) - start).reshape(-1).to(rule.dtype)
     segments = Segments(
         [real_shape(param)], dtype=rule.dtype, device=grad.device, sizes=[len(grad)],
         shard_groups=shard_groups(param),
@@ -133,22 +126,16 @@ def _tensor_numbers(
     }
     if type(rule).forward is not UpdateRule.forward:
         return numbers
-    moments = {
-        key: _entry(rule, key, state, param)
-        for key in rule.state_keys
-        if key not in rule.network_state
-    }
+    entries = {key: _entry(rule, key, state, param) for key in rule.state_keys}
     count = torch.full((1,), step, dtype=rule.dtype, device=grad.device)
     context = StepContext(count, total_steps=group["total_steps"])
-    own = {"step": count[0], **{key: kept[key][0] for key in rule.tensor_state}}
-    decay = rule.scheduled_decay(group["weight_decay"], [own], context)
-    (shrunk,) = decayed(rule, [old], [grad], DECAY_UNIT * float(group["lr"]) * decay)
-    numbers.update(_signal_share(rule, moments, context, segments))
-    if not rule.needs_loss:
-        network = {key: kept[key] for key in rule.network_state}
-        numbers.update(
-            _gains(rule, grad, {**moments, **network}, shrunk, segments, context, numbers)
-        )
+    numbers.update(_signal_share(rule, entries, context, segments))
+    if not rule.needs_loss and rule.rows != "none":
+        own = {"step": count[0], **{key: copied[key][0] for key in rule.tensor_state}}
+        decay = rule.scheduled_decay(group["weight_decay"], [own], context)
+        (shrunk,) = decayed(rule, [old], [grad], DECAY_UNIT * float(group["lr"]) * decay)
+        entries.update({key: copied[key] for key in rule.network_state})
+        numbers.update(_gains(rule, grad, entries, shrunk, segments, context, numbers))
     return numbers
 
 
@@ -162,25 +149,19 @@ def _gains(
     numbers: dict[str, float],
 ) -> dict[str, float]:
     """Gains of the directions, what each adds to the step, and the rule's own schedule."""
-    products = rule.products(grad, state, param, segments, context)
-    means = segments.mean_from_sums(segments.sums(products)) if products else grad[:0]
-    features, stats = rule.tensor_features(means, segments, context)
-    spread = None if stats is None else segments.expand(stats)
-    rows, directions = rule.coordinate_features(grad, state, param, spread)
-    if rule.rows == "none":
-        return {}
-    seen = rows if features is None else features
-    assert seen is not None
-    gains, _ = rule.respond(seen.unsqueeze(0), {key: state[key] for key in rule.network_state})
+    features, directions = rule.features(grad, state, param, segments, context)
+    assert features is not None
+    gains, _ = rule.respond(features.unsqueeze(0), {key: state[key] for key in rule.network_state})
     parts = segments.mean(((directions * gains[0]) ** 2).t())[:, 0].sqrt()
     means = segments.mean(gains[0].expand_as(directions).t())[:, 0]
     found = {}
     if isinstance(rule, HorizonRule):
-        found["schedule"] = numbers["schedule"] * float(seen[0, history.SCHEDULE])
+        found["schedule"] = numbers["schedule"] * float(features[0, history.SCHEDULE])
         found["step_confidence"] = math.exp(float(state["stats"][0, history.CONFIDENCE]))
-    for name, gain, part in zip(
-        direction_names(rule, len(parts)), means.tolist(), parts.tolist(), strict=True
-    ):
+    names = DIRECTION_NAMES.get(rule.name, ())
+    if len(names) != len(parts):
+        names = tuple(f"direction_{i}" for i in range(len(parts)))
+    for name, gain, part in zip(names, means.tolist(), parts.tolist(), strict=True):
         found[f"gain/{name}"] = -gain
         found[f"part/{name}"] = part
     return found

@@ -18,7 +18,6 @@ from learned_optim._param_states import ParamStates
 from learned_optim._views import local, local_grad, real, real_shape, shard_groups
 from learned_optim._watch import GroupWatch
 from learned_optim.rules import Shards, StepSettings, UpdateRule
-from learned_optim.rules._context import BoundStep
 from learned_optim.rules._segments import is_sharded
 
 _grad_of = attrgetter("grad")
@@ -43,13 +42,12 @@ class GroupStep:
         state: MutableMapping[Tensor, Any],
         watch: GroupWatch,
     ) -> None:
-        self._index, self._watch = index, watch
+        self._index, self._watch, self._rule = index, watch, states.rule
         self._params = list(group["params"])
         self._with_grad = [param for param in self._params if param.grad is not None]
         self._without_grad = [param for param in self._params if param.grad is None]
         self._grads = list(map(_grad_of, self._with_grad))
         self._states = [state[param] for param in self._with_grad]
-        self._rule = states.rule
         keys = self._rule.state_keys
         # Of a single key itemgetter makes no tuple.
         self._entries_of = itemgetter("step", *keys) if keys else (lambda state: (state["step"],))
@@ -58,7 +56,12 @@ class GroupStep:
         self._entries = self._present_entries()
         self._settings: StepSettings | None = None  # of the last step
         self._calls = calls_of(index, group, states, state)
-        self._bound = _bind(self._calls)
+        self._bound = None
+        if len(self._calls) == 1:
+            ((rule, params, own, shards),) = self._calls
+            # Of complex numbers a step sees views, which stay behind when the data are replaced.
+            if shards is None and not rule.needs_loss and not any(map(Tensor.is_complex, params)):
+                self._bound = rule.bind(params, own)
         if self._with_grad:
             watch.begin(self._states)
 
@@ -152,10 +155,10 @@ def calls_of(
             where = param.device, shard_groups(param), is_sharded(param)
             buckets.setdefault(where, []).append(position)
     calls = []
-    for (_, sharding, sharded), positions in buckets.items():
+    for (_, groups, sharded), positions in buckets.items():
         params = [group["params"][i] for i in positions]
         own = [states.for_rule(index, i, state[p]) for i, p in zip(positions, params, strict=True)]
-        shards = Shards([real_shape(p) for p in params], sharding) if sharded else None
+        shards = Shards([real_shape(p) for p in params], groups) if sharded else None
         calls.append(Call(states.rule_on(params[0]), params, own, shards))
     return calls
 
@@ -164,7 +167,9 @@ def _step_tensors(call: Call, settings: StepSettings, loss: float | Tensor | Non
     rule, params = call.rule, call.params
     device = params[0].device
     if rule.needs_loss:
-        settings = StepSettings(*settings[:-1], _finite_loss(rule, loss, device))
+        finite = torch.as_tensor(loss, dtype=rule.dtype, device=device)
+        finite = torch.nan_to_num(finite, nan=0.0, posinf=0.0, neginf=0.0)
+        settings = StepSettings(*settings[:-1], finite)
     with plain_arithmetic({device.type}):
         rule.step_(
             [real(local(param)) for param in params],
@@ -176,20 +181,3 @@ def _step_tensors(call: Call, settings: StepSettings, loss: float | Tensor | Non
 
 
 _step_uncompiled = _disable_dynamo(torch.no_grad()(_step_tensors))
-
-
-def _finite_loss(rule: UpdateRule, loss: float | Tensor | None, device: torch.device) -> Tensor:
-    """The loss as a rule reads it: finite, on its device and in its dtype."""
-    seen = torch.as_tensor(loss, dtype=rule.dtype, device=device)
-    return torch.nan_to_num(seen, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _bind(calls: Sequence[Call]) -> BoundStep | None:
-    """The rule's step of these very tensors, if there is one call and the rule can prepare it."""
-    if len(calls) != 1:
-        return None
-    ((rule, params, states, shards),) = calls
-    # Of complex numbers a step sees views, which stay behind when the data are replaced.
-    if shards or rule.needs_loss or any(map(Tensor.is_complex, params)):
-        return None
-    return rule.bind(params, states)

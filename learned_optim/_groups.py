@@ -18,7 +18,7 @@ from learned_optim._warn import warn
 from learned_optim.rules import UpdateRule
 from learned_optim.rules._step import needs_sync
 
-# At or below this, lr is taken for another optimizer's: it would scale every learned update.
+# At or below this, lr is taken for another optimizer's.
 SUSPICIOUS_LR = 0.01
 #: Hyperparameters of other optimizers; the learned rule has its own form of each, or needs none.
 FOREIGN = frozenset(
@@ -39,7 +39,7 @@ OWN_DECAY = "default_weight_decay"
 
 
 def check_rule(rule: object) -> None:
-    """Raise ``TypeError`` for what stands in the rule's place but is none."""
+    """Raise ``TypeError`` for an argument that is no rule and names none."""
     if not isinstance(rule, (str, os.PathLike, UpdateRule)):
         raise TypeError(
             f"the second argument of LearnedOptimizer is the update rule, got {rule!r}. If it "
@@ -49,7 +49,7 @@ def check_rule(rule: object) -> None:
 
 
 def check_state_dtype(dtype: torch.dtype | None) -> None:
-    """Raise ``ValueError`` for a dtype that state cannot have."""
+    """Raise ``ValueError`` unless state can have this dtype."""
     if dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
         raise ValueError(
             f"state_dtype must be a floating point dtype, got {dtype}: one of "
@@ -71,11 +71,11 @@ def check_unknown(unknown: Collection[str], known: Iterable[str]) -> None:
         raise TypeError(f"LearnedOptimizer has no argument {name!r}{did_you_mean(name, known)}")
 
 
-def warn_of_foreign_keys(group: dict[str, Any], said: set[str]) -> None:
+def warn_of_foreign_keys(group: dict[str, Any], warned: set[str]) -> None:
     """Warn once of another optimizer's hyperparameters in a group."""
     foreign = sorted(FOREIGN.intersection(group))
-    if foreign and "foreign" not in said:
-        said.add("foreign")
+    if foreign and "foreign" not in warned:
+        warned.add("foreign")
         warn(
             f"{', '.join(foreign)} in a parameter group of LearnedOptimizer has no effect: the "
             f"learned update rule has momenta and scaling of its own. Leave out what belongs to "
@@ -107,8 +107,8 @@ def whole_steps(total: Any) -> int | None:
     Raises:
         ValueError: anything else.
     """
-    number = _number(total)
-    if total is None or (isinstance(number, (Real, Decimal)) and number in (math.inf, -1)):
+    number = _real(total)
+    if total is None or number in (math.inf, -1):
         return None
     steps = _whole(number)
     if steps is None or steps < 1:
@@ -120,20 +120,18 @@ def whole_steps(total: Any) -> int | None:
     return steps
 
 
-def _number(value: Any) -> Any:
-    """Tensors and arrays of one element as plain numbers; anything else as it is."""
+def _real(value: Any) -> Real | Decimal | None:
+    """A number of any type, or a tensor or array that holds one; ``None`` for anything else."""
     if hasattr(value, "item"):
         with suppress(RuntimeError, ValueError):
-            return value.item()
-    return value
+            value = value.item()
+    return value if isinstance(value, (Real, Decimal)) and not isinstance(value, bool) else None
 
 
 def _whole(number: Any) -> int | None:
-    """A whole number of any type as an integer, else ``None``."""
-    known = isinstance(number, (Real, Decimal)) and not isinstance(number, bool)
-    if not known or not math.isfinite(number) or number != int(number):
-        return None
-    return int(number)
+    """A whole number as an integer, else ``None``."""
+    whole = number is not None and math.isfinite(number) and number == int(number)
+    return int(number) if whole else None
 
 
 def rate_of(lr: float | Tensor, index: int) -> float | None:
@@ -157,10 +155,10 @@ def rate_of(lr: float | Tensor, index: int) -> float | None:
 
 
 def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
-    """Check the values that a group holds now, and let the rule's own weight decay follow them.
+    """Check the values of a group.
 
-    A rule's own weight decay depends on the length of the run. It follows a changed length unless
-    somebody has changed the weight decay.
+    A rule's own weight decay follows a changed length of the run, unless somebody has changed the
+    weight decay.
 
     Raises:
         ValueError: a value out of range.
@@ -172,7 +170,7 @@ def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
         group[OWN_DECAY] = group["weight_decay"]
     else:
         group[OWN_DECAY] = None
-    lr, weight_decay, warmup = group["lr"], group["weight_decay"], _whole(_number(group["warmup"]))
+    lr, weight_decay, warmup = group["lr"], group["weight_decay"], _whole(_real(group["warmup"]))
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not needs_sync(lr) and (not math.isfinite(lr) or lr < 0.0):

@@ -20,14 +20,7 @@ from learned_optim._ambient import outliving_inference_mode
 from learned_optim._frozen import FrozenRule
 from learned_optim._groups import FOREIGN, OWN_KEYS
 from learned_optim._tensors import has_values, lie_side_by_side
-from learned_optim._views import (
-    dense,
-    local,
-    real,
-    real_shape,
-    shard_like,
-    sharded_dims,
-)
+from learned_optim._views import dense, local, real, real_shape, shard_like, sharded_dims
 from learned_optim.rules import State, UpdateRule
 from learned_optim.rules._segments import is_sharded
 
@@ -48,7 +41,7 @@ class ParamStates:
     def __init__(self, rule: FrozenRule, dtype: torch.dtype | None) -> None:
         self.rule = rule.rule
         self._frozen, self._dtype = rule, dtype
-        # By group and position: entries in our layout, and under "KEY once" those that the state
+        # By group and position: entries in layout, and under a compact key those that the state
         # holds as views with repeated rows.
         self._laid_out: list[list[State]] = []
 
@@ -105,15 +98,15 @@ class ParamStates:
         for index, (param, entries) in enumerate(zip(params, known, strict=False)):
             kind = real_shape(param), param.dtype, param.device
             for key in self.rule.matrix_state:
-                if once(key) in entries and entries[once(key)].numel() > 1:
+                if compact_key(key) in entries and entries[compact_key(key)].numel() > 1:
                     found.setdefault((key, *kind), []).append(index)
         for (key, shape, *_), indices in found.items():
-            own = [known[index][once(key)] for index in indices]
+            own = [known[index][compact_key(key)] for index in indices]
             if len(own) == 1 or lie_side_by_side(own):
                 continue
             with outliving_inference_mode():
                 for index, value in zip(indices, torch.stack(own), strict=True):
-                    known[index][once(key)] = value
+                    known[index][compact_key(key)] = value
                     known[index][key] = states[params[index]][key] = with_rows(value, shape)
 
     def _lay_out(self, param: Tensor, state: dict[str, Any], known: State) -> None:
@@ -127,7 +120,7 @@ class ParamStates:
             fresh = self.create(param)
             keep_fitting_matrices(rule, state, fresh, real_shape(param))
         keys = [key for key in (*rule.state_keys, *rule.matrix_state) if key in state]
-        for key in known.keys() - {*keys, *(once(key) for key in keys)}:
+        for key in known.keys() - {*keys, *(compact_key(key) for key in keys)}:
             del known[key]
         for key in keys:
             if state[key] is known.get(key):
@@ -135,8 +128,8 @@ class ParamStates:
             with outliving_inference_mode():
                 if key in rule.tensor_state or key in rule.matrix_state:
                     shape = real_shape(param)
-                    known[once(key)] = without_rows(rule, key, state[key], shape).clone()
-                    state[key] = with_rows(known[once(key)], shape)
+                    known[compact_key(key)] = without_rows(rule, key, state[key], shape).clone()
+                    state[key] = with_rows(known[compact_key(key)], shape)
                 elif not is_sharded(param):
                     state[key] = dense(state[key])
             known[key] = state[key]
@@ -145,7 +138,7 @@ class ParamStates:
         """State as the rule takes it: local shards, and entries of the tensor without rows."""
         known = self._laid_out[index][position]
         return {
-            key: known[once(key)] if once(key) in known else local(value)
+            key: known[compact_key(key)] if compact_key(key) in known else local(value)
             for key, value in state.items()
         }
 
@@ -162,9 +155,7 @@ class ParamStates:
         for index, entries in state.items():
             param = own[index] if isinstance(index, int) else index
             rule, shape = self.rule_on(param), real_shape(param)
-            result[index] = {
-                key: without_rows(rule, key, value, shape) for key, value in entries.items()
-            }
+            result[index] = {k: without_rows(rule, k, v, shape) for k, v in entries.items()}
         return result
 
     def check(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
@@ -177,16 +168,8 @@ class ParamStates:
             if not entries:
                 continue
             rule, shape = self.rule_on(param), real_shape(param)
-            expected = {
-                key: tuple(value.shape)
-                for key, value in self.create(param).items()
-                if key not in rule.matrix_state
-            }
-            found = {
-                key: tuple(getattr(without_rows(rule, key, value, shape), "shape", ()))
-                for key, value in entries.items()
-                if key not in rule.matrix_state
-            }
+            found = _shapes(rule, entries, shape)
+            expected = _shapes(rule, self.create(param), shape)
             if any(found.get(key) != wanted for key, wanted in expected.items()):
                 raise ValueError(
                     f"loaded state dict does not fit the update rule {rule.name!r}: for a "
@@ -201,10 +184,10 @@ class ParamStates:
                 foreign = ", ".join(sorted(FOREIGN.intersection(group)))
                 missing = ", ".join(sorted(OWN_KEYS.difference(group)))
                 if missing:
+                    which = f"have {foreign}" if foreign else f"lack {missing}"
                     raise ValueError(
-                        f"loaded state dict belongs to another optimizer: its groups "
-                        f"{f'have {foreign}' if foreign else f'lack {missing}'}, and its learning "
-                        f"rate would scale learned updates"
+                        f"loaded state dict belongs to another optimizer: its groups {which}, and "
+                        f"its learning rate would scale learned updates"
                     )
         elif rule != identity:
             raise ValueError(
@@ -236,18 +219,13 @@ class ParamStates:
                 if not isinstance(value, Tensor):
                     state[key] = copy.deepcopy(value)
                     continue
+                compact = without_rows(rule, key, value, shape)
                 cast = key in rule.state_keys and key not in whole
                 dtype = (self._dtype if cast else None) or value.dtype
                 # Counts of the rule's matrices stay on the CPU.
-                on_cpu = (
-                    key in rule.matrix_state and without_rows(rule, key, value, shape).numel() == 1
-                )
-                value = value.detach().to("cpu" if on_cpu else param.device, dtype, copy=True)
-                state[key] = (
-                    with_rows(without_rows(rule, key, value, shape), shape)
-                    if key in whole
-                    else value
-                )
+                on_cpu = key in rule.matrix_state and compact.numel() == 1
+                own = compact.detach().to("cpu" if on_cpu else param.device, dtype, copy=True)
+                state[key] = with_rows(own, shape) if key in whole else own
             if rule.matrix_state:
                 keep_fitting_matrices(rule, state, self.create(param), shape)
 
@@ -262,9 +240,18 @@ def _matched(
         yield param, saved["state"].get(index, {})
 
 
-def once(key: str) -> str:
+def _shapes(
+    rule: UpdateRule, entries: Mapping[str, Any], shape: torch.Size
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of state entries without repeated rows; matrices are not checked."""
+    compact = {key: without_rows(rule, key, value, shape) for key, value in entries.items()}
+    own = compact.keys() - {*rule.matrix_state}
+    return {key: tuple(getattr(compact[key], "shape", ())) for key in sorted(own)}
+
+
+def compact_key(key: str) -> str:
     """Key of an entry without the repeated rows of its view."""
-    return f"{key} once"
+    return f"{key} without rows"
 
 
 def with_rows(value: Tensor, shape: torch.Size) -> Tensor:

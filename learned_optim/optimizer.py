@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, overload
 
 import torch
@@ -116,7 +117,7 @@ class LearnedOptimizer(Optimizer):
         self._states = ParamStates(frozen, self.state_dtype)
         # Lengths of the run that came from a loaded state dict, by group.
         self._loaded_total_steps: list[int | None] = []
-        self._said: set[str] = set()  # kinds of warnings that were given
+        self._warned: set[str] = set()  # kinds of warnings that were given
         self._forget_steps()
 
     def _forget_steps(self) -> None:
@@ -124,7 +125,7 @@ class LearnedOptimizer(Optimizer):
         self._states.forget_layout()
         self._group_steps: dict[int, GroupStep] = {}
         self._watches: dict[int, GroupWatch] = {}
-        self._said.discard("past")
+        self._warned.discard("past")
 
     @property
     def rule(self) -> UpdateRule:
@@ -141,11 +142,11 @@ class LearnedOptimizer(Optimizer):
         _groups.settle(rule, group)
         for key in ("total_steps", "warmup", "weight_decay", _groups.OWN_DECAY):
             param_group[key] = group[key]
-        _groups.warn_of_foreign_keys(param_group, self._said)
+        _groups.warn_of_foreign_keys(param_group, self._warned)
         super().add_param_group(param_group)
         ignored = group["total_steps"] is not None and not rule.reads_horizon
-        if ignored and "ignored" not in self._said:
-            self._said.add("ignored")
+        if ignored and "ignored" not in self._warned:
+            self._warned.add("ignored")
             warn(
                 f"total_steps={group['total_steps']} has no effect: the update rule "
                 f"{rule.name!r} does not know the length of a run. Leave it out, or choose a "
@@ -202,7 +203,7 @@ class LearnedOptimizer(Optimizer):
         self._states.lay_out(index, group["params"], self.state)
         watch = self._watches.get(index)
         if watch is None:
-            watch = self._watches[index] = GroupWatch(self._frozen.rule, self._said)
+            watch = self._watches[index] = GroupWatch(self._frozen.rule, self._warned)
         return GroupStep(index, group, self._states, self.state, watch)
 
     def _traced_step(self, index: int, group: dict[str, Any], loss: float | Tensor | None) -> None:
@@ -217,7 +218,7 @@ class LearnedOptimizer(Optimizer):
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
         self._states.lay_out(index, group["params"], self.state)
 
-    # ---- what the last step did
+    # ---- diagnostics
 
     def diagnose(self, on: bool = True) -> None:
         """Record what every further step does, for :meth:`diagnostics`; ``False`` stops it.
@@ -267,23 +268,17 @@ class LearnedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; recurrent state keeps its dtype and bits.
 
-        As in torch, values of groups are the saved ones. Only ``total_steps`` stays as this
-        optimizer was told where that differs, and a warning says so: runs are resumed to be
-        extended. If it was told none, the saved one is taken. The rule's own weight decay follows
-        the length that counts. Entries that a wrapper added to the state of parameters are passed
-        through untouched.
+        As in torch, values of groups are the saved ones. Only a ``total_steps`` that this optimizer
+        was given stays, with a warning where it differs: runs are resumed to be extended. The
+        rule's own weight decay follows the length that counts. Entries that a wrapper added to the
+        state of parameters are passed through untouched.
 
         Raises:
             ValueError: the state belongs to another update rule, or to other parameter groups.
         """
-        told = [
-            None if total == loaded else total
-            for total, loaded in zip(
-                (group["total_steps"] for group in self.param_groups),
-                [*self._loaded_total_steps, *[None] * len(self.param_groups)],
-                strict=False,
-            )
-        ]
+        given: list[Any] = []  # lengths of the run that this optimizer was given, by group
+        for group, loaded in zip_longest(self.param_groups, self._loaded_total_steps):
+            given.append(None if group["total_steps"] == loaded else group["total_steps"])
         final: dict[str, Any] = {}
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
@@ -292,7 +287,7 @@ class LearnedOptimizer(Optimizer):
 
         def restore(_: Optimizer) -> None:
             self._states.restore(self.param_groups, self.state, final)
-            self._keep_total_steps(told)
+            self._keep_total_steps(given)
 
         # The first of the post-hooks: others find what was saved.
         last = self.register_load_state_dict_pre_hook(check)
@@ -303,14 +298,10 @@ class LearnedOptimizer(Optimizer):
             last.remove()
             first.remove()
 
-    def _keep_total_steps(self, told: list[Any]) -> None:
-        """Settle the groups of a loaded state dict, with the lengths that this optimizer was told.
-
-        Args:
-            told: by group; ``None`` where it was told none.
-        """
+    def _keep_total_steps(self, given: list[Any]) -> None:
+        """Settle loaded groups; lengths of the run that this optimizer was given stay."""
         differing, self._loaded_total_steps = [], []
-        for group, total_steps in zip(self.param_groups, told, strict=True):
+        for group, total_steps in zip(self.param_groups, given, strict=True):
             saved = group["total_steps"]
             if total_steps is not None:
                 group["total_steps"] = total_steps
@@ -328,13 +319,13 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps defaults, state and groups alone: the network would vanish in a copy.
-        kept = {
+        return {
+            **super().__getstate__(),
             "state_dtype": self.state_dtype,
             "_rule": self._frozen.rule,
             "_source": self._source,
             "_loaded_total_steps": self._loaded_total_steps,
         }
-        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)

@@ -1,4 +1,4 @@
-"""``python -m learned_optim.kernels``: builds the library in place and says what there is."""
+"""``python -m learned_optim.kernels``: builds the library in place, and prints its status."""
 
 from __future__ import annotations
 

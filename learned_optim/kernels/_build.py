@@ -35,16 +35,16 @@ _CHOICES = (
 
 
 class BuildError(Exception):
-    """There is no library, and why."""
+    """The library could not be built."""
 
 
 def switched_off() -> bool:
-    """Whether the environment wants no kernels."""
+    """True if the environment switches kernels off."""
     return os.environ.get(SWITCH, "1") == "0"
 
 
 def source_hash() -> str:
-    """What a library built from these sources calls itself."""
+    """The name that a library built from these sources reports."""
     digest = hashlib.sha256()
     for path in (*SOURCES, HEADER, CONSTANTS):
         digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
@@ -74,27 +74,18 @@ def command(compiler: list[str], choice: list[str], target: Path) -> list[str]:
     sources = [str(source) for source in SOURCES]
     if Path(compiler[0]).stem.lower() == "cl":
         output = [f"/Fe{target}", f"/Fo{target.parent}{os.sep}"]
-        return [
-            *compiler,
-            "/nologo",
-            "/O2",
-            "/EHsc",
-            "/std:c++17",
-            "/LD",
-            *macros,
-            *sources,
-            *output,
-        ]
+        flags = ["/nologo", "/O2", "/EHsc", "/std:c++17", "/LD"]
+        return [*compiler, *flags, *macros, *sources, *output]
     architectures = shlex.split(os.environ.get("ARCHFLAGS", "")) if sys.platform == "darwin" else []
     flags = [*_UNIX, *_MATH, *_WARNINGS, *choice, *architectures, *macros]
     return [*compiler, *flags, *sources, "-o", str(target)]
 
 
 def build(library: Path = LIBRARY) -> str:
-    """Compile the sources into ``library``; the compiler that did it.
+    """Compile the sources into ``library``, and return the compiler that did it.
 
     Raises:
-        BuildError: there is no compiler, or none of them can.
+        BuildError: there is no compiler, or all of them failed.
     """
     found = compilers()
     if not found:
@@ -104,18 +95,12 @@ def build(library: Path = LIBRARY) -> str:
         target = Path(folder) / library.name
         for compiler in found:
             for choice in _CHOICES:
-                done = subprocess.run(
-                    command(compiler, choice, target),
-                    cwd=folder,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
+                line = command(compiler, choice, target)
+                done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
                 if done.returncode == 0 and target.is_file():
                     # At once, so that a process that starts meanwhile sees the old or the new.
                     target.replace(library)
                     return compiler[0]
-                failure = (
-                    failure or f"{shlex.join(compiler)}: {(done.stderr or done.stdout)[-2000:]}"
-                )
+                said = (done.stderr or done.stdout)[-2000:]
+                failure = failure or f"{shlex.join(compiler)}: {said}"
     raise BuildError(f"no compiler could build the library: {failure}")

@@ -1,4 +1,4 @@
-"""From the rows of an LSTM stack on the CPU to one call of the library."""
+"""The step of a stack of LSTM layers on the CPU: one call of the compiled library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU's step as an operator of torch, which compiled graphs call instead of tracing it."""
+"""The CPU's step as an operator that graphs of torch.compile call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of an update rule: weight-free observation, a learned response, one update."""
+"""The contract of an update rule: features without weights, a learned response, one step."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class UpdateRule(ConfiguredModule):
 
     ==========================  ============================================  ============
     :meth:`moments`             new running moments                            elementwise
-    :meth:`products`            what is averaged over each tensor              elementwise
+    :meth:`products`            products to average over each tensor           elementwise
     :meth:`tensor_features`     features and statistics of whole tensors       no weights
     :meth:`coordinate_features` features of coordinates, directions            elementwise
     :meth:`respond`             gains of the directions                        all weights
     ==========================  ============================================  ============
 
     ``update[i] = sum_d directions[i, d] * gains[row(i), d]``, where rows are coordinates or
-    tensors. Since everything but the averages is elementwise, tensors of any size are updated
-    block by block; since all weights are in :meth:`respond`, meta-gradients need only that to be
-    run again (:func:`learned_optim.meta.estimators.replay`). A rule of another kind overrides
-    :meth:`forward` itself.
+    tensors. Everything but the averages is elementwise: tensors of any size are updated block by
+    block. All weights are in :meth:`respond`: meta-gradients run only that again
+    (:func:`learned_optim.meta.estimators.replay`). A rule of another kind overrides :meth:`forward`
+    itself.
 
     A subclass names itself with ``name``, declares its frozen, JSON-serializable dataclass as
     ``Config``, and is registered by being defined.
@@ -57,8 +57,7 @@ class UpdateRule(ConfiguredModule):
         config: rebuilds the rule, together with its weights; ``None`` takes the defaults.
     """
 
-    #: What has gains of its own: each coordinate, each tensor, or, for a rule whose directions
-    #: already are the update, nothing.
+    #: Unit with gains of its own: coordinates, tensors, or none, if directions are the update.
     rows: ClassVar[Literal["coordinates", "tensors", "none"]] = "none"
     #: State entries that :meth:`respond` owns, one row per row; :meth:`moments` owns all others.
     network_state: ClassVar[tuple[str, ...]] = ()
@@ -71,12 +70,11 @@ class UpdateRule(ConfiguredModule):
     coordinatewise: ClassVar[bool] = True
     #: An exactly zero gradient history gives an exactly zero update. Promised, and tested.
     zero_preserving: ClassVar[bool] = False
-    #: The rule reads ``context.total_steps`` and anneals its updates by itself.
+    #: The rule reads ``context.total_steps`` and anneals its updates.
     reads_horizon: ClassVar[bool] = False
     #: Weight decay spares coordinates whose gradient is zero in this step.
     decays_live: ClassVar[bool] = False
-    #: Steps of warm-up that the optimizer applies unless it is told another number. Weights that
-    #: need it carry it in their checkpoint.
+    #: Steps of warm-up that the optimizer applies by default; part of the checkpoint.
     warmup_steps: int = 0
     #: Inner steps of the longest runs that the weights were trained on; ``None`` if unknown.
     trained_steps: int | None = None
@@ -157,7 +155,7 @@ class UpdateRule(ConfiguredModule):
     def tensor_features(
         self, means: Tensor, segments: Segments, context: StepContext
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What is known of whole tensors; differentiable, without weights.
+        """Features of whole tensors; differentiable, without weights.
 
         Args:
             means: of :meth:`products`, shape ``(k, m)``.
@@ -166,15 +164,14 @@ class UpdateRule(ConfiguredModule):
 
         Returns:
             ``(features, stats)``: input of :meth:`respond`, ``(m, f)``, if rows are tensors, else
-            ``None``; and what :meth:`coordinate_features` reads of a coordinate's tensor,
-            ``(s, m)``, or ``None``.
+            ``None``; and statistics for :meth:`coordinate_features`, ``(s, m)``, or ``None``.
         """
         return None, None
 
     def coordinate_features(
         self, grad: Tensor, state: State, param: Tensor, stats: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        """What is known of coordinates, and the directions of their updates; elementwise.
+        """Features of coordinates, and directions of their updates; elementwise.
 
         Args:
             grad: shape ``(n,)``.
@@ -231,19 +228,24 @@ class UpdateRule(ConfiguredModule):
     def observe(
         self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
     ) -> tuple[Tensor | None, Tensor, State]:
-        """Everything that does not depend on the weights. Arguments as for :meth:`forward`.
+        """The parts without weights. Arguments are those of :meth:`forward`.
 
         Returns:
             ``(features, directions, moments)``: ``(r, f)``, ``(n, d)``, and the new moments.
         """
         new = self.moments(grad, state)
-        seen = {**state, **new}
-        products = self.products(grad, seen, param, segments, context)
+        return *self.features(grad, {**state, **new}, param, segments, context), new
+
+    def features(
+        self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
+    ) -> tuple[Tensor | None, Tensor]:
+        """Input of :meth:`respond`, ``(r, f)``, and directions, ``(n, d)``, from new moments."""
+        products = self.products(grad, state, param, segments, context)
         means = segments.mean_from_sums(segments.sums(products)) if products else grad[:0]
-        features, stats = self.tensor_features(means, segments, context)
-        spread = None if stats is None else segments.expand(stats)
-        rows, directions = self.coordinate_features(grad, seen, param, spread)
-        return (rows if features is None else features), directions, new
+        of_tensors, stats = self.tensor_features(means, segments, context)
+        expanded = None if stats is None else segments.expand(stats)
+        of_coordinates, directions = self.coordinate_features(grad, state, param, expanded)
+        return (of_coordinates if of_tensors is None else of_tensors), directions
 
     def mix(self, directions: Tensor, gains: Tensor | None, segments: Segments) -> Tensor:
         """The update ``(n,)`` from directions ``(n, d)`` and gains ``(r, d)``."""

@@ -1,4 +1,4 @@
-"""The rotation of gradients as an operator of torch, which compiled graphs call."""
+"""The rotation of gradients as an operator that graphs of torch.compile call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What identifies a rule: its name, its configuration and its weights."""
+"""Identity of a rule: name, configuration, weights."""
 
 from __future__ import annotations
 
@@ -28,12 +28,8 @@ def register(cls: type[ConfiguredModule]) -> None:
     Raises:
         ValueError: the name is taken by another class.
     """
-    taken = RULES.get(cls.name)
-    same = taken is not None and (taken.__module__, taken.__qualname__) == (
-        cls.__module__,
-        cls.__qualname__,
-    )
-    if taken is not None and not same:
+    taken = RULES.get(cls.name, cls)
+    if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(
             f"{cls.__qualname__} cannot be named {cls.name!r}: {taken.__qualname__} of "
             f"{taken.__module__} is, and checkpoints know rules by name"

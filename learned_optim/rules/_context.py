@@ -1,4 +1,4 @@
-"""What is handed to a rule at a step: its state, and what else it may know."""
+"""Arguments of a rule at a step: state, context, settings, shards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BoundStep: TypeAlias = Callable[[Sequence[Tensor], StepSettings], bool]
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-    """What a rule may know of a step besides gradients, state and parameters.
+    """Inputs of a step besides gradients, state and parameters.
 
     Attributes:
         step: number of earlier updates of each tensor, in the rule's dtype, shape ``(m,)``.
         loss: the loss at the parameters, shape ``()`` or, one per tensor, ``(m,)``; ``None``
             unless the rule has :attr:`UpdateRule.needs_loss`.
-        total_steps: length of the run that the optimizer was told, a number or a tensor of shape
-            ``()`` or ``(m,)``; ``None`` if it is unknown.
+        total_steps: length of the run, a number or a tensor of shape ``()`` or ``(m,)``; ``None``
+            if it is unknown.
         rotated: 1 for matrices that are stepped in an eigenbasis, else 0, shape ``(m,)``; ``None``
             if there is none.
     """
@@ -47,7 +47,7 @@ class StepContext:
 
 
 class Shards(NamedTuple):
-    """Where the tensors of a step are parts of sharded ones.
+    """The sharded tensors of which those of a step are parts.
 
     Attributes:
         shapes: of the whole tensors.

@@ -1,4 +1,4 @@
-"""What rules compute from gradient histories in the same way."""
+"""Functions of gradient histories that several rules share."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def largest_momentum(beta: float, square_beta: float) -> float:
 
 
 def momentum_before(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
-    """``beta`` times the momentum before ``grad``; what is left of rounding counts as zero."""
+    """``beta`` times the momentum before ``grad``; rounding errors count as zero."""
     own = (1 - beta) * grad
     old = momentum.squeeze(-1) - own
     rounding = 8 * torch.finfo(grad.dtype).eps

@@ -1,8 +1,8 @@
-"""What the horizon rule remembers of a tensor's past, and what the network reads of it.
+"""Statistics of each tensor that the horizon rule keeps, and the network's inputs.
 
-A step is observed as ``(m, f)`` numbers: its time, then its measurements. The network reads the
-time of the step and the measurements of the step before, which are in ``stats``: so one pass over
-the coordinates does everything.
+A step is described by ``(m, f)`` numbers: its time, then its measurements. The network reads the
+time of the step and the measurements of the step before, which are in ``stats``: one pass over the
+coordinates does everything.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def next_confidence(
 
 
 def measurements(means: Tensor) -> tuple[Tensor, ...]:
-    """What one step shows of each tensor, 11 of shape ``(m,)``.
+    """Measurements of one step of each tensor, 11 of shape ``(m,)``.
 
     Args:
         means: over each tensor, ``(13, m)``: squares of the parameter, mean square, squares of both

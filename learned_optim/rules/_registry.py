@@ -51,7 +51,7 @@ def rule_for(config: RuleConfig) -> UpdateRule:
 
 
 def rule_reference(config: RuleConfig) -> str:
-    """The name of a rule; with its module, where that is no part of this package."""
+    """Name of a configuration's rule; with its module, if that is outside of this package."""
     cls = type(rule_for(config))
     ours = __name__.partition(".")[0]
     foreign = cls.__module__.partition(".")[0] not in (ours, "__main__")

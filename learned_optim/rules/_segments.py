@@ -1,4 +1,4 @@
-"""Which coordinates belong to which tensor, and what the shapes of the tensors say."""
+"""Packed tensors: the tensor of each coordinate, and features of the tensors' shapes."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ class Segments:
         sizes: tuple[int, ...],
         shard_groups: tuple[Any, ...] = (),
     ) -> Segments:
-        """The segments of these tensors; remembered, because every step asks for the same."""
+        """The segments of these tensors; cached, because every step asks for the same."""
         if torch.compiler.is_compiling() or not is_plain_eager():
             return cls(shapes, dtype=dtype, device=device, sizes=sizes, shard_groups=shard_groups)
-        return _remembered(shapes, dtype, device, sizes, shard_groups)
+        return _cached(shapes, dtype, device, sizes, shard_groups)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -125,11 +125,6 @@ class Segments:
         part.columns = self.columns[:, first:last]
         part._ids = None
         return part
-
-    @property
-    def log_tallness(self) -> Tensor:
-        """Log of outputs over inputs per output, ``(m,)``: 0 of vectors and of what is not tall."""
-        return (self.log_size - 2 * self.log_fan_in).clamp(min=0) * (1 - self.is_vector)
 
     def expand(self, values: Tensor) -> Tensor:
         """From one value per tensor, ``(*, m)``, to one per coordinate, ``(*, n)``."""
@@ -186,7 +181,7 @@ class Segments:
 
 
 @lru_cache(maxsize=64)
-def _remembered(
+def _cached(
     shapes: tuple[torch.Size, ...],
     dtype: torch.dtype,
     device: torch.device,
