@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from learned_optim import LearnedOptimizer, save_rule, trainer_callback
+from learned_optim.rules import UpdateRule
 
 from .common import descending_lstm, flat, small_batch, small_net, train
 
@@ -19,21 +21,17 @@ from .common import descending_lstm, flat, small_batch, small_net, train
 
 lightning = pytest.importorskip("lightning")
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 # What Lightning says about small machines and small loaders is not about us.
 lightning_warnings = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
 class LightningNet(lightning.LightningModule):
-    def __init__(self, scheduled: bool = False) -> None:
+    """Trains with a rule, or with the default and the length of the run as the docs say."""
+
+    def __init__(self, make_rule: Any = None, scheduled: bool = False) -> None:
         super().__init__()
         self.net = small_net()
-        self.scheduled = scheduled
+        self.make_rule, self.scheduled = make_rule, scheduled
         self.losses: list[float] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -43,7 +41,10 @@ class LightningNet(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        opt = LearnedOptimizer(self.parameters(), descending_lstm())
+        if self.make_rule is None:
+            steps = self.trainer.estimated_stepping_batches
+            return LearnedOptimizer(self.parameters(), total_steps=steps)
+        opt = LearnedOptimizer(self.parameters(), self.make_rule())
         if not self.scheduled:
             return opt
         schedule = LambdaLR(opt, lambda step: 0.8**step)
@@ -54,15 +55,21 @@ def loader(batch_size: int = 16) -> DataLoader:
     return DataLoader(TensorDataset(*small_batch()), batch_size=batch_size)
 
 
+def fit(folder: Path, module: LightningNet, checkpoint: Path | None = None, **options: Any) -> Any:
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=folder, **options,
+    )  # fmt: skip
+    data = loader(16 // options.get("accumulate_grad_batches", 1))
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    return trainer
+
+
 @lightning_warnings
 def test_lightning_makes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
     """Lightning steps through a closure; the numbers are those of a loop without one."""
-    module = LightningNet()
-    trainer = lightning.Trainer(
-        max_epochs=8, enable_checkpointing=False, default_root_dir=tmp_path, **QUIET
-    )
-    trainer.fit(module, loader())
-    plain = small_net()
+    module, plain = LightningNet(descending_lstm), small_net()
+    fit(tmp_path, module, max_epochs=8)
     losses = train(plain, LearnedOptimizer(plain.parameters(), descending_lstm()), 8)
     assert module.losses == pytest.approx(losses, rel=1e-6)
     torch.testing.assert_close(flat(module.net), flat(plain), rtol=1e-6, atol=1e-7)
@@ -70,91 +77,66 @@ def test_lightning_makes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
 
 @lightning_warnings
 def test_lightning_resumes_from_its_checkpoint(tmp_path: Path) -> None:
-    whole = LightningNet(scheduled=True)
-    options = {**QUIET, "enable_checkpointing": False, "default_root_dir": tmp_path}
-    lightning.Trainer(max_epochs=8, **options).fit(whole, loader())
-
-    first = LightningNet(scheduled=True)
-    trainer = lightning.Trainer(max_epochs=3, **options)
-    trainer.fit(first, loader())
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-
-    second = LightningNet(scheduled=True)
-    trainer = lightning.Trainer(max_epochs=8, **options)
-    trainer.fit(second, loader(), ckpt_path=tmp_path / "half.ckpt")
+    """With accumulated and clipped gradients, and a scheduler."""
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    whole, first, second = (LightningNet(descending_lstm, scheduled=True) for _ in range(3))
+    fit(tmp_path, whole, max_epochs=8, **options)
+    fit(tmp_path, first, max_epochs=3, **options).save_checkpoint(tmp_path / "half.ckpt")
+    trainer = fit(tmp_path, second, tmp_path / "half.ckpt", max_epochs=8, **options)
     assert first.losses + second.losses == whole.losses
     assert torch.equal(flat(whole.net), flat(second.net))
     (opt,) = trainer.optimizers
     assert opt.param_groups[0]["lr"] == pytest.approx(0.8**8)
+    assert all(state["step"].item() == 8.0 for state in opt.state.values())
 
 
 @lightning_warnings
-def test_lightning_accumulates_and_clips(tmp_path: Path) -> None:
-    module = LightningNet()
-    trainer = lightning.Trainer(
-        max_epochs=10,
-        accumulate_grad_batches=2,
-        gradient_clip_val=0.5,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-        **QUIET,
-    )
-    trainer.fit(module, loader(batch_size=8))
-    (opt,) = trainer.optimizers
-    assert all(state["step"].item() == 10.0 for state in opt.state.values())
-    assert sum(module.losses[-2:]) < sum(module.losses[:2])
-
-
-class AnnealedNet(LightningNet):
-    """Told the length of the run as the documentation says."""
-
-    def configure_optimizers(self) -> Any:
-        steps = self.trainer.estimated_stepping_batches
-        return LearnedOptimizer(self.parameters(), "default", total_steps=steps)
-
-
-@lightning_warnings
-def test_lightning_extends_a_run(tmp_path: Path) -> None:
-    options = {**QUIET, "enable_checkpointing": False, "default_root_dir": tmp_path}
-    trainer = lightning.Trainer(max_epochs=3, **options)
-    trainer.fit(AnnealedNet(), loader())
+def test_lightning_tells_the_length_and_extends_a_run(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, LightningNet(), max_epochs=3)
     assert trainer.optimizers[0].param_groups[0]["total_steps"] == 3
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    longer = lightning.Trainer(max_epochs=9, **options)
-    longer.fit(AnnealedNet(), loader(), ckpt_path=tmp_path / "end.ckpt")
+    longer = fit(tmp_path, LightningNet(), tmp_path / "end.ckpt", max_epochs=9)
     (opt,) = longer.optimizers
     assert opt.param_groups[0]["total_steps"] == 9
     assert all(state["step"].item() == 9.0 for state in opt.state.values())
 
-
-@lightning_warnings
-def test_lightning_without_a_maximum_tells_an_unknown_length(tmp_path: Path) -> None:
-    options = {**QUIET, "enable_checkpointing": False, "default_root_dir": tmp_path}
-    trainer = lightning.Trainer(max_epochs=-1, max_steps=-1, limit_train_batches=1, **options)
-
-    class Stops(AnnealedNet):
+    class Stops(LightningNet):
         def on_train_epoch_end(self) -> None:
             self.trainer.should_stop = True
 
-    trainer.fit(Stops(), loader())
-    assert trainer.optimizers[0].param_groups[0]["total_steps"] is None
+    endless = fit(tmp_path, Stops(), max_epochs=-1, max_steps=-1, limit_train_batches=1)
+    assert endless.optimizers[0].param_groups[0]["total_steps"] is None
+
+
+def test_a_warning_in_mid_run_points_at_the_users_line(tmp_path: Path) -> None:
+    def exhausted() -> UpdateRule:
+        rule = descending_lstm()
+        rule.trained_steps = 1
+        return rule
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, LightningNet(exhausted), max_epochs=3)
+    (warning,) = [w for w in caught if "longest runs" in str(w.message)]
+    assert warning.filename == __file__
 
 
 # ---- Accelerate
 
 
-def accelerated(**options: Any) -> tuple[Any, nn.Module, Any, Any, Any]:
+def accelerated(total_steps: int | None = None, **options: Any) -> tuple[Any, ...]:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True, **options)
-    model = small_net()
-    opt = LearnedOptimizer(model.parameters(), descending_lstm())
-    schedule = LambdaLR(opt, lambda step: 0.9**step)
-    return accelerator, *accelerator.prepare(model, opt, loader(), schedule)
+    accelerator, model = Accelerator(cpu=True, **options), small_net()
+    rule = "default" if total_steps else descending_lstm()
+    opt = LearnedOptimizer(model.parameters(), rule, total_steps=total_steps)
+    schedule = LambdaLR(opt, lambda step: 1.0 if total_steps else 0.9**step)
+    data = loader(16 // options.get("gradient_accumulation_steps", 1))
+    return accelerator, *accelerator.prepare(model, opt, data, schedule)
 
 
 def accelerated_steps(accelerator: Any, model: Any, opt: Any, data: Any, schedule: Any) -> float:
-    """One epoch of one batch; its loss."""
+    """One epoch; the last loss."""
     for x, y in data:
         with accelerator.accumulate(model):
             loss = nn.functional.cross_entropy(model(x), y)
@@ -191,32 +173,26 @@ def test_accelerate_makes_the_steps_of_a_plain_loop_and_resumes(tmp_path: Path) 
 def test_accelerate_accumulates_gradients() -> None:
     """The wrapper holds back every other step, and the count of steps says so."""
     parts = accelerated(gradient_accumulation_steps=2)
-    accelerator, model, opt, _, schedule = parts
-    data = accelerator.prepare(loader(batch_size=8))
     for _ in range(3):
-        accelerated_steps(accelerator, model, opt, data, schedule)
-    states = opt.optimizer.state.values()
-    assert [state["step"].item() for state in states] == [3.0] * 4
+        accelerated_steps(*parts)
+    assert [state["step"].item() for state in parts[2].optimizer.state.values()] == [3.0] * 4
 
 
 def test_accelerate_extends_a_run(tmp_path: Path) -> None:
-    from accelerate import Accelerator
-
-    for total_steps in (3, 9):
-        accelerator, model = Accelerator(cpu=True), small_net()
-        opt = LearnedOptimizer(model.parameters(), total_steps=total_steps)
-        model, opt, data = accelerator.prepare(model, opt, loader())
-        if total_steps == 9:
-            with pytest.warns(UserWarning, match="total_steps=9 of this optimizer is kept"):
-                accelerator.load_state(tmp_path / "state")
-        for x, y in data:
-            accelerator.backward(nn.functional.cross_entropy(model(x), y))
-            opt.step()
-        accelerator.save_state(tmp_path / "state")
-        assert opt.param_groups[0]["total_steps"] == total_steps
+    parts = accelerated(total_steps=3)
+    accelerated_steps(*parts)
+    parts[0].save_state(tmp_path / "state")
+    longer = accelerated(total_steps=9)
+    with pytest.warns(UserWarning, match="total_steps=9 of this optimizer is kept") as caught:
+        longer[0].load_state(tmp_path / "state")
+    assert caught[0].filename == __file__
+    accelerated_steps(*longer)
+    assert longer[2].param_groups[0]["total_steps"] == 9
 
 
 # ---- Hugging Face Trainer
+
+hf_warnings = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 class HFNet(nn.Module):
@@ -231,125 +207,81 @@ class HFNet(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def hf_trainer(folder: Path, model: nn.Module, max_steps: int = 6, **options: Any) -> Any:
+def hf_trainer(folder: Path, optimizer: Any, max_steps: int = 6, **arguments: Any) -> Any:
+    """A Trainer of a small network by an optimizer that is made here, or by class and arguments."""
     from transformers import Trainer, TrainingArguments, set_seed
 
     set_seed(0)
-    x, y = small_batch()
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=16,
-        max_steps=max_steps,
-        logging_steps=1,
-        save_steps=3,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-        lr_scheduler_type="constant",
-        dataloader_pin_memory=False,
-    )
+    model, (x, y) = HFNet(), small_batch()
+    settings = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=16, max_steps=max_steps,
+        logging_steps=1, save_steps=3, use_cpu=True, disable_tqdm=True, report_to="none",
+        dataloader_pin_memory=False, **{"lr_scheduler_type": "constant", **arguments},
+    )  # fmt: skip
     rows = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
-    return Trainer(model, arguments, train_dataset=rows, **options)
+    if isinstance(optimizer, tuple):
+        options = {"optimizer_cls_and_kwargs": optimizer}
+    else:
+        options = {"optimizers": (optimizer(model.parameters()), None)}
+    options["callbacks"] = [trainer_callback()]
+    return Trainer(model, settings, train_dataset=rows, **options)
 
 
 def hf_losses(trainer: Any) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@hf_warnings
+@pytest.mark.filterwarnings("ignore:total_steps=6 has no effect")
 def test_hugging_face_trainer_through_both_arguments(tmp_path: Path) -> None:
     """``optimizers=`` and ``optimizer_cls_and_kwargs=`` reach the same weights, also resumed."""
     rule_file = tmp_path / "rule.safetensors"
     save_rule(descending_lstm(), rule_file)
-
-    model = HFNet()
-    opt = LearnedOptimizer(model.parameters(), rule_file)
-    one = hf_trainer(tmp_path / "one", model, optimizers=(opt, None))
+    one = hf_trainer(tmp_path / "one", lambda params: LearnedOptimizer(params, rule_file))
     one.train()
-
     choice = (LearnedOptimizer, {"rule": str(rule_file), "lr": 1.0})
-    two = hf_trainer(tmp_path / "two", HFNet(), optimizer_cls_and_kwargs=choice)
+    two = hf_trainer(tmp_path / "two", choice)
     two.train()
     assert isinstance(two.optimizer.optimizer, LearnedOptimizer)
     assert hf_losses(one) == hf_losses(two)
     assert hf_losses(two)[-1] < hf_losses(two)[0]
     assert torch.equal(flat(one.model), flat(two.model))
-
-    resumed = hf_trainer(tmp_path / "two", HFNet(), optimizer_cls_and_kwargs=choice)
+    resumed = hf_trainer(tmp_path / "two", choice)
     resumed.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-3"))
     assert torch.equal(flat(resumed.model), flat(two.model))
     steps = [s["step"].item() for s in resumed.optimizer.optimizer.state.values()]
     assert steps == [6.0] * 4
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@hf_warnings
 def test_the_callback_tells_the_length_and_extends_a_run(tmp_path: Path) -> None:
-    optimizers = []
-    for max_steps, resumed in ((6, None), (12, str(tmp_path / "checkpoint-6"))):
-        model = HFNet()
-        opt = LearnedOptimizer(model.parameters())
-        trainer = hf_trainer(
-            tmp_path, model, max_steps, optimizers=(opt, None), callbacks=[trainer_callback()]
-        )
+    for max_steps, resumed in ((3, None), (6, str(tmp_path / "checkpoint-3"))):
+        trainer = hf_trainer(tmp_path, LearnedOptimizer, max_steps)
         trainer.train(resume_from_checkpoint=resumed)
-        optimizers.append(opt)
+        opt = trainer.optimizer.optimizer
         (group,) = opt.param_groups
         assert group["total_steps"] == max_steps
-        assert group["weight_decay"] == opt.rule.default_weight_decay(max_steps)
+        assert group["weight_decay"] == opt.rule.default_weight_decay(max_steps) > 0
         assert all(state["step"].item() == max_steps for state in opt.state.values())
-    model = HFNet()
-    adam = torch.optim.Adam(model.parameters())
-    trainer = hf_trainer(tmp_path, model, optimizers=(adam, None), callbacks=[trainer_callback()])
     with pytest.raises(ValueError, match="is for learned optimizers"):
-        trainer.train()
+        hf_trainer(tmp_path, torch.optim.Adam).train()
 
 
-@pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:lr has fallen:UserWarning"
-)
-def test_the_callback_warns_of_the_trainers_own_schedule(tmp_path: Path) -> None:
-    model = HFNet()
-    opt = LearnedOptimizer(model.parameters())
-    trainer = hf_trainer(tmp_path, model, optimizers=(opt, None), callbacks=[trainer_callback()])
-    trainer.args.lr_scheduler_type = "linear"
-    with pytest.warns(UserWarning, match=r"lr_scheduler_type='linear'.* pass .*'constant'"):
-        trainer.train()
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_hugging_face_trainer_trains_a_transformer(tmp_path: Path) -> None:
-    """A tiny randomly initialised GPT-2 with warm-up from lr = 0, weight decay and clipping."""
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
-
-    set_seed(0)
-    rule_file = tmp_path / "rule.safetensors"
-    save_rule(descending_lstm(0.3), rule_file)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=16, n_positions=8, n_embd=16, n_layer=1, n_head=2, use_cache=False)
-    )
-    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 16
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=8,
-        max_steps=12,
-        warmup_steps=3,
-        weight_decay=0.1,
-        max_grad_norm=1.0,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-        dataloader_pin_memory=False,
-    )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=rows,
-        optimizer_cls_and_kwargs=(LearnedOptimizer, {"rule": str(rule_file)}),
-    )
+@hf_warnings
+@pytest.mark.parametrize("given", [0.0, 0.1])
+def test_by_its_class_the_optimizer_gets_the_trainers_weight_decay(
+    given: float, tmp_path: Path
+) -> None:
+    """As docs/using-with.md says: over the rule's own, and 0 for biases."""
+    trainer = hf_trainer(tmp_path, (LearnedOptimizer, {}), 1, weight_decay=given)
     trainer.train()
-    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
-    assert decays == {0.0, 0.1}
-    losses = hf_losses(trainer)
-    assert losses[-1] < 0.8 * losses[0]
+    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+    assert decays == [given, 0.0]
+
+
+@hf_warnings
+def test_the_callback_warns_of_the_trainers_own_schedule(tmp_path: Path) -> None:
+    trainer = hf_trainer(tmp_path, LearnedOptimizer, 1, lr_scheduler_type="linear")
+    with pytest.warns(UserWarning, match=r"lr_scheduler_type='linear'.* pass .*'c") as caught:
+        trainer.train()
+    assert caught[0].filename == __file__
