@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import sys
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +32,21 @@ ALL_RULES = [*(TRAINED.get(name, name) for name in rule_names()), "lstm-descendi
 #: Those of which it may be asked that a loss goes down.
 DESCENDING_RULES = [*CLASSICAL, "lstm-descending", "normalized", *TRAINED.values()]
 
-# Every registered rule with per-tensor statistics must reduce them over shards.
-_WITH_STATISTICS = [name for name in rule_names() if not rule_class(name).coordinatewise]
-_SHARDED = ["lstm-descending", "adam", "normalized", *_WITH_STATISTICS]
+# Rules with per-tensor statistics must reduce them over shards.
+_SHARDED = [
+    "lstm-descending",
+    "normalized",
+    *(name for name in rule_names() if not rule_class(name).coordinatewise),
+]
 #: Which rules go through which scenario on two processes.
 SCENARIO_RULES = {
     "ddp": ["lstm-descending", "normalized"],
-    "zero": ["lstm-descending", "normalized"],
-    "hybrid": ["lstm-descending", "normalized"],
-    "fsdp2": _SHARDED,
+    "zero": ["normalized"],
+    "hybrid": ["normalized"],
+    "fsdp2": ["adam", *_SHARDED],
     "checkpoints": _SHARDED,
+    "bad-batch": ["normalized"],
+    "compiled": ["lstm-descending"],
 }
 
 
@@ -145,14 +147,3 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
 def flat(model: nn.Module) -> Tensor:
     """All parameters of a model in one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def leave() -> NoReturn:
-    """End a process that did all its work, without tearing down the interpreter.
-
-    Models, and caches of torch, keep process groups past ``destroy_process_group``. A thread of
-    such a group that lets go of a tensor while the interpreter ends aborts the process.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

@@ -1,15 +1,16 @@
-"""What the two processes of ``test_distributed.py`` do; run as ``RANK=r ... -m``, with a folder.
+"""The two processes of ``test_distributed.py``, run with a folder as their argument.
 
-Every scenario leaves one file ``<name>.pt`` of whole tensors, written by rank 0.
+Rank 0 leaves a file ``<scenario>-<rule>.pt`` of whole tensors for every scenario.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learned_optim import LearnedOptimizer
 
-from .common import SCENARIO_RULES, leave, make_rule, small_batch, small_net
+from .common import SCENARIO_RULES, make_rule, small_batch, small_net, train
 
 SETTINGS: dict[str, Any] = {"lr": 0.5, "weight_decay": 1.0}
 FULL = StateDictOptions(full_state_dict=True)
@@ -51,6 +52,10 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
 
 
+def whole_params(model: nn.Module) -> list[Tensor]:
+    return [whole(p) for p in model.parameters()]
+
+
 def whole_state(opt: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     params = [p for group in opt.param_groups for p in group["params"]]
     return [{key: whole(value) for key, value in opt.state[p].items()} for p in params]
@@ -69,7 +74,7 @@ def ddp(rule: str) -> dict[str, Any]:
     model = DistributedDataParallel(small_net())
     opt = LearnedOptimizer(model.parameters(), make_rule(rule), **SETTINGS)
     local_steps(model, opt, 6)
-    return {"params": [whole(p) for p in model.parameters()], "state": whole_state(opt)}
+    return {"params": whole_params(model), "state": whole_state(opt)}
 
 
 def zero(rule: str) -> dict[str, Any]:
@@ -83,35 +88,34 @@ def zero(rule: str) -> dict[str, Any]:
     opt.consolidate_state_dict(to=0)
     state = opt.state_dict()["state"] if dist.get_rank() == 0 else {}
     return {
-        "params": [whole(p) for p in model.parameters()],
+        "params": whole_params(model),
         "state": [state[index] for index in sorted(state)],
         "own": own,
     }
 
 
-def fsdp2(rule: str, mesh: DeviceMesh, **settings: Any) -> dict[str, Any]:
-    """The state must be cut exactly like its parameter, of which rank 0 holds a part."""
-    model, opt = sharded(rule, mesh, **settings)
+def fsdp2(rule: str, mesh: DeviceMesh) -> dict[str, Any]:
+    """State is cut like its parameter; whole tensors' state is not."""
+    model, opt = sharded(rule, mesh)
     local_steps(model, opt, 6)
-    layouts = []
-    for p in model.parameters():
-        for key, value in opt.state[p].items():
-            cut = isinstance(value, DTensor)
-            same = cut and value.placements == p.placements and value.device_mesh == p.device_mesh
-            shapes = (tuple(value.shape), tuple(value.to_local().shape) if cut else None)
-            layouts.append((key, tuple(p.shape), tuple(p.to_local().shape), cut, same, *shapes))
-    return {
-        "params": [whole(p) for p in model.parameters()],
-        "state": whole_state(opt),
-        "layouts": layouts,
-    }
+    layouts = [
+        (key, isinstance(value, DTensor) and value.placements == p.placements, *local_shapes(value))
+        for p in model.parameters()
+        for key, value in opt.state[p].items()
+    ]
+    return {"params": whole_params(model), "state": whole_state(opt), "layouts": layouts}
+
+
+def local_shapes(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    local = value.to_local() if isinstance(value, DTensor) else value
+    return tuple(value.shape), tuple(local.shape)
 
 
 def compiled(rule: str, mesh: DeviceMesh) -> dict[str, Any]:
     model, opt = sharded(rule, mesh, lr=torch.tensor(0.5))
     opt.step = torch.compile(opt.step, backend="aot_eager")  # type: ignore[method-assign]
     local_steps(model, opt, 6)
-    return {"params": [whole(p) for p in model.parameters()]}
+    return {"params": whole_params(model)}
 
 
 def bad_batch(rule: str, mesh: DeviceMesh) -> dict[str, Any]:
@@ -123,62 +127,51 @@ def bad_batch(rule: str, mesh: DeviceMesh) -> dict[str, Any]:
             p.grad.to_local().fill_(float("nan"))
     opt.step()
     local_steps(model, opt, 3)
-    return {"params": [whole(p) for p in model.parameters()], "state": whole_state(opt)}
+    return {"params": whole_params(model), "state": whole_state(opt)}
 
 
 def checkpoints(rule: str, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     """Train on 2 ranks, go on on 1, go on on 2 again; and once more from the full state dict."""
     model, opt = sharded(rule, mesh)
     local_steps(model, opt, 3)
-    saved = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, opt),
-    }
-    dcp.save(saved, checkpoint_id=folder / "two")
-    live = {
-        "model": get_model_state_dict(model, options=FULL),
-        "optimizer": get_optimizer_state_dict(model, opt, options=FULL),
-    }
-    full = copy.deepcopy(live)  # counters in it are the optimizer's own, as with torch.optim
+    dcp.save(states(model, opt), checkpoint_id=folder / "two")
+    # Counters in a full state dict are the optimizer's own, as with torch.optim.
+    full = copy.deepcopy(states(model, opt, options=FULL))
     local_steps(model, opt, 6)
-    result = {"uninterrupted": [whole(p) for p in model.parameters()], "full": full}
+    result = {"uninterrupted": whole_params(model), "full": full}
 
     if dist.get_rank() == 0:
-        alone, opt = small_net(seed=1), None
+        alone = small_net(seed=1)
         opt = LearnedOptimizer(alone.parameters(), make_rule(rule), **SETTINGS)
         resume(alone, opt, folder / "two", no_dist=True)
-        x, y = small_batch()
-        for _ in range(3):
-            opt.zero_grad()
-            nn.functional.cross_entropy(alone(x), y).backward()
-            opt.step()
-        saved = {
-            "model": get_model_state_dict(alone),
-            "optimizer": get_optimizer_state_dict(alone, opt),
-        }
-        dcp.save(saved, checkpoint_id=folder / "one", no_dist=True)
+        train(alone, opt, 3)
+        dcp.save(states(alone, opt), checkpoint_id=folder / "one", no_dist=True)
     dist.barrier()
 
     model, opt = sharded(rule, mesh, seed=2)
     resume(model, opt, folder / "one")
     local_steps(model, opt, 3)
-    result["resharded"] = [whole(p) for p in model.parameters()]
+    result["resharded"] = whole_params(model)
 
     model, opt = sharded(rule, mesh, seed=3)
     own = copy.deepcopy(full)  # these calls cut up what they are given
     set_model_state_dict(model, own["model"], options=FULL)
     set_optimizer_state_dict(model, opt, own["optimizer"], options=FULL)
     local_steps(model, opt, 6)
-    result["from_full"] = [whole(p) for p in model.parameters()]
+    result["from_full"] = whole_params(model)
     return result
+
+
+def states(model: nn.Module, opt: LearnedOptimizer, **options: Any) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model, **options),
+        "optimizer": get_optimizer_state_dict(model, opt, **options),
+    }
 
 
 def resume(model: nn.Module, opt: LearnedOptimizer, folder: Path, **options: Any) -> None:
     """Load a distributed checkpoint into whatever sharding ``model`` has."""
-    target = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, opt),
-    }
+    target = states(model, opt)
     dcp.load(target, checkpoint_id=folder, **options)
     set_model_state_dict(model, target["model"])
     set_optimizer_state_dict(model, opt, target["optimizer"])
@@ -192,25 +185,40 @@ def main(folder: Path) -> None:
     )
     mesh = init_device_mesh("cpu", (world,))
     hybrid = init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))
-    scenarios: dict[str, tuple[Any, ...]] = {}
     for name, run, *more in (
         ("ddp", ddp),
         ("zero", zero),
         ("fsdp2", fsdp2, mesh),
         ("hybrid", fsdp2, hybrid),
         ("checkpoints", checkpoints, mesh),
+        ("bad-batch", bad_batch, mesh),
+        ("compiled", compiled, mesh),
     ):
         for rule in SCENARIO_RULES[name]:
             place = [folder / f"dcp-{rule}"] if name == "checkpoints" else []
-            scenarios[f"{name}-{rule}"] = (run, rule, *more, *place)
-    scenarios["bad-batch-normalized"] = (bad_batch, "normalized", mesh)
-    scenarios["compiled-lstm-descending"] = (compiled, "lstm-descending", mesh)
-    for name, (run, *arguments) in scenarios.items():
-        result = run(*arguments)
-        if rank == 0:
-            torch.save(result, folder / f"{name}.pt")
+            result = run(rule, *more, *place)
+            if rank == 0:
+                torch.save(result, folder / f"{name}-{rule}.pt")
     dist.destroy_process_group()
+    # Snippets of the documentation, each with a store of its own, as torchrun would set it up.
+    for name, (port, code) in json.loads((folder / "snippets.json").read_text()).items():
+        os.environ["MASTER_PORT"] = str(port)
+        names: dict[str, Any] = {"__name__": "snippet"}
+        exec(compile(code, name, "exec"), names)
+        if rank == 0:
+            torch.save(names["losses"], folder / f"{name}.pt")
     leave()
+
+
+def leave() -> NoReturn:
+    """End a process that did all its work, without tearing down the interpreter.
+
+    Models, and caches of torch, keep process groups past ``destroy_process_group``. A thread of
+    such a group that lets go of a tensor while the interpreter ends aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

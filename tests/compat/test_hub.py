@@ -6,22 +6,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
-from torch import zeros
 
 from learned_optim import model_card, push_to_hub, save_rule
-from learned_optim.checkpoint import FORMAT_VERSION, content_digest
+from learned_optim.checkpoint import FORMAT_VERSION
 from learned_optim.evaluation import EvaluateConfig, Evaluation
 from learned_optim.rules import UpdateRule
 from learned_optim.summary import draw
 
 from .common import descending_lstm, make_rule
 from .fake_hub import Files, Hub, serve
+from .test_docs import SHARED, SNIPPETS
 
 RECORD = {
     "recipe": {
@@ -33,13 +32,13 @@ RECORD = {
     "test": {"mean": 49.25, "std": 3.125, "runs": 100},
 }  # fmt: skip
 
-# A process that has imported what is slow forks one for every client. It loads every source it is
-# given and reports what came of it; also what was pushed where.
+# A process that has imported what is slow forks one for every client. A client does its jobs
+# (load a source, push a rule, run code) and reports what came of them.
 PROGRAM = """
 import json, os, sys, time
 import safetensors.torch, torch, learned_optim.rules
 for line in sys.stdin:
-    environment, jobs, answer = json.loads(line)
+    environment, jobs, home = json.loads(line)
     child = os.fork()
     if not child:
         break
@@ -48,69 +47,64 @@ else:
     sys.exit()
 os.environ.clear()
 os.environ.update(environment)
+os.chdir(home)
 if "NO_WAITING" in os.environ:
     def sleep(seconds):
         raise AssertionError("the client waits between attempts to reach a dead address")
     time.sleep = sleep
-from learned_optim import LearnedOptimizer, load_record, load_rule, push_to_hub
+from learned_optim import load_record, load_rule, push_to_hub
 results = []
 for job in jobs:
     try:
-        if job["do"] == "push":
-            results.append(push_to_hub(job["rule"], job["to"], token=job.get("token")))
+        if "code" in job:
+            exec(job["code"], {})
+            results.append(None)
+        elif "to" in job:
+            results.append(push_to_hub(job["rule"], job["to"], token=job["token"]))
         else:
             rule = load_rule(job["source"], local_files_only=job.get("local", False))
             results.append([rule.fingerprint(), load_record(job["source"])])
     except Exception as error:
         results.append([type(error).__name__, str(error)])
-with open(answer, "w") as file:
+with open("answer.json", "w") as file:
     json.dump(results, file)
 """
 
+Client = Callable[..., list[Any]]
 
-@pytest.fixture(scope="module", autouse=True)
-def _parent_of_clients() -> Iterator[None]:
-    global parent_of_clients
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """What came of ``jobs`` in a fresh process whose Hub is the stand-in and cache is ``home``."""
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as parent_of_clients:
-        yield
-        assert parent_of_clients.stdin is not None
-        parent_of_clients.stdin.close()
+    ) as parent:
 
+        def run(hub: Hub | str, home: Path, *jobs: dict[str, Any], **environment: str) -> list[Any]:
+            kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+            environment = {
+                **kept,
+                "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url,
+                "HF_HOME": str(home),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                **environment,
+            }
+            home.mkdir(exist_ok=True)
+            print(json.dumps([environment, jobs, str(home)]), file=parent.stdin, flush=True)
+            assert parent.stdout.readline() == "0\n"
+            return json.loads((home / "answer.json").read_text())
 
-parent_of_clients: subprocess.Popen[str]
-
-
-def client(hub: Hub | str, home: Path, *jobs: dict[str, Any], **environment: str) -> list[Any]:
-    """What came of ``jobs`` in a fresh process whose Hub is the stand-in and cache is ``home``."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment = {
-        **kept,
-        "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        **environment,
-    }
-    answer = home / "answer.json"
-    home.mkdir(exist_ok=True)
-    stdin, stdout = parent_of_clients.stdin, parent_of_clients.stdout
-    assert stdin is not None
-    assert stdout is not None
-    print(json.dumps([environment, jobs, str(answer)]), file=stdin, flush=True)
-    assert stdout.readline() == "0\n"
-    found = json.loads(answer.read_text())
-    answer.unlink()
-    return found
+        yield run
+        parent.stdin.close()
 
 
 def load(source: str, **options: Any) -> dict[str, Any]:
-    return {"do": "load", "source": source, **options}
+    return {"source": source, **options}
 
 
 def repository(rule: UpdateRule, folder: Path, **config: Any) -> Files:
@@ -139,23 +133,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         hub.add("user/newer", repository(make_rule("adam"), folder, format_version=99))
         hub.add("user/odd", {**good, "config.json": b"[1, 2]"})
         hub.add("user/damaged", {**good, "model.safetensors": good["model.safetensors"][:100]})
-        save_file({"w": zeros(1)}, folder / "w.safetensors")
-        other = (folder / "w.safetensors").read_bytes()
-        hub.add("user/unmarked", {**good, "model.safetensors": other})
-        lacking = folder / "lacking.safetensors"
-        rule = descending_lstm()
-        tensors = dict(list(rule.state_dict().items())[:-1])
-        metadata = {
-            "format": "learned_optim", "format_version": str(FORMAT_VERSION), "rule": "lstm",
-            "config": json.dumps(rule.config_dict()), "record": "{}",
-        }  # fmt: skip
-        metadata["sha256"] = content_digest(metadata, tensors)
-        save_file(tensors, lacking, metadata)
-        hub.add("user/lacking", {**good, "model.safetensors": lacking.read_bytes()})
         yield hub
 
 
-def test_load_by_name_branch_and_commit_then_offline(hub: Hub, tmp_path: Path) -> None:
+def test_load_by_name_branch_and_commit_then_offline(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
     adam, lstm = make_rule("adam").fingerprint(), descending_lstm().fingerprint()
     commit = hub.add("user/good", hub.repos["user/good"]["v2"], "v2")
     sources = ["user/good", "user/good@v2", f"user/good@{commit}"]
@@ -171,7 +154,7 @@ def test_load_by_name_branch_and_commit_then_offline(hub: Hub, tmp_path: Path) -
     assert len(hub.requests) == asked
 
 
-def test_what_is_not_in_the_cache(hub: Hub, tmp_path: Path) -> None:
+def test_what_is_not_in_the_cache(hub: Hub, client: Client, tmp_path: Path) -> None:
     """Offline mode, local_files_only and a dead network each say which of them it is."""
     asked = len(hub.requests)
     (offline,) = client(hub, tmp_path, load("user/good"), HF_HUB_OFFLINE="1")
@@ -184,75 +167,61 @@ def test_what_is_not_in_the_cache(hub: Hub, tmp_path: Path) -> None:
     assert all(name == "FileNotFoundError" for name, _ in (offline, local, dead))
 
 
-@pytest.fixture(scope="module")
-def refusals(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    sources = [
-        "nobody/nothing", "user/good@v3", "user/foreign", "user/pickled", "user/no-weights",
-        "user/newer", "user/odd", "user/damaged", "user/unmarked", "user/lacking", "user",
-        "user/-bad-.name-", "not a name",
-    ]  # fmt: skip
-    found = client(hub, tmp_path_factory.mktemp("home"), *map(load, sources))
-    return dict(zip(sources, found, strict=True))
+REFUSALS = {
+    "nobody/nothing": (
+        "FileNotFoundError", "no repository 'nobody/nothing', or it is private"
+    ),
+    "user/good@v3": ("FileNotFoundError", "no such revision: 'user/good@v3'"),
+    "user/foreign": ("CheckpointError", "no learned_optim rule: its config.json says"),
+    "user/pickled": ("CheckpointError", "'user/pickled' has no config.json"),
+    "user/no-weights": (
+        "FileNotFoundError", "no file model.safetensors, and only safetensors"
+    ),
+    "user/newer": ("CheckpointError", f"version 99 and this release reads {FORMAT_VERSION}"),
+    "user/odd": ("CheckpointError", "config.json of 'user/odd' is not readable"),
+    "user/damaged": ("CheckpointError", "'user/damaged': "),
+    "user/-bad-.name-": ("FileNotFoundError", "'user/-bad-.name-'"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("source", "error", "message"),
-    [
-        ("nobody/nothing", "FileNotFoundError", "no repository 'nobody/nothing', or it is private"),
-        ("user/good@v3", "FileNotFoundError", "no such revision: 'user/good@v3'"),
-        ("user/foreign", "CheckpointError", "no learned_optim rule: its config.json says"),
-        ("user/pickled", "CheckpointError", "'user/pickled' has no config.json"),
-        ("user/no-weights", "FileNotFoundError", "no file model.safetensors, and only safetensors"),
-        ("user/newer", "CheckpointError", f"version 99 and this release reads {FORMAT_VERSION}"),
-        ("user/odd", "CheckpointError", "config.json of 'user/odd' is not readable"),
-        ("user/damaged", "CheckpointError", "'user/damaged': "),
-        ("user/unmarked", "CheckpointError", "'user/unmarked': "),
-        ("user/lacking", "CheckpointError", 'Missing key(s) in state_dict: "readout.bias"'),
-        ("user", "ValueError", "unknown checkpoint 'user'"),
-        ("user/-bad-.name-", "FileNotFoundError", "'user/-bad-.name-'"),
-        ("not a name", "ValueError", "unknown checkpoint 'not a name'"),
-    ],
-)
-def test_refusals_say_what_is_wrong(refusals, source: str, error: str, message: str) -> None:
-    name, text = refusals[source]
-    assert name == error
-    assert message in text
-
-
-def test_a_foreign_repositorys_weights_are_never_fetched(hub: Hub, refusals) -> None:
-    assert refusals
+def test_refusals_say_what_is_wrong(hub: Hub, client: Client, tmp_path: Path) -> None:
+    found = client(hub, tmp_path, *map(load, REFUSALS))
+    for (name, text), (source, (error, message)) in zip(found, REFUSALS.items(), strict=True):
+        assert name == error, source
+        assert message in text
+    # A foreign repository's weights are never fetched.
     fetched = [r for r in hub.requests if "model.safetensors" in r or "pytorch_model" in r]
     for repo in ("foreign", "pickled", "newer", "odd"):
         assert not any(f"user/{repo}/" in request for request in fetched)
     assert any("user/damaged/" in request for request in fetched)
 
 
-def test_push_then_load_in_another_process(tmp_path: Path) -> None:
+def test_push_then_load_in_another_process(client: Client, tmp_path: Path) -> None:
     save_rule(descending_lstm(), tmp_path / "rule.safetensors", RECORD)
-    source = str(tmp_path / "rule.safetensors")
+    push = {"rule": str(tmp_path / "rule.safetensors"), "token": "hf_writer"}
     with serve() as hub:
         jobs = [
-            {"do": "push", "rule": source, "to": "user/mine", "token": "hf_writer"},
-            {"do": "push", "rule": source, "to": "user/mine@draft", "token": "hf_writer"},
-            {"do": "push", "rule": source, "to": "user/other", "token": "hf_nobody"},
-            {"do": "push", "rule": source, "to": "no-slash", "token": "hf_writer"},
+            {**push, "to": "user/mine"},
+            {**push, "to": "user/mine@draft"},
+            {**push, "to": "user/other", "token": "hf_nobody"},
+            {**push, "to": "no-slash"},
+            {"code": SHARED + SNIPPETS["Hugging Face Hub"]},
         ]
-        first, second, refused, malformed = client(hub, tmp_path / "writer", *jobs)
+        first, second, refused, malformed, snippet = client(
+            hub, tmp_path / "writer", *jobs, HF_TOKEN="hf_writer"
+        )
         assert first.startswith(f"{hub.url}/user/mine/commit/")
         assert second.startswith(f"{hub.url}/user/mine/commit/")
         assert refused[0] in ("HfHubHTTPError", "RepositoryNotFoundError")
         assert "401" in refused[1]
-        assert malformed == [
-            "ValueError",
-            "a Hub id has the form 'user/repo' or 'user/repo@branch', got 'no-slash'",
-        ]
-        assert set(hub.repos) == {"user/mine"}
-        assert set(hub.repos["user/mine"]) == {"main", "draft"}
+        assert malformed[1].startswith("a Hub id has the form 'user/repo' or 'user/repo@branch'")
+        assert snippet is None
+        assert set(hub.repos) == {"user/mine", "user/mnist-optimizer"}
+        assert all(set(branches) == {"main", "draft"} for branches in hub.repos.values())
         files = hub.repos["user/mine"]["main"]
         assert {"model.safetensors", "config.json", "README.md"} <= set(files)
         config = json.loads(files["config.json"])
-        assert config["rule"] == "lstm"
-        assert config["fingerprint"] == descending_lstm().fingerprint()
+        assert (config["rule"], config["fingerprint"]) == ("lstm", descending_lstm().fingerprint())
         assert "# mine" in files["README.md"].decode()
         jobs = [load("user/mine"), load("user/mine@draft")]
         for fingerprint, record in client(hub, tmp_path / "reader", *jobs):
@@ -280,14 +249,6 @@ def test_the_card_states_the_record() -> None:
         assert line in body, line
 
 
-def test_the_card_states_other_data_than_that_tested_on() -> None:
-    test = {"mean": 60.0, "std": 3.0, "runs": 50, "task": "mnist"}
-    record = {"recipe": {"task": "cifar10-half"}, "data_sets": ["cifar10"], "test": test}
-    card = model_card(descending_lstm(), "user/mine", record=record)
-    assert "\n- Tasks: `cifar10-half`\n- Image sets: cifar10\n" in card
-    assert "| test, 50 fresh runs of mnist | arithmetic | 60 | 3 |" in card
-
-
 def test_the_card_admits_what_is_not_known() -> None:
     card = model_card(make_rule("adam"), "user/adam", license="apache-2.0")
     assert "The checkpoint holds no record of its training." in card
@@ -301,14 +262,9 @@ def test_the_card_shows_an_evaluation_with_its_curves(tmp_path: Path) -> None:
     """From a real evaluation, small; the pushed folder holds the images that the card shows."""
     save_rule(descending_lstm(), tmp_path / "mine.safetensors")
     config = EvaluateConfig(
-        checkpoints=(str(tmp_path / "mine.safetensors"),),
-        tasks=("quadratic",),
-        baselines=("sgd",),
-        steps=20,
-        seeds=2,
-        tuning_seeds=1,
-        output=tmp_path / "evaluation",
-    )
+        checkpoints=(str(tmp_path / "mine.safetensors"),), tasks=("quadratic",),
+        baselines=("sgd",), steps=8, seeds=2, tuning_seeds=1, output=tmp_path / "evaluation",
+    )  # fmt: skip
     summary = Evaluation(config).execute()
     curves = draw(summary, tmp_path)
     assert curves == ["quadratic.png", "worth.png"]
@@ -323,21 +279,22 @@ def test_the_card_shows_an_evaluation_with_its_curves(tmp_path: Path) -> None:
     assert "and tested on runs of 100;" in card
 
 
-def test_the_card_of_a_mixture_names_its_tasks_and_its_mean() -> None:
+def test_the_card_of_a_mixture_names_its_tasks_its_data_and_its_mean() -> None:
     recipe = {
         "task": ["mnist", "quadratic"], "horizon": 1000, "validation_horizon": 2000,
         "validation_mean": "geometric",
     }  # fmt: skip
-    test = {"mean": 12.0, "geometric_mean": 9.5, "runs": 8}
-    record = {"recipe": recipe, "validation": 10.5, "test": test}
+    test = {"mean": 12.0, "geometric_mean": 9.5, "runs": 8, "task": "cifar10"}
+    record = {"recipe": recipe, "validation": 10.5, "test": test, "data_sets": ["mnist"]}
     card = model_card(make_rule("adam"), "user/adam", record=record)
     for line in [
         "- Tasks: `mnist`, `quadratic`",
+        "- Image sets: mnist",
         "- Horizon (inner steps of one run): 1,000",
         "| loss summed over 2,000 steps | mean | value | standard deviation |",
         "| validation | geometric | 10.5 |  |",
-        "| test, 8 fresh runs | arithmetic | 12 |  |",
-        "| test, 8 fresh runs | geometric | 9.5 |  |",
+        "| test, 8 fresh runs of cifar10 | arithmetic | 12 |  |",
+        "| test, 8 fresh runs of cifar10 | geometric | 9.5 |  |",
         "- Trained on runs of an unknown number of steps and tested on runs of 2,000;",
     ]:
         assert line in card, line
