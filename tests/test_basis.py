@@ -171,18 +171,16 @@ def test_a_step_of_bfloat16_is_that_of_float32_rounded_once() -> None:
 # ---- one by one, bound, threads
 
 
-@pytest.mark.parametrize("ages", ["equal", "different"])
-def test_matrices_of_one_shape_step_as_they_do_alone(ages: str) -> None:
-    """Also where one of them joins later; each alone has the stagger of its place."""
+def test_matrices_of_one_shape_step_as_they_do_alone() -> None:
+    """One of them joins later; each alone has the stagger of its place."""
     rule = eigenbasis_rule()
     shapes: list[tuple[int, ...]] = [(8, 6)] * 3
     params, grads = problem(shapes, 20)
     alone = [param.clone().float() for param in params]
     together = [param.clone().float() for param in params]
     states, own = fresh(rule, together), fresh(rule, alone)
-    joins = 6 if ages == "different" else 0
     for number, step in enumerate(grads):
-        count = 3 if number >= joins else 2
+        count = 3 if number >= 6 else 2
         raw = [grad.float() for grad in step[:count]]
         rule.step_(together[:count], raw, states[:count])
         for index in range(count):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import random_rule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim import LearnedOptimizer, kernels
 from learned_optim.rules import UpdateRule
 
-needs_kernel = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not kernels.status().startswith("compiled"), reason=f"no compiled kernel: {kernels.status()}"
 )
 SHAPES = [(6, 6), (5,), (4, 3, 2)]
@@ -22,12 +23,12 @@ BEFORE, AFTER = 3, 3
 Change = Callable[[LearnedOptimizer, list[nn.Parameter]], object]
 
 
-def replace_state(opt: LearnedOptimizer, params: list[nn.Parameter]) -> None:
-    opt.state[params[0]]["fast"] = torch.ones(6, 6, 1)
+def set_state(index: int, **changes: Callable[[Tensor], Tensor]) -> Change:
+    def change(opt: LearnedOptimizer, params: list[nn.Parameter]) -> None:
+        state = opt.state[params[index]]
+        state.update({key: value(state[key]) for key, value in changes.items()})
 
-
-def replace_stats(opt: LearnedOptimizer, params: list[nn.Parameter]) -> None:
-    opt.state[params[0]]["stats"] = 0.9 * opt.state[params[0]]["stats"]
+    return change
 
 
 def narrow_state(opt: LearnedOptimizer, params: list[nn.Parameter]) -> None:
@@ -35,19 +36,12 @@ def narrow_state(opt: LearnedOptimizer, params: list[nn.Parameter]) -> None:
         opt.state[params[1]][key].data = opt.state[params[1]][key].bfloat16()
 
 
-def forget_state(opt: LearnedOptimizer, params: list[nn.Parameter]) -> None:
-    del opt.state[params[1]]
-
-
 def new_state(opt: LearnedOptimizer, params: list[nn.Parameter]) -> None:
     opt.state[params[1]] = {key: value.clone() for key, value in opt.state[params[1]].items()}
 
 
-def set_data(index: int, change: Callable[[Tensor], Tensor]) -> Change:
-    def run(_: LearnedOptimizer, params: list[nn.Parameter]) -> None:
-        params[index].data = change(params[index].data)
-
-    return run
+def set_data(change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda _, params: setattr(params[0], "data", change(params[0].data))
 
 
 def set_group(**values: Any) -> Change:
@@ -55,24 +49,21 @@ def set_group(**values: Any) -> Change:
 
 
 def set_params(change: Callable[[list[nn.Parameter]], list[nn.Parameter]]) -> Change:
-    def run(opt: LearnedOptimizer, _: object) -> None:
-        opt.param_groups[0]["params"] = change(opt.param_groups[0]["params"])
-
-    return run
+    return lambda opt, params: opt.param_groups[0].update(params=change(params))
 
 
 CHANGES: dict[str, Change] = {
     "nothing": lambda *_: None,
-    "transposed in place": set_data(0, Tensor.t),
-    "other shape, same memory": set_data(0, lambda data: data.view(4, 9)),
-    "other memory": set_data(0, Tensor.clone),
+    "transposed in place": set_data(Tensor.t),
+    "other shape, same memory": set_data(lambda data: data.view(4, 9)),
+    "other memory": set_data(Tensor.clone),
     "order": set_params(lambda params: params[::-1]),
     "fewer parameters": set_params(lambda params: params[:2]),
     "another parameter": set_params(lambda params: [*params, nn.Parameter(torch.ones(3))]),
-    "state entry": replace_state,
-    "statistics": replace_stats,
+    "state entry": set_state(0, fast=torch.ones_like),
+    "statistics": set_state(0, stats=lambda stats: 0.9 * stats),
     "state's dtype": narrow_state,
-    "no state": forget_state,
+    "no state": lambda opt, params: opt.state.pop(params[1]),
     "another state": new_state,
     "all state": lambda opt, _: opt.load_state_dict(opt.state_dict()),
     "rate": set_group(lr=0.3),
@@ -82,9 +73,9 @@ CHANGES: dict[str, Change] = {
     "decay": set_group(weight_decay=30.0),
     "warm-up": set_group(warmup=40),
     "length of the run": set_group(total_steps=7),
-}  # fmt: skip
+}
 
-#: What gradients may be, from those of contiguous tensors.
+#: Gradients after the change, from contiguous ones.
 GRADS: dict[str, Callable[[int, Tensor], Tensor | None]] = {
     "usual": lambda _, grad: grad,
     "none of the first": lambda i, grad: grad if i else None,
@@ -95,7 +86,7 @@ GRADS: dict[str, Callable[[int, Tensor], Tensor | None]] = {
 }
 
 
-def run(change: Change, kind: str, rule: UpdateRule) -> tuple[list[Tensor], LearnedOptimizer]:
+def run(change: Change, kind: str, rule: UpdateRule) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(0.1 * torch.randn(shape, generator=generator)) for shape in SHAPES]
     opt = LearnedOptimizer(params, rule, total_steps=20)
@@ -107,30 +98,23 @@ def run(change: Change, kind: str, rule: UpdateRule) -> tuple[list[Tensor], Lear
             param.grad = GRADS[kind](index, grad) if step >= BEFORE else grad
         opt.step()
     state = [v for p in params for v in opt.state[p].values()]
-    return [p.detach().clone() for p in params] + [v.clone() for v in state], opt
+    return [p.detach().clone() for p in params] + [v.clone() for v in state]
 
 
 @pytest.fixture
 def bound_steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What every bound step returned."""
+    """Whether each call of a bound step made the step."""
     results: list[bool] = []
-    bind = kernels.bind
+    call = kernels.BoundStep.__call__
 
-    def recording(*arguments: Any, **keywords: Any) -> Any:
-        step = bind(*arguments, **keywords)
+    def recorded(*arguments: Any) -> bool:
+        results.append(call(*arguments))
+        return results[-1]
 
-        def recorded(*own: Any) -> bool:
-            assert step is not None
-            results.append(step(*own))
-            return results[-1]
-
-        return None if step is None else recorded
-
-    monkeypatch.setattr(kernels, "bind", recording)
+    monkeypatch.setattr(kernels.BoundStep, "__call__", recorded)
     return results
 
 
-@needs_kernel
 @pytest.mark.filterwarnings("ignore:.*total_steps")
 @pytest.mark.parametrize(
     ("name", "kind"),
@@ -140,25 +124,24 @@ def test_changes_between_steps_are_noticed(
     name: str, kind: str, bound_steps: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = random_rule("horizon")
-    bound, _ = run(CHANGES[name], kind, rule)
+    bound = run(CHANGES[name], kind, rule)
     assert bound_steps[:BEFORE] == [True] * BEFORE
     if (name, kind) == ("nothing", "usual"):
         assert bound_steps == [True] * (BEFORE + AFTER)
-    monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
-    unbound, _ = run(CHANGES[name], kind, rule)
+    monkeypatch.setattr(kernels, "bind", lambda *_: None)
+    unbound = run(CHANGES[name], kind, rule)
     assert len(bound) == len(unbound)
     assert all(value.isfinite().all() for value in bound)
     assert all(map(torch.equal, bound, unbound))
 
 
-@needs_kernel
 @pytest.mark.parametrize("where", ["class", "instance"])
 def test_a_rule_with_a_step_of_its_own_is_not_stepped_past(where: str) -> None:
     steps = []
 
-    def step_(rule: UpdateRule, *arguments: Any, **keywords: Any) -> None:
+    def step_(rule: UpdateRule, *arguments: Any) -> None:
         steps.append(len(arguments[0]))
-        UpdateRule.step_(rule, *arguments, **keywords)
+        UpdateRule.step_(rule, *arguments)
 
     rule = random_rule("horizon")
     if where == "class":
@@ -172,19 +155,17 @@ def test_a_rule_with_a_step_of_its_own_is_not_stepped_past(where: str) -> None:
     assert steps == [1, 1, 1]
 
 
-@needs_kernel
-def test_no_step_is_taken_under_a_mode(bound_steps: list[bool]) -> None:
-    opt = LearnedOptimizer([nn.Parameter(torch.ones(3))], random_rule("horizon"))
-    param = opt.param_groups[0]["params"][0]
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_bound_step_is_made_under_a_mode(bound_steps: list[bool]) -> None:
+    param = nn.Parameter(torch.ones(3))
+    opt = LearnedOptimizer([param], random_rule("horizon"))
     param.grad = torch.ones(3)
     opt.step()
-    opt.step()
-
-    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            return func(*args, **(kwargs or {}))
-
     with Mode():
         opt.step()
-    assert bound_steps == [True, True, False]
-    assert opt.state[param]["step"] == 3
+    assert bound_steps == [True, False]
+    assert opt.state[param]["step"] == 2

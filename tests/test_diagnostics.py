@@ -116,25 +116,6 @@ def test_gains_of_the_untrained_rule_are_its_schedule_and_scale() -> None:
         assert [numbers[f"gain/{name}"] for name in ("slow", "gradient", "cautious")] == [0, 0, 0]
 
 
-def test_schedule_follows_the_run() -> None:
-    model, optimizer = trained("diagonal", 0, total_steps=100)
-    optimizer.diagnose()
-    factors = []
-    for step in range(100):
-        backward(model, step)
-        optimizer.step()
-        factors.append(optimizer.diagnostics()["0/0"]["schedule"])
-    assert factors[0] == pytest.approx(0.1, rel=0.01)  # a warm-up of ten steps
-    assert max(factors) > 0.95
-    assert factors[-1] == pytest.approx(0.01, abs=0.01)
-    _, warming = trained("coordinatewise", 0)
-    warming.diagnose()
-    for param in warming.param_groups[0]["params"]:
-        param.grad = torch.ones_like(param)
-    warming.step()
-    assert warming.diagnostics()["0/0"]["schedule"] == 1 / 50
-
-
 def test_recording_changes_no_step_and_copies_record_nothing() -> None:
     plain, _ = trained("diagonal", 6)
     model = network()

@@ -147,15 +147,6 @@ def test_the_length_of_the_run_counts_for_each_tensor() -> None:
     assert len({*rates}) == 3  # the network sees the length
 
 
-def test_silent_tensors_learn_only_their_root_mean_square() -> None:
-    rule = random_rule("horizon", torch.float64)
-    params = [torch.full((4,), 2.0, dtype=torch.float64)]
-    states = fresh_states(rule, params)
-    rule.step_(params, [torch.zeros(4).double()], states, StepSettings(total_steps=100))
-    assert (params[0] == 2).all()
-    assert states[0]["stats"].tolist() == [2.0, 2.0, *[0.0] * 11, -3.0]
-
-
 def test_it_anneals_where_the_length_is_unknown() -> None:
     """A regression on noisy labels; the excess loss falls though the noise stays."""
     generator = torch.Generator().manual_seed(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -14,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import fresh_states, random_rule
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, kernels
@@ -29,7 +28,7 @@ COMPILED = kernels.status().startswith("compiled")
 needs_kernel = pytest.mark.skipif(not COMPILED, reason=f"no compiled kernel: {kernels.status()}")
 needs_compiler = pytest.mark.skipif(not _build.compilers(), reason="no C++ compiler on the path")
 
-#: Deviations allowed after up to five steps, of ten times the parameters and of the statistics,
+#: Deviations allowed after up to three steps, of ten times the parameters and of the statistics,
 #: relative where they are above 1: rounding of float32, or of the parameter's or the state's type.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 HALF_STATE_TOLERANCE = 3e-2
@@ -88,51 +87,44 @@ def grads_of(
     return found
 
 
-SHAPES = st.one_of(
-    st.sampled_from([(), (0,), (0, 3), (1,), (7, 1), (1, 1), (17,), (5, 3, 3), (1025,), (70, 70)]),
-    st.tuples(st.integers(1, 70), st.integers(1, 70)),
-    st.tuples(st.integers(1, 3000)),
-)
+SHAPES = [
+    (), (0,), (0, 3), (1,), (7, 1), (1, 1), (17,), (33, 64), (5, 3, 3), (1025,), (2999,), (70, 70),
+]  # fmt: skip
 
 
-def cases(shapes: st.SearchStrategy[Any] = SHAPES, tensors: int = 4) -> st.SearchStrategy[Any]:
-    def each(*values: Any) -> st.SearchStrategy[Any]:
-        return st.lists(st.sampled_from(values), min_size=tensors, max_size=tensors)
+def draw_case(
+    seed: int, shapes: list[tuple[int, ...]] = SHAPES, tensors: int = 4
+) -> dict[str, Any]:
+    """Some tensors of a call, their past, gradients and settings."""
+    rng = random.Random(seed)
 
-    numbers = st.fixed_dictionaries(
-        {
-            "total_steps": st.sampled_from([None, None, 3, 20, 1000, 10**5]),
-            "lr": st.sampled_from([1.0, 0.1, 2.0]),
-            "weight_decay": st.sampled_from([0.0, 1.0, 300.0]),
-            "maximize": st.booleans(),
-            "warmup": st.sampled_from([0, 0, 3, 100]),
-        }
-    )
-    return st.fixed_dictionaries(
-        {
-            "shapes": st.lists(shapes, min_size=1, max_size=tensors),
-            "seed": st.integers(0, 10**6),
-            "dtypes": each(torch.float32, *TOLERANCE),
-            "half_state": st.sampled_from([False, False, True]),
-            "config": st.integers(0, len(HorizonRule.test_configs) - 1),
-            "steps": st.integers(1, 5),
-            "ages": each(0, 1, 7, 300),
-            "apart": each(False, True),
-            # None of them reaches 0, where it saturates, by adding gains of 1.5 up to rounding.
-            "confidence": each(-2.9, -1.0, 0.0),
-            "scale": st.sampled_from([1e-12, 1e-4, 1.0, 1e6]),
-            "param_scale": st.sampled_from([0.0, 1e-6, 0.01, 1.0, 1.0, 100.0]),
-            "momenta_scale": st.sampled_from([1.0, 1.0, 1e-5]),
-            "kind": st.sampled_from(["noise", "noise", "drift", "sparse", "zero", "broken"]),
-            "numbers": numbers,
-        }
-    )
+    def each(*values: Any) -> list[Any]:
+        return rng.choices(values, k=tensors)
 
-
-def assert_near(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
-    got, want = got.double(), want.double()
-    worst = ((got - want).abs() / want.abs().clamp(min=1)).max() if got.numel() else 0.0
-    assert worst <= tolerance, f"{what}: {worst}"
+    return {
+        "seed": seed,
+        "shapes": rng.choices(shapes, k=rng.randint(1, tensors)),
+        "dtypes": each(torch.float32, *TOLERANCE),
+        "half_state": rng.random() < 0.3,
+        "config": rng.randrange(len(HorizonRule.test_configs)),
+        "steps": rng.randint(1, 3),
+        "ages": each(0, 1, 7, 300),
+        "apart": each(False, True),
+        # In three steps none of them leaves 0 after reaching it by a sum of gains of 1.5, where
+        # rounding decides.
+        "confidence": each(-2.9, -1.0, 0.0),
+        "scale": rng.choice([1e-12, 1e-4, 1.0, 1e6]),
+        "param_scale": rng.choice([0.0, 1e-6, 0.01, 1.0, 1.0, 100.0]),
+        "momenta_scale": rng.choice([1.0, 1.0, 1e-5]),
+        "kind": rng.choice(["noise", "noise", "drift", "sparse", "zero", "broken"]),
+        "numbers": {
+            "total_steps": rng.choice([None, None, 3, 20, 1000, 10**5]),
+            "lr": rng.choice([1.0, 0.1, 2.0]),
+            "weight_decay": rng.choice([0.0, 1.0, 300.0]),
+            "maximize": rng.random() < 0.5,
+            "warmup": rng.choice([0, 0, 3, 100]),
+        },
+    }
 
 
 def compare_with_the_pure_form(case: dict[str, Any], step_: Callable[..., bool]) -> None:
@@ -176,27 +168,31 @@ def compare_with_the_pure_form(case: dict[str, Any], step_: Callable[..., bool])
         assert step_(rule, params, grads, states, places[0], **case["numbers"])
         cast = [grad.double() for grad in grads]
         UpdateRule.step_(exact, wanted, cast, wanted_states, numbers, updates=places[1])
-    for index, (param, state, expected) in enumerate(
-        zip(params, states, wanted_states, strict=True)
+    for param, state, want, expected, *update in zip(
+        params, states, wanted, wanted_states, *places, strict=True
     ):
         tolerance = max(TOLERANCE[param.dtype], HALF_STATE_TOLERANCE * case["half_state"])
+
+        def assert_near(got: Tensor, want: Tensor, unit: float, slack: float = 1.0) -> None:
+            bound = slack * tolerance  # noqa: B023 (called here alone)
+            got, want = got.double() / unit, want.double() / unit
+            torch.testing.assert_close(got, want, rtol=bound, atol=bound, msg=f"{case}")
+
         assert state["step"] == expected["step"]
         for key in MOMENTS:
             # In units of the largest; momenta may nearly have cancelled each other out.
             unit = max([1e-37, *expected[key].abs().flatten().tolist()])
-            assert_near(state[key] / unit, expected[key] / unit, 5 * tolerance, f"{key} of {index}")
-        assert_near(state["stats"], expected["stats"], tolerance, f"stats of {index}")
-        assert_near(10 * param.double(), 10 * wanted[index], tolerance, f"parameter {index}")
-        update, target = (place[index] for place in places)
-        if update is not None and target is not None:
-            assert_near(10 * update.double(), 10 * target, tolerance, f"update of {index}")
+            assert_near(state[key], expected[key], unit, 5.0)
+        assert_near(state["stats"], expected["stats"], 1.0)
+        assert_near(param, want, 0.1)
+        if update[0] is not None and update[1] is not None:
+            assert_near(update[0], update[1], 0.1)
 
 
 @needs_kernel
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(case=cases())
-def test_equals_the_pure_form(case: dict[str, Any]) -> None:
-    compare_with_the_pure_form(case, kernel_step_)
+def test_equals_the_pure_form() -> None:
+    for seed in range(100):
+        compare_with_the_pure_form(draw_case(seed), kernel_step_)
 
 
 @needs_kernel
@@ -463,28 +459,14 @@ def test_refuses_under_modes_and_transforms() -> None:
 # ---- inside the rule and the optimizer
 
 
-def train(dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
-    params = [nn.Parameter(p) for p in problem([(20, 30), (20,)], dtype=dtype)[0]]
-    optimizer = LearnedOptimizer(params, horizon_rule(), **options)
+def train() -> Tensor:
+    params = [nn.Parameter(p) for p in problem([(20, 30), (20,)])[0]]
+    optimizer = LearnedOptimizer(params, horizon_rule(), weight_decay=1.0, warmup=3, total_steps=9)
     for seed in range(4):
-        for param, grad in zip(params, problem([(20, 30), (20,)], seed, dtype)[1], strict=True):
+        for param, grad in zip(params, problem([(20, 30), (20,)], seed)[1], strict=True):
             param.grad = grad
         optimizer.step()
-    return torch.cat([param.detach().double().flatten() for param in params])
-
-
-@needs_kernel
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
-def test_the_optimizer_steps_alike_without_it(
-    state_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {"weight_decay": 1.0, "warmup": 3, "total_steps": 9}
-    ours = train(**options, state_dtype=state_dtype)
-    monkeypatch.setattr(kernels, "step_", lambda *a, **k: False)
-    monkeypatch.setattr(kernels, "bind", lambda *a, **k: None)
-    tolerance = 1e-6 if state_dtype is None else 1e-3
-    theirs = train(**options, state_dtype=state_dtype)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    return torch.cat([param.detach().flatten() for param in params])
 
 
 @needs_kernel
@@ -548,11 +530,15 @@ def other_library(text: bytes | None) -> Callable[[pytest.MonkeyPatch, Path], No
 def test_without_a_library_one_warning_and_the_pure_form(
     change: Callable[..., None], status: str, reloaded: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    by_kernel = train() if COMPILED else None
+    _library.loaded.cache_clear()
     change(reloaded, tmp_path)
     rule, meta = horizon_rule(), [torch.zeros(3, device="meta")]
     assert not kernel_step_(rule, meta, meta, fresh_states(rule, meta))  # needs none: no warning
     with pytest.warns(RuntimeWarning, match=rf"{status}.*python -m learned_optim\.kernels") as said:
-        assert train().isfinite().all()
+        by_pure_form = train()
+    if by_kernel is not None:
+        torch.testing.assert_close(by_pure_form, by_kernel, rtol=0, atol=1e-6)
     assert len(said) == 1
     assert said[0].filename == __file__
     assert kernels.status().startswith(status)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import fresh_states, random_rule, test_configs
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from learned_optim import kernels
@@ -47,36 +46,22 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return memory.copy_(values)
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
-    torch.manual_seed(draw(st.integers(0, 10**6)))
-    inputs, units = draw(st.integers(1, 20)), draw(st.integers(1, 24))
-    n, layers = (
-        draw(st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, 300])),
-        draw(st.integers(1, 3)),
-    )
-    stack = LSTMStack(inputs, units, layers).requires_grad_(False)
-    for weight in stack.parameters():
-        weight.mul_(draw(st.sampled_from([1.0, 3.0])))
-    scale = draw(st.sampled_from([1e-3, 1.0, 50.0]))
-    layouts = st.sampled_from(LAYOUTS)
-    return {
-        "stack": stack,
-        "x": laid_out(scale * torch.randn(n, inputs), draw(layouts)),
-        "hidden": laid_out(torch.rand(n, layers * units) * 2 - 1, draw(layouts)),
-        "cell": laid_out(2 * torch.randn(n, layers * units), draw(layouts)),
-    }
-
-
 def step_(stack: LSTMStack, x: Tensor, hidden: Tensor, cell: Tensor) -> bool:
     return kernels.lstm_step_(x, hidden, cell, stack.weights(), stack.num_layers)
 
 
 @needs_kernel
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(problem=problems())
-def test_equals_the_sequence_in_float64(problem: dict[str, Any]) -> None:
-    stack, x, hidden, cell = problem.values()
+@pytest.mark.parametrize("n", [0, 1, 2, 15, 16, 17, 63, 64, 65, 300])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_the_sequence_in_float64(n: int, layout: str) -> None:
+    rng = random.Random(f"{n} {layout}")
+    inputs, units, layers = rng.randint(1, 20), rng.randint(1, 24), rng.randint(1, 3)
+    stack = LSTMStack(inputs, units, layers).requires_grad_(False)
+    for weight in stack.parameters():
+        weight.mul_(rng.choice([1.0, 3.0]))
+    x = laid_out(rng.choice([1e-3, 1.0, 50.0]) * torch.randn(n, inputs), rng.choice(LAYOUTS))
+    hidden = laid_out(torch.rand(n, layers * units) * 2 - 1, layout)
+    cell = laid_out(2 * torch.randn(n, layers * units), rng.choice(LAYOUTS))
     exact = LSTMStack(x.shape[1], stack.hidden_size, stack.num_layers).double()
     exact.load_state_dict(stack.state_dict())
     before = {"hidden": hidden.double(), "cell": cell.double()}
@@ -88,33 +73,6 @@ def test_equals_the_sequence_in_float64(problem: dict[str, Any]) -> None:
     tolerance = TOLERANCE * max(1.0, float(x.abs().max()) / 4 if len(x) else 0.0)
     assert ((cell.double() - after["cell"]).abs() <= tolerance * unit).all()
     assert ((hidden.double() - after["hidden"]).abs() <= tolerance * unit).all()
-
-
-@needs_kernel
-def test_activations_are_exact_to_rounding() -> None:
-    """tanh relative to itself down to 1e-30, sigmoid relative to itself down to e^-39."""
-    z = torch.cat((torch.logspace(-30, 2.5, 4000), torch.linspace(0, 39, 4000)))
-    z = torch.cat((z, -z)).unsqueeze(1)
-    stack = LSTMStack(1, 1, 1).requires_grad_(False)
-    w_ih, w_hh, b_ih, b_hh = stack.weights()
-    for weight in (w_hh, b_hh):
-        weight.zero_()
-
-    def cell_of(weights: list[float], biases: list[float], start: float) -> Tensor:
-        w_ih.copy_(torch.tensor(weights).unsqueeze(1))
-        b_ih.copy_(torch.tensor(biases))
-        hidden, cell = torch.zeros_like(z), torch.full_like(z, start)
-        assert step_(stack, z, hidden, cell)
-        return cell.double()
-
-    # Gates in the order of nn.LSTM: input, forget, candidate, output.
-    candidate = cell_of([0, 0, 1, 0], [40, -40, 0, 0], 0.0)
-    torch.testing.assert_close(candidate, z.double().tanh(), rtol=1e-6, atol=0)
-    forget = cell_of([0, 1, 0, 0], [-40, 0, 0, 0], 1.0)
-    near = z.abs() <= 39
-    torch.testing.assert_close(forget[near], z[near].double().sigmoid(), rtol=1e-6, atol=0)
-    assert (forget[z < -39] <= 1e-16).all()
-    assert (forget[z > 39] == 1).all()
 
 
 @needs_kernel

@@ -274,9 +274,7 @@ def reference_lstm(rule: LSTMRule, features: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "config",
     [
-        LSTMConfig(),
-        LSTMConfig(preprocessing="raw", output_scale=1.0),
-        LSTMConfig(hidden_size=5, num_layers=1),
+        LSTMConfig(preprocessing="raw", output_scale=1.0, num_layers=1),
         LSTMConfig(hidden_size=4, num_layers=3, p=7.0),
     ],
 )

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 from conftest import random_rule, trajectory
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from learned_optim.rules import UpdateRule, build_rule
 
@@ -21,20 +19,17 @@ def history(seed: int, *shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
-@settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 1000))
-def test_updates_are_odd_in_the_history(name: str, seed: int) -> None:
-    rule, grads = random_rule(name, torch.float64), history(seed, 4, 5)
+def test_updates_are_odd_in_the_history(name: str) -> None:
+    rule, grads = random_rule(name, torch.float64), history(0, 4, 5)
     param = torch.zeros(4, 5, dtype=torch.float64)
     forth, back = trajectory(rule, grads, param), trajectory(rule, -grads, param)
     torch.testing.assert_close(back, -forth, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
-@settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 1000), exponent=st.integers(-20, 20))
-def test_the_scale_of_the_loss_does_not_matter(name: str, seed: int, exponent: int) -> None:
-    rule, grads = random_rule(name, torch.float64), history(seed, 4, 5)
+@pytest.mark.parametrize("exponent", [-20, -3, 20])
+def test_the_scale_of_the_loss_does_not_matter(name: str, exponent: int) -> None:
+    rule, grads = random_rule(name, torch.float64), history(0, 4, 5)
     param = torch.ones(4, 5, dtype=torch.float64)
     plain = trajectory(rule, grads, param)
     scaled = trajectory(rule, grads * 2.0**exponent, param)
