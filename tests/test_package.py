@@ -1,4 +1,4 @@
-"""The distribution: what is in the files that get installed, and that they work on their own."""
+"""The distribution: its files, and that they work on their own."""
 
 import json
 import os
@@ -57,10 +57,6 @@ def python(installed: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_there_are_checkpoints_to_ship() -> None:
-    assert {"mnist", "quadratic"} <= set(SHIPPED)
-
-
 def test_contents(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
@@ -83,24 +79,10 @@ def test_contents(dist: Path) -> None:
     assert library not in inside
 
 
-def test_lists_the_shipped_checkpoints(installed: Path, tmp_path: Path) -> None:
-    code = (
-        "import learned_optim as l; print(l.__file__); print(*l.list_pretrained()); "
-        "print(l.__version__)"
-    )
-    where, names, version = python(installed, tmp_path, "-c", code).splitlines()
-    assert Path(where) == installed / "learned_optim" / "__init__.py"
-    assert set(SHIPPED) == set(names.split()) - {"default", "default-fast"}
-    (metadata,) = installed.glob("learned_optim-*.dist-info")
-    assert metadata.name == f"learned_optim-{version}.dist-info"
-    listed = python(installed, tmp_path, "-m", "learned_optim.cli", "list")
-    assert all(f"\n  {name} " in listed for name in recipes())
-    assert (installed / "bin" / "learned-optim").is_file()
-
-
 TRAIN = """
 import sys, torch
-from learned_optim import LearnedOptimizer, load_record
+import learned_optim
+from learned_optim import LearnedOptimizer, list_pretrained, load_record
 from torch.nn.functional import cross_entropy
 
 def problem(name):
@@ -115,7 +97,8 @@ def problem(name):
     params = w1, b1, w2, b2 = [torch.nn.Parameter(0.001 * torch.randn(shape)) for shape in shapes]
     return params, lambda: cross_entropy((x @ w1 + b1).sigmoid() @ w2 + b2, y)
 
-for name in sys.argv[1:]:
+print(learned_optim.__file__, learned_optim.__version__)
+for name in list_pretrained():
     params, compute = problem(name)
     optimizer = LearnedOptimizer(params, name)
     losses = []
@@ -129,41 +112,39 @@ for name in sys.argv[1:]:
 """
 
 
-def test_shipped_checkpoints_optimize(installed: Path, tmp_path: Path) -> None:
+def test_shipped_checkpoints_are_listed_and_optimize(installed: Path, tmp_path: Path) -> None:
     """From an empty folder, on small problems of the kinds the rules were trained for."""
-    lines = python(installed, tmp_path, "-c", TRAIN, *SHIPPED).splitlines()
+    place, *lines = python(installed, tmp_path, "-c", TRAIN).splitlines()
+    where, version = place.split()
+    assert Path(where) == installed / "learned_optim" / "__init__.py"
+    (metadata,) = installed.glob("learned_optim-*.dist-info")
+    assert metadata.name == f"learned_optim-{version}.dist-info"
     found = {name: (float(first), float(last)) for name, first, last in map(str.split, lines)}
-    assert list(found) == SHIPPED
+    assert set(found) == {*SHIPPED, "default", "default-fast"}
     for name, (first, last) in found.items():
         assert first == pytest.approx(1.3125 if name == "quadratic" else 0.693, abs=0.01), name
         assert last < 0.2 * first, name
+    listed = python(installed, tmp_path, "-m", "learned_optim.cli", "list")
+    assert all(f"\n  {name} " in listed for name in recipes())
+    assert (installed / "bin" / "learned-optim").is_file()
 
 
-# Runs a program in which only the wheel and the distributions it requires can be imported: what
-# `pip install` of the wheel alone leaves in an empty environment.
+# Runs README's snippet, all checkpoints and commands where only the wheel and the distributions it
+# requires can be imported: what `pip install` of the wheel leaves in an empty environment.
 CORE = """
-import importlib.metadata as metadata, re, sys
+import contextlib, importlib.metadata as metadata, io, json, re, sys
 
 def name_of(requirement):
     return re.match(r"[\\w.-]+", requirement).group().lower().replace("_", "-").replace(".", "-")
 
-def closure(roots):
-    found, waiting = set(), list(roots)
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        try:
-            requires = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        found.add(name)
-        waiting += [name_of(r) for r in requires if "extra ==" not in r]
-    return found
-
-allowed = closure(["learned-optim"])
-owners = metadata.packages_distributions()
-owners["learned_optim"] = ["learned-optim"]
+allowed, waiting = set(), ["learned-optim"]
+while waiting:
+    name = waiting.pop()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        requires = metadata.requires(name) or []
+        waiting += [] if name in allowed else [name_of(r) for r in requires if "extra ==" not in r]
+        allowed.add(name)
+owners = {**metadata.packages_distributions(), "learned_optim": ["learned-optim"]}
 
 class OnlyCore:
     def __init__(self, finder):
@@ -177,32 +158,18 @@ class OnlyCore:
 
 sys.meta_path[:] = map(OnlyCore, sys.meta_path)
 for missing in ("numpy", "scipy", "torchvision", "matplotlib"):
-    try:
+    with contextlib.suppress(ModuleNotFoundError):
         __import__(missing)
-    except ModuleNotFoundError:
-        continue
-    raise AssertionError(f"{missing} is among the core dependencies")
-"""
+        raise AssertionError(f"{missing} is among the core dependencies")
 
-
-def core(installed: Path, folder: Path, program: str, *arguments: str) -> str:
-    """What a program prints where only the wheel and its core dependencies are installed."""
-    return python(installed, folder, "-c", CORE + program, *arguments)
-
-
-def test_core_dependencies_run_the_readme(installed: Path, tmp_path: Path) -> None:
-    snippet = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert snippet is not None
-    program = snippet[1] + "\nprint(loss.item())\n"
-    assert 0 < float(core(installed, tmp_path, program).split()[-1]) < 2.5
-
-
-SAVE_AND_LOAD = """
-import sys, torch
+names = {}
+exec(sys.argv[1], names)
+import torch
 from learned_optim import LearnedOptimizer, list_pretrained, load_record, load_rule, save_rule
+from learned_optim.cli import main
+fingerprints, printed = {}, {}
 for name in list_pretrained():
     save_rule(load_rule(name), "copy.safetensors", load_record(name))
-    assert load_rule("copy.safetensors").fingerprint() == load_rule(name).fingerprint()
     param = torch.nn.Parameter(torch.ones(5))
     optimizer = LearnedOptimizer([param], "copy.safetensors")
     param.grad = torch.ones(5)
@@ -210,37 +177,27 @@ for name in list_pretrained():
     torch.save(optimizer.state_dict(), "state.pt")
     optimizer.load_state_dict(torch.load("state.pt", weights_only=True))
     optimizer.step()
-    print(name, load_rule(name).fingerprint())
-"""
-
-
-def test_core_dependencies_save_and_load(installed: Path, tmp_path: Path) -> None:
-    lines = core(installed, tmp_path, SAVE_AND_LOAD).splitlines()
-    assert dict(line.split() for line in lines) == {
-        name: load_rule(name).fingerprint() for name in list_pretrained()
-    }
-
-
-#: Commands of an installation without extras.
-COMMANDS = ("list", "show default", "train quick", "evaluate")
-RUN_COMMANDS = """
-import contextlib, io, json
-from learned_optim.cli import main
-printed = {}
-for command in sys.argv[1:]:
+    fingerprints[name] = load_rule("copy.safetensors").fingerprint()
+for command in sys.argv[2:]:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         try:
             status = main(command.split())
         except SystemExit as end:
             status = end.code
     printed[command] = status, out.getvalue()
-print(json.dumps(printed))
+print(json.dumps([names["loss"].item(), fingerprints, printed]))
 """
 
 
-def test_commands_name_the_extra_that_they_need(installed: Path, tmp_path: Path) -> None:
-    printed = json.loads(core(installed, tmp_path, RUN_COMMANDS, *COMMANDS).splitlines()[-1])
-    for command in COMMANDS:
-        status, text = printed[command]
+def test_core_dependencies_are_enough(installed: Path, tmp_path: Path) -> None:
+    """README's snippet, saving and loading; commands name the extra that they need."""
+    snippet = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert snippet is not None
+    commands = ("list", "show default", "train quick", "evaluate")
+    lines = python(installed, tmp_path, "-c", CORE, snippet[1], *commands).splitlines()
+    loss, fingerprints, printed = json.loads(lines[-1])
+    assert 0 < loss < 2.5
+    assert fingerprints == {name: load_rule(name).fingerprint() for name in list_pretrained()}
+    for command, (status, text) in printed.items():
         assert status == 1
         assert re.search(r" needs \w+: install the extra 'meta' \(pip install ", text), command
