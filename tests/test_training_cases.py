@@ -27,13 +27,9 @@ CHECKPOINT = "default"
 UNSOLVED = {
     "test_low_rank_adapters[known length]": "fits a hundred examples closer than AdamW at 1e-3",
     "test_low_rank_adapters[unknown length]": "fits a hundred examples closer than AdamW at 1e-3",
-    "test_preferences_leave_the_rest[unknown length]": "goes on where the loss is nearly zero",
-    "test_preferences_leave_the_rest[known length]": "goes on where the loss is nearly zero",
-    "test_multiplier_holds_its_constraint[unknown length]": "scalars step in units of their size",
-    "test_multiplier_holds_its_constraint[known length]": "scalars step in units of their size",
 }
 
-Make = Callable[[Sequence[Any], int], Optimizer]
+Make = Callable[..., Optimizer]  # of parameters and the number of steps
 
 
 @pytest.fixture(params=["unknown length", "known length"])
@@ -43,9 +39,9 @@ def learned(request: pytest.FixtureRequest) -> Make:
         mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
         request.applymarker(mark)
 
-    def make(params: Sequence[Any], steps: int) -> Optimizer:
+    def make(params: Sequence[Any], steps: int, lr: float = 1.0) -> Optimizer:
         told = steps if request.param == "known length" else None
-        return LearnedOptimizer(params, CHECKPOINT, total_steps=told)
+        return LearnedOptimizer(params, CHECKPOINT, lr=lr, total_steps=told)
 
     return make
 
@@ -361,11 +357,124 @@ def test_deep_plain_networks_live(learned: Make) -> None:
     assert max(last) < 2.2
 
 
+def test_plain_convolutions_live(learned: Make) -> None:
+    """12 convolutions without normalization, He's initialization: none of three stays at chance."""
+    inputs, targets = digits()
+    last = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for index in range(12):
+            layer = nn.Conv2d(16 if index else 1, 16, 3, padding=1)
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            layers += [layer, nn.ReLU(), *([nn.MaxPool2d(2)] if index in (1, 5) else [])]
+        model = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *layers, nn.Flatten(), nn.Linear(64, 10))
+        batches = drawn(inputs[:1400], targets[:1400], 16, seed=seed + 1)
+        losses = fit(model, learned(list(model.parameters()), 100), batches, 100)
+        last.append(sum(losses[-10:]) / 10)
+    assert max(last) < 1.0  # ln 10 = 2.30
+
+
+# ---- several objectives
+
+
+def test_tasks_in_turn_on_one_trunk(learned: Make) -> None:
+    """Four heads take turns: each ends at most at AdamW's held-out loss at its best rate, 1e-2."""
+    inputs, targets = digits()
+    shuffled = torch.randperm(10, generator=torch.Generator().manual_seed(0))[targets]
+
+    def held_out(make: Callable[[list[nn.Parameter]], Optimizer], anneal: bool) -> list[float]:
+        torch.manual_seed(0)
+        trunk = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+        heads = nn.ModuleList(nn.Linear(64, width) for width in (10, 2, 64, 10))
+
+        def loss(task: int, index: Tensor) -> Tensor:
+            out = heads[task](trunk(inputs[index]))
+            if task == 2:
+                return F.mse_loss(out, inputs[index])
+            return F.cross_entropy(out, (targets, targets % 2, targets, shuffled)[task][index])
+
+        optimizer = make([*trunk.parameters(), *heads.parameters()])
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400) if anneal else None
+        generator = torch.Generator().manual_seed(0)
+        for step in range(400):
+            optimizer.zero_grad()
+            loss(step % 4, torch.randint(1200, (32,), generator=generator)).backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+        with torch.no_grad():
+            return [loss(task, torch.arange(1200, 1797)).item() for task in range(4)]
+
+    ours = held_out(lambda params: learned(params, 400), anneal=False)
+    theirs = held_out(lambda params: torch.optim.AdamW(params, lr=1e-2), anneal=True)
+    assert all(a <= 1.15 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def test_codebook_beside_an_encoder(learned: Make) -> None:
+    """A vector-quantized autoencoder: reconstruction below AdamW's .033, all codes in use."""
+    inputs, _ = digits()
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    decoder = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64))
+    codebook = nn.Embedding(32, 8)
+    nn.init.uniform_(codebook.weight, -1 / 32, 1 / 32)
+    model = nn.ModuleList((encoder, decoder, codebook))
+
+    def quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes = encoder(x).view(-1, 4, 8)
+        index = torch.cdist(codes, codebook.weight[None]).argmin(2)
+        return codes, codebook(index), index
+
+    optimizer = learned(list(model.parameters()), 600)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        x = inputs[torch.randint(1200, (64,), generator=generator)]
+        codes, near, _ = quantized(x)
+        passed = codes + (near - codes).detach()  # gradients go straight through
+        loss = F.mse_loss(decoder(passed.flatten(1)), x) + F.mse_loss(near, codes.detach())
+        loss = loss + 0.25 * F.mse_loss(codes, near.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        _, near, index = quantized(inputs[1200:])
+        assert F.mse_loss(decoder(near.flatten(1)), inputs[1200:]) < 0.025
+    assert len(index.unique()) >= 24
+
+
+def test_temperature_holds_its_entropy(learned: Make) -> None:
+    """A bandit's temperature, one number trained against its policy: entropy .8 within .06."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    policy = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 6))
+    log_temperature = nn.Parameter(torch.zeros(1))
+    rewards = torch.randn(8, 6, generator=generator)
+    optimizer = learned([*policy.parameters(), log_temperature], 500)
+    gaps = []
+    for _ in range(500):
+        x = torch.randn(64, 8, generator=generator)
+        log = policy(x).log_softmax(1)
+        entropy = -(log.exp() * log).sum(1).mean()
+        gain = (log.exp() * (x @ rewards)).sum(1).mean()
+        loss = -gain - log_temperature.exp().detach()[0] * entropy
+        loss = loss + log_temperature[0] * (entropy.detach() - 0.8)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gaps.append(abs(entropy.item() - 0.8))
+    assert sum(gaps[-50:]) / 50 <= 0.06
+
+
 # ---- objectives that are nearly met
 
 
 def test_preferences_leave_the_rest(learned: Make) -> None:
-    """Odd digits shall answer one more; even digits, not in the data, keep .9 of theirs."""
+    """Odd digits shall answer one more; even digits, not in the data, keep .9 of theirs.
+
+    The rate is that of the documentation: steps do not shrink with a loss that is nearly zero.
+    """
     inputs, targets = digits()
     reference, policy = trained_perceptron().requires_grad_(False), trained_perceptron()
     odd = (targets[:1200] % 2 == 1).nonzero()[:, 0]
@@ -386,8 +495,13 @@ def test_preferences_leave_the_rest(learned: Make) -> None:
             index = odd[torch.randint(len(odd), (16,), generator=generator)]
             yield inputs[index], index
 
-    fit(policy, learned(list(policy.parameters()), 200), pairs(), 200, preference)
-    assert accuracy(policy, inputs[even], targets[even]) >= 0.9 * start
+    optimizer = learned(list(policy.parameters()), 200, lr=0.005)
+    losses = fit(policy, optimizer, pairs(), 200, preference)
+    assert sum(losses[-10:]) / 10 < 0.4
+    assert accuracy(policy, inputs[even], targets[even]) >= 0.95 * start
+    with torch.no_grad():
+        old, new = (net(inputs[even]).log_softmax(1) for net in (reference, policy))
+        assert (old.exp() * (old - new)).sum(1).mean() < 0.6
 
 
 def test_multiplier_holds_its_constraint(learned: Make) -> None:

@@ -42,6 +42,7 @@ MIX_BOUND: tl.constexpr = tl.constexpr(c.MIX_BOUND)
 BASE_STEP: tl.constexpr = tl.constexpr(c.BASE_STEP)
 LARGEST_SCALE: tl.constexpr = tl.constexpr(c.LARGEST_SCALE)
 SMALLEST_SHARE: tl.constexpr = tl.constexpr(c.SMALLEST_SHARE)
+SINGLE_SHARE: tl.constexpr = tl.constexpr(c.SINGLE_SHARE)
 DECAY_POWER: tl.constexpr = tl.constexpr(c.DECAY_POWER)
 LAST_RATE: tl.constexpr = tl.constexpr(c.LAST_RATE)
 WARMUP_SHARE: tl.constexpr = tl.constexpr(c.WARMUP_SHARE)
@@ -277,6 +278,7 @@ def gains_kernel(
         readout_bias + own * 5, direct + own * 5 * INPUTS, UNITS, WIDTH,
     )  # fmt: skip
     scale = tl.maximum(tl.minimum(rms, LARGEST_SCALE), natural * SMALLEST_SHARE)
+    scale *= tl.where(size == 1, SINGLE_SHARE, 1.0)
     ramp = tl.where(warmup > 0, tl.minimum((t + 1) / tl.maximum(warmup, 1.0), 1.0), 1.0)
     length = base_lr * ramp * BASE_STEP * rate * scale
     length *= tl.exp(tanh(pick(out, 0) / STEP_BOUND) * STEP_BOUND + pick(z, 13))

@@ -14,6 +14,7 @@ LARGEST_GRAD = 2.0**48  # larger gradients are cut off: sums of their squares fi
 # ---- scale of a tensor
 LARGEST_SCALE = 0.1  # a fan-in of a few says nothing about an embedding or an adapter of that width
 SMALLEST_SHARE = 0.25  # of what the shape suggests: weights that start at zero have to leave it
+SINGLE_SHARE = 0.2  # of tensors of one coordinate: multipliers and temperatures overshoot at 1
 BASE_STEP = 0.1  # step of the untrained rule, in units of the scale: best of .01, .03, .1
 
 # ---- network

@@ -502,7 +502,9 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
   inputs_of(tensor, settings[kTotalSteps], rms, at_first, x);
   respond(tensor, int(settings[kUnits]), x, out);
-  const double scale = std::max(std::min(rms, LO_LARGEST_SCALE), LO_SMALLEST_SHARE * natural);
+  const double share = tensor.size == 1 ? LO_SINGLE_SHARE : 1.0;
+  const double scale =
+      share * std::max(std::min(rms, LO_LARGEST_SCALE), LO_SMALLEST_SHARE * natural);
   const double ramp = settings[kWarmUp] > 0 ? std::min(1.0, (t + 1) / settings[kWarmUp]) : 1.0;
   const double factor = LO_STEP_BOUND * std::tanh(out[kStepSize] / LO_STEP_BOUND);
   const double size = -lr * ramp * LO_BASE_STEP * rate * scale * std::exp(factor + confidence);

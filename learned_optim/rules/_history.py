@@ -18,6 +18,7 @@ from learned_optim.rules._features import bias_correction
 # Columns of an observed step: its number and schedule, the scale that the tensor's shape suggests,
 # inputs of the network, and measurements.
 STEP, SCHEDULE, NATURAL = range(3)
+SIZE = 4  # log of the number of coordinates / 6 - 1; one of the inputs
 KNOWN = 8  # whether the length of the run is known; one of the inputs
 TIME_INPUTS, ROTATED, MEASUREMENTS = slice(3, 12), 12, slice(13, None)
 

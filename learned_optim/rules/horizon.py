@@ -12,7 +12,8 @@ One step of a tensor with gradient ``G`` and parameter ``W``:
 
 - *Basis* (SOAP, Vyas et al. 2024, arXiv 2409.11321): :mod:`learned_optim.rules._basis`.
 - *Schedule*: a linear warm-up and, where the length of the run is known, a cosine to its end.
-- *Scale*: root mean square of the parameters, bounded by what their shape suggests.
+- *Scale*: root mean square of the parameters, bounded by what their shape suggests; a fifth of it
+  for a tensor of one coordinate.
 - *Step confidence*: grows from ``e^-3`` to 1 while gradients agree with the momentum, and falls
   where steps are too long. A bounded hypergradient descent on the log of the step, per tensor
   (after Baydin et al. 2018, arXiv 1703.04782): fresh networks earn full steps at once, trained
@@ -228,6 +229,7 @@ class HorizonRule(KernelRule):
             confidence = stats[:, history.CONFIDENCE].unsqueeze(-1)
             rms = history.scale_of(now, stats).clamp(max=c.LARGEST_SCALE)
             scale = torch.maximum(rms, c.SMALLEST_SHARE * now[:, history.NATURAL])
+            scale = torch.where(now[:, history.SIZE] > -1, scale, c.SINGLE_SHARE * scale)
             rate = (c.BASE_STEP * now[:, history.SCHEDULE] * scale).unsqueeze(-1)
             mix = c.MIX_BOUND * torch.tanh(out[:, 1:] / c.MIX_BOUND)
             mix = mix + mix.new_tensor([1.0, 0.0, 0.0, 0.0])
