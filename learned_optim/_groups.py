@@ -18,7 +18,7 @@ from learned_optim._warn import warn
 from learned_optim.rules import UpdateRule
 from learned_optim.rules._step import needs_sync
 
-# At or below this, lr is taken for another optimizer's. Preference optimization is told to use .005.
+# At or below this, lr is taken for another optimizer's; preference optimization asks for .005.
 SUSPICIOUS_LR = 0.004
 #: Hyperparameters of other optimizers; the learned rule has its own form of each, or needs none.
 FOREIGN = frozenset(

@@ -25,7 +25,7 @@ from learned_optim.evaluation import (
     runs,
     write_report,
 )
-from learned_optim.evaluation.baselines import LR_GRID
+from learned_optim.evaluation.baselines import LR_GRID, MATRIX_LRS
 from learned_optim.evaluation.figures import Figures, final_loss, ratio, summarize
 from learned_optim.evaluation.protocol import FIELD_LRS
 from learned_optim.evaluation.runs import OptimizerSpec, Run, RunSpec, learned_optimizer
@@ -404,6 +404,18 @@ def test_diverged_runs_are_infinite() -> None:
     assert run.losses[first:] == [math.inf] * (100 - first)
     assert run.seconds == math.inf
     assert run.test == {}
+
+
+def test_matrix_methods_have_rates_of_their_own(
+    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+) -> None:
+    """On the field Muon has three of the seven rates; rates of the user's own are kept."""
+    asked = scripted(lambda spec: [0.1] * 100)
+    config = replace(FIELD, tasks=("regression",), baselines=("muon-cosine",))
+    for lrs, tried in (((), MATRIX_LRS), ((0.2, 0.3), (0.2, 0.3))):
+        asked.clear()
+        Evaluation(replace(config, lrs=lrs, output=tmp_path / str(len(lrs)))).execute()
+        assert sorted({s.lr for s in asked if s.phase == "tune"}) == list(tried)
 
 
 def test_diverging_runs_count(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> None:

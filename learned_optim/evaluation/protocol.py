@@ -258,7 +258,7 @@ class Evaluation:
         """What one run of every learned optimizer is worth in runs of every tuned rival."""
         tuning = {
             rival.label: {
-                task: [self._tuned_loss(task, rival, lr) for lr in self.config.lrs]
+                task: [self._tuned_loss(task, rival, lr) for lr in self._lrs(rival)]
                 for task in figures
             }
             for rival in self.optimizers
@@ -293,7 +293,7 @@ class Evaluation:
             spec
             for optimizer in self.optimizers
             if optimizer.tuned
-            for lr in self.config.lrs
+            for lr in self._lrs(optimizer)
             for task in self.config.tasks
             for spec in self._runs(task, optimizer, lr, "tune")
         ]
@@ -316,6 +316,11 @@ class Evaluation:
         steps = self.steps[task]
         return [RunSpec(task, optimizer, lr, phase, seed, steps) for seed in range(seeds)]
 
+    def _lrs(self, optimizer: OptimizerSpec) -> tuple[float, ...]:
+        """The learning rates at which a rival is tuned."""
+        own = baseline(optimizer.source).lrs if self.config.suite == "field" else ()
+        return tuple(lr for lr in self.config.lrs if lr in own) or self.config.lrs
+
     def _tuned_loss(
         self, task: str, optimizer: OptimizerSpec, lr: float, by: str = "final"
     ) -> float:
@@ -337,7 +342,9 @@ class Evaluation:
             return any(math.isinf(run.losses[-1]) for run in done)
 
         by = self.config.tune_by
-        ranked = sorted(self.config.lrs, key=lambda lr: self._tuned_loss(task, optimizer, lr, by))
+        ranked = sorted(
+            self._lrs(optimizer), key=lambda lr: self._tuned_loss(task, optimizer, lr, by)
+        )
         return next((lr for lr in ranked if not diverges(lr)), ranked[0])
 
     def _progress(self, done: int, total: int, what: str) -> None:
