@@ -96,20 +96,6 @@ def _training(record: dict[str, Any], recipe: dict[str, Any]) -> str:
     rows = [f"- Tasks: {', '.join(f'`{name}`' for name in names) or 'not recorded'}"]
     if record.get("data_sets"):
         rows.append(f"- Image sets: {', '.join(map(str, record['data_sets']))}")
-    labels = {
-        "horizon": "Horizon (inner steps of one run)",
-        "truncation": "Inner steps per meta-gradient",
-        "epochs": "Epochs",
-        "runs_per_epoch": "Runs per epoch",
-        "meta_steps": "Meta-steps of evolution strategies",
-        "meta_lr": "Meta-learning rate (Adam)",
-        "seed": "Seed",
-    }
-    rows += [
-        f"- {label}: {recipe[key]:,}"
-        for key, label in labels.items()
-        if _is_number(recipe, key) and (recipe[key] or key == "seed")
-    ]
     if record.get("trained_for"):
         rows.append(f"- Trained for: {record['trained_for']}")
     if record.get("commit"):

@@ -114,7 +114,7 @@ class GroupStep:
                 watch.fall(group, rate)
             watch.rate = rate
         if watch.updates >= watch.due:
-            watch.look(group, self._states, grads)
+            watch.look(self._states, grads)
 
 
 def settings_of(group: dict[str, Any]) -> StepSettings:

@@ -41,7 +41,7 @@ class GroupWatch:
         self._rule, self._said = rule, said
         self.updates, self.due, self.rate = -1, 0.0, math.nan
         self._falls = self._without_gradient = 0
-        self._ends: dict[str, float] = {}  # updates at which to warn, by kind of warning
+        self._ends: dict[str, int] = {}  # updates at which to warn, by kind of warning
         self._next_gradient = 1.0
         self._asked: tuple[Tensor, Any] | None = None
 
@@ -73,12 +73,12 @@ class GroupWatch:
     def _set_due(self) -> None:
         self.due = min([self._next_gradient, *self._ends.values()])
 
-    def look(self, group: dict[str, Any], states: Sequence[State], grads: Sequence[Tensor]) -> None:
+    def look(self, states: Sequence[State], grads: Sequence[Tensor]) -> None:
         """Look at the last update."""
         if self.updates >= self._next_gradient:
             self._look_at_gradients(grads)
         if any(self.updates >= end for end in self._ends.values()):
-            self._look_at_end(group, states)
+            self._look_at_end(states)
         self._set_due()
 
     def _warn(self, kind: str, message: str) -> None:
@@ -114,26 +114,23 @@ class GroupWatch:
 
     # ---- the length of the run
 
-    def _look_at_end(self, group: dict[str, Any], states: Sequence[State]) -> None:
+    def _look_at_end(self, states: Sequence[State]) -> None:
         self.updates = _updates_of(states)  # synchronizes a device, once
-        for kind, end in list(self._ends.items()):
-            if self.updates < end:
-                continue
-            del self._ends[kind]
-            if kind == "past":
-                self._warn(
-                    kind,
-                    f"step {self.updates} is past total_steps={group['total_steps']}: the rule "
-                    f"{self._rule.name!r} holds the last rate. Construct the optimizer with the "
-                    f"length of the whole run, or set param_groups[i]['total_steps']",
+        past = [kind for kind, end in self._ends.items() if self.updates >= end]
+        for kind in past:
+            end = self._ends.pop(kind) - 1
+            message = (
+                f"step {self.updates} is past total_steps={end}: the rule {self._rule.name!r} "
+                f"holds the last rate. Construct the optimizer with the length of the whole run, "
+                f"or set param_groups[i]['total_steps']"
+            )
+            if kind == "trained":
+                message = (
+                    f"step {self.updates} is past the {end} steps of the longest runs that the "
+                    f"update rule {self._rule.name!r} was meta-trained on. Longer ones may end "
+                    f"worse than a tuned AdamW's: watch the loss"
                 )
-            else:
-                self._warn(
-                    kind,
-                    f"step {self.updates} is past the {end - 1:.0f} steps of the longest runs that "
-                    f"the update rule {self._rule.name!r} was meta-trained on. Longer ones may end "
-                    f"worse than a tuned AdamW's: watch the loss",
-                )
+            self._warn(kind, message)
 
     # ---- gradients
 

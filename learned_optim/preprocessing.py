@@ -6,18 +6,6 @@ import torch
 from torch import Tensor
 
 
-def raw(grad: Tensor) -> Tensor:
-    """The gradient itself as the single input feature.
-
-    Args:
-        grad: gradient, any shape ``S``, floating point.
-
-    Returns:
-        Features of shape ``(*S, 1)``, same dtype.
-    """
-    return grad.unsqueeze(-1)
-
-
 def log_and_sign(grad: Tensor, p: float = 10.0) -> Tensor:
     """Log-magnitude and sign of the gradient (Andrychowicz et al. 2016, appendix A).
 

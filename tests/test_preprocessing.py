@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from learned_optim.preprocessing import log_and_sign, raw
+from learned_optim.preprocessing import log_and_sign
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,4 @@ def test_half_precision_does_not_overflow() -> None:
 
 
 def test_shapes() -> None:
-    grad = torch.randn(3, 0, 2)
-    assert raw(grad).shape == (3, 0, 2, 1)
-    assert log_and_sign(grad).shape == (3, 0, 2, 2)
-    assert torch.equal(raw(torch.tensor(2.5)), torch.tensor([2.5]))
+    assert log_and_sign(torch.randn(3, 0, 2)).shape == (3, 0, 2, 2)

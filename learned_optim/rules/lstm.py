@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from learned_optim import preprocessing
+from learned_optim.preprocessing import log_and_sign
 from learned_optim.rules._base import State, StepContext, UpdateRule
 from learned_optim.rules._config import RuleConfig
 from learned_optim.rules._lstm import LSTMStack
@@ -111,8 +111,8 @@ class LSTMRule(UpdateRule):
     def _preprocess(self, x: Tensor) -> Tensor:
         """Features of shape ``(*x.shape, 1)`` or ``(*x.shape, 2)``."""
         if self.config.preprocessing == "raw":
-            return preprocessing.raw(x)
-        return preprocessing.log_and_sign(x, self.config.p)
+            return x.unsqueeze(-1)
+        return log_and_sign(x, self.config.p)
 
     def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
         out, new_state = self.lstm.sequence(features, state)

@@ -236,8 +236,6 @@ def test_the_card_states_the_record() -> None:
     for line in [
         'optimizer = LearnedOptimizer(model.parameters(), "user/mine")',
         "- Tasks: `mnist`",
-        "- Horizon (inner steps of one run): 100",
-        "- Meta-learning rate (Adam): 0.003",
         "| loss summed over 100 steps | mean | value | standard deviation |",
         "| validation | arithmetic | 48.5 |  |",
         "| test, 100 fresh runs | arithmetic | 49.25 | 3.125 |",
@@ -290,7 +288,6 @@ def test_the_card_of_a_mixture_names_its_tasks_its_data_and_its_mean() -> None:
     for line in [
         "- Tasks: `mnist`, `quadratic`",
         "- Image sets: mnist",
-        "- Horizon (inner steps of one run): 1,000",
         "| loss summed over 2,000 steps | mean | value | standard deviation |",
         "| validation | geometric | 10.5 |  |",
         "| test, 8 fresh runs of cifar10 | arithmetic | 12 |  |",
