@@ -127,6 +127,10 @@ def draw_case(
     }
 
 
+def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
+
+
 def compare_with_the_pure_form(case: dict[str, Any], step_: Callable[..., bool]) -> None:
     """Steps of float32 by a kernel, as ``kernel_step_``, and of float64 by the pure form.
 
@@ -172,21 +176,15 @@ def compare_with_the_pure_form(case: dict[str, Any], step_: Callable[..., bool])
         params, states, wanted, wanted_states, *places, strict=True
     ):
         tolerance = max(TOLERANCE[param.dtype], HALF_STATE_TOLERANCE * case["half_state"])
-
-        def assert_near(got: Tensor, want: Tensor, unit: float, slack: float = 1.0) -> None:
-            bound = slack * tolerance  # noqa: B023 (called here alone)
-            got, want = got.double() / unit, want.double() / unit
-            torch.testing.assert_close(got, want, rtol=bound, atol=bound, msg=f"{case}")
-
         assert state["step"] == expected["step"]
         for key in MOMENTS:
             # In units of the largest; momenta may nearly have cancelled each other out.
             unit = max([1e-37, *expected[key].abs().flatten().tolist()])
-            assert_near(state[key], expected[key], unit, 5.0)
-        assert_near(state["stats"], expected["stats"], 1.0)
-        assert_near(param, want, 0.1)
+            assert_near(state[key] / unit, expected[key] / unit, 5 * tolerance)
+        assert_near(state["stats"], expected["stats"], tolerance)
+        assert_near(10 * param.double(), 10 * want, tolerance)
         if update[0] is not None and update[1] is not None:
-            assert_near(update[0], update[1], 0.1)
+            assert_near(10 * update[0], 10 * update[1], tolerance)
 
 
 @needs_kernel
