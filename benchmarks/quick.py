@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from learned_optim.evaluation.figures import final_loss
-from learned_optim.evaluation.protocol import _maker
+from learned_optim.evaluation.protocol import optimizer_maker
 from learned_optim.evaluation.runs import train
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks import field_horizon, field_tasks
@@ -43,7 +43,8 @@ def finish(runs: dict[Key, dict[str, Any]], key: Key) -> None:
     task, optimizer, lr, phase, seed = key
     if key not in runs:
         name = optimizer if lr is None else f"baseline:{optimizer}@{lr}"
-        done = train(task, _maker(name), phase, seed, field_horizon(task).quick, DataOptions())
+        steps, make = field_horizon(task).quick, optimizer_maker(name)
+        done = train(task, make, phase, seed, steps, DataOptions())
         names = ("task", "optimizer", "lr", "phase", "seed")
         runs[key] = {
             **dict(zip(names, key, strict=True)),

@@ -1,8 +1,7 @@
 """An evaluation's summary as Markdown tables and plots.
 
-A summary is plain data, as ``learned-optim evaluate`` writes it into ``summary.json``; nothing
-here knows of tasks or optimizers. The evaluation's report and the Hub's model card are drawn with
-it.
+A summary is plain data, as ``learned-optim evaluate`` writes it into ``summary.json``. The
+evaluation's report and the Hub's model card are drawn with it.
 """
 
 from __future__ import annotations
@@ -71,11 +70,10 @@ def markdown(summary: dict[str, Any]) -> str:
     if any(by for by in summary["worth"].values()):
         parts.append("## What one untuned run is worth\n\n" + worth_table(summary))
     if len(summary["protocol"]["untuned"]) > len(summary["protocol"]["checkpoints"]):
-        parts += [
-            "## Untuned against untuned\n\n" + untuned_table(summary),
-            "Geometric mean of final losses, row over column; below 1 the row is ahead:\n\n"
-            + pairs_table(summary),
-        ]
+        parts.append(
+            "## Untuned against untuned\n\nGeometric mean of final losses, row over column; below "
+            "1 the row is ahead:\n\n" + pairs_table(summary)
+        )
     parts += [
         "## Untuned against tuned\n\n" + tuned_table(summary),
         "## By task\n\nFinal loss over that of the best tuned rival, which is named with its "
@@ -143,27 +141,13 @@ def worth_table(summary: dict[str, Any]) -> str:
         for rival, groups in rivals.items():
             for group, found in groups.items():
                 last = {end: found[end][-1] for end in ("mean", "low", "high")}
-                rows.append([_name(summary, name), rival, group, str(found["tasks"]),
-                             _equals(found), ratio_text(last)])  # fmt: skip
+                row = [_name(summary, name), rival, group, str(found["tasks"])]
+                rows.append([*row, _equals(found), ratio_text(last)])
     head = ["one run of", "rival", "tasks", "number", "equals the best of", "best of all over it"]
     return table(head, rows)
 
 
-def untuned_table(summary: dict[str, Any]) -> str:
-    """Everything untuned: how often best, how near the best, and what it costs."""
-    profile, factors = summary["profiles"]["untuned"], summary["profiles"]["factors"]
-    at = [max(i for i, f in enumerate(factors) if f <= x + 1e-9) for x in (1.0, 1.1, 2.0)]
-    head = ["optimizer", "best on", "within 1.1 times the best", "within 2 times", "diverged",
-            "stalled", "optimizer ms per step", "state, MB over all tasks"]  # fmt: skip
-    rows = [
-        [
-            _name(summary, name),
-            *(f"{profile[name][i]:.0%}" for i in at),
-            *_costs(summary["overall"][name]),
-        ]
-        for name in summary["protocol"]["untuned"]
-    ]
-    return table(head, rows)
+_SHARES_TO_TARGET = ("step_share_to_target", "second_share_to_target")
 
 
 def tuned_table(summary: dict[str, Any]) -> str:
@@ -180,11 +164,11 @@ def tuned_table(summary: dict[str, Any]) -> str:
             *(ratio_text(row[ratio]) for ratio in ("ratio", "test_ratio", "sum_ratio")),
             *(f"{row[c]} of {row['tasks']}" for c in ("at_most_tuned", "within_5_percent")),
             f"{row['reached']} of {row['tasks']}",
-            *(
-                "never" if row[share] is None else f"{row[share]:.0%}"
-                for share in ("step_share_to_target", "second_share_to_target")
-            ),
-            *_costs(row),
+            *("never" if row[s] is None else f"{row[s]:.0%}" for s in _SHARES_TO_TARGET),
+            f"{row['diverged']:.0%}",
+            f"{row['stalled']:.0%}",
+            "" if (spent := row["optimizer_milliseconds"]) is None else f"{spent:.2f}",
+            f"{row['state_bytes'] / 1e6:.2f}",
         ]
         for name, row in summary["overall"].items()
     ]
@@ -252,16 +236,20 @@ def in_words(summary: dict[str, Any]) -> str:
     protocol, overall = summary["protocol"], summary["overall"]
     lines = []
     for name in protocol["checkpoints"]:
-        pairs, row = summary["untuned_pairs"][name], overall[name]
+        row = overall[name]
+        groups: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
+        for other, found in summary["untuned_pairs"][name].items():
+            if other in protocol["untuned"]:
+                ahead = found["high"] is not None and found["high"] < 1
+                behind = found["low"] is not None and found["low"] > 1
+                where = "ahead of" if ahead else "behind" if behind else "level with"
+                groups[where].append(other)
         text = f"- `{name}`, untuned:"
-        others = [other for other in protocol["untuned"] if other in pairs]
-        ahead = [o for o in others if pairs[o]["high"] is not None and pairs[o]["high"] < 1]
-        behind = [o for o in others if pairs[o]["low"] is not None and pairs[o]["low"] > 1]
-        level = [o for o in others if o not in ahead + behind]
-        groups = (("ahead of", ahead), ("level with", level), ("behind", behind))
-        said = [f"{where} {', '.join(group)}" for where, group in groups if group]
-        if said:
-            text += f" {', '.join(said)} in the geometric mean of final losses."
+        listed = ", ".join(
+            f"{where} {', '.join(names)}" for where, names in groups.items() if names
+        )
+        if listed:
+            text += f" {listed} in the geometric mean of final losses."
         if row.get("ratio"):
             text += (
                 f" Its final loss is {row['ratio']['mean']:.2f} times the best tuned rival's, and "
@@ -301,17 +289,6 @@ def _lr(summary: dict[str, Any], name: str, lr: float) -> str:
 
 def _or_diverged(row: dict[str, Any], text: str) -> str:
     return f"{row['diverged']} diverged" if row["diverged"] else text
-
-
-def _costs(row: dict[str, Any]) -> list[str]:
-    """Failures, time and memory of one optimizer over all tasks."""
-    spent = row["optimizer_milliseconds"]
-    return [
-        f"{row['diverged']:.0%}",
-        f"{row['stalled']:.0%}",
-        "" if spent is None else f"{spent:.2f}",
-        f"{row['state_bytes'] / 1e6:.2f}",
-    ]
 
 
 def _counted(count: int, noun: str) -> str:

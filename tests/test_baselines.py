@@ -17,7 +17,9 @@ from learned_optim.evaluation.baselines import (
 )
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import build_tasks
+from learned_optim.meta.tasks.finetuning import with_adapters
 from learned_optim.meta.tasks.image_networks import VisionTransformer
+from learned_optim.meta.tasks.language import Transformer
 
 
 def descend(name: str, lr: float, steps: int) -> tuple[torch.nn.Parameter, list[float]]:
@@ -105,7 +107,6 @@ def test_outer_parameters_of_the_field() -> None:
     wanted = {
         "char-lm-gru": {"embed.weight", "head.weight"},
         "char-lm-tied": {"embed.weight", "place.weight"},
-        "lora-lm": set(),
         "skip-gram": {"words.weight", "contexts.weight"},
         "adversarial-pair": {"generator.4.weight", "discriminator.4.weight"},
         "regression": {"2.weight"},
@@ -115,17 +116,16 @@ def test_outer_parameters_of_the_field() -> None:
         params = {n: torch.nn.Parameter(p) for n, p in task.init(seeded(1)).items()}
         mark_outer(params, task.module)
         assert {n for n, p in params.items() if hasattr(p, OUTER)} == outer, name
-    network = VisionTransformer((3, 32, 32), 10)
-    params = dict(network.named_parameters())
-    mark_outer(params, network)
-    marked = {n for n, p in params.items() if hasattr(p, OUTER) and p.dim() > 1}
-    assert marked == {"embed.weight", "place", "head.weight"}
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Linear(4, 2)
-    )
-    params = dict(network.named_parameters())
-    mark_outer(params, network)
-    assert {n for n, p in params.items() if hasattr(p, OUTER)} == {"0.weight", "2.weight"}
+    convolutions = (torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3))
+    for network, outer in (
+        (VisionTransformer((3, 32, 32), 10), {"embed.weight", "place", "head.weight"}),
+        (torch.nn.Sequential(*convolutions, torch.nn.Linear(4, 2)), {"0.weight", "2.weight"}),
+        (with_adapters(Transformer(20, width=8, tied=True)), set()),
+    ):
+        params = dict(network.named_parameters())
+        mark_outer(params, network)
+        marked = {n for n, p in params.items() if hasattr(p, OUTER) and p.dim() > 1}
+        assert marked == outer
 
 
 def test_soap_is_adam_in_the_eigenbasis_of_past_gradients() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from learned_optim.evaluation import compare, plot_worth, worth
 from learned_optim.evaluation.figures import final_loss
-from learned_optim.evaluation.worth import GROUPS, worth_by_group
+from learned_optim.evaluation.statistics import GROUPS, worth_by_group
 from learned_optim.meta.tasks import field_tasks
 
 

@@ -8,7 +8,7 @@ from test_trainer import SMALL
 
 from learned_optim import load_record, save_rule
 from learned_optim.cli import main
-from learned_optim.evaluation.leaks import check_blind
+from learned_optim.evaluation.protocol import check_blind
 from learned_optim.meta import DataOptions, MetaTrainer, TaskOptions, build_tasks
 from learned_optim.meta.data import Images, halves
 from learned_optim.meta.recipes import Recipe, load_recipe, recipe_from_json

@@ -3,7 +3,7 @@
 from learned_optim.evaluation.baselines import BASELINES, Baseline, make_baseline
 from learned_optim.evaluation.compare import compare
 from learned_optim.evaluation.protocol import EvaluateConfig, Evaluation, measure
-from learned_optim.evaluation.worth import worth
+from learned_optim.evaluation.statistics import worth
 from learned_optim.summary import brief, markdown, plot_worth, write_report
 
 __all__ = [

@@ -8,9 +8,11 @@ Every baseline is told the number of steps of the run, as its users would.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,15 +68,6 @@ def warmup_cosine(progress: float, warmup: float = WARMUP) -> float:
 def warmup_linear(progress: float, warmup: float = WARMUP) -> float:
     """Linear warm-up, then linear decay to zero."""
     return min(progress / warmup, (1.0 - progress) / (1.0 - warmup))
-
-
-def _cosine(progress: float) -> float:
-    """Half a cosine to zero without warm-up."""
-    return warmup_cosine(progress, 0.0)
-
-
-def _nadamw_schedule(progress: float) -> float:
-    return warmup_cosine(progress, 0.02)
 
 
 #: The mark of parameters that Muon leaves to AdamW, as Megatron names it.
@@ -182,50 +175,25 @@ class AdamWAverage(torch.optim.AdamW):
             p.copy_(average)
 
 
-def _sgd(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    return torch.optim.SGD(params, lr=lr)
+def _torch(optimizer: Callable[..., Optimizer], **options: Any) -> Make:
+    """``optimizer`` with these options, which needs no number of steps."""
+    return lambda params, lr, total_steps: optimizer(params, lr=lr, **options)
 
 
-def _nesterov(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True)
+def _packaged(
+    package: str,
+    name: str,
+    schedule: Schedule | None = None,
+    lr: float | None = None,
+    **options: Any,
+) -> Baseline:
+    """An optimizer of an optional package, which is imported when one is made."""
 
+    def make(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
+        found: Optimizer = getattr(importlib.import_module(package), name)(params, lr=lr, **options)
+        return found
 
-def _rmsprop(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    return torch.optim.RMSprop(params, lr=lr)
-
-
-def _adam(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    return torch.optim.Adam(params, lr=lr)
-
-
-def _adamw(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    return torch.optim.AdamW(params, lr=lr)
-
-
-def _nadamw(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    # So large a momentum decay is none: torch's beta_1 (1 - 0.96^(t decay) / 2) is then beta_1.
-    return torch.optim.NAdam(
-        params, lr=lr, betas=(0.933, 0.9955), weight_decay=0.081,
-        decoupled_weight_decay=True, momentum_decay=1e9,
-    )  # fmt: skip
-
-
-def _muon(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    return MuonAdamW(params, lr)
-
-
-def _muon_author(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    return MuonAdamW(params, lr, adamw_lr=3e-4, betas=(0.9, 0.95), adjust_lr_fn=None)
-
-
-def _soap(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    from pytorch_optimizer import SOAP
-
-    # The constants of Vyas et al. 2024; vectors have no eigenbasis. Its first step only observes.
-    optimizer: Optimizer = SOAP(
-        params, lr=lr, betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10
-    )
-    return optimizer
+    return Baseline(make, schedule, lr, package)
 
 
 def _schedule_free(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
@@ -237,28 +205,28 @@ def _schedule_free(params: list[Tensor], lr: float, total_steps: int) -> Optimiz
     return optimizer
 
 
-def _prodigy(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    from prodigyopt import Prodigy
-
-    optimizer: Optimizer = Prodigy(params, lr=lr)
-    return optimizer
-
-
-def _dadapt_adam(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
-    from dadaptation import DAdaptAdam
-
-    optimizer: Optimizer = DAdaptAdam(params, lr=lr)
-    return optimizer
-
+_adam, _adamw = _torch(torch.optim.Adam), _torch(torch.optim.AdamW)
+# AlgoPerf's calibrated NadamW (Dahl et al. 2023; Kasimbeg et al. 2025). So large a momentum decay
+# is none: torch's beta_1 (1 - 0.96^(t decay) / 2) is then beta_1.
+_nadamw = _torch(
+    torch.optim.NAdam, betas=(0.933, 0.9955), weight_decay=0.081,
+    decoupled_weight_decay=True, momentum_decay=1e9,
+)  # fmt: skip
+_prodigy = _packaged("prodigyopt", "Prodigy", lr=1.0)
+# The constants of Vyas et al. 2024; vectors have no eigenbasis. Its first step only observes.
+_soap = _packaged(
+    "pytorch_optimizer", "SOAP",
+    betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10,
+)  # fmt: skip
 
 _TUNED: dict[str, Baseline] = {
-    "sgd": Baseline(_sgd),
-    "nesterov": Baseline(_nesterov),
-    "rmsprop": Baseline(_rmsprop),
+    "sgd": Baseline(_torch(torch.optim.SGD)),
+    "nesterov": Baseline(_torch(torch.optim.SGD, momentum=0.9, nesterov=True)),
+    "rmsprop": Baseline(_torch(torch.optim.RMSprop)),
     "adam": Baseline(_adam),
     "adamw": Baseline(_adamw),
-    "muon": Baseline(_muon, lrs=MATRIX_LRS, settings="hidden, decay 0.01"),
-    "soap": Baseline(_soap, lrs=MATRIX_LRS, package="pytorch_optimizer"),
+    "muon": Baseline(_torch(MuonAdamW), lrs=MATRIX_LRS, settings="hidden, decay 0.01"),
+    "soap": replace(_soap, lrs=MATRIX_LRS),
 }
 
 #: Every hand-written optimizer by name; what is not said is at its class's default.
@@ -272,17 +240,20 @@ BASELINES: dict[str, Baseline] = {
     # At their authors' constants.
     "adam-1e-3": Baseline(_adam, lr=1e-3),
     "adamw-cosine-1e-3": Baseline(_adamw, warmup_cosine, lr=1e-3),
-    # AlgoPerf's calibrated NadamW (Dahl et al. 2023; Kasimbeg et al. 2025).
-    "nadamw-1.75e-3": Baseline(_nadamw, _nadamw_schedule, lr=1.75e-3),
+    "nadamw-1.75e-3": Baseline(_nadamw, partial(warmup_cosine, warmup=0.02), lr=1.75e-3),
     "schedulefree-2.5e-3": Baseline(_schedule_free, lr=2.5e-3, package="schedulefree"),
     # Mishchenko and Defazio 2024; the package's README recommends the cosine.
-    "prodigy": Baseline(_prodigy, lr=1.0, package="prodigyopt"),
-    "prodigy-cosine": Baseline(_prodigy, _cosine, lr=1.0, package="prodigyopt"),
+    "prodigy": _prodigy,
+    "prodigy-cosine": replace(_prodigy, schedule=partial(warmup_cosine, warmup=0.0)),
     # Defazio and Mishchenko 2023.
-    "dadapt-adam": Baseline(_dadapt_adam, lr=1.0, package="dadaptation"),
+    "dadapt-adam": _packaged("dadaptation", "DAdaptAdam", lr=1.0),
     # Its README's rates: 0.02, and 3e-4 for AdamW's part.
-    "muon-cosine-2e-2": Baseline(_muon_author, warmup_cosine, lr=2e-2),
-    "soap-cosine-3e-3": Baseline(_soap, warmup_cosine, lr=3e-3, package="pytorch_optimizer"),
+    "muon-cosine-2e-2": Baseline(
+        _torch(MuonAdamW, adamw_lr=3e-4, betas=(0.9, 0.95), adjust_lr_fn=None),
+        warmup_cosine,
+        lr=2e-2,
+    ),
+    "soap-cosine-3e-3": replace(_soap, schedule=warmup_cosine, lr=3e-3),
 }
 
 
@@ -299,10 +270,9 @@ def baseline(name: str) -> Baseline:
 
 def why_missing(name: str) -> str | None:
     """What a baseline needs that is not installed, with the remedy; ``None`` if nothing."""
-    found = baseline(name)
-    if found.make in (_muon, _muon_author) and not hasattr(torch.optim, "Muon"):
+    package = baseline(name).package
+    if name.startswith("muon") and not hasattr(torch.optim, "Muon"):
         return f"the baseline {name!r} needs torch.optim.Muon: torch 2.9 or later"
-    package = found.package
     if package is None:
         return None
     try:
@@ -330,26 +300,18 @@ def make_baseline(name: str, params: Iterable[Tensor], lr: float, total_steps: i
         ValueError: unknown name; the message lists those that exist.
         ImportError: its package is not installed.
     """
-    found = baseline(name)
-    missing = why_missing(name)
+    found, missing = baseline(name), why_missing(name)
     if missing:
         raise ImportError(missing)
     optimizer = found.make(list(params), lr, total_steps)
-    if found.schedule is not None:
-        _attach(optimizer, found.schedule, total_steps)
+    schedule = found.schedule
+    if schedule is not None:
+        peaks, steps = [group["lr"] for group in optimizer.param_groups], itertools.count()
+
+        def set_lr(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            factor = schedule(min(1.0, (next(steps) + 0.5) / total_steps))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = factor * peak
+
+        optimizer.register_step_pre_hook(set_lr)
     return optimizer
-
-
-def _attach(optimizer: Optimizer, schedule: Schedule, total_steps: int) -> None:
-    """Let ``optimizer`` set its learning rates by ``schedule`` at the start of each step."""
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    taken = 0
-
-    def set_lr(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal taken
-        factor = schedule(min(1.0, (taken + 0.5) / total_steps))
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = factor * peak
-        taken += 1
-
-    optimizer.register_step_pre_hook(set_lr)

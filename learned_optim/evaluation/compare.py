@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from learned_optim.evaluation import runs
 from learned_optim.evaluation.figures import final_loss
-from learned_optim.evaluation.runs import Run, RunLog, Runner, RunSpec
-from learned_optim.evaluation.statistics import curve
-from learned_optim.evaluation.worth import worth
+from learned_optim.evaluation.runs import Run, RunLog, RunSpec
+from learned_optim.evaluation.statistics import curve, worth
 from learned_optim.meta import provenance
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks import FixedTask, ModuleTask, Params
@@ -148,8 +147,9 @@ def compare(
     def show(done: int, total: int, what: str) -> None:
         print(f"{name}: {done} of {total} runs", file=sys.stderr)
 
-    with Runner(log, DataOptions(), 1, show, partial(runs.run, families={name: family})) as runner:
-        runner.run_missing([own, *specs.values()], "comparing")
+    perform = partial(runs.run, data=DataOptions(), families={name: family})
+    with runs.performer(perform, workers=1) as outcomes:
+        runs.run_missing(log, [own, *specs.values()], outcomes, show)
     rivals = {lr: log.runs[spec.key] for lr, spec in specs.items()}
     found = Comparison(name, log.runs[own.key], rivals)
     curves = {

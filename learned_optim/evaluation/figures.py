@@ -1,7 +1,6 @@
 """The figures of an evaluation, from its runs: plain data, ready for JSON.
 
-Ratios of losses are cut off at 1/10 and 10 before they enter a mean over tasks, so that no single
-task decides it; a run that diverged counts as 10.
+Means over tasks are geometric, of ratios within 1/10 and 10; a run that diverged counts as 10.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor
 from learned_optim.evaluation.runs import OptimizerSpec, Run
 from learned_optim.evaluation.statistics import (
     curve,
+    cut_off,
     finite,
     geometric_mean,
     interval,
@@ -28,8 +28,6 @@ from learned_optim.evaluation.statistics import (
 
 #: Share of the run whose mean loss is the final one.
 FINAL_SHARE = 0.05
-#: Ratios are cut off here and at its inverse before they are averaged over tasks.
-LARGEST_RATIO = 10.0
 #: A run stalls if it makes less than this share of the progress of the best tuned rival.
 STALLED_SHARE = 0.1
 #: Factors of the best at which the performance profile is drawn.
@@ -168,11 +166,7 @@ def summarize(
 def ratio(mine: Tensor, theirs: Tensor) -> float:
     """Ratio of two means over seeds, cut off at 1/10 and 10; 10 where ``mine`` diverged."""
     above, below = mine.mean().item(), theirs.mean().item()
-    if not math.isfinite(above):
-        return LARGEST_RATIO
-    if not math.isfinite(below):
-        return 1.0 / LARGEST_RATIO
-    return min(max(above / below, 1.0 / LARGEST_RATIO), LARGEST_RATIO)
+    return cut_off(above / below if math.isfinite(above) else math.inf)
 
 
 def _best(entries: Sequence[Figures], by: str) -> Figures | None:

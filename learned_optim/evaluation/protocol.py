@@ -30,19 +30,18 @@ from learned_optim.evaluation.baselines import (
     why_missing,
 )
 from learned_optim.evaluation.figures import Figures, final_loss, summarize
-from learned_optim.evaluation.leaks import check_blind
 from learned_optim.evaluation.runs import (
     MakeOptimizer,
     OptimizerSpec,
     Progress,
-    Run,
     RunLog,
-    Runner,
     RunSpec,
     learned_optimizer,
+    performer,
+    run_missing,
     train,
 )
-from learned_optim.evaluation.worth import worth_by_group
+from learned_optim.evaluation.statistics import worth_by_group
 from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family, check_finite, check_picklable
 from learned_optim.meta.data import DataOptions
@@ -56,6 +55,7 @@ from learned_optim.meta.tasks import (
     field_horizon,
     field_tasks,
 )
+from learned_optim.pretrained import load_record
 
 #: Learning rates over which baselines are tuned on the field.
 FIELD_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -149,7 +149,7 @@ class Evaluation:
 
     Args:
         config: what to run.
-        progress: told ``(runs done, runs in all, what)``; ``what`` has the time left.
+        progress: told ``(runs done, runs in all, what)``.
         tasks: tasks of one's own, by the names that ``config.tasks`` has for them. With several
             workers they must be fit for pickling.
 
@@ -199,7 +199,6 @@ class Evaluation:
             conditions |= provenance.conditions_of_given(name, family)
         self._conditions = provenance.check(config.output, conditions)
         self._log = RunLog(config.output / "runs.jsonl")
-        self._planned: list[RunSpec] = []
 
     def execute(self) -> dict[str, Any]:
         """Tune, test, and summarize.
@@ -209,14 +208,12 @@ class Evaluation:
         """
         config = self.config
         provenance.remember(config.output, self._conditions)
-        self._planned = self._specs()
-        perform = partial(runs.run, families=self._given) if self._given else runs.run
-        with Runner(self._log, config.data, config.workers, self._progress, perform) as runner:
-            runner.run_missing(self._planned, "tuning and testing")
+        perform = partial(runs.run, data=config.data, families=self._given)
+        with performer(perform, config.workers) as outcomes:
+            run_missing(self._log, self._specs(), outcomes, self._show)
             # Where a tuned learning rate diverges, the next best one is tested too.
-            while tests := self._missing_tests():
-                self._planned = tests
-                runner.run_missing(tests, "testing")
+            while self._log.lacks(tests := self._tests()):
+                run_missing(self._log, tests, outcomes, self._show)
         summary = self.summary()
         write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
@@ -279,8 +276,7 @@ class Evaluation:
     def _specs(self) -> list[RunSpec]:
         """What can be run at once: tuning runs, and tests of everything untuned.
 
-        The first run of every task comes before the second of any: what is wrong shows early, and
-        the time left is known.
+        The first run of every task comes before the second of any: what is wrong shows early.
         """
         tests = [
             self._runs(task, optimizer, self._lr(task, optimizer), "test")[seed]
@@ -299,15 +295,14 @@ class Evaluation:
         ]
         return tests + tuning
 
-    def _missing_tests(self) -> list[RunSpec]:
-        """All test runs at the learning rates that are chosen now, if one has still to be done."""
-        tests = [
+    def _tests(self) -> list[RunSpec]:
+        """All test runs at the learning rates that are chosen now."""
+        return [
             spec
             for optimizer in self.optimizers
             for task in self.config.tasks
             for spec in self._runs(task, optimizer, self._lr(task, optimizer), "test")
         ]
-        return tests if any(s.key not in self._log.runs for s in tests) else []
 
     def _runs(
         self, task: str, optimizer: OptimizerSpec, lr: float, phase: Literal["tune", "test"]
@@ -347,29 +342,25 @@ class Evaluation:
         )
         return next((lr for lr in ranked if not diverges(lr)), ranked[0])
 
-    def _progress(self, done: int, total: int, what: str) -> None:
-        self._show(done, total, f"{what}, {self._time_left()} left")
 
-    def _time_left(self) -> str:
-        """An estimate for the planned runs, from the processor time of finished ones.
+def check_blind(checkpoints: Sequence[str], tasks: Sequence[str], data: DataOptions) -> None:
+    """Hold the data that checkpoints were trained on, by their records, against that of tasks.
 
-        A run is taken to be as long as the mean one of the same task and kind of optimizer, or,
-        if there is none yet, as the mean of all.
-        """
-        known: dict[tuple[str, str], list[float]] = {}
-        waiting = []
-        for spec in self._planned:
-            finished, like = self._log.runs.get(spec.key), (spec.task, spec.optimizer.kind)
-            if finished is None:
-                waiting.append(like)
-            elif math.isfinite(finished.seconds):
-                known.setdefault(like, []).append(finished.seconds)
-        if not known:
-            return "unknown time"
-        means = {like: sum(seconds) / len(seconds) for like, seconds in known.items()}
-        usual = sum(means.values()) / len(means)
-        minutes = sum(means.get(like, usual) for like in waiting) / self.config.workers / 60.0
-        return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
+    Raises:
+        ValueError: a task draws on all images of a set that meta-trained a checkpoint with a half
+            of them; the message names a task that keeps to the other half.
+    """
+    families = {name: build_tasks(name, TaskOptions("evaluation", data)) for name in tasks}
+    for checkpoint in checkpoints:
+        trained_on = set(load_record(checkpoint).get("data_sets", ()))
+        for name, family in families.items():
+            shared = sorted(trained_on & set(family.data_sets))
+            if shared and not family.halved:
+                raise ValueError(
+                    f"{checkpoint!r} was meta-trained on half of the {', '.join(shared)} images, "
+                    f"and the task {name!r} draws on all of them: leave it out, or "
+                    f"evaluate on '{shared[0]}-half', whose images it has not seen"
+                )
 
 
 def _check_given(tasks: Mapping[str, TaskFamily], config: EvaluateConfig) -> None:
@@ -404,26 +395,23 @@ def measure(
     Returns:
         By task, label and seed; infinite for a run that diverged.
     """
-    config = EvaluateConfig(suite="field", quick=quick)
+    config, data = EvaluateConfig(suite="field", quick=quick), data or DataOptions()
     makers = {
-        label: _maker(made) if isinstance(made, str) else made for label, made in optimizers.items()
+        label: optimizer_maker(made) if isinstance(made, str) else made
+        for label, made in optimizers.items()
     }
-
-    def loss(task: str, label: str, seed: int) -> float:
-        steps = config.steps_of(task)
-        run: Run = train(task, makers[label], "test", seed, steps, data or DataOptions())
-        return final_loss(run)
-
     return {
-        (task, label, seed): loss(task, label, seed)
+        (task, label, seed): final_loss(
+            train(task, make, "test", seed, config.steps_of(task), data)
+        )
         for task in tasks or field_tasks()
-        for label in makers
+        for label, make in makers.items()
         for seed in seeds
     }
 
 
-def _maker(text: str) -> MakeOptimizer:
-    """An optimizer of :func:`measure` from its name."""
+def optimizer_maker(text: str) -> MakeOptimizer:
+    """The function that :func:`measure` understands by a name."""
     if not text.startswith("baseline:"):
         return lambda params, total_steps: learned_optimizer(params, text, total_steps)
     name, _, given = text.removeprefix("baseline:").partition("@")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -110,7 +110,7 @@ def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> lis
         rule = load_rule(path)
         found.append(OptimizerSpec(label, "learned", path, rule.fingerprint()))
     for name in baselines:
-        make_baseline(name, [torch.zeros(1)], lr=1.0, total_steps=1)  # fails now if it ever does
+        make_baseline(name, [torch.zeros(1)], 1.0, total_steps=1)  # fails now if it ever does
         settings = baseline(name).settings
         identity = f"{name} ({settings})" if settings else name
         found.append(OptimizerSpec(name, "baseline", name, identity))
@@ -170,6 +170,8 @@ class Run:
 
 
 MakeOptimizer = Callable[[list[Tensor], int], Optimizer]
+#: Does runs and yields them with their outcomes.
+Performer = Callable[[Sequence[RunSpec]], Iterator[tuple[RunSpec, Run]]]
 
 
 def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | None = None) -> Run:
@@ -182,8 +184,8 @@ def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | N
     def make(params: list[Tensor], total_steps: int) -> Optimizer:
         return spec.optimizer.make(params, spec.lr, total_steps)
 
-    given = (families or {}).get(spec.task)
-    finished = train(spec.task, make, spec.phase, spec.seed, spec.steps, data, given)
+    family = (families or {}).get(spec.task)
+    finished = train(spec.task, make, spec.phase, spec.seed, spec.steps, data, family)
     return replace(finished, losses=pooled(finished.losses, STRETCHES))
 
 
@@ -244,7 +246,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Threads split sums differently: the figures must not depend on how many there are."""
+    """Compute on one thread inside: threads split sums differently, and figures would depend."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -274,6 +276,10 @@ class RunLog:
             with suppress(json.JSONDecodeError):
                 self._remember(line)
         self._torn = bool(text) and not text.endswith("\n")
+
+    def lacks(self, specs: Sequence[RunSpec]) -> list[RunSpec]:
+        """Those of ``specs`` that have no finished run."""
+        return [spec for spec in specs if spec.key not in self.runs]
 
     def add(self, key: str, finished: Run) -> None:
         """Append a run to the file, and remember it as it will be read again."""
@@ -322,53 +328,35 @@ def _import_modules(modules: list[str]) -> None:
             importlib.import_module(module)
 
 
-@dataclass
-class Runner:
-    """Does the runs that a log lacks, in this process or in several.
+@contextmanager
+def performer(perform: Callable[[RunSpec], Run], workers: int) -> Iterator[Performer]:
+    """A map of ``perform`` over runs, in this process or in several; outcomes come as they end."""
+    if workers == 1:
+        yield lambda specs: ((spec, perform(spec)) for spec in specs)
+        return
+    spawn, modules = get_context("spawn"), _modules_of_own_rules()
+    # Processes start when first needed.
+    pool = ProcessPoolExecutor(workers, spawn, _import_modules, (modules,))
 
-    Attributes:
-        perform: does one run; a function of a module, for it is sent to other processes.
-    """
+    def outcomes(specs: Sequence[RunSpec]) -> Iterator[tuple[RunSpec, Run]]:
+        futures = {pool.submit(perform, spec): spec for spec in specs}
+        return ((futures[future], future.result()) for future in as_completed(futures))
 
-    log: RunLog
-    data: DataOptions
-    workers: int
-    progress: Progress
-    perform: Callable[[RunSpec, DataOptions], Run]
-    _pool: ProcessPoolExecutor | None = field(default=None, init=False)
+    try:
+        yield outcomes
+    finally:  # after an error or an interrupt, what has not begun never does
+        pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Runner:
-        if self.workers > 1:  # processes start when first needed
-            self._pool = ProcessPoolExecutor(
-                self.workers,
-                mp_context=get_context("spawn"),
-                initializer=_import_modules,
-                initargs=(_modules_of_own_rules(),),
-            )
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._pool is not None:  # after an error or an interrupt, what has not begun never does
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
-
-    def run_missing(self, specs: Sequence[RunSpec], what: str) -> None:
-        """Do those of ``specs`` that the log lacks, and tell the progress over all of them."""
-        missing = {spec.key: spec for spec in specs if spec.key not in self.log.runs}
-        total = len({spec.key for spec in specs})
-        done = total - len(missing)
-        self.progress(done, total, what)
-        for key, finished in self._results(missing):
-            self.log.add(key, finished)
-            done += 1
-            self.progress(done, total, what)
-
-    def _results(self, missing: dict[str, RunSpec]) -> Iterator[tuple[str, Run]]:
-        if self._pool is None:
-            for key, spec in missing.items():
-                yield key, self.perform(spec, self.data)
-            return
-        pool = self._pool
-        futures = {pool.submit(self.perform, spec, self.data): k for k, spec in missing.items()}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+def run_missing(
+    log: RunLog, specs: Sequence[RunSpec], perform: Performer, progress: Progress
+) -> None:
+    """Do those of ``specs`` that the log lacks, and tell the progress over all of them."""
+    missing = {spec.key: spec for spec in log.lacks(specs)}
+    total = len({spec.key for spec in specs})
+    done = total - len(missing)
+    progress(done, total, "runs")
+    for spec, finished in perform(list(missing.values())):
+        log.add(spec.key, finished)
+        done += 1
+        progress(done, total, "runs")
