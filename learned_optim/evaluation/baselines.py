@@ -193,7 +193,7 @@ def _packaged(
         found: Optimizer = getattr(importlib.import_module(package), name)(params, lr=lr, **options)
         return found
 
-    return Baseline(make, schedule, lr, package)
+    return Baseline(make, schedule, lr, package=package)
 
 
 def _schedule_free(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
