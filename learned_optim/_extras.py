@@ -3,8 +3,8 @@
 #: Import names of the packages of an extra.
 EXTRAS = {
     "meta": (
-        "filelock", "matplotlib", "numpy", "pydantic", "scipy", "sklearn", "tensorboard", "tomli",
-        "torchvision", "tqdm", "tyro",
+        "filelock", "matplotlib", "numpy", "pydantic", "scipy", "sklearn", "tomli", "torchvision",
+        "tqdm", "tyro",
     ),
 }  # fmt: skip
 

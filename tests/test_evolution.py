@@ -279,21 +279,12 @@ def test_recipe_fields_are_checked(changes: dict[str, Any], message: str) -> Non
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     folder, output = tmp_path / "run", tmp_path / "out.safetensors"
     command = [
         "train", "diagonal", "--meta-steps", "2", "--tasks-per-meta-step", "2", "--pairs", "1",
         "--validation-tasks", "2", "--folder", str(folder), "--output", str(output),
     ]  # fmt: skip
-    assert main([*command, "--tensorboard"]) == 0
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    for name in ("runs_per_second", "seconds_left", "meta_loss"):
-        values = [line[name] for line in lines]
-        assert [s.value for s in events.Scalars(name)] == pytest.approx(values)
-    assert [s.step for s in events.Scalars("ratio_to_adamw")] == [2]
+    assert main(command) == 0
     captured = capsys.readouterr()
     figures, wrote = captured.out.splitlines()
     ratio = load_record(output)["ratio_to_adamw"]

@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from test_trainer import SMALL as trainer_recipe
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta import FixedTask, MetaTrainer, ModuleTask, TaskMixture
-from learned_optim.meta import validation as module
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.validation import (
     ADAMW_LRS,
@@ -78,42 +76,6 @@ def test_ratio_is_of_the_same_runs(tmp_path: Path) -> None:
     best = trainer.best
     assert best is not None
     assert trainer.record()["ratio_to_adamw"] == best.ratio_to_adamw
-
-
-def test_rates_that_are_done_are_not_run_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A kill while AdamW is tuned costs one learning rate; a resumed run has the same ratio."""
-
-    class Killed(Exception):
-        pass
-
-    run, rates, lives = adamw_sums, [], [4]
-
-    def counted(lr: float, *rest: Any) -> Tensor:
-        rates.append(lr)
-        if len(rates) in lives:
-            lives.clear()
-            raise Killed
-        return run(lr, *rest)
-
-    monkeypatch.setattr(module, "adamw_sums", counted)
-    with pytest.raises(Killed):
-        MetaTrainer(SMALL, tmp_path / "parts").train()
-    MetaTrainer(SMALL, tmp_path / "parts").train()
-    assert rates == [*ADAMW_LRS[:4], *ADAMW_LRS[3:]]
-    rates.clear()
-    whole = MetaTrainer(SMALL, tmp_path / "whole")
-    whole.train()
-    again = MetaTrainer(replace(SMALL, epochs=3), tmp_path / "parts")
-    again.train()
-    assert len(rates) == len(ADAMW_LRS)
-    assert [m.ratio_to_adamw for m in again.history[:2]] == [
-        m.ratio_to_adamw for m in whole.history
-    ]
-    (tmp_path / "parts" / "references.json").write_text("[{}]")
-    with pytest.raises(ValueError, match=r"references\.json is damaged .*delete it"):
-        MetaTrainer(replace(SMALL, epochs=4), tmp_path / "parts").train()
 
 
 def test_runs_of_one_task_share_a_rate(tmp_path: Path) -> None:

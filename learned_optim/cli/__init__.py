@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Annotated, Any, Union
 
 from learned_optim._extras import EXTRAS, how_to_install
@@ -29,6 +28,9 @@ COMMANDS = {
     "evaluate": "Compare learned optimizers with tuned hand-written ones.",
     "explain": "Write a report with plots on what an update rule does.",
 }
+
+#: Modules of the commands' classes.
+MODULES = {"list": "_inspect", "show": "_inspect", "explain": "_inspect", "evaluate": "_evaluate"}
 
 #: Packages that a command uses after hours of computing; it looks for them before.
 NEEDS = {
@@ -89,17 +91,17 @@ def _run(args: list[str]) -> int:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            command, parsed = _parse(args or ["--help"])
+            command = _parse(args or ["--help"])
     except SystemExit as end:
         if end.code:
             print(f"learned-optim: {_one_line(errors.getvalue())}", file=sys.stderr)
         return 2 if end.code or not args else 0
-    status: int = command.run(parsed)
+    status: int = command.run()
     return status
 
 
-def _parse(args: list[str]) -> tuple[ModuleType, Any]:
-    """The module of the command, and its configuration.
+def _parse(args: list[str]) -> Any:
+    """The command with its options.
 
     Raises:
         SystemExit: after help, and with status 2 after a usage error on standard error.
@@ -111,13 +113,12 @@ def _parse(args: list[str]) -> tuple[ModuleType, Any]:
     if name in COMMANDS:
         if not {"-h", "--help"} & set(args):
             _check_needs(name)
-        command = _module(name)
-        prog, options, rest = command.options(args[1:])
-        return command, tyro.cli(**options, prog=f"learned-optim {prog}", args=rest, config=config)
+        prog, options, rest = _options(name, args[1:])
+        return tyro.cli(**options, prog=f"learned-optim {prog}", args=rest, config=config)
     # Help, completion or a misspelt command: one parser of all commands.
     whole = any("completion" in arg for arg in args)
     kinds = {
-        name: _module(name).options([])[1]["f"] if whole else dataclasses.make_dataclass(name, [])
+        name: _options(name, [])[1]["f"] if whole else dataclasses.make_dataclass(name, [])
         for name in COMMANDS
     }
     every: Any = Union[  # noqa: UP007 - of a computed tuple
@@ -130,8 +131,14 @@ def _parse(args: list[str]) -> tuple[ModuleType, Any]:
     raise AssertionError(f"{args} parse, though they begin with no command")
 
 
-def _module(command: str) -> ModuleType:
-    return importlib.import_module(f"learned_optim.cli._{command}")
+def _options(name: str, args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
+    """Name, options of tyro and remaining arguments of a command."""
+    if name == "train":
+        from learned_optim.cli import _train
+
+        return _train.options(args)
+    module = importlib.import_module(f"learned_optim.cli.{MODULES[name]}")
+    return name, {"f": getattr(module, name.capitalize())}, args
 
 
 def _one_line(box: str) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
+from learned_optim.checkpoint import check_writable
 from learned_optim.cli._arguments import take
 from learned_optim.cli._progress import ProgressBar
 from learned_optim.meta.data import DataOptions
@@ -21,6 +23,10 @@ from learned_optim.meta.recipes import (
     recipe_schema,
     rule_config,
 )
+from learned_optim.meta.run_folder import RunFolder
+from learned_optim.meta.trainer import MetaTrainer
+from learned_optim.meta.unrolls import process_group
+from learned_optim.pretrained import load_record
 
 DESCRIPTION = """Meta-train an update rule by a recipe, in a run folder.
 
@@ -34,6 +40,10 @@ run. "learned-optim train --schema" prints the JSON Schema of recipe files."""
 class Schema:
     """Print the JSON Schema of recipe files."""
 
+    def run(self) -> int:
+        print(json.dumps(recipe_schema(), indent=2))
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Train:
@@ -43,10 +53,31 @@ class _Train:
     """Run folder: metrics, best checkpoint, resume state."""
     output: Path | None = None
     """Where the finished checkpoint goes; into the run folder if not given."""
-    tensorboard: bool = False
-    """Also write TensorBoard events into the run folder."""
     data: DataOptions = field(default_factory=DataOptions)
     """Where image sets are looked for."""
+
+    def trainer(self) -> MetaTrainer:
+        raise NotImplementedError
+
+    def run(self) -> int:
+        """Train, show a progress bar on the first rank, and print the results."""
+        if self.output is not None:
+            check_writable(self.output)
+        with process_group():
+            trainer = self.trainer()
+            if trainer.method.rank > 0:
+                trainer.run(self.output)
+                return 0
+            with ProgressBar("meta-training") as show:
+
+                def report(text: str) -> None:
+                    show(*trainer.progress, text)
+
+                report("starting")
+                path = trainer.run(self.output, report)
+        print(trainer.method.summary(load_record(path)))
+        print(f"wrote {path}")
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +90,10 @@ class TrainUnrolls(_Train):
     against_adamw: bool = True
     """Report validation relative to AdamW, which is tuned on its runs before training."""
 
+    def trainer(self) -> MetaTrainer:
+        torch.set_num_threads(self.threads)
+        return MetaTrainer(self.recipe, self.folder, self.data, against_adamw=self.against_adamw)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainWholeRuns(_Train):
@@ -67,6 +102,9 @@ class TrainWholeRuns(_Train):
     recipe: EvolutionRecipe
     workers: int = 1
     """Processes that share the tasks of a meta-step, a core each."""
+
+    def trainer(self) -> MetaTrainer:
+        return MetaTrainer(self.recipe, self.folder, self.data, workers=self.workers)
 
 
 def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
@@ -106,48 +144,8 @@ def configuration(source: str, rule: str | None) -> TrainUnrolls | TrainWholeRun
 
 def run_folder(source: str) -> Path:
     """The run folder of a recipe: the folder that the recipe is from, if that is a run folder."""
-    from learned_optim.meta.run_folder import RunFolder
-
     path = Path(source)
     folder = path if path.is_dir() else path.parent if path.name == "recipe.json" else None
     if folder is not None and RunFolder.is_one(folder):
         return folder
     return Path("runs") / (folder.resolve().name if folder is not None else path.stem)
-
-
-def run(config: TrainUnrolls | TrainWholeRuns | Schema) -> int:
-    """Train, show a progress bar on the first rank, and print the results."""
-    if isinstance(config, Schema):
-        print(json.dumps(recipe_schema(), indent=2))
-        return 0
-    import torch
-
-    from learned_optim.checkpoint import check_writable
-    from learned_optim.meta.trainer import MetaTrainer
-    from learned_optim.meta.unrolls import process_group
-    from learned_optim.pretrained import load_record
-
-    if config.output is not None:
-        check_writable(config.output)
-    if isinstance(config, TrainWholeRuns):
-        options: dict[str, Any] = {"workers": config.workers}
-    else:
-        torch.set_num_threads(config.threads)
-        options = {"against_adamw": config.against_adamw}
-    with process_group():
-        trainer = MetaTrainer(
-            config.recipe, config.folder, config.data, config.tensorboard, **options
-        )
-        if trainer.method.rank > 0:
-            trainer.run(config.output)
-            return 0
-        with ProgressBar("meta-training") as show:
-
-            def report(text: str) -> None:
-                show(*trainer.progress, text)
-
-            report("starting")
-            path = trainer.run(config.output, report)
-    print(trainer.method.summary(load_record(path)))
-    print(f"wrote {path}")
-    return 0

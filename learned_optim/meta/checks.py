@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -96,8 +96,8 @@ def _parameters(task: Task, name: str) -> Params:
             f"with requires_grad=False do not count"
         )
     for key, value in params.items():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"task {name!r}: parameter {key!r} is a {kind}, and parameters are floating tensors"
             )
@@ -172,9 +172,9 @@ def _check_gradients(loss: Tensor, params: Params, name: str) -> None:
 
 def _gradients(loss: Tensor, params: Params) -> dict[str, Tensor | None]:
     """By name; ``None`` of parameters that the loss does not use."""
-    grads: Sequence[Tensor | None] = [None] * len(params)
-    if loss.requires_grad:
-        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    if not loss.requires_grad:
+        return dict.fromkeys(params)
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
     return dict(zip(params, grads, strict=True))
 
 
@@ -188,18 +188,18 @@ def _check_finite(grads: Mapping[str, Tensor | None], name: str) -> None:
 
 
 def _check_shapes(batches: list[Batch], name: str) -> None:
-    shapes = [[tuple(part.shape) for part in batch] for batch in batches]
-    for other in shapes[1:]:
-        if other != shapes[0]:
+    first, *others = ([tuple(part.shape) for part in batch] for batch in batches)
+    for other in others:
+        if other != first:
             raise ValueError(
-                f"task {name!r}: the shapes of batches change, from {shapes[0]} to {other}, and "
+                f"task {name!r}: the shapes of batches change, from {first} to {other}, and "
                 f"optimizees side by side need the same: drop the last, smaller batch of an epoch, "
                 f"or set stackable=False"
             )
 
 
 def _check_state(task: Task, batch: Batch, name: str, alone: bool) -> None:
-    """Compute the loss twice from the same initialization, and all that once more."""
+    """Compute the loss twice from one initialization, and all that once more."""
 
     def twice() -> list[float]:
         params = _parameters(task, name)

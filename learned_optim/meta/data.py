@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -70,10 +70,9 @@ class Images:
 
 
 def halves(images: Images) -> tuple[Images, Images]:
-    """One fixed random split: the half that meta-trains and the half that evaluates.
+    """A fixed random split: the half that meta-trains and the half that evaluates.
 
-    The permutation depends on the number of images alone, so every process and every version
-    sees the same two halves.
+    The permutation depends on the number of images alone, and so is the same in every process.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     middle = len(images) // 2
@@ -127,21 +126,19 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
         ) from error
     split = "train" if train else "test"
     builders = {
-        "mnist": lambda get: datasets.MNIST(root, train=train, download=get),
-        "fashion": lambda get: datasets.FashionMNIST(root, train=train, download=get),
-        "emnist-letters": lambda get: datasets.EMNIST(
-            root, split="letters", train=train, download=get
-        ),
-        "cifar10": lambda get: datasets.CIFAR10(root, train=train, download=get),
-        "svhn": lambda get: datasets.SVHN(root, split=split, download=get),
+        "mnist": partial(datasets.MNIST, train=train),
+        "fashion": partial(datasets.FashionMNIST, train=train),
+        "emnist-letters": partial(datasets.EMNIST, split="letters", train=train),
+        "cifar10": partial(datasets.CIFAR10, train=train),
+        "svhn": partial(datasets.SVHN, split=split),
     }
     try:
         try:
-            found = builders[name](False)
+            found = builders[name](root, download=False)
         except RuntimeError:  # torchvision's "Dataset not found"
             if not download:
                 raise
-            found = builders[name](True)
+            found = builders[name](root, download=True)
     except (RuntimeError, OSError) as error:
         attempt = "downloading it failed" if download else "downloading is switched off"
         raise FileNotFoundError(
@@ -149,20 +146,13 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
             f"${DATA_VARIABLE} at a folder in torchvision's layout, or run once with --download "
             f"on a machine with network access"
         ) from error
-    return _as_images(name, found)
-
-
-def _as_images(name: str, found: object) -> Images:
-    """torchvision's four different layouts as one."""
-    data, labels = found.data, getattr(found, "targets", None)  # type: ignore[attr-defined]
-    pixels = torch.as_tensor(data)
-    if name == "svhn":  # (N, 3, H, W) already
-        labels = found.labels  # type: ignore[attr-defined]
-    elif name == "cifar10":  # (N, H, W, 3)
+    # torchvision's layouts: (N, H, W), (N, H, W, 3) of CIFAR-10, and (N, 3, H, W) of SVHN.
+    pixels = torch.as_tensor(found.data)
+    if name == "cifar10":
         pixels = pixels.permute(0, 3, 1, 2).contiguous()
-    else:  # (N, H, W)
+    elif name != "svhn":
         pixels = pixels.unsqueeze(1)
-    target = torch.as_tensor(labels).long()
+    labels = torch.as_tensor(found.labels if name == "svhn" else found.targets).long()
     if name == "emnist-letters":  # labels 1 to 26
-        return Images(pixels, target - 1, 26)
-    return Images(pixels, target, 10)
+        return Images(pixels, labels - 1, 26)
+    return Images(pixels, labels, 10)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -241,7 +241,7 @@ class Particles:
     """
 
     runs: dict[int, tuple[Optimizees, Optimizees]]
-    directions: Tensor
+    directions: Tensor | float = 0.0
 
 
 def es(
@@ -261,10 +261,7 @@ def es(
     Ranks draw the same perturbations, run a share of the pairs, and exchange fitness alone, a few
     numbers per pair.
     """
-    fresh = _perturbations(rule, options)
-    return _estimate(
-        rule, optimizees, steps, options, fresh, _particles(optimizees, options, fresh)
-    )
+    return _evolve(rule, optimizees, steps, options, _particles(optimizees, options))
 
 
 def pes(
@@ -278,25 +275,60 @@ def pes(
     meanwhile, this is an unbiased estimate of the gradient of the whole run's smoothed fitness. The
     particles are kept in ``optimizees.carry``, and begin anew with every run.
     """
-    fresh = _perturbations(rule, options)
-    particles = optimizees.carry
-    if isinstance(particles, Particles):
-        particles.directions = particles.directions + fresh
-    else:
-        particles = optimizees.carry = _particles(optimizees, options, fresh)
-    return _estimate(rule, optimizees, steps, options, fresh, particles)
+    if optimizees.carry is None:
+        optimizees.carry = _particles(optimizees, options)
+    return _evolve(rule, optimizees, steps, options, cast(Particles, optimizees.carry))
 
 
-def _perturbations(rule: UpdateRule, options: EstimatorOptions) -> Tensor:
-    """Standard normal directions of all pairs, the same on every rank, ``(pairs, weights)``."""
-    count = sum(weight.numel() for weight in rule.parameters())
-    return torch.randn(options.pairs, count, generator=options.generator, dtype=rule.dtype)
-
-
-def _particles(optimizees: Optimizees, options: EstimatorOptions, directions: Tensor) -> Particles:
-    """Fresh copies of the optimizees for the pairs of this rank."""
+def _particles(optimizees: Optimizees, options: EstimatorOptions) -> Particles:
     share = range(options.rank, options.pairs, options.world)
-    return Particles({pair: (optimizees.copy(), optimizees.copy()) for pair in share}, directions)
+    return Particles({pair: (optimizees.copy(), optimizees.copy()) for pair in share})
+
+
+def _evolve(
+    rule: UpdateRule,
+    optimizees: Optimizees,
+    steps: int,
+    options: EstimatorOptions,
+    particles: Particles,
+) -> MetaGradient:
+    """Perturb the weights, advance all runs side by side, and weight the directions."""
+    weights = list(rule.parameters())
+    sizes = [weight.numel() for weight in weights]
+    fresh = torch.randn(options.pairs, sum(sizes), generator=options.generator, dtype=rule.dtype)
+    particles.directions = particles.directions + fresh
+    runs: list[tuple[UpdateRule, Optimizees]] = []
+    for pair, (plus, minus) in particles.runs.items():
+        change = options.sigma * fresh[pair]
+        runs += [(_perturbed(rule, change), plus), (_perturbed(rule, -change), minus)]
+    runs.append((rule, optimizees))
+    rows = []
+    for _ in range(steps):
+        batch, dropout = optimizees.next_batch(), torch.get_rng_state()
+        for perturbed, run in runs:
+            torch.set_rng_state(dropout)
+            rows.append(run.advance(perturbed, batch))
+    stacked = torch.stack(rows).unflatten(0, (steps, len(runs)))  # (steps, runs, B)
+    losses, fitness = stacked[:, -1], torch.zeros(options.pairs, 2, len(optimizees)).double()
+    if particles.runs:
+        # In float64: the difference within a pair is much smaller than the losses.
+        sums = stacked[:, :-1].double().sum(0)  # (runs of pairs, B)
+        fitness[list(particles.runs)] = sums.unflatten(0, (-1, 2))
+    if options.world > 1:
+        # Each entry comes from one rank and is zero on all others, so nothing is rounded. Losses
+        # are those of rank 0: ranks must agree to the bit on whether to drop an unroll.
+        ours = losses.double() if options.rank == 0 else torch.zeros_like(losses).double()
+        packed = torch.cat([ours.flatten(), fitness.flatten()])
+        dist.all_reduce(packed)
+        first, rest = packed.split([losses.numel(), fitness.numel()])
+        losses, fitness = first.view_as(losses).to(losses.dtype), rest.view_as(fitness)
+    slopes = (fitness[:, 0] - fitness[:, 1]).mean(1) / (2 * options.sigma)  # (pairs,)
+    # Pair after pair, so that the sum's bits do not depend on how a matrix product is split.
+    flat = torch.zeros_like(particles.directions[0])
+    for slope, direction in zip(slopes.tolist(), particles.directions, strict=True):
+        flat += slope / options.pairs * direction
+    grads = [part.view_as(w) for part, w in zip(flat.split(sizes), weights, strict=True)]
+    return MetaGradient(losses, grads)
 
 
 def _perturbed(rule: UpdateRule, change: Tensor) -> UpdateRule:
@@ -306,77 +338,6 @@ def _perturbed(rule: UpdateRule, change: Tensor) -> UpdateRule:
         weights = parameters_to_vector(rule.parameters())
         vector_to_parameters(weights + change, other.parameters())
     return other
-
-
-def _estimate(
-    rule: UpdateRule,
-    optimizees: Optimizees,
-    steps: int,
-    options: EstimatorOptions,
-    fresh: Tensor,
-    particles: Particles,
-) -> MetaGradient:
-    """Unroll pairs and optimizees under ``fresh``, ``(pairs, weights)``; weight the directions."""
-    losses, fitness = _unroll(rule, optimizees, steps, options, fresh, particles)
-    losses, fitness = _exchange(losses, fitness, options)
-    difference = fitness[:, 0] - fitness[:, 1]  # (pairs, B)
-    slopes = difference.mean(1) / (2 * options.sigma)  # (pairs,)
-    # Pair after pair, so that the sum's bits do not depend on how a matrix product is split.
-    flat = torch.zeros_like(particles.directions[0])
-    for slope, direction in zip(slopes.tolist(), particles.directions, strict=True):
-        flat += slope / options.pairs * direction
-    weights = list(rule.parameters())
-    parts = flat.split([weight.numel() for weight in weights])
-    return MetaGradient(losses, [p.view_as(w) for p, w in zip(parts, weights, strict=True)])
-
-
-def _unroll(
-    rule: UpdateRule,
-    optimizees: Optimizees,
-    steps: int,
-    options: EstimatorOptions,
-    fresh: Tensor,
-    particles: Particles,
-) -> tuple[Tensor, Tensor]:
-    """All runs side by side, on the same batches and with the same dropout masks.
-
-    Returns:
-        ``(losses, fitness)``: under the rule's own weights, ``(steps, B)``; and of both runs of
-        each pair, ``(pairs, 2, B)``, float64, zero where another rank runs the pair.
-    """
-    runs: list[tuple[UpdateRule, Optimizees]] = []
-    for pair, (plus, minus) in particles.runs.items():
-        change = options.sigma * fresh[pair]
-        runs += [(_perturbed(rule, change), plus), (_perturbed(rule, -change), minus)]
-    runs.append((rule, optimizees))
-    losses = []
-    for _ in range(steps):
-        batch, dropout = optimizees.next_batch(), torch.get_rng_state()
-        for weights, run in runs:
-            torch.set_rng_state(dropout)
-            losses.append(run.advance(weights, batch))
-    stacked = torch.stack(losses).unflatten(0, (steps, len(runs)))  # (steps, runs, B)
-    fitness = stacked.new_zeros((options.pairs, 2, len(optimizees)), dtype=torch.float64)
-    if particles.runs:
-        # In float64: the difference within a pair is much smaller than the losses.
-        each = stacked[:, :-1].double().sum(0)  # (runs of pairs, B)
-        fitness[list(particles.runs)] = each.unflatten(0, (-1, 2))
-    return stacked[:, -1], fitness
-
-
-def _exchange(losses: Tensor, fitness: Tensor, options: EstimatorOptions) -> tuple[Tensor, Tensor]:
-    """All ranks' fitness, and the losses of rank 0.
-
-    Each entry comes from one rank and is zero on all others, so nothing is rounded. Ranks must
-    agree to the bit on whether to drop an unroll, and so on the losses.
-    """
-    if options.world == 1:
-        return losses, fitness
-    ours = losses.double() if options.rank == 0 else torch.zeros_like(losses, dtype=torch.float64)
-    packed = torch.cat([ours.flatten(), fitness.flatten()])
-    dist.all_reduce(packed)
-    first, rest = packed.split([losses.numel(), fitness.numel()])
-    return first.view_as(losses).to(losses.dtype), rest.view_as(fitness)
 
 
 ESTIMATORS: dict[str, Estimator] = {

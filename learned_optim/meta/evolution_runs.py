@@ -117,12 +117,12 @@ class TaskResult:
     """Fitness of a task's runs.
 
     Attributes:
-        seed: the task's.
-        family: what kind of task was drawn; empty if none could be.
+        seed: of the task.
+        family: kind of the task; empty if none could be drawn.
         fitness: of ``weights + perturbation`` for every pair, then of ``weights - perturbation``,
             float64 of shape ``(2 * pairs,)``; ``None`` if the run failed.
-        seconds: how long it took.
-        error: why it failed.
+        seconds: duration.
+        error: cause of the failure.
     """
 
     seed: int
@@ -132,7 +132,7 @@ class TaskResult:
     error: str = ""
 
     def metrics(self) -> dict[str, Any]:
-        """Of a result that was used: mean fitness, and mean difference within a pair."""
+        """Mean fitness, and mean difference within a pair."""
         assert self.fitness is not None
         plus, minus = self.fitness.chunk(2)
         return {

@@ -1,8 +1,7 @@
-"""What the runs of an evaluation's folder share beyond their keys: ``protocol.json`` beside them.
+"""Conditions of the runs in a folder, in ``protocol.json`` beside them.
 
-A run's key names task, optimizer, learning rate and seed. The same key stands for other figures
-under another torch, another text for the language models or another source of one's own tasks, so
-a folder remembers these and is never filled from two of them.
+Figures depend on torch's version, on the text of the language models, and on the source of one's
+own tasks. A folder is never filled under two different conditions.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ FILE = "protocol.json"
 
 
 def conditions(tasks: Sequence[str], data: DataOptions) -> dict[str, str]:
-    """What the figures of the tasks with these names depend on: versions, texts, sources."""
+    """Conditions of the tasks with these names: versions, texts, and sources of modules."""
     from learned_optim import __version__
 
     found = {"torch": torch.__version__.split("+")[0], "learned_optim": __version__}
@@ -40,11 +39,10 @@ def conditions(tasks: Sequence[str], data: DataOptions) -> dict[str, str]:
 
 
 def conditions_of_given(name: str, family: TaskFamily) -> dict[str, str]:
-    """:func:`conditions` of tasks that have no registered name: what they compute.
+    """:func:`conditions` of tasks without a registered name: shapes, first losses and gradients.
 
-    Their source is no identity: it may lie in a script of which other lines change, and it does not
-    tell the data. So shapes, first losses and gradients stand for them, to four digits, for another
-    processor may round otherwise.
+    Not their source, which may lie in a script of which other lines change, and does not tell the
+    data. Numbers have four digits, because another processor may round differently.
     """
     if isinstance(family, TaskMixture):
         found = {f"share of {n}": f"{share:.4g}" for n, share in family.shares.items()}
@@ -58,7 +56,7 @@ def conditions_of_given(name: str, family: TaskFamily) -> dict[str, str]:
 def _computed(family: TaskFamily, index: int) -> str:
     generator = seeded("identity", index)
     task: Task = family.sample(generator).separate()
-    initial = task.init(generator)  # whatever their dtype, optimizees are trained in float32
+    initial = task.init(generator)  # of any dtype; optimizees are trained in float32
     params = {name: p.detach().float().requires_grad_() for name, p in initial.items()}
     drawn = task.batch(generator)
     batch = tuple(part.float() if part.is_floating_point() else part for part in drawn)
@@ -100,18 +98,14 @@ def _sources(modules: Iterable[str]) -> dict[str, str]:
 def check(
     folder: Path, current: dict[str, str], remedy: str = "give another --output"
 ) -> dict[str, str]:
-    """Hold the present conditions against those of the runs in ``folder``.
-
-    Args:
-        folder: where the runs are.
-        current: what :func:`conditions` gives now.
-        remedy: what the error advises.
+    """Compare the current conditions with those of the runs in ``folder``.
 
     Returns:
         The conditions of old and new runs together, for :func:`remember`.
 
     Raises:
-        ValueError: they differ, and the message says in what; or the file is damaged.
+        ValueError: they differ, and the message says in what and advises ``remedy``; or the file is
+            damaged.
     """
     path = folder / FILE
     before: dict[str, str] = {}
@@ -149,14 +143,9 @@ def source_version() -> str:
     def git(*arguments: str) -> str:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
         done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-            env=environment,
-        )
+            ["git", *arguments], cwd=Path(__file__).parent, env=environment,
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
         return done.stdout.strip()
 
     try:

@@ -29,22 +29,17 @@ class RunFolder:
 
     Args:
         path: the folder; it appears with the first file written.
+
+    Attributes:
+        best: path of the best checkpoint so far.
+        finished: path of the finished checkpoint, named after the run.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path, self.best = path, path / BEST_FILE
+        self.finished = path / f"{path.resolve().name}.safetensors"
         self._lock = FileLock(self.path / LOCK, timeout=0)
         self._seen = self._stamp()
-
-    @property
-    def best(self) -> Path:
-        """The best checkpoint so far."""
-        return self.path / BEST_FILE
-
-    @property
-    def finished(self) -> Path:
-        """The finished checkpoint, named after the run."""
-        return self.path / f"{self.path.resolve().name}.safetensors"
 
     @staticmethod
     def is_one(path: Path) -> bool:
@@ -52,14 +47,13 @@ class RunFolder:
         return any((path / name).exists() for name in (RESUME, METRICS, BEST_FILE, LOCK))
 
     def check(self, recipe: AnyRecipe, conditions: dict[str, str]) -> dict[str, str]:
-        """Hold a recipe, and what else the run depends on, against those of the folder.
+        """Compare a recipe and its conditions with those of the folder's run.
 
         Returns:
-            The conditions to write beside the run.
+            The conditions of the run, for :meth:`begin`.
 
         Raises:
-            ValueError: the folder belongs to a run of another recipe or under other conditions, or
-                its ``recipe.json`` is damaged; the message says what to do.
+            ValueError: they differ, or ``recipe.json`` is damaged; the message says what to do.
         """
         file = self.path / RECIPE
         if file.exists():
@@ -70,7 +64,7 @@ class RunFolder:
                     f"{file} is damaged ({error}): delete it, and it is written anew from the "
                     f"recipe given here. Nothing else of the run is lost"
                 ) from error
-            # Stopping earlier or later continues the same run, unless the schedule depends on it.
+            # A run may stop earlier or later, unless its schedule depends on the end.
             free = {"patience", "test_runs"}
             if isinstance(recipe, Recipe) and recipe.meta_lr_final is None:
                 free.add("epochs")
@@ -92,7 +86,7 @@ class RunFolder:
         return provenance.check(self.path, conditions, "choose another folder")
 
     def begin(self, recipe: AnyRecipe, conditions: dict[str, str]) -> None:
-        """Write what identifies the run."""
+        """Write the recipe and the conditions."""
         write_text(
             self.path / RECIPE, json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n"
         )
@@ -100,7 +94,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process from training in the folder.
+        """Lock the folder against other processes.
 
         Raises:
             ValueError: another process does, or has gone on with the run since it was read.
@@ -132,7 +126,7 @@ class RunFolder:
         return status.st_mtime_ns, status.st_ino
 
     def read_state(self) -> dict[str, Any] | None:
-        """What :meth:`write_state` wrote; ``None`` if it has not written yet.
+        """The state that :meth:`write_state` wrote; ``None`` if there is none.
 
         Raises:
             ValueError: the file is damaged; the message says what to do.
@@ -163,9 +157,9 @@ class RunFolder:
             f"it elsewhere first if you want to keep them"
         )
 
-    def write_state(self, state: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
-        """Write metrics and resume state: a kill in between repeats the epoch."""
-        lines = (json.dumps(line) + "\n" for line in metrics)
+    def write_state(self, state: dict[str, Any]) -> None:
+        """Write the metrics and the resume state; a kill in between repeats the round."""
+        lines = (json.dumps(line) + "\n" for line in state["history"])
         write_text(self.path / METRICS, "".join(lines))
         buffer = io.BytesIO()
         torch.save(state, buffer)

@@ -14,7 +14,7 @@ from torch import Generator
 
 def seeded(*parts: object) -> Generator:
     """A CPU generator seeded by a hash of ``parts``: the same in every process and version."""
-    return Generator().manual_seed(seed_of(*parts))
+    return Generator().manual_seed(_seed_of(*parts))
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def global_generator_seeded(*parts: object) -> Iterator[None]:
 
     Dropout and the like draw from the global generator; everything else has one of its own.
     """
-    with default_generator_seeded(seed_of(*parts)):
+    with default_generator_seeded(_seed_of(*parts)):
         yield
 
 
@@ -37,9 +37,9 @@ def default_generator_seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def every_generator_seeded(seed: int, more: Iterable[Generator] = ()) -> Iterator[None]:
-    """Seed whatever data pipelines draw from inside, and put it back afterwards.
+    """Seed the generators that data pipelines draw from, and put them back afterwards.
 
-    That is the global generators of torch (on the CPU), of Python's ``random`` and, if it is
+    These are the global generators of torch (on the CPU), of Python's ``random`` and, if it is
     imported, of numpy.
 
     Args:
@@ -74,7 +74,7 @@ def _put_back(generators: list[Generator]) -> Iterator[None]:
             generator.set_state(state)
 
 
-def seed_of(*parts: object) -> int:
-    """The seed below 2**56 that ``parts`` hash to."""
+def _seed_of(*parts: object) -> int:
+    """A hash of ``parts`` below 2**56."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from learned_optim._extras import how_to_install
 from learned_optim.checkpoint import CheckpointError, read_checkpoint, save_rule
 from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family
@@ -33,8 +31,6 @@ from learned_optim.rules import UpdateRule, rule_for
 
 # What has helped where training diverged.
 ADVICE = "Lower --meta-lr, or clip with --clip-norm"
-# Rounds whose mean duration gives the time left: later rounds may be longer.
-RECENT = 10
 
 
 @dataclass(frozen=True)
@@ -42,10 +38,10 @@ class Metrics:
     """One line of ``metrics.jsonl``.
 
     Attributes:
-        round: epochs or, of evolution strategies, meta-steps done.
+        round: epochs done; or meta-steps, of evolution strategies.
         meta_steps: meta-steps done.
-        meta_loss: mean over the round's runs: of the loss summed over the horizon, or, of evolution
-            strategies, of the fitness.
+        meta_loss: mean over the round's runs of the loss summed over the horizon; or of the
+            fitness, of evolution strategies.
         meta_lr: meta-learning rate of the last meta-step.
         dropped: unrolls or tasks left out because something in them was not finite.
         seconds: duration of the round without validation.
@@ -53,7 +49,7 @@ class Metrics:
         validation: of the kept weights, the lower the better; ``None`` in rounds without one.
         ratio_to_adamw: validation relative to tuned AdamW on the same runs; ``None`` if unknown.
         validation_seconds: duration of the validation.
-        seconds_left: of the remaining rounds, if they take as long as the last ones.
+        seconds_left: of the remaining rounds, if they take as long as those before.
         details: of the method.
     """
 
@@ -87,7 +83,6 @@ class MetaTrainer:
         recipe: what to train.
         folder: the run folder, created if needed.
         data: where image sets are looked for.
-        tensorboard: also write the metrics as TensorBoard events into the folder.
         workers: processes of a training by evolution strategies.
         family: the tasks, if ``recipe.task`` is no registered name: see
             :func:`~learned_optim.meta.meta_train`.
@@ -112,15 +107,14 @@ class MetaTrainer:
         recipe: AnyRecipe,
         folder: str | Path,
         data: DataOptions | None = None,
-        tensorboard: bool = False,
         *,
         workers: int = 1,
         family: TaskFamily | None = None,
         test_family: TaskFamily | None = None,
         against_adamw: bool = True,
     ) -> None:
-        self.recipe, self.folder, self.tensorboard = recipe, Path(folder), tensorboard
-        self.data, self.files = data or DataOptions(), RunFolder(Path(folder))
+        self.recipe, self.folder = recipe, Path(folder)
+        self.data, self.files = data or DataOptions(), RunFolder(self.folder)
         self.method = self._method(workers, family, test_family, against_adamw)
         if self.method.family is not None:
             check_family(self.method.family, recipe.task)
@@ -177,28 +171,25 @@ class MetaTrainer:
 
     @property
     def round(self) -> int:
-        """Rounds done: epochs, or, of evolution strategies, meta-steps."""
+        """Rounds done: epochs; or meta-steps, of evolution strategies."""
         return len(self.history)
 
     @property
     def meta_steps(self) -> int:
-        """Meta-steps done."""
         return self.optimizer.steps
 
     @property
     def best(self) -> Metrics | None:
         """The round with the smallest validation."""
-        return min(self._validated(), key=lambda line: line.validation or 0.0, default=None)
+        validated = [line for line in self.history if line.validation is not None]
+        return min(validated, key=lambda line: line.validation or 0.0, default=None)
 
     @property
     def progress(self) -> tuple[int, int]:
         """Runs or meta-steps done, and in all."""
-        per_round = self.method.runs_per_round
-        done = self.round * per_round + self.method.runs_done
-        return done, self.method.rounds * per_round
-
-    def _validated(self) -> list[Metrics]:
-        return [line for line in self.history if line.validation is not None]
+        method = self.method
+        done = self.round * method.runs_per_round + method.runs_done
+        return done, method.rounds * method.runs_per_round
 
     # ---- the run folder
 
@@ -227,22 +218,15 @@ class MetaTrainer:
 
     def _save(self) -> None:
         """Best checkpoint first, resume state last: a kill in between repeats the round."""
-        if self.method.rank != 0:
-            return
         if self.best is self.history[-1]:
             save_rule(self.kept, self.files.best, self.record())
         history = [asdict(line) for line in self.history]
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "ranks": self.method.world,
-            "history": history,
-        }
-        self.files.write_state(state, history)
+        optimizer, ranks = self.optimizer.state_dict(), self.method.world
+        self.files.write_state({"optimizer": optimizer, "ranks": ranks, "history": history})
 
     def record(self) -> dict[str, Any]:
         """How the kept weights were made, for the checkpoint's header."""
-        validated = self._validated()
-        last = validated[-1] if validated and validated[-1] is self.history[-1] else None
+        last = self.history[-1] if self.history else None
         return {
             "recipe": self.recipe.to_json(),
             "commit": provenance.source_version(),
@@ -276,11 +260,8 @@ class MetaTrainer:
                 f"none of the {self.round} {self.method.unit}s in {self.folder} has a finite "
                 f"validation: there are no weights worth keeping. {ADVICE}"
             )
-        rule, record = self.kept, self.record()
-        if self.method.keeps_best:
-            rule, record = self._best_rule()
-        record["recipe"] = self.recipe.to_json()
-        record["rounds"] = self.round
+        rule, record = self._best_rule() if self.method.keeps_best else (self.kept, self.record())
+        record |= {"recipe": self.recipe.to_json(), "rounds": self.round}
         record |= self.method.test(rule, self._teller(report))
         path = output or self.files.finished
         save_rule(rule, path, record)
@@ -327,19 +308,10 @@ class MetaTrainer:
         """
         if self.is_over():
             return
-        tell, first = self._teller(report), self.method.rank == 0
-        with (
-            self.files.locked() if first else nullcontext(),
-            self.method.session(tell),
-            event_writer(self.folder, self.tensorboard and first) as write,
-        ):
+        tell, locked = self._teller(report), self.method.rank == 0
+        with self.files.locked() if locked else nullcontext(), self.method.session(tell):
             while not self.is_over():
                 self._train_round(self.round + 1, tell)
-                line = self.history[-1]
-                write(
-                    line.round,
-                    {n: v for n, v in asdict(line).items() if isinstance(v, (int, float))},
-                )
                 tell("")
 
     def _train_round(self, number: int, tell: Report) -> None:
@@ -365,20 +337,12 @@ class MetaTrainer:
             time.perf_counter() - started - seconds,
             details=details,
         )  # fmt: skip
-        remaining = range(number + 1, self.method.rounds + 1)
-        left = self._seconds_left(line, remaining)
+        spent = sum(m.seconds + m.validation_seconds for m in [*self.history, line])
+        left = spent / number * (self.method.rounds - number)
         self.history.append(replace(line, seconds_left=left))
         self.method.runs_done = 0
-        self._save()
-
-    def _seconds_left(self, line: Metrics, remaining: range) -> float:
-        """Of the remaining rounds and validations, if they take as long as the last ones."""
-        lines = [*self.history, line]
-        left = len(remaining) * _mean([m.seconds for m in lines[-RECENT:]])
-        taken = [m.validation_seconds for m in lines if m.validation is not None]
-        if taken:
-            left += sum(map(self.method.validates_after, remaining)) * _mean(taken[-RECENT:])
-        return left
+        if self.method.rank == 0:
+            self._save()
 
     def is_over(self) -> bool:
         """Whether all rounds are done, or too many without a better validation."""
@@ -395,53 +359,19 @@ class MetaTrainer:
 
     def _teller(self, report: Report | None) -> Report:
         """Reports with what is known of the training so far."""
-        if report is None:
-            return lambda _: None
-        told = report
 
         def tell(what: str) -> None:
+            if report is None:
+                return
             best, last = self.best, self.history[-1] if self.history else None
-            parts = [what or f"{self.method.unit} {self.round}"]
-            if best is not None:
-                parts.append(f"best {best.validation:.4g}")
             pace = pace_text(
                 last.runs_per_second if last else None, best.ratio_to_adamw if best else None
             )
-            told(", ".join([*parts, *[pace] * bool(pace)]))
+            parts = [
+                what or f"{self.method.unit} {self.round}",
+                f"best {best.validation:.4g}" if best else "",
+                pace,
+            ]
+            report(", ".join(filter(None, parts)))
 
         return tell
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-#: Writes the values of a step by name; ``None`` is left out.
-WriteEvents: TypeAlias = Callable[[int, Mapping[str, float | None]], None]
-
-
-@contextmanager
-def event_writer(folder: Path, wanted: bool) -> Iterator[WriteEvents]:
-    """Writes TensorBoard events into ``folder/tensorboard``, or nothing unless ``wanted``.
-
-    Raises:
-        ImportError: TensorBoard's package is not installed.
-    """
-    if not wanted:
-        yield lambda step, values: None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            f"TensorBoard events need its package: {how_to_install('meta')}"
-        ) from error
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
-
-        def write(step: int, values: Mapping[str, float | None]) -> None:
-            for name, value in values.items():
-                if value is not None:
-                    writer.add_scalar(name, value, step)
-            writer.flush()
-
-        yield write

@@ -74,7 +74,6 @@ def meta_train(
     test_tasks: Tasks | None = None,
     output: str | Path | None = None,
     data: DataOptions | None = None,
-    tensorboard: bool = False,
     against_adamw: bool = True,
     threads: int = 1,
     workers: int = 1,
@@ -110,7 +109,6 @@ def meta_train(
             validation runs, which therefore are the test.
         output: where the finished checkpoint goes; into the run folder if not given.
         data: where registered tasks find their image sets.
-        tensorboard: also write TensorBoard events into the folder.
         against_adamw: tune AdamW on the validation runs before training, and report validation as a
             ratio to it. It takes as long as eight validations without the rule. Recipes of
             evolution strategies always do.
@@ -155,7 +153,6 @@ def meta_train(
             chosen,
             folder,
             options,
-            tensorboard,
             workers=workers,
             family=family,
             test_family=test_family,
@@ -270,26 +267,20 @@ class _Lines:
             self.say(trainer.method.note)
 
     def __call__(self, text: str) -> None:
-        new = self._trainer.history[self._shown :]
+        new, best = self._trainer.history[self._shown :], self._trainer.best
         self._shown += len(new)
         for line in new:
-            if line.validation is not None:
-                self.say(self._of(line))
+            if line.validation is not None and best is not None:
+                self.say(
+                    f"{self._trainer.method.unit} {line.round}/{self._trainer.method.rounds}: "
+                    f"meta-loss {line.meta_loss:.4g}, validation {line.validation:.4g} "
+                    f"(best {best.validation:.4g}), "
+                    f"{pace_text(line.runs_per_second, line.ratio_to_adamw)}"
+                    f"{f', {line.dropped} dropped' if line.dropped else ''}"
+                    f"{f', {_duration(line.seconds_left)} left' if line.seconds_left else ''}"
+                )
         if time.monotonic() - self._said > _SILENCE:
             self.say(text)
-
-    def _of(self, line: Metrics) -> str:
-        best = self._trainer.best
-        assert best is not None
-        parts = [
-            f"meta-loss {line.meta_loss:.4g}",
-            f"validation {line.validation:.4g} (best {best.validation:.4g})",
-            pace_text(line.runs_per_second, line.ratio_to_adamw),
-            f"{line.dropped} dropped" if line.dropped else "",
-            f"{_duration(line.seconds_left)} left" if line.seconds_left else "",
-        ]
-        place = f"{self._trainer.method.unit} {line.round}/{self._trainer.method.rounds}"
-        return f"{place}: {', '.join(filter(None, parts))}"
 
     def say(self, text: str) -> None:
         self._said = time.monotonic()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Generator
+from torch import Generator, Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -24,7 +25,17 @@ from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily, TaskOptions, build_tasks
-from learned_optim.meta.validation import Validator
+from learned_optim.meta.validation import (
+    ADAMW_LRS,
+    Reference,
+    Seed,
+    adamw_sums,
+    mean_of,
+    read_references,
+    summed_losses,
+    tuned_sums,
+    write_references,
+)
 from learned_optim.rules import UpdateRule
 
 # Meta-gradients are divided by no smaller loss: below it a task is solved.
@@ -105,8 +116,12 @@ class Unrolls(Method):
             self.barrier()
         if not self._tests_by_name and self._test_family is not family:
             check_family(self._test_family, f"{recipe.task} (test)")
-        self.validator = Validator(recipe, self.family, folder, self.rank, self.world)
-        self._against_adamw = against_adamw
+        self._validation_horizon = recipe.validation_horizon or recipe.horizon
+        self._seeds: list[Seed] = [
+            (recipe.seed, "validation", run) for run in range(recipe.validation_runs)
+        ]
+        self._folder, self._against_adamw = folder, against_adamw
+        self._adamw: float | None = None  # its validation
         alone = None if self.family.stackable else self.family.alone_because
         if alone and recipe.tasks_per_meta_step > self._stride:
             self.note = f"forward passes one optimizee after another: {alone}"
@@ -125,7 +140,7 @@ class Unrolls(Method):
     @contextmanager
     def session(self, report: Report) -> Iterator[None]:
         if self._against_adamw:
-            self.validator.tune_adamw(report)
+            self._adamw = self._tuned_adamw(report)
         yield
 
     # ---- training
@@ -208,13 +223,84 @@ class Unrolls(Method):
     def validates_after(self, number: int) -> bool:
         return True
 
+    @torch.no_grad()
     def validate(self, rule: UpdateRule, report: Report) -> Validation:
-        value = self.validator.mean(rule, report)
-        return Validation(value, self.validator.ratio_to_adamw(value), {"validation": value})
+        """Mean summed loss over the validation runs, infinite if it is not finite."""
+        sums = self._shared(
+            lambda seeds: self._summed(rule, self.family, seeds, "validation", report)
+        )
+        value, adamw, ratio = self._mean(sums), self._adamw, None
+        if adamw is not None and math.isfinite(adamw) and adamw > 0 and math.isfinite(value):
+            ratio = value / adamw
+        return Validation(value, ratio, {"validation": value})
+
+    def _mean(self, sums: Tensor) -> float:
+        return mean_of(sums, self.recipe.validation_mean == "geometric")
+
+    def _summed(
+        self, rule: UpdateRule, family: TaskFamily, seeds: Sequence[Seed], what: str, report: Report
+    ) -> Tensor:
+        """Loss summed over the horizon of the runs of these seeds, ``(seeds,)``."""
+
+        def on_runs(done: int) -> None:
+            report(f"{what} {done}/{len(seeds)}")
+
+        width = self._side_by_side(family)
+        return summed_losses(rule, family, self._validation_horizon, seeds, width, on_runs)
+
+    def _side_by_side(self, family: TaskFamily) -> int:
+        return max(8, self.recipe.tasks_per_meta_step) if family.stackable else 1
+
+    def _shared(self, run: Callable[[Sequence[Seed]], Tensor]) -> Tensor:
+        """Sums of all validation runs, float64; each rank computes a part of them."""
+        sums, ours = torch.zeros(len(self._seeds)).double(), slice(self.rank, None, self.world)
+        if self._seeds[ours]:
+            sums[ours] = run(self._seeds[ours]).double()
+        if self.world > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    def _tuned_adamw(self, report: Report) -> float:
+        """Validation of AdamW, tuned on the validation runs; runs the rates that are missing.
+
+        All ranks must take part. Scores are kept in ``references.json`` after each rate.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        found, count = read_references(self._folder) or self._blank_references(), len(self._seeds)
+        for index in range(min(len(r.scores) for r in found), len(ADAMW_LRS)):
+
+            def on_runs(done: int, before: int = index * count) -> None:
+                report(f"AdamW {before + done}/{len(ADAMW_LRS) * count}")
+
+            def run(seeds: Sequence[Seed], lr: float = ADAMW_LRS[index]) -> Tensor:
+                family, horizon = self.family, self._validation_horizon
+                return adamw_sums(lr, family, horizon, seeds, self._side_by_side(family), on_runs)
+
+            scores = self._shared(run).nan_to_num(nan=math.inf).tolist()
+            found = [
+                replace(reference, scores=(*reference.scores[:index], score))
+                for reference, score in zip(found, scores, strict=True)
+            ]
+            if self.rank == 0:
+                write_references(self._folder, found)
+        return self._mean(tuned_sums(found))
+
+    def _blank_references(self) -> list[Reference]:
+        """One per validation run; those for which the family gives one object share a task."""
+        tasks = [self.family.sample(seeded(*seed)) for seed in self._seeds]
+        labels: dict[int, str] = {}
+        for task in tasks:
+            labels.setdefault(id(task), f"task {len(labels)}")
+        return [
+            Reference(index, labels[id(task)], self._validation_horizon, known=False)
+            for index, task in enumerate(tasks)
+        ]
 
     def test(self, rule: UpdateRule, report: Report) -> dict[str, Any]:
-        seeds = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
-        sums = self.validator.sums(rule, self._test_family, seeds, "test", report)
+        seeds: list[Seed] = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
+        sums = self._summed(rule, self._test_family, seeds, "test", report)
         figures = {
             "mean": sums.mean().item(),
             "std": sums.std().item(),
@@ -239,7 +325,7 @@ class Unrolls(Method):
         of = f" of {recipe.test_task}" if recipe.test_task else ""
         against = pace_text(None, record["ratio_to_adamw"])
         return (
-            f"loss summed over {self.validator.horizon} steps: validation "
+            f"loss summed over {self._validation_horizon} steps: validation "
             f"{_number(record['validation'])} ({f'{against}, ' if against else ''}best epoch "
             f"{record['epoch']} of {record['rounds']}), test on {test['runs']} fresh runs{of} "
             f"{tested}"

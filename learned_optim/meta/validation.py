@@ -1,4 +1,4 @@
-"""Validation and test runs of a meta-training, and tuned AdamW on the former.
+"""Validation runs of a meta-training, and tuned AdamW on them.
 
 AdamW runs once, before training, and its scores are kept in the run folder.
 """
@@ -8,17 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from learned_optim.checkpoint import write_text
-from learned_optim.meta.method import Report
-from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import TaskFamily
@@ -171,105 +168,3 @@ def _together(
         with global_generator_seeded(*seeds[low], "forward"):
             yield optimizees
         on_runs(min(low + together, len(seeds)))
-
-
-class Validator:
-    """The validation and test runs of a recipe, the same whenever they are made.
-
-    Args:
-        recipe: seeds, horizon and number of the runs, and what mean is taken of them.
-        family: of the validation runs.
-        folder: where AdamW's scores are kept.
-        rank: number of this process.
-        world: processes among which validation runs are shared.
-    """
-
-    def __init__(
-        self, recipe: Recipe, family: TaskFamily, folder: Path, rank: int = 0, world: int = 1
-    ) -> None:
-        self.recipe, self.family, self.folder = recipe, family, folder
-        self.rank, self.world = rank, world
-        self.horizon = recipe.validation_horizon or recipe.horizon
-        self.seeds: list[Seed] = [
-            (recipe.seed, "validation", i) for i in range(recipe.validation_runs)
-        ]
-        self._geometric = recipe.validation_mean == "geometric"
-        self._adamw: float | None = None
-
-    @torch.no_grad()
-    def mean(self, rule: UpdateRule, report: Report) -> float:
-        """Mean summed loss over the validation runs, infinite if it is not finite."""
-        sums = self._shared(lambda seeds: self.sums(rule, self.family, seeds, "validation", report))
-        return mean_of(sums, self._geometric)
-
-    def sums(
-        self, rule: UpdateRule, family: TaskFamily, seeds: Sequence[Seed], what: str, report: Report
-    ) -> Tensor:
-        """:func:`summed_losses` over the recipe's horizon; ``report`` is told of ``what``."""
-
-        def on_runs(done: int) -> None:
-            report(f"{what} {done}/{len(seeds)}")
-
-        return summed_losses(rule, family, self.horizon, seeds, self._width(family), on_runs)
-
-    def _width(self, family: TaskFamily) -> int:
-        """Runs side by side."""
-        return max(8, self.recipe.tasks_per_meta_step) if family.stackable else 1
-
-    def _shared(self, run: Callable[[Sequence[Seed]], Tensor]) -> Tensor:
-        """Sums of all validation runs, float64; each rank computes a part of them."""
-        sums, ours = (
-            torch.zeros(len(self.seeds), dtype=torch.float64),
-            self.seeds[self.rank :: self.world],
-        )
-        if ours:
-            sums[self.rank :: self.world] = run(ours).double()
-        if self.world > 1:
-            dist.all_reduce(sums)
-        return sums
-
-    def ratio_to_adamw(self, validation: float) -> float | None:
-        """A validation over that of tuned AdamW; ``None`` if that is unknown or not positive."""
-        adamw = self._adamw
-        if adamw is None or not (math.isfinite(adamw) and adamw > 0 and math.isfinite(validation)):
-            return None
-        return validation / adamw
-
-    def tune_adamw(self, report: Report) -> None:
-        """Run AdamW at every learning rate on the validation runs, as far as that is not done.
-
-        All ranks must take part. Scores are kept in ``references.json`` after each rate.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        found = read_references(self.folder) or self._blank_references()
-        count = len(self.seeds)
-        for index in range(min(len(r.scores) for r in found), len(ADAMW_LRS)):
-
-            def on_runs(done: int, before: int = index * count) -> None:
-                report(f"AdamW {before + done}/{len(ADAMW_LRS) * count}")
-
-            def run(seeds: Sequence[Seed], lr: float = ADAMW_LRS[index]) -> Tensor:
-                width = self._width(self.family)
-                return adamw_sums(lr, self.family, self.horizon, seeds, width, on_runs)
-
-            column = self._shared(run).nan_to_num(nan=math.inf).tolist()
-            found = [
-                replace(reference, scores=(*reference.scores[:index], score))
-                for reference, score in zip(found, column, strict=True)
-            ]
-            if self.rank == 0:
-                write_references(self.folder, found)
-        self._adamw = mean_of(tuned_sums(found), self._geometric)
-
-    def _blank_references(self) -> list[Reference]:
-        """One per validation run; those for which the family gives one object share a task."""
-        tasks = [self.family.sample(seeded(*seed)) for seed in self.seeds]
-        labels: dict[int, str] = {}
-        for task in tasks:
-            labels.setdefault(id(task), f"task {len(labels)}")
-        return [
-            Reference(index, labels[id(task)], self.horizon, known=False)
-            for index, task in enumerate(tasks)
-        ]

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector
 
@@ -143,25 +144,24 @@ class WholeRuns(Method):
         ``mean_known`` and ``mean_unknown``, of runs whose length the rule is told or not; and
         ``share_ahead``, the share of tasks on which the rule ends below AdamW.
         """
-        import numpy as np  # of an extra: see populations._rollout
-
         weights = parameters_to_vector(rule.parameters()).detach()
         against, excess = self.references(report), []
         scores = self._map(Runs.validate, [(found.index, weights) for found in against])
         for reference, score in zip(against, scores, strict=True):
             excess.append(score - reference.best)
             report(f"validation {len(excess)}/{len(against)}")
-        found, known = np.array(excess), np.array([reference.known for reference in against])
-        bounded = np.minimum(found, _LARGEST_EXCESS)
+        found = torch.tensor(excess, dtype=torch.float64)  # (tasks,)
+        known = torch.tensor([reference.known for reference in against])
+        bounded = found.clamp(max=_LARGEST_EXCESS)
+        mean = bounded.mean().item()
         figures = {
-            "mean": float(bounded.mean()),
-            "median": float(np.median(found)),
-            "mean_known": float(bounded[known].mean()) if known.any() else None,
-            "mean_unknown": float(bounded[~known].mean()) if not known.all() else None,
-            "share_ahead": float((found < 0).mean()),
+            "mean": mean,
+            "median": found.quantile(0.5).item(),
+            "mean_known": bounded[known].mean().item() if known.any() else None,
+            "mean_unknown": bounded[~known].mean().item() if not known.all() else None,
+            "share_ahead": (found < 0).double().mean().item(),
         }
-        value = float(bounded.mean()) if np.isfinite(bounded).all() else math.inf
-        ratio = math.exp(value) if math.isfinite(value) else None
+        value, ratio = (mean, math.exp(mean)) if math.isfinite(mean) else (math.inf, None)
         return Validation(value, ratio, {"behind_adamw": {"average": figures}})
 
     def references(self, report: Report) -> list[Reference]:

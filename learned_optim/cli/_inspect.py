@@ -1,0 +1,125 @@
+"""``learned-optim list``, ``show`` and ``explain``: what ships, and what a checkpoint does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+# Parts of a model card that are for the Hub: front matter, the record as JSON, the licence.
+FOR_THE_HUB = re.compile(r"\A---.*?---\n+|\n*<details>.*?</details>|\n*## Licence.*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class List:
+    """Print the shipped checkpoints, update rules, tasks, recipes and baselines."""
+
+    def run(self) -> int:
+        from learned_optim.evaluation.baselines import BASELINES
+        from learned_optim.meta.recipes import recipe_descriptions
+        from learned_optim.meta.tasks import described_families
+        from learned_optim.pretrained import ALIASES, list_pretrained
+        from learned_optim.rules import rule_class, rule_names
+
+        recipes = recipe_descriptions()
+        shipped = {
+            name: f"stands for {ALIASES[name]}" if name in ALIASES else recipes.get(name, "")
+            for name in list_pretrained()
+        }
+        tasks: list[str] = []
+        for about, names in described_families().items():
+            tasks += [f"  {about}", *_names(names, 6)]
+        groups = {
+            "checkpoints": _described(shipped),
+            "update rules": _described(
+                {name: (rule_class(name).__doc__ or "").partition("\n")[0] for name in rule_names()}
+            ),
+            "tasks": tasks,
+            "recipes": _described(
+                {n: "of the checkpoint" if n in shipped else text for n, text in recipes.items()}
+            ),
+            "baselines": _names(BASELINES, 2),
+        }
+        print("\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in groups.items()))
+        return 0
+
+
+def _described(texts: Mapping[str, str]) -> list[str]:
+    """Lines of names with their descriptions."""
+    left = 2 + max(map(len, texts)) + 2
+    return [
+        line
+        for name, text in texts.items()
+        for line in _wrapped(text.replace("`", ""), f"  {name}".ljust(left), " " * left)
+    ]
+
+
+def _names(names: Iterable[str], indent: int) -> list[str]:
+    return _wrapped(", ".join(names), " " * indent, " " * indent)
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+    width = max(60, min(100, shutil.get_terminal_size().columns))
+    text = text or "(no description)"
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=later, break_on_hyphens=False
+    )
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print what a checkpoint is and how it was trained."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A shipped name, a file, a run folder or a Hub id."""
+    json: bool = False
+    """Print the configuration and the whole record of the training as JSON."""
+
+    def run(self) -> int:
+        from learned_optim import model_card
+        from learned_optim.checkpoint import as_json
+        from learned_optim.pretrained import checkpoint_path, load_record, load_rule
+
+        path = checkpoint_path(self.checkpoint)
+        rule, record = load_rule(path), load_record(path)
+        if self.json:
+            described = {
+                "rule": rule.name,
+                "config": rule.config_dict(),
+                "weights": sum(p.numel() for p in rule.parameters()),
+                "fingerprint": rule.fingerprint(),
+                "record": record,
+                "file": str(path),
+            }
+            print(as_json(described, indent=2))
+            return 0
+        print(FOR_THE_HUB.sub("", model_card(rule, self.checkpoint, record=record)).strip())
+        print(f"\nFile: {path}, fingerprint {rule.fingerprint()}. With --json: the whole record.")
+        return 0
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Write a report with plots on what a checkpoint's update rule does."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A shipped name, a file, a run folder or a Hub id."""
+    output: Path | None = None
+    """Folder of the report; runs/explain-CHECKPOINT if not given."""
+
+    def run(self) -> int:
+        from learned_optim.explain import explain
+
+        output = self.output or Path("runs") / f"explain-{Path(self.checkpoint).stem}"
+
+        def progress(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        print(explain(self.checkpoint, output, progress=progress))
+        return 0
