@@ -17,7 +17,7 @@ from test_kernels import (
 )
 from torch import Tensor
 
-from learned_optim.kernels import _gpu, _launch
+from learned_optim.kernels import _cpu, _gpu, _launch
 from learned_optim.rules import State, StepSettings
 from learned_optim.rules.horizon import HorizonRule
 
@@ -32,7 +32,8 @@ def triton_step_(
     updates: list[Tensor | None] | None = None,
     **numbers: Any,
 ) -> bool:
-    return _gpu.step_(rule.network(), params, grads, states, StepSettings(**numbers), updates)
+    settings = StepSettings(**numbers)
+    return _gpu.step_(_cpu.StepCall(rule.network(), params, grads, states, settings, updates))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.kernels import _cpu, _gpu, _library, _operator
-from learned_optim.kernels._cpu import BoundStep, StepSettings, under_a_mode
+from learned_optim.kernels._cpu import BoundStep, StepCall, StepSettings, under_a_mode
 from learned_optim.kernels._lstm import lstm_step_
 
 __all__ = ["BoundStep", "StepSettings", "bind", "lstm_step_", "status", "step_", "under_a_mode"]
@@ -76,7 +76,7 @@ def step_(
         kernel = _gpu.step_
     else:
         return False
-    return kernel(network, params, grads, states, settings, updates)
+    return kernel(StepCall(network, params, grads, states, settings, updates))
 
 
 def bind(

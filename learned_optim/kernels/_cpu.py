@@ -57,6 +57,17 @@ class StepSettings(NamedTuple):
     loss: Tensor | None = None
 
 
+class StepCall(NamedTuple):
+    """All of one step, see :func:`learned_optim.kernels.step_`."""
+
+    network: Sequence[Tensor]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[Mapping[str, Tensor]]
+    settings: StepSettings
+    updates: Sequence[Tensor | None] | None = None
+
+
 # ---- checks that all kernels share
 
 
@@ -133,17 +144,10 @@ def increment_versions(params: Sequence[Tensor]) -> None:
 # ---- the step
 
 
-def step_(
-    network: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    settings: StepSettings,
-    updates: Sequence[Tensor | None] | None = None,
-) -> bool:
+def step_(call: StepCall) -> bool:
     """See :func:`learned_optim.kernels.step_`."""
-    bound = bind(network, params, states)
-    return bound is not None and bound.run(grads, settings, updates)
+    bound = bind(call.network, call.params, call.states)
+    return bound is not None and bound.run(call.grads, call.settings, call.updates)
 
 
 def bind(

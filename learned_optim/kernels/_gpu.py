@@ -7,7 +7,7 @@ CPU's kernel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -54,43 +54,29 @@ def _fail(error: Exception) -> None:
         )
 
 
-def step_(
-    network: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    settings: _cpu.StepSettings,
-    updates: Sequence[Tensor | None] | None = None,
-) -> bool:
+def step_(call: _cpu.StepCall) -> bool:
     """See :func:`learned_optim.kernels.step_`.
 
     Parameters of several dtypes take two launches for each.
     """
     kernels, _ = loaded()
-    if kernels is None or not _takes_lr(settings.lr, params[0].device):
+    if kernels is None or not _takes_lr(call.settings.lr, call.params[0].device):
         return False
-    calls = []
-    for chosen in _by_types(params, states):
-        own = [weight[chosen] for weight in network] if network[1].dim() > 1 else network
-        call = _launch.prepare(
-            own,
-            [params[i] for i in chosen],
-            [grads[i] for i in chosen],
-            [states[i] for i in chosen],
-            None if updates is None else [updates[i] for i in chosen],
-        )
-        if call is None or not _has_passed(kernels, call):
+    prepared = []
+    for part in _by_types(call):
+        launches = _launch.prepare(part)
+        if launches is None or not _has_passed(kernels, launches):
             return False
-        calls.append(call)
-    for index, call in enumerate(calls):
+        prepared.append(launches)
+    for index, launches in enumerate(prepared):
         try:
-            _launch.launch(kernels, call, settings)
+            _launch.launch(kernels, launches, call.settings)
         except Exception as error:  # of the compiler: nothing was launched
             if index:
                 raise
             _fail(error)
             return False
-    _cpu.increment_versions(params)
+    _cpu.increment_versions(call.params)
     return True
 
 
@@ -100,22 +86,30 @@ def _takes_lr(lr: float | Tensor, device: torch.device) -> bool:
     return lr.device == device and lr.numel() == 1 and lr.is_floating_point() and type(lr) is Tensor
 
 
-def _by_types(
-    params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
-) -> Iterable[list[int]]:
-    """Indices of parameters whose dtypes, and whose moments', are the same."""
+def _by_types(call: _cpu.StepCall) -> Iterator[_cpu.StepCall]:
+    """The parts of a call whose parameters, and their moments, have the same dtypes."""
     found: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for index, (param, state) in enumerate(zip(params, states, strict=True)):
+    for index, (param, state) in enumerate(zip(call.params, call.states, strict=True)):
         found.setdefault((param.dtype, state["fast"].dtype), []).append(index)
-    return found.values()
+    network, updates = call.network, call.updates
+    for chosen in found.values():
+        yield _cpu.StepCall(
+            [weight[chosen] for weight in network] if network[1].dim() > 1 else network,
+            [call.params[i] for i in chosen],
+            [call.grads[i] for i in chosen],
+            [call.states[i] for i in chosen],
+            call.settings,
+            None if updates is None else [updates[i] for i in chosen],
+        )
 
 
 # ---- the trial
 
 
-def _has_passed(kernels: ModuleType, call: _launch.Call) -> bool:
-    """True if calls of these dtypes and this network agree with the CPU's kernel; tried once."""
-    network, device, types = call.network, call.layout.integers.device, call.layout.types
+def _has_passed(kernels: ModuleType, launches: _launch.Launches) -> bool:
+    """True if such launches, tried once, agree with the CPU's kernel."""
+    network, layout = launches.network, launches.layout
+    device, types = layout.integers.device, layout.types
     key = device, types, network[1].shape, network[0].shape[-1]
     if key not in _passed:
         if not _launch.INTERPRETED and torch.cuda.is_current_stream_capturing():
@@ -163,12 +157,14 @@ def _try(
     for _ in range(3):
         grads = draw(1.0)
         moved = [grad.to(device) for grad in grads]
-        call = _launch.prepare(network, own, moved, on_device, (None, apart[1]))
-        if call is None:
+        call = _cpu.StepCall(network, own, moved, on_device, options, (None, apart[1]))
+        launches = _launch.prepare(call)
+        if launches is None:
             raise ArithmeticError("the trial's tensors were refused")
-        _launch.launch(kernels, call, options)
+        _launch.launch(kernels, launches, options)
         weights = [weight.to("cpu") for weight in network]
-        compared = compared and _cpu.step_(weights, host, grads, on_host, options, (None, apart[0]))
+        call = _cpu.StepCall(weights, host, grads, on_host, options, (None, apart[0]))
+        compared = compared and _cpu.step_(call)
     tolerance = _TOLERANCE.get(types[0], 5e-2)
     tolerance = tolerance if types[1] is torch.float32 else max(tolerance, 5e-2)
     pairs = [*zip(host, own, strict=True), (apart[0], apart[1])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -67,8 +67,8 @@ _captured: list[_Layout] = []  # graphs read their tables for as long as they ar
 
 
 @dataclass(frozen=True)
-class Call:
-    """Two launches.
+class Launches:
+    """The arguments of two launches.
 
     Attributes:
         network: the five weights, shared, or with a leading ``m``.
@@ -84,14 +84,9 @@ class Call:
     aligned: bool
 
 
-def prepare(
-    network: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    updates: Sequence[Tensor | None] | None = None,
-) -> Call | None:
+def prepare(call: _cpu.StepCall) -> Launches | None:
     """The launches of parameters of one dtype; ``None`` for tensors the kernels do not take."""
+    network, params, grads, states, _, updates = call
     m, device = len(params), params[0].device
     own = zip(*map(_cpu.state_entries, states), strict=True)
     tensors = [*params, *grads, *chain(*own), *network]
@@ -119,7 +114,7 @@ def prepare(
     if capturing:
         _captured.append(layout)
         usable, aligned = _memory(rows, layout)
-        return Call(network, layout, rows, aligned) if usable else None
+        return Launches(network, layout, rows, aligned) if usable else None
     stream = 0 if INTERPRETED else torch.cuda.current_stream(device).cuda_stream
     where = layout, (*addresses[: 7 * m], *places), stream
     if where not in _tables:
@@ -127,7 +122,7 @@ def prepare(
         usable, aligned = _memory(rows, layout)
         _tables[where] = (_upload(_host(rows), device), aligned) if usable else None
     table = _tables[where]
-    return None if table is None else Call(network, layout, *table)
+    return None if table is None else Launches(network, layout, *table)
 
 
 def _make_layout(
@@ -192,13 +187,14 @@ def _memory(rows: list[list[int]], layout: _Layout) -> tuple[bool, bool]:
     return True, not bool((begin[:, vectors][used[:, vectors]] % 16).any())
 
 
-def launch(kernels: ModuleType, call: Call, settings: _cpu.StepSettings) -> None:
+def launch(kernels: ModuleType, launches: Launches, settings: _cpu.StepSettings) -> None:
     """Two launches: the gains of all tensors, then the update of all coordinates."""
-    lr, layout, total_steps = settings.lr, call.layout, settings.total_steps
+    lr, total_steps = settings.lr, settings.total_steps
+    layout, bias = launches.layout, launches.network[1]
     m, chunks, device = len(layout.integers), len(layout.chunk_tensor), layout.integers.device
     on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or INTERPRETED)
     with _on(device):
-        addresses = call.addresses
+        addresses = launches.addresses
         if isinstance(addresses, list):
             rows, addresses = addresses, torch.empty((m, 8), dtype=torch.int64, device=device)
             for index, row in enumerate(rows):
@@ -207,17 +203,17 @@ def launch(kernels: ModuleType, call: Call, settings: _cpu.StepSettings) -> None
         counters = torch.empty(m, dtype=torch.int32, device=device)
         sums = torch.empty((chunks, _ROW), dtype=torch.float32, device=device)
         kernels.gains_kernel[(m,)](
-            addresses, layout.integers, layout.constants, *call.network,
+            addresses, layout.integers, layout.constants, *launches.network,
             lr if on_device else gains, gains, counters, 0.0 if on_device else float(lr),
             DECAY_UNIT * settings.weight_decay, float(total_steps or 0.0), float(settings.warmup),
-            PARAM_TYPE=_triton_type(layout.types[0]), UNITS=call.network[1].shape[-1],
-            OWN_NETWORKS=call.network[1].dim() - 1, LR_ON_DEVICE=on_device, BLOCK=_MEASURE_BLOCK,
+            PARAM_TYPE=_triton_type(layout.types[0]), UNITS=bias.shape[-1],
+            OWN_NETWORKS=bias.dim() - 1, LR_ON_DEVICE=on_device, BLOCK=_MEASURE_BLOCK,
         )  # fmt: skip
         kernels.update_kernel[(chunks,)](
             addresses, layout.integers, layout.chunk_tensor, gains, counters, sums,
             -1.0 if settings.maximize else 1.0, KNOWN=bool(total_steps),
             PARAM_TYPE=_triton_type(layout.types[0]), STATE_TYPE=_triton_type(layout.types[1]),
-            CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=call.aligned,
+            CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=launches.aligned,
         )  # fmt: skip
 
 

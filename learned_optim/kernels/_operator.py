@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def _step_(
     places: list[Tensor | None] = [None] * len(params)
     for index, update in zip(rotated, updates, strict=True):
         places[index] = update
-    if not _cpu.step_(network, params, grads, states, settings, places):
+    if not _cpu.step_(_cpu.StepCall(network, params, grads, states, settings, places)):
         raise RuntimeError(
             "the compiled step refuses these tensors, whose memory overlaps or is not aligned: "
             "call the optimizer's step() outside of torch.compile, or set LEARNED_OPTIM_KERNELS=0"
@@ -71,15 +70,9 @@ _operator: Any = torch.library.custom_op(
 _operator.register_fake(lambda *_: None)
 
 
-def step_(
-    network: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    settings: _cpu.StepSettings,
-    updates: Sequence[Tensor | None] | None = None,
-) -> bool:
+def step_(call: _cpu.StepCall) -> bool:
     """See :func:`learned_optim.kernels.step_`, while a graph is traced."""
+    network, params, grads, states, settings, updates = call
     m, lr = len(params), settings.lr
     columns = [[state[key] for state in states] for key in _cpu.STATE_KEYS]
     every = [*params, *grads, *(tensor for column in columns for tensor in column), *network]

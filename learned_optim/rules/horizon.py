@@ -27,7 +27,7 @@ changes nothing. No coordinate of ``u`` is larger than :attr:`HorizonRule.longes
 scale; the rotation preserves the norm of ``u``.
 
 Constants and their reasons: :mod:`learned_optim.kernels.constants`. The compiled forms of this
-step, ``kernels/step.cpp`` and ``kernels/_triton_*.py``, are held to it by tests.
+step, ``kernels/step.cpp`` and ``kernels/_triton.py``, are held to it by tests.
 """
 
 from __future__ import annotations
