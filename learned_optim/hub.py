@@ -28,7 +28,6 @@ def push_to_hub(
     evaluation: dict[str, Any] | None = None,
     license: str = "mit",
     private: bool | None = None,
-    commit_message: str = "Upload learned_optim update rule",
     token: str | None = None,
 ) -> str:
     """Upload an update rule with its configuration and a generated model card, in one commit.
@@ -41,7 +40,6 @@ def push_to_hub(
             learning curves, which need matplotlib.
         license: the card's licence, as the Hub spells it.
         private: whether a new repository is private; ``None`` for the account's default.
-        commit_message: of the upload.
         token: access token; ``None`` takes the logged-in user's.
 
     Returns:
@@ -90,6 +88,6 @@ def push_to_hub(
             repo_id=repo,
             folder_path=folder,
             revision=branch or None,
-            commit_message=commit_message,
+            commit_message="Upload learned_optim update rule",
         )
     return str(commit.commit_url)

@@ -101,36 +101,33 @@ def test_the_users_gradients_are_left_alone(rule: UpdateRule) -> None:
     torch.testing.assert_close(param.grad, grad, rtol=0, atol=0, equal_nan=True)
 
 
-# ---- hypothesis
+# ---- any parameters in any groups
 
-shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-dtypes = st.sampled_from(
-    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+GROUPS = (
+    {"lr": 1.0},
+    {"lr": torch.tensor(0.5), "weight_decay": 0.1, "maximize": True},
+    {"lr": 0.0, "weight_decay": 0.1},
 )
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
 tensors = st.fixed_dictionaries(
     {
-        "shape": shapes,
-        "dtype": dtypes,
+        "group": st.integers(0, 2),
+        "shape": st.lists(st.integers(0, 4), max_size=4).map(tuple),
+        "dtype": st.sampled_from(DTYPES),
         "layout": st.sampled_from(["contiguous", "transposed", "strided", "expanded-grad"]),
         "scale": st.sampled_from([0.0, 1e-30, 1e-4, 1.0, 1e4]),
-    }
-)
-groups = st.fixed_dictionaries(
-    {
-        "tensors": st.lists(tensors, min_size=1, max_size=3),
-        "lr": st.sampled_from([0.0, 0.5, 1.0]),
-        "tensor_lr": st.booleans(),
-        "weight_decay": st.sampled_from([0.0, 0.1]),
-        "maximize": st.booleans(),
+        "steady": st.booleans(),  # a gradient in every step, or in the second alone
     }
 )
 
 
-def laid_out(value: Tensor, layout: str) -> Tensor:
-    """The same values in memory of another layout."""
-    if layout == "transposed" and value.dim() >= 2:
+def draw(spec: dict, generator: torch.Generator) -> Tensor:
+    """A tensor of the shape, the dtype and the layout."""
+    wide = torch.complex64 if spec["dtype"].is_complex else torch.float32
+    value = torch.randn(spec["shape"], generator=generator, dtype=wide).to(spec["dtype"])
+    if spec["layout"] == "transposed" and value.dim() >= 2:
         return value.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "strided" and value.dim() >= 1:
+    if spec["layout"] == "strided" and value.dim() >= 1:
         return value.repeat_interleave(2, dim=-1)[..., ::2]
     return value
 
@@ -138,54 +135,41 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
 @settings(max_examples=40)
 @given(
     rule=st.sampled_from(ALL_RULES),
-    groups=st.lists(groups, min_size=1, max_size=3),
-    has_grad=st.lists(st.booleans(), min_size=9, max_size=9),
+    specs=st.lists(tensors, min_size=1, max_size=6),
     state_dtype=st.sampled_from([None, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
-def test_any_parameters_any_groups(rule, groups, has_grad, state_dtype, seed) -> None:
+def test_any_parameters_any_groups(rule, specs, state_dtype, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(spec: dict) -> Tensor:
-        wide = torch.complex64 if spec["dtype"].is_complex else torch.float32
-        return torch.randn(spec["shape"], generator=generator, dtype=wide).to(spec["dtype"])
-
-    specs, param_groups, params = [], [], []
-    for group in groups:
-        members = [Parameter(laid_out(draw(t), t["layout"])) for t in group["tensors"]]
-        lr = torch.tensor(group["lr"]) if group["tensor_lr"] else group["lr"]
-        options = {key: group[key] for key in ("weight_decay", "maximize")}
-        param_groups.append({"params": members, "lr": lr, **options})
-        specs += group["tensors"]
-        params += members
-    opt = LearnedOptimizer(param_groups, make_rule(rule), state_dtype=state_dtype)
+    params = [Parameter(draw(spec, generator)) for spec in specs]
+    groups = [
+        {
+            "params": [p for p, s in zip(params, specs, strict=True) if s["group"] == index],
+            **options,
+        }
+        for index, options in enumerate(GROUPS)
+    ]
+    opt = LearnedOptimizer(groups, make_rule(rule), state_dtype=state_dtype)
     before = [p.detach().clone() for p in params]
     strides = [p.stride() for p in params]
     for step in range(3):
-        for index, (p, spec) in enumerate(zip(params, specs, strict=True)):
-            grad = draw(spec) * spec["scale"]
+        for p, spec in zip(params, specs, strict=True):
+            grad = draw(spec, generator) * spec["scale"]
             if spec["layout"] == "expanded-grad" and grad.dim():
                 grad = grad[:1].expand_as(grad)
-            # Gradients come and go: present in every step, or in the second alone.
-            p.grad = laid_out(grad, spec["layout"]) if has_grad[index] or step == 1 else None
+            p.grad = grad if spec["steady"] or step == 1 else None
         opt.step()
-    lrs = [float(g["lr"]) for g in opt.param_groups for _ in g["params"]]
-    for p, b, stride, lr, steady in zip(params, before, strides, lrs, has_grad, strict=False):
+    for p, b, stride, spec in zip(params, before, strides, specs, strict=True):
         assert finite(p)
-        assert p.stride() == stride
-        assert p.shape == b.shape
-        assert lr != 0.0 or torch.equal(p, b)
-        state = opt.state[p]
-        assert state["step"].item() == (0.0 if lr == 0.0 else 3.0 if steady else 1.0)
+        assert (p.shape, p.dtype, p.stride()) == (b.shape, b.dtype, stride)
+        frozen, state = spec["group"] == 2, opt.state[p]
+        assert not frozen or torch.equal(p, b)
+        assert state["step"].item() == (0.0 if frozen else 3.0 if spec["steady"] else 1.0)
         whole = (*p.shape, 2) if p.is_complex() else tuple(p.shape)
         for value in state.values():
             assert finite(value)
             assert value.shape[:-1] == whole or value.shape[:1] == whole[:1] or value.dim() <= 1
-    copies = [
-        {"params": [Parameter(p.detach().clone()) for p in group["params"]]}
-        for group in opt.param_groups
-    ]
-    twin = LearnedOptimizer(copies, make_rule(rule), state_dtype=state_dtype)
+    twin = LearnedOptimizer(copy.deepcopy(groups), make_rule(rule), state_dtype=state_dtype)
     twin.load_state_dict(copy.deepcopy(opt.state_dict()))
     for mine, other in zip(opt.state.values(), twin.state.values(), strict=True):
         assert all(torch.equal(mine[key], other[key]) for key in mine)
