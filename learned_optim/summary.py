@@ -67,7 +67,7 @@ def ratio_text(ratio: dict[str, Any] | None) -> str:
 def markdown(summary: dict[str, Any]) -> str:
     """Protocol, the tables over all tasks, and those of every task."""
     parts = [describe(summary)]
-    if any(by for by in summary["worth"].values()):
+    if any(summary["worth"].values()):
         parts.append("## What one untuned run is worth\n\n" + worth_table(summary))
     if len(summary["protocol"]["untuned"]) > len(summary["protocol"]["checkpoints"]):
         parts.append(
@@ -76,45 +76,29 @@ def markdown(summary: dict[str, Any]) -> str:
         )
     parts += [
         "## Untuned against tuned\n\n" + tuned_table(summary),
-        "## By task\n\nFinal loss over that of the best tuned rival, which is named with its "
-        "learning rate [95 % interval]:\n\n" + ratios_table(summary),
+        "## By task\n\n" + by_task(summary),
     ]
-    parts += [f"### {task}\n\n" + task_table(summary, task) for task in summary["tasks"]]
     return "\n\n".join(parts) + "\n"
 
 
 def brief(summary: dict[str, Any]) -> str:
     """What a terminal shows: a few tasks one by one, or everybody over all of many."""
-    parts = [in_words(summary)]
     if len(summary["tasks"]) <= FEW:
-        rows = [
-            [
-                task,
-                name,
-                _lr(summary, name, row["lr"]),
-                _or_diverged(row, value_text(row["final"], 4)),
-                value_text(row["test"].get("loss"), 3),
-                value_text(row["sum"]),
-                ratio_text(row.get("ratio")) if name != entry["best_tuned"] else "best tuned",
-            ]
-            for task, entry in summary["tasks"].items()
-            for name, row in entry["optimizers"].items()
-        ]
-        head = ["task", "optimizer", "lr", "final loss", "held-out", "summed", "final / best tuned"]
+        figures = by_task(summary)
     else:
-        head = ["optimizer", "final loss / best tuned", "held-out loss", "best untuned on"]
+        within = summary["profiles"]["untuned"]
         rows = [
             [
                 name,
                 ratio_text(row.get("ratio")),
                 ratio_text(row.get("test_ratio")),
-                f"{summary['profiles']['untuned'][name][0]:.0%}"
-                if name in summary["profiles"]["untuned"]
-                else "",
+                f"{within[name][0]:.0%}" if name in within else "",
             ]
             for name, row in summary["overall"].items()
         ]
-    return "\n\n".join(part for part in (*parts, table(head, rows), _skipped(summary)) if part)
+        head = ["optimizer", "final loss / best tuned", "held-out loss", "best untuned on"]
+        figures = table(head, rows)
+    return "\n\n".join(part for part in (in_words(summary), figures, _skipped(summary)) if part)
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -135,19 +119,16 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def worth_table(summary: dict[str, Any]) -> str:
-    """Of how many tuned runs an untuned one equals the best, by group of tasks."""
+    """Of how many tuned runs an untuned one equals the best."""
     rows = []
     for name, rivals in summary["worth"].items():
-        for rival, groups in rivals.items():
-            for group, found in groups.items():
-                last = {end: found[end][-1] for end in ("mean", "low", "high")}
-                row = [_name(summary, name), rival, group, str(found["tasks"])]
-                rows.append([*row, _equals(found), ratio_text(last)])
-    head = ["one run of", "rival", "tasks", "number", "equals the best of", "best of all over it"]
-    return table(head, rows)
+        for rival, found in rivals.items():
+            last = {end: found[end][-1] for end in ("mean", "low", "high")}
+            rows.append([_name(summary, name), rival, _equals(found), ratio_text(last)])
+    return table(["one run of", "rival", "equals the best of", "best of all over it"], rows)
 
 
-_SHARES_TO_TARGET = ("step_share_to_target", "second_share_to_target")
+_COUNTS = ("at_most_tuned", "within_5_percent", "reached")
 
 
 def tuned_table(summary: dict[str, Any]) -> str:
@@ -156,22 +137,22 @@ def tuned_table(summary: dict[str, Any]) -> str:
         return "No tuned rival took part."
     head = ["optimizer", "final loss / best tuned [95 %]", "held-out loss", "summed loss",
             "at most the tuned one's", "within 5 %", "reaches it on", "share of its steps",
-            "share of its time", "diverged", "stalled", "optimizer ms per step",
-            "state, MB over all tasks"]  # fmt: skip
-    rows = [
-        [
-            _name(summary, name),
-            *(ratio_text(row[ratio]) for ratio in ("ratio", "test_ratio", "sum_ratio")),
-            *(f"{row[c]} of {row['tasks']}" for c in ("at_most_tuned", "within_5_percent")),
-            f"{row['reached']} of {row['tasks']}",
-            *("never" if row[s] is None else f"{row[s]:.0%}" for s in _SHARES_TO_TARGET),
-            f"{row['diverged']:.0%}",
-            f"{row['stalled']:.0%}",
-            "" if (spent := row["optimizer_milliseconds"]) is None else f"{spent:.2f}",
-            f"{row['state_bytes'] / 1e6:.2f}",
-        ]
-        for name, row in summary["overall"].items()
-    ]
+            "diverged", "stalled", "optimizer ms per step", "state, MB over all tasks"]  # fmt: skip
+    rows = []
+    for name, row in summary["overall"].items():
+        share, spent = row["step_share_to_target"], row["optimizer_milliseconds"]
+        rows.append(
+            [
+                _name(summary, name),
+                *(ratio_text(row[ratio]) for ratio in ("ratio", "test_ratio", "sum_ratio")),
+                *(f"{row[c]} of {row['tasks']}" for c in _COUNTS),
+                "never" if share is None else f"{share:.0%}",
+                f"{row['diverged']:.0%}",
+                f"{row['stalled']:.0%}",
+                "" if spent is None else f"{spent:.2f}",
+                f"{row['state_bytes'] / 1e6:.2f}",
+            ]
+        )
     return table(head, rows)
 
 
@@ -188,47 +169,29 @@ def pairs_table(summary: dict[str, Any]) -> str:
     return table(["", *head], rows)
 
 
-def ratios_table(summary: dict[str, Any]) -> str:
-    """Per task, everybody's final loss over the best tuned rival's."""
-    names = list(summary["overall"])
-    rows = []
-    for task, entry in summary["tasks"].items():
-        best, optimizers = entry["best_tuned"], entry["optimizers"]
-        rival = f"{best} ({_lr(summary, best, optimizers[best]['lr'])})" if best else "none"
-        cells = [
-            _or_diverged(row, ratio_text(row.get("ratio")))
-            + (f" ({row['stalled']} stalled)" if row["stalled"] else "")
-            for row in (optimizers[name] for name in names)
+def by_task(summary: dict[str, Any]) -> str:
+    """A row per task and optimizer; ratios are over the best tuned rival's final loss."""
+    rows = [
+        [
+            f"{task}, {entry['steps']:,} steps",
+            _name(summary, name),
+            _lr(summary, name, row["lr"]),
+            f"{row['diverged']} diverged" if row["diverged"] else value_text(row["final"], 4),
+            _held_out(row["test"]),
+            value_text(row["sum"]),
+            "best tuned" if name == entry["best_tuned"] else ratio_text(row.get("ratio")),
         ]
-        rows.append([task, f"{entry['steps']:,}", rival, *cells])
-    return table(["task", "steps", "best tuned rival", *names], rows)
+        for task, entry in summary["tasks"].items()
+        for name, row in entry["optimizers"].items()
+    ]
+    head = ["task", "optimizer", "lr", "final loss", "held-out", "summed", "final / best tuned"]
+    return table(head, rows)
 
 
-def task_table(summary: dict[str, Any], task: str) -> str:
-    """All figures of one task."""
-    entry = summary["tasks"][task]
-    tests = sorted({name for row in entry["optimizers"].values() for name in row["test"]})
-    head = ["optimizer", "lr", "final loss", *(f"held-out {t}" for t in tests), "summed loss",
-            "steps to the tuned one's final loss", "seconds", "ms per step", "of it the optimizer",
-            "state, kB"]  # fmt: skip
-    rows = []
-    for name, row in entry["optimizers"].items():
-        steps, seconds = row.get("steps_to_target"), row.get("seconds_to_target")
-        rows.append(
-            [
-                _name(summary, name),
-                _lr(summary, name, row["lr"]),
-                _or_diverged(row, value_text(row["final"], 4)),
-                *(value_text(row["test"].get(test), 4) for test in tests),
-                value_text(row["sum"]),
-                f"{steps:,.0f}" if steps else "never",
-                f"{seconds:.2g}" if seconds else "never",
-                value_text(row["milliseconds_per_step"], 2),
-                value_text(row["optimizer_milliseconds"], 2),
-                f"{row['state_bytes'] / 1000:,.0f}",
-            ]
-        )
-    return f"{entry['steps']:,} steps\n\n" + table(head, rows)
+def _held_out(test: dict[str, Any]) -> str:
+    """The held-out loss, and the accuracy where there is one."""
+    accuracy = test.get("accuracy", {}).get("mean")
+    return value_text(test.get("loss"), 3) + ("" if accuracy is None else f", {accuracy:.1%}")
 
 
 def in_words(summary: dict[str, Any]) -> str:
@@ -256,8 +219,7 @@ def in_words(summary: dict[str, Any]) -> str:
                 f"at most that rival's on {row['at_most_tuned']} of {row['tasks']} tasks."
             )
         for rival, found in summary["worth"][name].items():
-            if "all" in found:
-                text += f" One run equals the best of {_equals(found['all'])} {rival} runs."
+            text += f" One run equals the best of {_equals(found)} {rival} runs."
         for kind in ("diverged", "stalled"):
             tasks = [t for t, e in summary["tasks"].items() if e["optimizers"][name][kind]]
             text += f" It {kind} on {', '.join(tasks)}." if tasks else f" It never {kind}."
@@ -285,10 +247,6 @@ def _lr(summary: dict[str, Any], name: str, lr: float) -> str:
     """A learning rate, marked where it was tuned to an edge of the grid."""
     grid, tuned = summary["protocol"]["lr_grid"], name in summary["protocol"]["tuned"]
     return f"{lr:g}" + "‡" * (tuned and lr in (grid[0], grid[-1]))
-
-
-def _or_diverged(row: dict[str, Any], text: str) -> str:
-    return f"{row['diverged']} diverged" if row["diverged"] else text
 
 
 def _counted(count: int, noun: str) -> str:
@@ -319,7 +277,7 @@ def draw(summary: dict[str, Any], folder: Path) -> list[str]:
     if len(summary["tasks"]) > 1:
         names.append("profile.png")
         plot_profile(summary, folder / names[-1])
-    if any("all" in found for by in summary["worth"].values() for found in by.values()):
+    if any(summary["worth"].values()):
         names.append("worth.png")
         plot_worth(summary["worth"], folder / names[-1])
     return names
@@ -413,7 +371,6 @@ def plot_worth(worth: dict[str, Any], path: Path) -> None:
     name, rivals = next(iter(worth.items()))
     label = f"final loss of their best, times one run of {name}"
     figure, axes = _axes("", "runs of the rival, at randomly chosen learning rates", label)
-    rivals = {rival: groups["all"] for rival, groups in rivals.items() if "all" in groups}
     for (rival, found), colour in zip(rivals.items(), _colours(len(rivals)), strict=True):
         k = range(1, len(found["mean"]) + 1)
         text = f"{rival}: one run equals the best of {_equals(found)}"

@@ -143,17 +143,6 @@ def test_soap_is_adam_in_the_eigenbasis_of_past_gradients() -> None:
     torch.testing.assert_close(param.detach(), -0.1 * turned * (1 - 0.1 * 0.01), rtol=0, atol=1e-4)
 
 
-def test_average_is_of_the_last_fifth() -> None:
-    param, seen = torch.nn.Parameter(torch.ones(2)), []
-    optimizer = make_baseline("adamw-average", [param], 0.1, 10)
-    for _ in range(10):
-        param.grad = torch.ones(2)
-        optimizer.step()
-        seen.append(param.detach().clone())
-    optimizer.eval()
-    torch.testing.assert_close(param.detach(), torch.stack(seen[-3:]).mean(0))
-
-
 def test_every_optional_package_is_in_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     needing = [name for name, found in BASELINES.items() if found.package]
     assert {BASELINES[name].package for name in needing} == {

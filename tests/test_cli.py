@@ -371,7 +371,7 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert "| task | optimizer | lr | final loss | held-out | summed |" in captured.out
     written = (tmp_path / "out" / "table.md").read_text()
-    assert "| task | steps | best tuned rival | handmade | sgd |" in written
+    assert "| quadratic, 10 steps | **handmade** | 1 |" in written
     assert f"wrote {tmp_path / 'out' / 'quadratic.png'}\n" in captured.out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "protocol.json", "quadratic.png", "runs.jsonl", "summary.json", "table.md", "worth.png",

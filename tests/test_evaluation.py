@@ -14,7 +14,6 @@ import torch
 from conftest import random_rule
 
 from learned_optim import LearnedOptimizer, load_rule, save_rule
-from learned_optim.cli import main
 from learned_optim.evaluation import (
     BASELINES,
     EvaluateConfig,
@@ -183,7 +182,6 @@ def test_summary_by_hand() -> None:
     assert rows["fast"]["ratio"]["mean"] == 0.5
     assert rows["fast"]["sum"]["mean"] == pytest.approx(100 * (5 * 2.0 + 15 * 0.5) / 20)
     assert (rows["rival"]["steps_to_target"], rows["fast"]["steps_to_target"]) == (55.0, 30.0)
-    assert rows["fast"]["seconds_to_target"] == pytest.approx(30 * 4.0 / 100)
     assert rows["stuck"]["steps_to_target"] is None
     assert (rows["stuck"]["stalled"], rows["stuck"]["diverged"]) == (1, 0)
     assert (rows["gone"]["stalled"], rows["gone"]["diverged"]) == (0, 1)
@@ -191,8 +189,6 @@ def test_summary_by_hand() -> None:
     assert overall["gone"]["ratio"]["mean"] == pytest.approx(10.0)
     assert (overall["gone"]["diverged"], overall["stuck"]["stalled"]) == (1.0, 1.0)
     assert overall["fast"]["step_share_to_target"] == pytest.approx(0.3)
-    # In units of the rival's whole run: 30 steps of 40 ms against 100 of 10 ms.
-    assert overall["fast"]["second_share_to_target"] == pytest.approx(1.2)
     assert found["untuned_pairs"]["stuck"]["fast"]["mean"] == pytest.approx(3.9)
     profile = found["profiles"]["all"]
     assert (profile["fast"][0], profile["rival"][0], profile["gone"][-1]) == (1.0, 0.0, 0.0)
@@ -327,7 +323,7 @@ def test_protocol_of_the_field(scripted: Callable[[Losses], list[RunSpec]], tmp_
     assert asked == []
     text = markdown(summary)
     assert "## Untuned against tuned" in text
-    assert "| adamw-cosine (0.003) |" in text
+    assert "| regression, 500 steps | adamw-cosine | 0.003 |" in text
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
@@ -615,9 +611,9 @@ def test_report(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> 
     assert "- `rule`, untuned: Its final loss is 0.50 times the best tuned rival's" in text
     assert "One run equals the best of more than 13 sgd runs." in text
     # Two seeds 0.2 apart in the sum: 20 (1 - 0.9^20) + 0.1 = 17.7, half of it 12.7062 * 0.1.
-    row = next(line for line in text.splitlines() if line.startswith("| quadratic | rule | 1 |"))
-    assert row.endswith("| 1.000 ± 0.000 | 17.7 ± 1.3 | **0.50 [0.50, 0.50]** |")
-    assert any("| quadratic | sgd | 1e-05‡ |" in line for line in text.splitlines())
+    row = next(line for line in text.splitlines() if "| **rule** | 1 |" in line)
+    assert row.endswith("| 1.000 ± 0.000, 75.0% | 17.7 ± 1.3 | **0.50 [0.50, 0.50]** |")
+    assert "| quadratic, 20 steps | sgd | 1e-05‡ |" in text
     assert max(map(len, text.splitlines()[4:])) <= 120
 
 
@@ -648,22 +644,7 @@ def test_ahead_and_behind_are_what_intervals_carry(
     assert "ahead of adam-1e-3, level with prodigy, behind adamw-cosine-1e-3 in" in words
 
 
-# ---- the command, with real training
-
-
-@pytest.mark.slow
-def test_documented_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two learned optimizers, one of which is told the steps; from tuning to the last picture."""
-    for name in ("lstm", "horizon"):
-        save_rule(random_rule(name), tmp_path / f"{name}.safetensors")
-    files = [str(tmp_path / f"{name}.safetensors") for name in ("lstm", "horizon")]
-    command = ["evaluate", "--checkpoints", *files, "--tasks", "digits-torch", "--steps", "10"]
-    command += ["--seeds", "2", "--tuning-seeds", "1", "--output", str(tmp_path / "out")]
-    assert main(command) == 0
-    captured = capsys.readouterr()
-    assert "| task | optimizer | lr | final loss | held-out | summed |" in captured.out
-    assert f"wrote {tmp_path / 'out' / 'worth.png'}\n" in captured.out
-    assert (tmp_path / "out" / "digits-torch.png").exists()
+# ---- real training
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from learned_optim._discovery import unknown_name
 from learned_optim._extras import how_to_install
@@ -145,36 +144,6 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-class AdamWAverage(torch.optim.AdamW):
-    """AdamW that averages the weights over the last fifth of a run (Polyak and Juditsky 1992).
-
-    Training goes on from AdamW's own weights; :meth:`eval` puts the averages in their place.
-    """
-
-    def __init__(self, params: Iterable[Tensor], lr: float, total_steps: int) -> None:
-        super().__init__(params, lr=lr)
-        self._first, self._taken, self._averages = math.ceil(0.8 * total_steps), 0, list[Tensor]()
-        self.register_step_post_hook(AdamWAverage._collect)
-
-    @torch.no_grad()
-    def _collect(self, *args: Any) -> None:
-        self._taken += 1
-        if self._taken < self._first:
-            return
-        params = [p for group in self.param_groups for p in group["params"]]
-        if not self._averages:
-            self._averages = [p.clone() for p in params]
-        else:
-            get_swa_multi_avg_fn()(self._averages, params, self._taken - self._first)
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Replace the weights by their averages."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p, average in zip(params, self._averages, strict=bool(self._averages)):
-            p.copy_(average)
-
-
 def _torch(optimizer: Callable[..., Optimizer], **options: Any) -> Make:
     """``optimizer`` with these options, which needs no number of steps."""
     return lambda params, lr, total_steps: optimizer(params, lr=lr, **options)
@@ -236,7 +205,6 @@ BASELINES: dict[str, Baseline] = {
     **{f"{name}-cosine": replace(b, schedule=warmup_cosine) for name, b in _TUNED.items()},
     **{f"{name}-linear": replace(b, schedule=warmup_linear) for name, b in _TUNED.items()},
     "schedulefree": Baseline(_schedule_free, package="schedulefree"),
-    "adamw-average": Baseline(AdamWAverage, warmup_cosine),
     # At their authors' constants.
     "adam-1e-3": Baseline(_adam, lr=1e-3),
     "adamw-cosine-1e-3": Baseline(_adamw, warmup_cosine, lr=1e-3),

@@ -48,8 +48,7 @@ class Figures:
         losses: means over equal stretches of the steps, ``(seeds, stretches)``.
         final: mean loss of the last 5 %.
         test: held-out figures by name; the loss is infinite where the run diverged.
-        step_seconds: processor seconds per step.
-        optimizer_step_seconds: the part of it in the optimizer.
+        step_seconds: processor seconds per step in the optimizer.
     """
 
     optimizer: OptimizerSpec
@@ -59,7 +58,6 @@ class Figures:
     final: Tensor
     test: dict[str, Tensor]
     step_seconds: Tensor
-    optimizer_step_seconds: Tensor
     state_bytes: int
 
     @staticmethod
@@ -79,7 +77,6 @@ class Figures:
             torch.tensor([run.losses for run in found], dtype=torch.float64),
             column([final_loss(run) for run in found]),
             {name: column([test[name] for test in tests]) for name in names},
-            column([run.seconds for run in found]) / steps,
             column([run.optimizer_seconds for run in found]) / steps,
             max(run.state_bytes for run in found),
         )
@@ -187,15 +184,12 @@ def _row(entry: Figures, best: Figures | None) -> dict[str, Any]:
         "sum": interval(entry.losses.mean(1) * entry.steps),
         "test": {name: interval(values) for name, values in entry.test.items()},
         "curve": curve(entry.losses, entry.steps),
-        "milliseconds_per_step": interval(1000 * entry.step_seconds),
-        "optimizer_milliseconds": interval(1000 * entry.optimizer_step_seconds),
+        "optimizer_milliseconds": interval(1000 * entry.step_seconds),
         "state_bytes": entry.state_bytes,
     }
     if best is not None:
-        steps = entry.steps_to(best.final)
         row["ratio"] = ratio_interval(entry.final, best.final)
-        row["steps_to_target"] = finite(median(steps))
-        row["seconds_to_target"] = finite(median(steps * entry.step_seconds))
+        row["steps_to_target"] = finite(median(entry.steps_to(best.final)))
     return row
 
 
@@ -209,18 +203,13 @@ def _overall(entries: Sequence[Figures], best_tuned: Sequence[Figures | None]) -
         "diverged": sum(int(entry.diverged.sum()) for entry in entries) / runs,
         "stalled": sum(int(entry.stalled(best).sum()) for entry, best in pairs) / runs,
         "optimizer_milliseconds": _mean(
-            [1000 * entry.optimizer_step_seconds.mean().item() for entry in entries]
+            [1000 * entry.step_seconds.mean().item() for entry in entries]
         ),
         "state_bytes": sum(entry.state_bytes for entry in entries),
     }
     if compared:
         ratios = [ratio(entry.final, best.final) for entry, best in compared]
         reached = [median(e.steps_to(best.final)) / e.steps for e, best in compared]
-        seconds = [
-            median(e.steps_to(best.final) * e.step_seconds)
-            / (best.step_seconds.mean().item() * best.steps)
-            for e, best in compared
-        ]
         row |= {
             "ratio": geometric_mean(ratios),
             "test_ratio": geometric_mean(
@@ -233,7 +222,6 @@ def _overall(entries: Sequence[Figures], best_tuned: Sequence[Figures | None]) -
             "within_5_percent": sum(r <= 1.05 for r in ratios),
             "reached": sum(map(math.isfinite, reached)),
             "step_share_to_target": finite(median(torch.tensor(reached))),
-            "second_share_to_target": finite(median(torch.tensor(seconds))),
         }
     return row
 
