@@ -16,10 +16,25 @@ import torch
 from torch import Tensor
 
 from learned_optim.kernels import _cpu, _gpu, _library, _operator
-from learned_optim.kernels._cpu import BoundStep, StepCall, StepSettings, under_a_mode
+from learned_optim.kernels._cpu import (
+    BoundStep,
+    StepCall,
+    StepSettings,
+    are_plain,
+    under_a_mode,
+)
 from learned_optim.kernels._lstm import lstm_step_
 
-__all__ = ["BoundStep", "StepSettings", "bind", "lstm_step_", "status", "step_", "under_a_mode"]
+__all__ = [
+    "BoundStep",
+    "StepSettings",
+    "are_plain",
+    "bind",
+    "lstm_step_",
+    "status",
+    "step_",
+    "under_a_mode",
+]
 
 
 def status(device_type: str = "cpu") -> str:

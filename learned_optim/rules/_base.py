@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from learned_optim._tensors import tensor_bytes
 from learned_optim.kernels.constants import DECAY_UNIT
-from learned_optim.rules._config import ConfiguredModule, RuleConfig, register
+from learned_optim.rules._config import RuleConfig, register
 from learned_optim.rules._context import BoundStep, Shards, State, StepContext, StepSettings
 from learned_optim.rules._segments import Product, Segments
 from learned_optim.rules._step import (
@@ -26,7 +30,7 @@ from learned_optim.rules._step import (
 __all__ = ["State", "StepContext", "UpdateRule"]
 
 
-class UpdateRule(ConfiguredModule):
+class UpdateRule(nn.Module):
     """A function from the gradient history of parameter tensors to their updates.
 
     ``theta <- theta + lr * update`` (thesis eq. 3.2): the update already points downhill.
@@ -57,6 +61,10 @@ class UpdateRule(ConfiguredModule):
         config: rebuilds the rule, together with its weights; ``None`` takes the defaults.
     """
 
+    #: Name under which the rule is registered, and checkpoints know it.
+    name: ClassVar[str] = ""
+    #: Type of the configuration.
+    Config: ClassVar[type[RuleConfig]] = RuleConfig
     #: Unit with gains of its own: coordinates, tensors, or none, if directions are the update.
     rows: ClassVar[Literal["coordinates", "tensors", "none"]] = "none"
     #: State entries that :meth:`respond` owns, one row per row; :meth:`moments` owns all others.
@@ -87,6 +95,18 @@ class UpdateRule(ConfiguredModule):
         if cls.name:
             register(cls)
 
+    def __init__(self, config: RuleConfig | None = None) -> None:
+        super().__init__()
+        self._state_keys: tuple[str, ...] | None = None
+        self.config: Any = self.Config() if config is None else config
+        if not isinstance(self.config, self.Config):
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.Config.__name__}, "
+                f"got {type(self.config).__name__}"
+            )
+
+    # ---- the parts
+
     @property
     def needs_loss(self) -> bool:
         """True if the rule reads ``context.loss`` (the optimizer takes it from its closure)."""
@@ -98,8 +118,6 @@ class UpdateRule(ConfiguredModule):
         if self._state_keys is None:
             self._state_keys = tuple(self.init_state(torch.zeros(1)))
         return self._state_keys
-
-    # ---- the parts
 
     def init_state(self, param: Tensor) -> State:
         """State of one tensor before its first gradient.
@@ -369,6 +387,41 @@ class UpdateRule(ConfiguredModule):
             states: as for :meth:`step_`.
         """
         return None
+
+    # ---- identity
+
+    def init_from(self, other: UpdateRule) -> None:
+        """Take the weights of another rule of the same kind and size.
+
+        Raises:
+            ValueError: ``other`` is another kind of rule, or its weights have other shapes.
+        """
+        own = {name: value.shape for name, value in self.state_dict().items()}
+        weights = other.state_dict()
+        if type(other) is not type(self) or own != {n: v.shape for n, v in weights.items()}:
+            raise ValueError(
+                f"a rule {self.name!r} with {self.config} cannot begin with the weights of a rule "
+                f"{other.name!r} with {other.config}: they must be of one kind and size"
+            )
+        self.load_state_dict(weights)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype the rule computes in: that of its weights, float32 for a rule without any."""
+        return next((p.dtype for p in self.parameters()), torch.float32)
+
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready data."""
+        return dataclasses.asdict(self.config)
+
+    def fingerprint(self) -> str:
+        """Identity of this rule: 16 hex digits over its name, configuration and weight bits."""
+        digest = hashlib.sha256(self.name.encode())
+        digest.update(json.dumps(self.config_dict(), sort_keys=True).encode())
+        for key, weight in sorted(self.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor_bytes(weight))
+        return digest.hexdigest()[:16]
 
 
 def decayed(

@@ -35,10 +35,9 @@ MOMENTS = ("fast", "slow", "square")
 
 COVARIANCE_BETA = 0.9  # a mean of ten gradients
 LONGEST_SIDE = 1024  # beyond it a QR takes longer than a batch's gradient
-KERNEL_RATIO = (
-    10.0  # of kernels: 3x3 ones have nine columns per input, and plain deep ones need both
-)
-LONGEST_RATIO = 4.0  # of an oblong matrix only the shorter side: the longer has most of the cost
+# Beyond these ratios of sides only the shorter one is rotated: the longer has most of the cost.
+LONGEST_RATIO = 4.0
+KERNEL_RATIO = 10.0  # of kernels: 3x3 ones have nine columns per input, and deep ones need both
 SHORTEST_SIDE = 2
 FIRST_ITERATIONS = 3  # of subspace iteration at the first gradient, from the identity
 FRESH_AGE = 5  # bases of this age are refreshed at every step, older ones at a fifth of their age
@@ -163,10 +162,10 @@ def carry_over_(
     turns: Sequence[Tensor | None],
     bounds: Sequence[float],
 ) -> None:
-    """Rotate momenta into new bases, in place, and raise the mean square to what they ask.
+    """Rotate momenta into new bases, in place, and raise the mean square to keep their bounds.
 
     A momentum is at most ``bound`` times the root of the mean square of the same gradients. The
-    mean square itself cannot be rotated, so the bound on a step would break without the raise.
+    mean square itself cannot be rotated: without the raise the bound on a step would break.
 
     Args:
         momenta: each ``(b, r, c)``.
@@ -225,7 +224,7 @@ class _Batch:
             self.value, self._is_view = torch.stack(self._tensors), False
 
     def load(self) -> None:
-        """Take in what others have written to the tensors."""
+        """Read the tensors, to which others may have written."""
         if not self._is_view:
             torch._foreach_copy_(list(self.value.unbind()), self._tensors)
 
@@ -289,7 +288,7 @@ class Rotation:
         return _Group(indices, shape, bases, covs, like.new_empty(shape))
 
     def rotate(self, grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Take in raw gradients, refresh bases that are due, and rotate.
+        """Update covariances by raw gradients, refresh bases that are due, and rotate.
 
         Returns:
             ``(grads, updates)`` for a step of the tensors in :attr:`wide`. In the places of rotated
@@ -305,7 +304,7 @@ class Rotation:
             for batch in (*group.bases, *group.covs):
                 if batch is not None:
                     batch.load()
-            self._take_in(group, grad)
+            self._update_bases(group, grad)
             if grad.device.type != "cpu":  # where the rate is 0 the kernel writes no updates
                 group.updates.zero_()
             turned = without_rounding(rotate(grad, *group.rotation), grad).contiguous()
@@ -329,7 +328,7 @@ class Rotation:
                 if wide is not param:
                     param.copy_(wide)
 
-    def _take_in(self, group: _Group, grad: Tensor) -> None:
+    def _update_bases(self, group: _Group, grad: Tensor) -> None:
         """Update the covariances of a group by gradients ``(b, r, c)``; refresh what is due."""
         ages = [_age(self._states[index]) for index in group.indices]
         for cov, factor in zip(group.covs, (grad, grad.mT), strict=True):

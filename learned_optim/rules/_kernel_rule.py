@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from learned_optim import kernels
 from learned_optim._ambient import plain_arithmetic
@@ -17,7 +17,6 @@ from learned_optim.rules._basis_operator import TracedRotation
 from learned_optim.rules._context import BoundStep, Shards, State, StepSettings
 from learned_optim.rules._step import restore_where_zero_, states_before
 
-_PLAIN = {Tensor, nn.Parameter}
 _shape_of = attrgetter("shape")
 
 
@@ -84,8 +83,8 @@ class KernelRule(UpdateRule):
         shapes = list(map(_shape_of, params))
 
         def rotated(grads: Sequence[Tensor], settings: StepSettings) -> bool:
-            plain = {*map(type, grads)} <= _PLAIN and list(map(_shape_of, grads)) == shapes
-            if not (plain and rotation.is_current()) or kernels.under_a_mode():
+            fit = kernels.are_plain(grads) and list(map(_shape_of, grads)) == shapes
+            if not (fit and rotation.is_current()) or kernels.under_a_mode():
                 return False
             with plain_arithmetic({"cpu"}):
                 seen, updates = rotation.rotate(grads)
