@@ -22,7 +22,6 @@ from learned_optim.meta import (
     Optimizees,
     build_tasks,
 )
-from learned_optim.meta.estimators import _sample_coordinates
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import Params
 from learned_optim.rules import UpdateRule, rule_class, rule_names
@@ -150,35 +149,6 @@ def test_optimizees_do_not_see_each_other() -> None:
     for index, grad in enumerate(together.grads):
         mean = torch.stack([a.grads[index] for a in alone]).mean(0)
         torch.testing.assert_close(grad, mean, rtol=1e-9, atol=1e-12)
-
-
-def test_replay_needs_a_learned_rule() -> None:
-    with pytest.raises(TypeError, match="splits into observation and response, and AdamRule has"):
-        estimate(random_rule("adam"), "quadratic", "replay", 2)
-
-
-@pytest.mark.parametrize("name", ["lstm", "equivariant"])
-def test_stratified_sample_meets_every_tensor(name: str) -> None:
-    """digits has tensors of 1,280, 20, 200 and 10: 500 of two optimizees are
-    110, 20, 110 and 10 of each.
-
-    """
-    rule = random_rule(name, torch.float64)
-    _, optimizees = estimate(rule, "digits", "replay", 1, optimizees=2)
-    sizes = optimizees.segments.sizes
-    assert sorted(sizes) == sorted(2 * [1280, 20, 200, 10])
-    options = EstimatorOptions(500, torch.Generator(), "stratified")
-    chosen, weights = _sample_coordinates(sizes, options)
-    assert sorted(weights.tolist()) == sorted([1.0] * 60 + [200 / 110] * 220 + [1280 / 110] * 220)
-    assert len(chosen.unique()) == len(chosen) == len(weights)
-    assert int(chosen.max()) < sum(sizes)
-
-
-def test_stratified_sample_of_fewer_coordinates_than_tensors() -> None:
-    options = EstimatorOptions(2, torch.Generator(), "stratified")
-    chosen, weights = _sample_coordinates([3, 4, 0, 5], options)
-    assert torch.bucketize(chosen, torch.tensor([3, 7, 12]), right=True).tolist() == [0, 1, 2]
-    assert weights.tolist() == [3.0, 4.0, 5.0]
 
 
 # ---- against a problem whose gradients are known

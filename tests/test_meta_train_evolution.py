@@ -108,7 +108,7 @@ def test_after_an_interruption_the_same_bits(
     assert parts.path.stat().st_mtime_ns == written  # nothing is left to do
     with pytest.raises(ValueError, match=r"share of normalized: 0.3333 then, 0.5 now"):
         evolve(tasks, tmp_path / "parts")
-    with pytest.raises(ValueError, match=r"another recipe \(different: pairs\)"):
+    with pytest.raises(ValueError, match=r"another recipe \(pairs: 2 there, 3 here"):
         meta_train(tasks, "quick-evolution", folder=tmp_path / "parts", **{**again, "pairs": 3})
 
 

@@ -66,10 +66,14 @@ def test_recipes_in_toml_and_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("epochs", "epoch", r"unknown field 'epoch'\. Did you mean 'epochs'\?"),
-        ("meta_lr", "learning_rate", r"unknown field 'learning_rate'\. Fields: task, rule, epo"),
-        ("hidden_size", "hidden_sizes", r"fields are .*Did you mean 'hidden_size'\?"),
-        ("config", "configs", r"unknown field 'configs' of rule, .* Did you mean 'config'\?"),
+        ("epochs", "epoch", r"unknown field 'epoch' of a recipe\. Did you mean 'epochs'\?"),
+        ("meta_lr", "learning_rate", r"unknown field 'learning_rate' .*\. Fields: task, rule, epo"),
+        (
+            "hidden_size",
+            "hidden_sizes",
+            r"of update rule 'equivariant'\. Did you mean 'hidden_size'\?",
+        ),
+        ("config", "configs", r"unknown field 'configs' of rule\. Did you mean 'config'\?"),
         ('"equivariant"', '"equivarant"', r"unknown update rule .* Did you mean 'equivariant'\?"),
         ('"equivariant"', '"nowhere:equivariant"', "no update rules from module 'nowhere'"),
         ("epochs = 3", "", "it lacks epochs"),

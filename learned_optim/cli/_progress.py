@@ -9,23 +9,17 @@ class ProgressBar:
     """A progress bar over ``(done, total, what)`` reports, on standard error."""
 
     def __init__(self, title: str) -> None:
-        self.title = title
-
-    def __enter__(self) -> Callable[[int, int, str], None]:
         from tqdm import tqdm
 
         # smoothing=0: time left by the average so far, validation included. A delay keeps the bar
         # from the screen until there is progress, and so off that of an error.
         self.tqdm = tqdm(
-            desc=self.title,
-            dynamic_ncols=True,
-            mininterval=0.5,
-            miniters=0,
-            smoothing=0,
-            delay=1e-3,
+            desc=title, dynamic_ncols=True, mininterval=0.5, miniters=0, smoothing=0, delay=1e-3,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        )
+        )  # fmt: skip
         self._begun = False
+
+    def __enter__(self) -> Callable[[int, int, str], None]:
         return self._show
 
     def _show(self, done: int, total: int, what: str) -> None:

@@ -135,16 +135,8 @@ def replay(
 
     The optimizees are rolled out without any graph. Then the recorded features are fed through
     the network once more and ``sum(gains * dL/dgains)`` is back-propagated: for all rows, or, where
-    rows are coordinates, for some that are drawn at random.
-
-    Raises:
-        TypeError: the rule does not split into observation and response.
+    rows are coordinates, for some that are drawn at random. The rule must have rows.
     """
-    if rule.rows == "none":
-        raise TypeError(
-            f"estimator 'replay' needs a rule that splits into observation and response, and "
-            f"{type(rule).__name__} has no rows: use estimator='autograd'"
-        )
     by_tensor = rule.rows == "tensors"
     segments = optimizees.segments
     if by_tensor:

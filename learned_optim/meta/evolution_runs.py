@@ -36,7 +36,7 @@ from learned_optim.meta.populations import (
     scores,
 )
 from learned_optim.meta.populations._mixture import SHORTEST_RUN, UNKNOWN_SHARE
-from learned_optim.meta.recipes import MOST_VALIDATION_TASKS, EvolutionRecipe
+from learned_optim.meta.recipes import EvolutionRecipe
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import (
     ModuleTask,
@@ -50,7 +50,7 @@ from learned_optim.meta.validation import ADAMW_LRS, Reference
 from learned_optim.rules import UpdateRule, rule_for
 
 #: Seeds of the validation tasks: training never has one of them, see :func:`training_seed`.
-VALIDATION_SEEDS = range(10_000_000, 10_000_000 + MOST_VALIDATION_TASKS)
+VALIDATION_SEEDS = range(10_000_000, 10_100_000)
 # Steps that validation runs of a mixture have at least, where they are not too costly for that.
 _SHORTEST_VALIDATION = 150
 # Fitness differences, in log loss, are cut off at the first, and compressed beyond the second.

@@ -80,8 +80,8 @@ class RunFolder:
                     f"{n}: {getattr(found, n)} there, {getattr(recipe, n)} here" for n in differing
                 )
                 raise ValueError(
-                    f"{self.path} holds a run of another recipe (different: "
-                    f"{', '.join(differing)}): choose another folder, or delete it ({listing})"
+                    f"{self.path} holds a run of another recipe ({listing}): choose another "
+                    f"folder, or delete it"
                 )
         return provenance.check(self.path, conditions, "choose another folder")
 

@@ -129,13 +129,9 @@ class MetaTrainer:
             self.rule.init_from(start)
             self._start = start.fingerprint()
         self.optimizer = MetaOptimizer(
-            self.rule,
-            meta_lr=recipe.meta_lr,
-            meta_lr_final=recipe.meta_lr_final,
-            average=self.method.average,
-            betas=self.method.betas,
-            clip_norm=self.method.clip_norm,
-        )
+            self.rule, meta_lr=recipe.meta_lr, meta_lr_final=recipe.meta_lr_final,
+            average=self.method.average, betas=self.method.betas, clip_norm=self.method.clip_norm,
+        )  # fmt: skip
         self.history: list[Metrics] = []
         conditions = self.files.check(recipe, self._conditions())
         saved = self.files.read_state()

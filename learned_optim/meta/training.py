@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from learned_optim._discovery import did_you_mean
 from learned_optim.checkpoint import check_writable, read_checkpoint
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.method import pace_text
@@ -20,6 +19,7 @@ from learned_optim.meta.recipes import (
     AnyRecipe,
     EvolutionRecipe,
     Recipe,
+    check_names,
     load_recipe,
     rule_config,
 )
@@ -150,14 +150,9 @@ def meta_train(
         _, test_family = _family(tasks, weights, TaskOptions("evaluation", options))
     with _threads(threads), process_group():
         trainer = MetaTrainer(
-            chosen,
-            folder,
-            options,
-            workers=workers,
-            family=family,
-            test_family=test_family,
+            chosen, folder, options, workers=workers, family=family, test_family=test_family,
             against_adamw=against_adamw,
-        )
+        )  # fmt: skip
         report = _Lines(trainer) if progress and trainer.method.rank == 0 else None
         path = trainer.run(None if output is None else Path(output), report)
         rule, record = read_checkpoint(path)
@@ -173,10 +168,7 @@ def meta_train(
 def _recipe(task: str, recipe: AnyRecipe | str | Path | None, changes: dict[str, Any]) -> AnyRecipe:
     base = load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe or QUICK
     known = [f.name for f in fields(base) if f.name not in ("task", "test_task")]
-    for name in changes:
-        if name not in known:
-            near = did_you_mean(name, [*known, "test_tasks"]) or f". Fields: {', '.join(known)}"
-            raise ValueError(f"unknown field {name!r} of a recipe{near}")
+    check_names(changes, known, "a recipe")
     if "rule" not in changes and changes.get("start") is not None:
         changes["rule"] = load_rule(changes["start"]).config
     if "rule" in changes:

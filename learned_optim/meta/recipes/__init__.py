@@ -2,12 +2,12 @@
 
 from learned_optim.meta.recipes._base import (
     MIXTURE_NAMES,
-    MOST_VALIDATION_TASKS,
     AnyRecipe,
     EvolutionRecipe,
     Recipe,
 )
 from learned_optim.meta.recipes._files import (
+    check_names,
     import_rules,
     load_recipe,
     recipe_descriptions,
@@ -19,10 +19,10 @@ from learned_optim.meta.recipes._files import (
 
 __all__ = [
     "MIXTURE_NAMES",
-    "MOST_VALIDATION_TASKS",
     "AnyRecipe",
     "EvolutionRecipe",
     "Recipe",
+    "check_names",
     "import_rules",
     "load_recipe",
     "recipe_descriptions",

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,8 +27,7 @@ def rule_config(name: str, values: dict[str, Any] | None = None) -> RuleConfig:
         values: fields that differ from their defaults.
 
     Raises:
-        ValueError: no such module or rule, or unknown or unfit fields; the message names the
-            nearest that exists.
+        ValueError: no such module or rule, or unknown or unfit fields.
     """
     module, _, own = name.rpartition(":")
     if module:
@@ -36,14 +36,17 @@ def rule_config(name: str, values: dict[str, Any] | None = None) -> RuleConfig:
     if not isinstance(values, dict):
         raise ValueError(f"the config of a rule must be a table, got {values!r}")
     known = [field.name for field in dataclasses.fields(rule_class(own).Config)]
-    for key in values:
-        if key not in known:
-            raise ValueError(
-                f"{key!r} does not fit update rule {own!r}, whose fields are "
-                f"{', '.join(known) or 'none'}{did_you_mean(key, known)}"
-            )
+    check_names(values, known, f"update rule {own!r}")
     config: RuleConfig = build_rule(own, values).config
     return config
+
+
+def check_names(names: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Raise ``ValueError`` for a name that is not ``known``; it says the nearest that is."""
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, known) or f". Fields: {', '.join(known) or 'none'}"
+            raise ValueError(f"unknown field {name!r} of {what}{near}")
 
 
 def import_rules(module: str) -> None:
@@ -67,8 +70,7 @@ def recipe_from_json(data: dict[str, Any]) -> AnyRecipe:
     ``config``, or the name alone.
 
     Raises:
-        ValueError: unknown or missing fields, or values that do not fit them; of an unknown field,
-            the message names the nearest that exists.
+        ValueError: unknown or missing fields, or values that do not fit them.
     """
     if not isinstance(data, dict):
         raise ValueError(f"not a recipe: a table of fields is one, got {str(data)[:40]}")
@@ -78,11 +80,7 @@ def recipe_from_json(data: dict[str, Any]) -> AnyRecipe:
         raise ValueError(f"not a recipe: unknown method {method!r}; known: {METHOD}")
     kind: type[AnyRecipe] = Recipe if method is None else EvolutionRecipe
     known = dataclasses.fields(kind)
-    names = [field.name for field in known]
-    for key in data:
-        if key not in names:
-            near = did_you_mean(key, names) or f". Fields: {', '.join(names)}"
-            raise ValueError(f"not a recipe: unknown field {key!r}{near}")
+    check_names(data, [field.name for field in known], "a recipe")
     missing = [f.name for f in known if f.name not in data and f.default is dataclasses.MISSING]
     if missing:
         raise ValueError(f"not a recipe: it lacks {', '.join(missing)}")
@@ -90,12 +88,7 @@ def recipe_from_json(data: dict[str, Any]) -> AnyRecipe:
         rule = data["rule"]
         if isinstance(rule, str):
             rule = {"name": rule}
-        for key in rule:
-            if key not in ("name", "config"):
-                raise ValueError(
-                    f"unknown field {key!r} of rule, which has name and config"
-                    f"{did_you_mean(key, ('name', 'config'))}"
-                )
+        check_names(rule, ("name", "config"), "rule")
         config = rule_config(rule["name"], rule.get("config"))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"not a recipe: rule: {error}") from error
