@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from learned_optim.rules import (
     rule_class,
     rule_names,
 )
+from learned_optim.rules.horizon import HorizonRule
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
 #: Registered rules without a network, which descend as they are.
@@ -43,7 +45,7 @@ SCENARIO_RULES = {
     "ddp": ["lstm-descending", "normalized"],
     "zero": ["normalized"],
     "hybrid": ["normalized"],
-    "fsdp2": ["adam", *_SHARDED],
+    "fsdp2": ["adam", "columns", *_SHARDED],
     "checkpoints": _SHARDED,
     "bad-batch": ["normalized"],
     "compiled": ["lstm-descending"],
@@ -96,6 +98,17 @@ class NormalizedRule(UpdateRule):
         return step * momentum, new_state
 
 
+class ColumnsRule(HorizonRule):
+    """The default, which rotates columns alone: all that a process with half of the rows can."""
+
+    name = "columns"
+
+    def init_matrices(
+        self, shape: torch.Size, device: torch.device, sharded: Sequence[int] = ()
+    ) -> State:
+        return super().init_matrices(shape, device, (0, *sharded))
+
+
 def make_rule(name: str) -> UpdateRule:
     """A rule by its name in :data:`ALL_RULES`, or a bad one; the same weights every time."""
     return copy.deepcopy(_made(name))
@@ -109,6 +122,11 @@ def _made(name: str) -> UpdateRule:
         return descending_lstm(step=-0.5)
     if name == "normalized":
         return NormalizedRule()
+    if name == "columns":
+        rule = load_rule("default")
+        columns = ColumnsRule(rule.config)
+        columns.load_state_dict(rule.state_dict())
+        return columns
     if name.startswith("checkpoint:"):
         return load_rule(name.removeprefix("checkpoint:"))
     with torch.random.fork_rng():
