@@ -391,18 +391,6 @@ def test_state_of_another_rule_is_refused_before_anything_changes() -> None:
     state_equal(ours.state_dict()["state"], before["state"])
 
 
-def test_state_is_never_empty_after_a_step_and_fits_its_parameter(rule: UpdateRule) -> None:
-    params, _ = problem()
-    opt = LearnedOptimizer(params, rule)
-    step_with_random_grads(opt)
-    for p in params:
-        assert opt.state[p]["step"].item() == 1.0
-        for value in opt.state[p].values():
-            # Everything but the count has the parameter's rows, for tools that cut them.
-            assert value.dim() == 0 or value.shape[0] == p.shape[0]
-            assert value.device == p.device
-
-
 # ---- hooks
 
 
