@@ -389,12 +389,13 @@ for name in list_pretrained():
     p.grad = torch.ones(3)
     optimizer.step()
     assert torch.isfinite(p).all() and p.abs().sum() > 0, name
-assert "huggingface_hub" not in sys.modules
+heavy = {"huggingface_hub", "transformers", "lightning", "accelerate", "matplotlib"}
+assert not heavy & {name.partition(".")[0] for name in sys.modules}
 print(*list_pretrained())
 """
 
 
-def test_shipped_names_never_touch_the_network() -> None:
+def test_shipped_names_touch_no_network_and_import_no_trainer() -> None:
     """With sockets forbidden, every shipped checkpoint loads and runs."""
     names = python(NO_NETWORK).split()
     assert {"quadratic", "mnist", "default"} <= set(names)
