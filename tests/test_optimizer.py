@@ -72,59 +72,6 @@ def test_making_an_optimizer_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_lr_multiplies_the_update_and_groups_have_their_own() -> None:
-    rule = random_rule("lstm")
-    params = [nn.Parameter(torch.zeros(3)) for _ in range(4)]
-    optimizer = LearnedOptimizer(
-        [
-            {"params": params[:1]},
-            {"params": params[1:2], "lr": 0.5},
-            {"params": params[2:3], "lr": torch.tensor(2.0)},
-        ],
-        rule,
-    )
-    optimizer.add_param_group({"params": params[3:], "maximize": True})
-    for param in params:
-        param.grad = torch.tensor([1.0, -2.0, 1e-3])
-    params[3].grad.neg_()
-    optimizer.step()
-    base = params[0].detach()
-    assert base.abs().min() > 0
-    torch.testing.assert_close(params[1].detach(), 0.5 * base)
-    torch.testing.assert_close(params[2].detach(), 2.0 * base)
-    torch.testing.assert_close(params[3].detach(), base)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_odd_parameters(name: str) -> None:
-    """None, empty, 0-d, non-contiguous and complex, all in one optimizer."""
-    without = nn.Parameter(torch.ones(2))
-    empty = nn.Parameter(torch.ones(0, 3))
-    scalar = nn.Parameter(torch.tensor(1.0))
-    strided = nn.Parameter(torch.ones(6, 4).t()[::2])
-    dense = nn.Parameter(torch.ones(2, 6))
-    complex_ = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-    optimizer = LearnedOptimizer(
-        [without, empty, scalar, strided, dense, complex_], random_rule(name)
-    )
-    for _ in range(3):
-        for param in (empty, scalar, strided, dense):
-            param.grad = torch.full(param.shape, 0.5)
-        complex_.grad = torch.full((3,), 0.5 + 0.5j)
-        optimizer.step()
-    assert torch.equal(without, torch.ones(2))
-    assert without not in optimizer.state
-    assert scalar.item() != 1.0
-    assert torch.isfinite(torch.view_as_real(complex_.detach())).all()
-    assert complex_[0].item() != 1.0
-    assert torch.isfinite(strided).all()
-    if optimizer.rule.coordinatewise:
-        # Complex numbers are pairs of reals, each updated like any real with that gradient.
-        torch.testing.assert_close(torch.view_as_real(complex_.detach())[0, 0], scalar.detach())
-        torch.testing.assert_close(strided.detach().flatten()[0], scalar.detach())
-        torch.testing.assert_close(strided.detach().flatten(), dense.detach().flatten())
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
