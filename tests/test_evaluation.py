@@ -43,7 +43,6 @@ from learned_optim.meta import DataOptions
 from learned_optim.meta.tasks import Batch, Params, Task, field_horizon, field_tasks
 from learned_optim.rules._config import RULES
 from learned_optim.rules.classical import AdamConfig, AdamRule
-from learned_optim.summary import ratio_text
 
 NOTHING_LEARNED = EvaluateConfig(
     checkpoints=(), tasks=("quadratic",), baselines=("sgd", "adam"), steps=20, seeds=2,
@@ -55,6 +54,13 @@ FIELD = EvaluateConfig(
 )  # fmt: skip
 
 Losses = Callable[[RunSpec], list[float]]
+
+
+@pytest.fixture
+def rule_file(tmp_path: Path) -> Path:
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+    return path
 
 
 @pytest.fixture
@@ -130,33 +136,21 @@ def test_small_statistics_by_hand() -> None:
     assert median(torch.tensor([1.0, math.inf, 2.0, math.inf])) == math.inf
     found = smooth(torch.arange(12.0)[None], 10)[0].tolist()
     assert found == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.5, 6.5]
-    assert pooled([1.0, 3.0, 5.0, 7.0], 2) == [2.0, 6.0]
     assert pooled([1.0, 2.0, 3.0, 4.0, 5.0], 2) == [1.5, 4.0]
     assert pooled([1.0, math.inf], 1) == [math.inf]
     # Two values 2 apart: t at 1 degree of freedom is 12.7062, and so is half the interval.
     drawn = curve(torch.tensor([[1.0, 3.0], [3.0, 5.0]]).double(), 20)
     assert drawn == {"step": [5.0, 15.0], "mean": [2.0, 4.0], "half": [12.71, 12.71]}
-
-
-def test_performance_profile_by_hand() -> None:
+    # Pairs of 1, 2, 4 have the minima 1, 1 and 2.
+    assert [best_of([4.0, 1.0, 2.0], k) for k in (1, 2, 3)] == pytest.approx([7 / 3, 4 / 3, 1.0])
     costs = {"a": [1.0, 4.0, math.inf], "b": [2.0, 1.0, math.inf]}
     assert performance_profile(costs, [1.0, 2.0, 4.0]) == {
         "a": pytest.approx([1 / 3, 1 / 3, 2 / 3]),
         "b": pytest.approx([1 / 3, 2 / 3, 2 / 3]),
     }
-
-
-def test_best_of_by_hand() -> None:
-    """Pairs of 1, 2, 4 have the minima 1, 1 and 2."""
-    assert [best_of([4.0, 1.0, 2.0], k) for k in (1, 2, 3)] == pytest.approx([7 / 3, 4 / 3, 1.0])
-
-
-def test_ratios_are_cut_off_and_divergence_counts() -> None:
-    one = torch.ones(2)
-    assert ratio(3 * one, 2 * one) == 1.5
-    assert ratio(one, 100 * one) == 0.1
-    assert ratio(torch.tensor([1.0, math.inf]), one) == 10.0
-    assert ratio(one, math.inf * one) == 0.1
+    one = torch.ones(2)  # ratios are cut off, and divergence counts
+    assert [ratio(3 * one, 2 * one), ratio(one, 100 * one)] == [1.5, 0.1]
+    assert [ratio(torch.tensor([1.0, math.inf]), one), ratio(one, math.inf * one)] == [10.0, 0.1]
 
 
 def figures(label: str, losses: list[float], seconds: float = 1.0) -> Figures:
@@ -216,13 +210,12 @@ class Recording(Task):
         return (batch[0] @ params["x"]).square().mean()
 
 
-def test_everybody_sees_the_same(tmp_path: Path) -> None:
+def test_everybody_sees_the_same(rule_file: Path) -> None:
     """Initial parameters and batches depend on phase and seed, never on the optimizer or lr."""
-    path, task = tmp_path / "rule.safetensors", Recording()
-    save_rule(random_rule("lstm"), path)
+    task = Recording()
     config = replace(
-        NOTHING_LEARNED, checkpoints=(str(path),), tasks=("mine",), steps=10, lrs=(0.03, 0.1),
-        tuning_seeds=2, output=tmp_path,
+        NOTHING_LEARNED, checkpoints=(str(rule_file),), tasks=("mine",), steps=10, lrs=(0.03, 0.1),
+        tuning_seeds=2, output=rule_file.parent,
     )  # fmt: skip
     evaluation = Evaluation(config, tasks={"mine": task})
     task.given.clear()
@@ -460,12 +453,10 @@ def test_retrained_checkpoint_is_run_again(
     assert summary["protocol"]["checkpoints"] == {"moved": rule.fingerprint()}
 
 
-def test_checkpoint_replaced_during_its_evaluation(tmp_path: Path) -> None:
-    path = tmp_path / "rule.safetensors"
-    save_rule(random_rule("lstm"), path)
-    config = replace(NOTHING_LEARNED, checkpoints=(str(path),), output=tmp_path)
+def test_checkpoint_replaced_during_its_evaluation(rule_file: Path) -> None:
+    config = replace(NOTHING_LEARNED, checkpoints=(str(rule_file),), output=rule_file.parent)
     evaluation = Evaluation(config)
-    save_rule(AdamRule(), path)
+    save_rule(AdamRule(), rule_file)
     with pytest.raises(ValueError, match=r"rule\.safetensors was replaced while it was evaluated"):
         evaluation.execute()
 
@@ -480,17 +471,12 @@ def test_folder_made_under_other_conditions_is_refused(
     texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
     texts[0].write_text("abcdefgh " * 100)
     texts[1].write_text("hgfedcba " * 100 + "?")
-    output = tmp_path / "out"
-    config = replace(NOTHING_LEARNED, output=output)
+    config = replace(NOTHING_LEARNED, output=tmp_path / "out")
     Evaluation(config).execute()
-    kept = json.loads((output / "protocol.json").read_text())
-    assert sorted(kept) == ["learned_optim", "torch"]
     # More tasks in the same folder: what they depend on comes with them.
     tasks = ("char-lm-gru", "own_tasks_a:quadratic")
     more = replace(config, tasks=tasks, data=DataOptions(text=texts[0]))
     Evaluation(more).execute()
-    kept = json.loads((output / "protocol.json").read_text())
-    assert sorted(kept) == ["learned_optim", "source of own_tasks_a", "text", "torch"]
     asked.clear()
     with pytest.raises(ValueError, match=r"out were made under .* \(text: \w+ then, \w+ now\)"):
         Evaluation(replace(more, data=DataOptions(text=texts[1])))
@@ -527,19 +513,7 @@ def test_errors_come_before_any_run(
     scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = scripted(lambda spec: pytest.fail("a run before the error"))
-    config = replace(NOTHING_LEARNED, output=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"unknown task 'nonesuch'; known: .*quadratic"):
-        Evaluation(replace(config, tasks=("quadratic", "nonesuch")))
-    with pytest.raises(ValueError, match=r"unknown baseline 'adan'; known: adam, .*sgd"):
-        Evaluation(replace(config, baselines=("sgd", "adan")))
-    with pytest.raises(ValueError, match=r"unknown checkpoint 'nonesuch'; known: "):
-        Evaluation(replace(config, checkpoints=("nonesuch",)))
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint file at .*gone\.safetensors"):
-        Evaluation(replace(config, checkpoints=(str(tmp_path / "gone.safetensors"),)))
-    field = replace(FIELD, output=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"'mnist' is not of the field.* Of it are: .*regression"):
-        Evaluation(replace(field, tasks=("mnist",)))
-    (tmp_path / "own_field.py").write_text(
+    (tmp_path / "own_broken.py").write_text(
         "import torch\n"
         "from learned_optim.meta.tasks import FixedTask, ModuleTask\n"
         "nan = torch.full((4, 1), float('nan'))\n"
@@ -548,23 +522,23 @@ def test_errors_come_before_any_run(
         "FAMILIES = {'broken': lambda options: FixedTask(broken)}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"'own_field:broken': the loss is nan at the initial"):
-        Evaluation(replace(field, tasks=("own_field:broken",), steps=300))
-    assert asked == []
-    assert not config.output.exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+    config = replace(NOTHING_LEARNED, output=tmp_path / "out")
+    for changes, message in (
+        ({"tasks": ("quadratic", "nonesuch")}, r"unknown task 'nonesuch'; known: .*quadratic"),
+        ({"baselines": ("sgd", "adan")}, r"unknown baseline 'adan'; known: adam, .*sgd"),
+        ({"checkpoints": ("nonesuch",)}, r"unknown checkpoint 'nonesuch'; known: "),
+        ({"suite": "field", "steps": 0, "tasks": ("mnist",)}, r"'mnist' is not of the field.* Of"),
+        ({"tasks": ("own_broken:broken",)}, r"'own_broken:broken': the loss is nan at the initial"),
         ({"tuning_seeds": -1}, "tuning_seeds must be at least 0, got -1"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"tasks": ("digits", "digits")}, "tasks names something twice: digits, digits"),
-    ],
-)
-def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(NOTHING_LEARNED, **changes)
+    ):
+        with pytest.raises(ValueError, match=message):
+            Evaluation(replace(config, **changes))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file at .*gone\.safetensors"):
+        Evaluation(replace(config, checkpoints=(str(tmp_path / "gone.safetensors"),)))
+    assert asked == []
+    assert not config.output.exists()
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
@@ -586,7 +560,7 @@ def test_every_baseline_descends(name: str) -> None:
 # ---- reports
 
 
-def test_report(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> None:
+def test_report(scripted: Callable[[Losses], list[RunSpec]], rule_file: Path) -> None:
     """Final, held-out and summed loss stand side by side; images have their stated names."""
     factor = {"rule": 1.0, "sgd": 2.0, "adam": 4.0}
     scripted(
@@ -594,11 +568,9 @@ def test_report(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> 
             factor[spec.optimizer.label] * (2.0 * 0.9**t + 0.01 * spec.seed) for t in range(20)
         ]
     )
-    path = tmp_path / "rule.safetensors"
-    save_rule(random_rule("lstm"), path)
     config = replace(
-        NOTHING_LEARNED, checkpoints=(str(path),), tasks=("quadratic", "digits"),
-        output=tmp_path / "out",
+        NOTHING_LEARNED, checkpoints=(str(rule_file),), tasks=("quadratic", "digits"),
+        output=rule_file.parent / "out",
     )  # fmt: skip
     summary = Evaluation(config).execute()
     written = write_report(summary, config.output)
@@ -617,14 +589,8 @@ def test_report(scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path) -> 
     assert max(map(len, text.splitlines()[4:])) <= 120
 
 
-def test_bold_is_what_an_interval_carries() -> None:
-    assert ratio_text({"mean": 0.6, "low": 0.5, "high": 0.7}) == "**0.60 [0.50, 0.70]**"
-    assert ratio_text({"mean": 0.6, "low": 0.3, "high": 1.1}) == "0.60 [0.30, 1.10]"
-    assert ratio_text({"mean": 0.6, "low": None, "high": None}) == "0.60"
-
-
 def test_ahead_and_behind_are_what_intervals_carry(
-    scripted: Callable[[Losses], list[RunSpec]], tmp_path: Path
+    scripted: Callable[[Losses], list[RunSpec]], rule_file: Path
 ) -> None:
     """Against one rival the tasks agree, against another they do not."""
 
@@ -634,10 +600,8 @@ def test_ahead_and_behind_are_what_intervals_carry(
         return [value.get(spec.optimizer.label, 1.0)] * 100
 
     scripted(losses)
-    path = tmp_path / "rule.safetensors"
-    save_rule(random_rule("lstm"), path)
     config = replace(
-        FIELD, checkpoints=(str(path),), output=tmp_path,
+        FIELD, checkpoints=(str(rule_file),), output=rule_file.parent,
         baselines=("adam-1e-3", "prodigy", "adamw-cosine-1e-3"),
     )  # fmt: skip
     words = brief(Evaluation(config).execute())

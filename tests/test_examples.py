@@ -1,45 +1,52 @@
-"""The examples, as a user runs them."""
+"""The examples, as a user runs them or shorter; the notebook from top to bottom."""
 
+import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from learned_optim.meta.data import DataOptions
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+FOLDER = Path(__file__).parent.parent / "examples"
 
 
-def run(folder: Path, *arguments: str, example: str = "thesis.py") -> str:
-    script = str(EXAMPLES / example)
-    command = [sys.executable, script, "--steps", "30", "--seeds", "2", *arguments]
+def run(folder: Path, example: str, *arguments: str) -> str:
+    """What the example prints, in a process and a folder of its own."""
+    command = [sys.executable, str(FOLDER / example), *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def main_of(name: str) -> Any:
+    return runpy.run_path(str(FOLDER / f"{name}.py"), run_name="example")["main"]
+
+
+def falls(losses: list[float], share: float) -> bool:
+    return sum(losses[-5:]) / 5 < share * losses[0]
+
+
 def test_compare_with_adamw(tmp_path: Path) -> None:
     """Three tables of eight runs, what each says, and four pictures in a folder."""
-    script = str(EXAMPLES / "compare_with_adamw.py")
-    done = subprocess.run(
-        [sys.executable, script, "--steps", "6"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^\| (?:learned optimizer|AdamW, lr \S+) \|", done.stdout, re.M)) == 24
-    verdicts = re.findall(r"^(\w+): training loss (?:ahead of|behind) that of", done.stdout, re.M)
+    output = run(tmp_path, "compare_with_adamw.py", "--steps", "6")
+    assert len(re.findall(r"^\| (?:learned optimizer|AdamW, lr \S+) \|", output, re.M)) == 24
+    verdicts = re.findall(r"^(\w+): training loss (?:ahead of|behind) that of", output, re.M)
     assert verdicts == ["digits", "table", "text"]
-    assert re.search(r"one untuned run equals the best of [\w .]+ AdamW runs", done.stdout)
+    assert re.search(r"one untuned run equals the best of [\w .]+ AdamW runs", output)
     assert sorted(p.name for p in (tmp_path / "comparison").glob("*.png")) == [
         "digits.png", "table.png", "text.png", "worth.png",
     ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_thesis_in_an_empty_folder(tmp_path: Path) -> None:
-    output = run(tmp_path)
+def test_thesis(tmp_path: Path) -> None:
+    output = run(tmp_path, "thesis.py", "--steps", "30", "--seeds", "2")
     rows = re.findall(r"^(LearnedOptimizer|Adam|SGD)\(.*?\) +(\S+)", output, re.M)
     assert [name for name, _ in rows] == ["LearnedOptimizer", "Adam", "SGD"]
     assert float(rows[0][1]) < float(rows[1][1])  # than Adam tuned for it
@@ -47,18 +54,84 @@ def test_thesis_in_an_empty_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mnist(tmp_path: Path, image_data: DataOptions) -> None:
-    output = run(tmp_path, "--dataset", "mnist", "--data-dir", str(image_data.root()))
-    assert "mnist, 30 steps, mean of 2 seeds" in output
+def test_thesis_on_mnist(tmp_path: Path, image_data: DataOptions) -> None:
+    options = ("--steps", "5", "--seeds", "1", "--data-dir", str(image_data.root()))
+    output = run(tmp_path, "thesis.py", "--dataset", "mnist", *options)
+    assert "mnist, 5 steps, mean of 1 seeds" in output
 
 
 @pytest.mark.slow
 def test_meta_train_your_own(tmp_path: Path) -> None:
-    tiny = ("--steps", "12", "--epochs", "1", "--runs-per-epoch", "2")
-    output = run(tmp_path, *tiny, example="meta_train_your_own.py")
+    tiny = ("--steps", "12", "--seeds", "2", "--epochs", "1", "--runs-per-epoch", "2")
+    output = run(tmp_path, "meta_train_your_own.py", *tiny)
     rows = re.findall(r"^\| network, 12 steps \| \**([\w-]+)\** \| (\S+) \| (\S+) ±", output, re.M)
     assert {name for name, _, _ in rows} == {"my-optimizer", "coordinatewise", "adam", "adamw"}
     assert all(0 < float(final) < 3.5 for _, _, final in rows)
     assert re.search(r"in a training loop of 12 steps: loss \d\.\d{3} over the last ten", output)
     assert (tmp_path / "runs" / "my-optimizer" / "my-optimizer.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_search_for_a_meta_learning_rate(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(
+        "task = 'quadratic'\nrule = 'lstm'\nepochs = 9\nmeta_lr = 0.1\nruns_per_epoch = 1\n"
+        "horizon = 4\nvalidation_runs = 2\n"
+    )
+    options = ("--recipe", "small.toml", "--trials", "2", "--epochs", "1", "--folder", "search")
+    output = run(tmp_path, "search_meta_lr.py", *options)
+    assert re.search(r"^best: meta_lr=\S+, validation \S+$", output, re.M)
+    assert (tmp_path / "search" / "1" / "best.safetensors").is_file()
+
+
+def test_fine_tuning() -> None:
+    found = main_of("fine_tuning")(60)
+    assert found["before: original"] > 0.95
+    for lr in (1.0, 0.1):
+        assert found[f"lr={lr}: shifted"] > found["before: shifted"] + 0.1
+    assert found["lr=0.1: original"] > found["lr=1.0: original"]  # forgets less
+
+
+def test_character_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert falls(main_of("character_model")(40), 0.75)
+    assert "'The data " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("trainer", ["lightning", "accelerate"])
+def test_trainers(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(trainer)
+    monkeypatch.chdir(tmp_path)
+    losses = main_of(f"with_{trainer}")(2)
+    assert len(losses) == 58
+    assert falls(losses, 0.25)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.distributed's own
+def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one process, with everything but the exchange; two are in tests/compat."""
+    torch_fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(torch_fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    # A store that listens already: a port that is merely free now may be taken later.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {
+        "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    assert falls(main_of("with_fsdp2")(40), 0.3)
+
+
+def test_notebook() -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="the notebook draws")
+    matplotlib.use("agg")
+    notebook = json.loads((FOLDER / "first_steps.ipynb").read_text())
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []  # figures belong to who runs it
+            code = "".join(cell["source"])
+            exec(compile(code, f"first_steps.ipynb: {cell['id']}", "exec"), namespace)
+    assert falls(namespace["runs"]["LearnedOptimizer"], 0.1)
+    diagnostics = namespace["optimizer"].diagnostics()
+    assert all(numbers["schedule"] < 0.02 for numbers in diagnostics.values())

@@ -35,12 +35,6 @@ class CopiesOptimizer:
     def __init__(
         self, rule: UpdateRule, weights: Tensor, initial: Params, total_steps: int | None = None
     ) -> None:
-        count = sum(p.numel() for p in rule.parameters())
-        if weights.dim() != 2 or weights.shape[1] != count:
-            raise ValueError(
-                f"weights must have shape (copies, {count}) for rule {rule.name!r}, "
-                f"got {tuple(weights.shape)}"
-            )
         self.params = copies_of(initial, len(weights))
         decay = rule.default_weight_decay(total_steps)
         self._settings = StepSettings(weight_decay=decay, total_steps=total_steps)
