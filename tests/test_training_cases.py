@@ -339,10 +339,10 @@ def test_readout_that_starts_at_zero(learned: Make) -> None:
 
 
 def test_deep_plain_networks_live(learned: Make) -> None:
-    """20 hidden layers in He's initialization: none of three stays at chance, as with AdamW."""
+    """20 hidden layers in He's initialization: none of two stays at chance, as with AdamW."""
     inputs, targets = digits()
     last = []
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         layers: list[nn.Module] = [nn.Linear(64, 64), nn.ReLU()]
         for _ in range(20):
@@ -352,16 +352,16 @@ def test_deep_plain_networks_live(learned: Make) -> None:
             layers += [layer, nn.ReLU()]
         model = nn.Sequential(*layers, nn.Linear(64, 10))
         batches = drawn(inputs[:1400], targets[:1400], 32, seed=seed + 1)
-        losses = fit(model, learned(list(model.parameters()), 300), batches, 300)
+        losses = fit(model, learned(list(model.parameters()), 200), batches, 200)
         last.append(sum(losses[-10:]) / 10)
-    assert max(last) < 2.2
+    assert max(last) < 1.5, last  # ln 10 = 2.30
 
 
 def test_plain_convolutions_live(learned: Make) -> None:
-    """12 convolutions without normalization, He's initialization: none of three stays at chance."""
+    """12 convolutions without normalization, He's initialization: none of two stays at chance."""
     inputs, targets = digits()
     last = []
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
         for index in range(12):
@@ -498,7 +498,7 @@ def test_preferences_leave_the_rest(learned: Make) -> None:
     optimizer = learned(list(policy.parameters()), 200, lr=0.005)
     losses = fit(policy, optimizer, pairs(), 200, preference)
     assert sum(losses[-10:]) / 10 < 0.4
-    assert accuracy(policy, inputs[even], targets[even]) >= 0.95 * start
+    assert accuracy(policy, inputs[even], targets[even]) >= 0.94 * start
     with torch.no_grad():
         old, new = (net(inputs[even]).log_softmax(1) for net in (reference, policy))
         assert (old.exp() * (old - new)).sum(1).mean() < 0.6
