@@ -128,24 +128,21 @@ def _results(
             f"{math.exp(behind['mean']):.3f} times tuned AdamW's (geometric mean)."
         )
     kind = recipe.get("validation_mean", "arithmetic")
-    figures = []
+    rows = []
     if _is_number(record, "validation"):
-        figures.append(("validation", kind, f"{record['validation']:.4g}", ""))
+        rows.append(["validation", kind, f"{record['validation']:.4g}", ""])
     test = record.get("test") or {}
-    runs = f"test, {test.get('runs', '?')} fresh runs"
-    if test.get("task", recipe.get("task")) != recipe.get("task"):
-        runs += f" of {test['task']}"
-    if _is_number(test, "mean"):
-        spread = f"{test['std']:.4g}" if _is_number(test, "std") else ""
-        figures.append((runs, "arithmetic", f"{test['mean']:.4g}", spread))
-    if _is_number(test, "geometric_mean") and kind == "geometric":
-        figures.append((runs, kind, f"{test['geometric_mean']:.4g}", ""))
-    if figures:
+    mean = "mean" if kind == "arithmetic" else "geometric_mean"
+    if _is_number(test, mean):
+        runs = f"test, {test.get('runs', '?')} fresh runs"
+        if test.get("task", recipe.get("task")) != recipe.get("task"):
+            runs += f" of {test['task']}"
+        spread = f"{test['std']:.4g}" if mean == "mean" and _is_number(test, "std") else ""
+        rows.append([runs, kind, f"{test[mean]:.4g}", spread])
+    if rows:
         steps = _tested_horizon(recipe)
         summed = f"loss summed over {steps:,} steps" if steps else "summed loss"
-        parts.append(
-            table([summed, "mean", "value", "standard deviation"], [list(row) for row in figures])
-        )
+        parts.append(table([summed, "mean", "value", "standard deviation"], rows))
     return "\n\n".join(parts) or "None was recorded."
 
 

@@ -46,9 +46,11 @@ def _label(axes: Axes, title: str, x: str, y: str = "") -> None:
     axes.tick_params(labelsize=8)
 
 
-def _smooth(values: Iterable[float], width: int = _SMOOTHED) -> list[float]:
+def _smooth(values: Iterable[float]) -> list[float]:
+    """Means over the last ``_SMOOTHED`` values."""
     kept = list(values)
-    return [sum(kept[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(kept))]
+    windows = [kept[max(0, end - _SMOOTHED) : end] for end in range(1, len(kept) + 1)]
+    return [sum(window) / len(window) for window in windows]
 
 
 def plot_histories(curves: dict[str, Curve], path: Path) -> None:
