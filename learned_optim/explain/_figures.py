@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,16 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
     for spare in grid.flat[count:]:
         spare.set_visible(False)
     return figure, list(grid.flat[:count])
+
+
+def _save(figure: Any, path: Path) -> None:
+    """A PNG of 64 colours, a fifth of the usual size: reports are kept under version control."""
+    from PIL import Image  # matplotlib needs it as well
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    with Image.open(buffer) as image:
+        image.convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def _legend(figure: Any, *panels: Axes) -> None:
@@ -70,7 +81,7 @@ def plot_histories(curves: dict[str, Curve], path: Path) -> None:
             axes.set_ylim(min(bounded) - margin, max(bounded) + margin)
         _label(axes, name, "current gradient", "step downhill / scale")
     _legend(figure, panels[0])
-    figure.savefig(path, dpi=80)
+    _save(figure, path)
 
 
 def plot_run(runs: dict[str, Watched], path: Path) -> None:
@@ -94,7 +105,7 @@ def plot_run(runs: dict[str, Watched], path: Path) -> None:
         _label(ratio, f"step / parameter\n{name}", "step")
         _label(effective, f"effective learning rate\n{name}", "step")
     _legend(figure, first, rest[0])
-    figure.savefig(path, dpi=80)
+    _save(figure, path)
 
 
 def gain_shares(numbers: dict[str, float]) -> dict[str, float]:
@@ -123,7 +134,7 @@ def plot_gains(run: Watched, path: Path) -> bool:
         axes.set_ylim(-1.05, 1.05)
         _label(axes, tensor, "step", "share of the step")
     _legend(figure, panels[0])
-    figure.savefig(path, dpi=80)
+    _save(figure, path)
     return True
 
 
@@ -147,4 +158,4 @@ def plot_dependence(found: Dependence, path: Path) -> None:
     progress.semilogy(found.unknown, "C1", label="length unknown")
     _label(progress, "progress", "step", "step / scale")
     _legend(figure, progress, signal)
-    figure.savefig(path, dpi=80)
+    _save(figure, path)
