@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from learned_optim._tensors import tensor_bytes
 from learned_optim.kernels.constants import DECAY_UNIT
 from learned_optim.rules._config import RuleConfig, register
-from learned_optim.rules._context import BoundStep, Shards, State, StepContext, StepSettings
+from learned_optim.rules._context import Shards, State, StepContext, StepFunction, StepSettings
 from learned_optim.rules._segments import Product, Segments
 from learned_optim.rules._step import (
     BLOCK,
@@ -374,7 +374,7 @@ class UpdateRule(nn.Module):
         torch._foreach_add_(steps, 1)
         restore_where_zero_(lr, states, before)
 
-    def bind(self, params: Sequence[Tensor], states: Sequence[State]) -> BoundStep | None:
+    def bind(self, params: Sequence[Tensor], states: Sequence[State]) -> StepFunction | None:
         """:meth:`step_` of these very tensors, if the rule can prepare a faster one.
 
         The optimizer calls it with gradients and settings while parameters and state entries are

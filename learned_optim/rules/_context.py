@@ -11,11 +11,11 @@ from torch import Tensor
 
 from learned_optim.kernels import StepSettings
 
-__all__ = ["BoundStep", "Shards", "State", "StepContext", "StepSettings"]
+__all__ = ["Shards", "State", "StepContext", "StepFunction", "StepSettings"]
 
 State = dict[str, Tensor]
 #: A step in place whose parameters and state are known, see :meth:`UpdateRule.bind`.
-BoundStep: TypeAlias = Callable[[Sequence[Tensor], StepSettings], bool]
+StepFunction: TypeAlias = Callable[[Sequence[Tensor], StepSettings], bool]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from learned_optim._ambient import plain_arithmetic
 from learned_optim.rules._base import UpdateRule
 from learned_optim.rules._basis import Rotation
 from learned_optim.rules._basis_operator import TracedRotation
-from learned_optim.rules._context import BoundStep, Shards, State, StepSettings
+from learned_optim.rules._context import Shards, State, StepFunction, StepSettings
 from learned_optim.rules._step import restore_where_zero_, states_before
 
 _shape_of = attrgetter("shape")
@@ -71,7 +71,7 @@ class KernelRule(UpdateRule):
         if not (whole and kernels.step_(self.network(), *tensors, updates)):
             super().step_(*tensors, shards, updates)
 
-    def bind(self, params: Sequence[Tensor], states: Sequence[State]) -> BoundStep | None:
+    def bind(self, params: Sequence[Tensor], states: Sequence[State]) -> StepFunction | None:
         """See :meth:`UpdateRule.bind`: a call of the CPU's kernel."""
         if getattr(self.step_, "__func__", None) is not KernelRule.step_:
             return None  # overridden, and a bound step would go past it
