@@ -3,8 +3,7 @@
 The loss ``sum_i h_i theta_i^2 / 2 + z theta``, with fresh noise z at every step, is the model by
 which Wu et al. 2018 (arXiv 1803.02021) explain the bias of short horizons. Under a rule that is
 linear in gradients, the second moments of the run follow a linear recursion. So the expected
-meta-loss, its derivatives, and both smoothed by Gaussian perturbations of the weights, are sums
-that float64 computes to the last digits.
+meta-loss and its derivatives are sums that float64 computes to the last digits.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from learned_optim.rules import RuleConfig, Segments, State, StepContext, Update
 
 #: Decay of the rule's momentum.
 BETA = 0.9
-#: Nodes of the Gauss-Hermite quadrature, per weight: exact for polynomials of degree 2 * NODES - 1.
-NODES = 8
 
 
 class TwoRates(UpdateRule):
@@ -88,89 +85,50 @@ class ExactGradients:
 
     Attributes:
         first_order: truncated, d grad / d weight = 0: what ``autograd`` and ``replay`` estimate.
-        truncated: exact within each unroll: ``full``.
-        smoothed_truncated: the same, smoothed by perturbations of the weights: ``es``.
-        whole: of the whole run: ``full`` without truncation.
-        smoothed_whole: the same, smoothed by fresh perturbations in every unroll: ``pes``.
+        truncated: exact within each unroll: ``full``, and ``es`` for small perturbations.
+        whole: of the whole run: ``full`` without truncation, ``pes``.
     """
 
     first_order: Tensor
     truncated: Tensor
-    smoothed_truncated: Tensor
     whole: Tensor
-    smoothed_whole: Tensor
 
 
 def exact_gradients(
-    task: NoisyQuadratic, rates: Sequence[float], unrolls: int, steps: int, sigma: float
+    task: NoisyQuadratic, rates: Sequence[float], unrolls: int, steps: int
 ) -> ExactGradients:
     """The targets of all estimators for runs of ``unrolls`` times ``steps`` inner steps."""
-
-    def gradient(sigma: float, truncated: bool) -> tuple[Tensor, Tensor]:
-        return _gradient(task, rates, unrolls, steps, sigma, truncated)
-
-    truncated, first_order = gradient(0.0, truncated=True)
-    return ExactGradients(
-        first_order=first_order,
-        truncated=truncated,
-        smoothed_truncated=gradient(sigma, truncated=True)[0],
-        whole=gradient(0.0, truncated=False)[0],
-        smoothed_whole=gradient(sigma, truncated=False)[0],
-    )
+    truncated, first_order = _gradient(task, rates, unrolls, steps, truncated=True)
+    whole, _ = _gradient(task, rates, unrolls, steps, truncated=False)
+    return ExactGradients(first_order, truncated, whole)
 
 
 def _gradient(
-    task: NoisyQuadratic,
-    rates: Sequence[float],
-    unrolls: int,
-    steps: int,
-    sigma: float,
-    truncated: bool,
+    task: NoisyQuadratic, rates: Sequence[float], unrolls: int, steps: int, truncated: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the expected meta-loss, and the first-order one, each ``(2,)``."""
     weights = torch.tensor(rates, dtype=torch.float64, requires_grad=True)
-    moments = torch.zeros(len(task.curvatures), 4, 4, dtype=torch.float64)
+    h = torch.tensor(task.curvatures, dtype=torch.float64)  # (d,)
+    # Second moments of the parameter, the momentum, and the sums of gradients and of momenta over
+    # the unroll; gradients go through them.
+    moments = torch.zeros(len(h), 4, 4, dtype=torch.float64)
     moments[:, 0, 0] = 1.0
+    transition, kick = _linear_step(h, *weights)
+    noise = task.noise**2 * kick[..., :, None] * kick[..., None, :]
     total, first_order = weights.new_zeros(()), weights.new_zeros(2)
     for _ in range(unrolls):
-        loss, first, smoothed = _unroll(task, weights, moments, steps, sigma)
-        total = total + loss
-        first_order = first_order + first.detach()
-        # Where the next unroll begins: under the perturbed weights, or, of runs that are
-        # truncated, where the weights themselves have led.
-        moments = _unroll(task, weights, moments, steps, 0.0)[2].detach() if truncated else smoothed
+        moments = (moments.detach() if truncated else moments).clone()
+        moments[:, 2:], moments[:, :, 2:] = 0.0, 0.0  # sums begin anew
+        for _ in range(steps):
+            total = total + (0.5 * h * moments[:, 0, 0]).sum()
+            first_order = first_order - (h[:, None] * moments[:, 0, 2:]).sum(0)
+            moments = transition @ moments @ transition.mT + noise
     (gradient,) = torch.autograd.grad(total, weights)
-    return gradient, first_order
-
-
-def _unroll(
-    task: NoisyQuadratic, weights: Tensor, moments: Tensor, steps: int, sigma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Expected sum of losses, first-order gradient ``(2,)``, and moments after an unroll.
-
-    Args:
-        moments: second moments of the parameter, the momentum, and the sums of gradients and of
-            momenta over the unroll, ``(d, 4, 4)``; gradients go through them.
-    """
-    nodes, shares = _quadrature(sigma)
-    rates = (weights + nodes)[:, None, :]  # (nodes, 1, 2)
-    h = torch.tensor(task.curvatures, dtype=torch.float64)  # (d,)
-    transition, kick = _linear_step(h, rates[..., 0], rates[..., 1])
-    moments = moments.clone()
-    moments[:, 2:], moments[:, :, 2:] = 0.0, 0.0  # sums begin anew
-    moments = moments.expand(len(nodes), -1, -1, -1)
-    noise = task.noise**2 * kick[..., :, None] * kick[..., None, :]
-    loss, first = shares.new_zeros(len(nodes)), shares.new_zeros(len(nodes), 2)
-    for _ in range(steps):
-        loss = loss + (0.5 * h * moments[..., 0, 0]).sum(1)
-        first = first - (h[:, None] * moments[..., 0, 2:]).sum(1)
-        moments = transition @ moments @ transition.mT + noise
-    mean = torch.einsum("q,qdij->dij", shares, moments)
-    return shares @ loss, shares @ first, mean
+    return gradient, first_order.detach()
 
 
 def _linear_step(h: Tensor, rate: Tensor, momentum_rate: Tensor) -> tuple[Tensor, Tensor]:
-    """One inner step as ``x -> transition x + kick z``, ``(nodes, d, 4, 4)`` and ``(nodes, d, 4)``.
+    """One inner step as ``x -> transition x + kick z``, ``(d, 4, 4)`` and ``(d, 4)``.
 
     x: parameter, momentum, sum of gradients, sum of momenta.
     """
@@ -185,15 +143,3 @@ def _linear_step(h: Tensor, rate: Tensor, momentum_rate: Tensor) -> tuple[Tensor
         [-rate - (1 - BETA) * momentum_rate, (1 - BETA) * one, one, (1 - BETA) * one], -1
     )
     return torch.stack(rows, -2), kick
-
-
-def _quadrature(sigma: float) -> tuple[Tensor, Tensor]:
-    """Gauss-Hermite nodes for two normal perturbations, ``(nodes, 2)``, and their weights."""
-    if sigma == 0:
-        return torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    # Golub and Welsch: eigenvalues of the Jacobi matrix of the Hermite polynomials.
-    off = torch.arange(1, NODES, dtype=torch.float64).sqrt()
-    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    shares = vectors[0].square()
-    grid = torch.cartesian_prod(sigma * values, sigma * values)
-    return grid, torch.cartesian_prod(shares, shares).prod(1)

@@ -78,9 +78,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(found) in printed.out
     assert final_loss(found.rivals[0.1]) < final_loss(found.rivals[1e-2])
     assert found.learned.test["held-out"] < 1.0
-    assert "1 of 4 diverged: AdamW, lr 1e+30." in printed.out
     assert re.search(r"\| AdamW, lr 1e\+30 \| diverged \|", printed.out)
-    assert found.worth["tasks"] == 1
     assert (tmp_path / "sum.png").read_bytes().startswith(b"\x89PNG")
     count = len(made)
     assert str(again()) == str(found)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from learned_optim.evaluation import runs
 from learned_optim.evaluation.figures import final_loss
 from learned_optim.evaluation.runs import Run, RunLog, RunSpec
-from learned_optim.evaluation.statistics import curve, worth
+from learned_optim.evaluation.statistics import curve
 from learned_optim.meta import provenance
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks import FixedTask, ModuleTask, Params
@@ -39,12 +39,6 @@ class Comparison:
     learned: Run
     rivals: dict[float, Run]
 
-    @property
-    def worth(self) -> dict[str, Any] | None:
-        """What the learned optimizer's run is worth (:func:`learned_optim.evaluation.worth`)."""
-        losses = [final_loss(run) for run in self.rivals.values()]
-        return worth({self.name: final_loss(self.learned)}, {self.name: losses})
-
     def by_label(self) -> dict[str, Run]:
         """All runs by what tables and legends call them."""
         return {
@@ -65,9 +59,7 @@ class Comparison:
             for label, run in found.items()
         ]
         head = [self.name, "final training loss", *tests, "seconds"]
-        lost = [label for label, run in found.items() if math.isinf(final_loss(run))]
-        notes = [f"{len(lost)} of {len(found)} diverged: {'; '.join(lost)}."] if lost else []
-        return "\n\n".join([table(head, rows), *notes])
+        return table(head, rows)
 
 
 class _OwnTask(ModuleTask):
