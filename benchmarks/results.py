@@ -21,8 +21,12 @@ FOUR = "sgd nesterov rmsprop adam"
 SHORT = f"--checkpoints {shipped()[0]} coordinatewise"
 #: Arguments of `learned-optim evaluate` by group.
 GROUPS = {
-    "field": f"--suite field --checkpoints {shipped()[0]} --seeds 2",
-    "field-quick": f"--suite field --quick --checkpoints {shipped()[0]} --seeds 3",
+    "field": f"--suite field --checkpoints {shipped()[0]} --seeds 2 "
+    "--baselines adamw-cosine muon-cosine soap-cosine nadamw-1.75e-3",
+    "field-quick": f"--suite field --quick --checkpoints {shipped()[0]} "
+    "--baselines adamw-cosine adamw-linear muon-cosine soap-cosine schedulefree",
+    "unknown-length": f"--suite field --quick --checkpoints {shipped()[0]} --no-told "
+    "--baselines adamw nesterov",
     "larger": f"--suite field --checkpoints {shipped()[0]} --tasks char-lm-gpt --steps 400 "
     "--lrs 3e-4 1e-3 3e-3 1e-2 --baselines adamw-cosine muon-cosine soap-cosine --seeds 1",
     "thesis": f"{SHORT} mnist --tasks {NETWORKS} "

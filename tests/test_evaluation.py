@@ -245,6 +245,16 @@ def test_a_learned_optimizer_runs_as_its_users_run_it() -> None:
     assert not load_rule("quadratic").reads_horizon
 
 
+def test_a_learned_optimizer_need_not_be_told_the_length() -> None:
+    told, untold = (runs.optimizer_specs(["default"], [], told=told)[0] for told in (True, False))
+    assert told.identity != untold.identity
+    lengths = [
+        spec.make([torch.zeros(1)], 1.0, 700).param_groups[0]["total_steps"]
+        for spec in (told, untold)
+    ]
+    assert lengths == [700, None]
+
+
 def test_the_same_optimizer_twice(monkeypatch: pytest.MonkeyPatch, adam_checkpoint: Path) -> None:
     """Adam under two names, and as an update rule run like a learned one."""
     monkeypatch.setitem(BASELINES, "adam-again", BASELINES["adam"])

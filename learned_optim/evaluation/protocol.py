@@ -79,6 +79,8 @@ class EvaluateConfig:
     """Names of tasks; quadratic and digits, or the whole field, if not given."""
     baselines: tuple[str, ...] = ()
     """Rivals, tuned and untuned; the suite's usual ones if not given."""
+    told: bool = True
+    """Whether learned optimizers are told the number of steps."""
     steps: int = 0
     """Steps of every run; 100, or the task's own number in the field, if 0."""
     quick: bool = False
@@ -175,7 +177,7 @@ class Evaluation:
         #: Why rivals and tasks do not take part, by name.
         self.skipped = {name: why for name, why in missing.items() if why}
         present = [name for name in config.baselines if name not in self.skipped]
-        self.optimizers = runs.optimizer_specs(config.checkpoints, present)
+        self.optimizers = runs.optimizer_specs(config.checkpoints, present, config.told)
         if not self.optimizers:
             raise ValueError("evaluate needs at least one optimizer whose package is installed")
         self.steps = {task: config.steps_of(task) for task in config.tasks}
@@ -238,6 +240,7 @@ class Evaluation:
         protocol = {
             "suite": config.suite,
             "quick": config.quick,
+            "told": config.told,
             "checkpoints": {o.label: o.identity for o in self.optimizers if o.kind == "learned"},
             "tuned": tuned,
             "untuned": untuned,

@@ -49,12 +49,14 @@ class OptimizerSpec:
         identity: what its runs are remembered by: a baseline's name, a checkpoint's fingerprint
             (so that a retrained file of the same name is not mistaken for the one evaluated
             before, and a file that was moved is known again).
+        told: whether a learned optimizer is told the number of steps.
     """
 
     label: str
     kind: Literal["learned", "baseline"]
     source: str
     identity: str
+    told: bool = True
 
     @property
     def tuned(self) -> bool:
@@ -70,17 +72,17 @@ class OptimizerSpec:
         if self.kind == "baseline":
             return make_baseline(self.source, params, lr, total_steps)
         rule = load_rule(self.source)
-        if rule.fingerprint() != self.identity:
+        if not self.identity.startswith(rule.fingerprint()):
             raise ValueError(
                 f"{self.source} was replaced while it was evaluated: it holds "
                 f"{rule.fingerprint()}, no longer {self.identity}. Start again; finished runs are "
                 f"kept, and those of the new file are done afresh"
             )
-        return learned_optimizer(params, rule, total_steps, lr)
+        return learned_optimizer(params, rule, total_steps if self.told else None, lr)
 
 
 def learned_optimizer(
-    params: Iterable[Tensor], rule: str | UpdateRule, total_steps: int, lr: float = 1.0
+    params: Iterable[Tensor], rule: str | UpdateRule, total_steps: int | None, lr: float = 1.0
 ) -> Optimizer:
     """A learned optimizer at its defaults, told the length of the run if its rule reads it."""
     loaded = load_rule(rule) if isinstance(rule, str) else rule
@@ -88,7 +90,9 @@ def learned_optimizer(
     return LearnedOptimizer(params, loaded, lr=lr, total_steps=horizon)
 
 
-def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> list[OptimizerSpec]:
+def optimizer_specs(
+    checkpoints: Sequence[str], baselines: Sequence[str], told: bool = True
+) -> list[OptimizerSpec]:
     """Everybody who takes part, the learned ones first.
 
     A checkpoint given as a path is labelled by its file's stem (a folder by its name), unless
@@ -107,8 +111,8 @@ def optimizer_specs(checkpoints: Sequence[str], baselines: Sequence[str]) -> lis
         if label in baselines:
             raise ValueError(f"the checkpoint {given!r} is named like a baseline: give its path")
         path = str(checkpoint_path(given))
-        rule = load_rule(path)
-        found.append(OptimizerSpec(label, "learned", path, rule.fingerprint()))
+        identity = load_rule(path).fingerprint() + (" without total_steps" * (not told))
+        found.append(OptimizerSpec(label, "learned", path, identity, told))
     for name in baselines:
         make_baseline(name, [torch.zeros(1)], 1.0, total_steps=1)  # fails now if it ever does
         settings = baseline(name).settings
