@@ -13,7 +13,8 @@ from typing import Any
 
 from benchmarks import light_bench, memory, meta_training, results, step
 from benchmarks.common import DOCS, NOT_MEASURED, RESULTS, load
-from learned_optim.summary import ratio_text, table, value_text
+from learned_optim.evaluation.baselines import MATRIX_LRS
+from learned_optim.summary import plot_worth, ratio_text, table, value_text, worth_table
 
 #: Summed losses over 100 steps in the thesis's notebook: best hand-written optimizer, learned one.
 THESIS = {
@@ -27,6 +28,7 @@ THESIS = {
     "cifar10": ("detuned", "plot only"),
 }
 LARGEST_SHOWN = 10.0  # the figure's axis ends there
+UNTUNED = "nadamw-1.75e-3"  # the untuned rival of the figure: AlgoPerf's constants
 
 
 # ---- docs/results.md
@@ -35,15 +37,23 @@ RESULTS_PAGE = """# Results
 
 How good are the learned optimizers, untuned, on tasks that people recognise? All figures are
 final training losses relative to a rival's: below 1 the learned optimizer is ahead. Intervals are
-95 % bootstrap intervals over tasks. Every task has {seeds} test seeds; the learning rates of
-tuned rivals are the best of {rates} on another seed.
+95 % bootstrap intervals over tasks. Every task has {seeds} test seeds. AdamW's learning rate is the
+best of {rates} on another seed. Muon and SOAP have three rates ({matrix_rates}) and AdamW's weight
+decay; Muon leaves embeddings, the readout and the first convolution to AdamW.
 
 ```sh
 python -m benchmarks results field    # hours; single runs stay in runs/, figures in docs/results/
 python -m benchmarks pages            # writes this page and its appendix
 ```
 
-![Final training loss by task, times tuned AdamW's](results/field.png)
+## What one untuned run is worth
+
+A user who tunes tries learning rates and keeps the best run. The figure shows its expected final
+loss by the number of rates tried, over that of one run of `{name}`.
+
+![Final loss of the best of k tuned runs, times one run of {name}](results/worth.png)
+
+{worth}
 
 ## Whole runs
 
@@ -66,6 +76,16 @@ Columns 3 and 4 are over AdamW with warm-up and cosine, tuned for the task; the 
 best of the tuned rivals in shorter runs. ‡: the best learning rate is at the edge of the grid.
 
 {tasks}
+
+![Final training loss by task, times tuned AdamW's](results/field.png)
+
+## A larger model
+
+A GPT of 3.2 million parameters (4 layers of 256) on the source of Python's library, 8 x 128
+characters a step, 400 steps, one seed (`python -m benchmarks results larger`). Seconds are the
+processor's, of one thread, gradients included.
+
+{larger}
 
 ## What these figures do not show
 
@@ -132,18 +152,36 @@ def tasks_table(whole: dict[str, Any], short: dict[str, Any] | None) -> str:
     return table(head[: len(rows[0])], rows)
 
 
+def larger_table(summary: dict[str, Any]) -> str:
+    """Returns a row per optimizer of the larger model."""
+    (task,) = summary["tasks"].values()
+    rows = [
+        [
+            f"`{name}`" if name == learned_name(summary) else name,
+            f"{found['lr']:g}",
+            f"{found['final']['mean']:.3f}",
+            f"{found['test']['loss']['mean']:.3f}",
+            f"{found['milliseconds_per_step']['mean'] * task['steps'] / 1e3:.0f}",
+            f"{found['optimizer_milliseconds']['mean'] * task['steps'] / 1e3:.0f}",
+        ]
+        for name, found in task["optimizers"].items()
+    ]
+    head = ["optimizer", "learning rate", "final loss", "held-out loss", "seconds"]
+    return table([*head, "of these the optimizer's"], rows)
+
+
 def draw_field(summary: dict[str, Any], path: Path) -> None:
     """Draws the final loss by task over tuned AdamW's, with an untuned rival beside it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    name, untuned = learned_name(summary), "adamw-cosine-1e-3"
+    name, untuned = learned_name(summary), UNTUNED
     ratios = {t: e["optimizers"][name]["ratio"]["mean"] for t, e in summary["tasks"].items()}
     order = sorted(ratios, key=lambda task: -(ratios[task] or math.inf))
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     axes = figure.add_subplot()
     for optimizer, marker, colour, label in (
-        (untuned, "D", "#E69F00", "AdamW at 1e-3 with cosine, untuned"),
+        (untuned, "D", "#E69F00", f"{untuned}, untuned"),
         (name, "o", "#0072B2", f"{name}, untuned"),
     ):
         rows = [summary["tasks"][task]["optimizers"][optimizer]["ratio"] for task in order]
@@ -170,7 +208,9 @@ _BOUNDS = ("low", "mean", "high")
 
 def results_page() -> str:
     """Returns docs/results.md; draws its figure."""
-    whole, short = load(RESULTS / "field.json"), load(RESULTS / "field-quick.json")
+    whole, short, larger = (
+        load(RESULTS / f"{group}.json") for group in ("field", "field-quick", "larger")
+    )
     if whole is None:
         return f"# Results\n\n{NOT_MEASURED}\n"
     name, protocol = learned_name(whole), whole["protocol"]
@@ -180,6 +220,9 @@ def results_page() -> str:
         count=len(whole["tasks"]),
         seeds=protocol["seeds"],
         rates=len(protocol["lr_grid"]),
+        matrix_rates=", ".join(f"{lr:g}" for lr in MATRIX_LRS),
+        worth=worth_table(whole),
+        larger=larger_table(larger) if larger else NOT_MEASURED,
         whole=rivals_table(whole, rivals, costs=True),
         held_out=interval_text(whole["overall"][name]["test_ratio"]),
         short=_short_table(short) if short else NOT_MEASURED,
@@ -386,4 +429,5 @@ def run(options: argparse.Namespace) -> None:
         path.write_text(page())
     if (whole := load(RESULTS / "field.json")) is not None:
         draw_field(whole, RESULTS / "field.png")
+        plot_worth(whole["worth"], RESULTS / "worth.png")
     print(*(path.relative_to(DOCS.parent) for path in PAGES), sep="\n")
