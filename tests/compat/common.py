@@ -101,7 +101,7 @@ class NormalizedRule(UpdateRule):
 class ColumnsRule(HorizonRule):
     """The default, which rotates columns alone: all that a process with half of the rows can."""
 
-    name = "columns"
+    name = ""  # not registered: its configuration is the default's
 
     def init_matrices(
         self, shape: torch.Size, device: torch.device, sharded: Sequence[int] = ()
