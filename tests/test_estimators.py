@@ -112,9 +112,8 @@ def test_full_in_float32_where_gradients_are_exactly_zero(name: str) -> None:
 
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
 @pytest.mark.parametrize(
-    ("name", "task", "count"), [("lstm", "quadratic", 5), ("lstm", "digits", 90),
-                                ("equivariant", "digits", 90)]
-)  # fmt: skip
+    ("name", "task", "count"), [("lstm", "quadratic", 5), ("equivariant", "digits", 90)]
+)
 def test_sampled_coordinates_are_unbiased(
     name: str, task: str, count: int, sampling: Literal["uniform", "stratified"]
 ) -> None:
@@ -125,12 +124,12 @@ def test_sampled_coordinates_are_unbiased(
         estimate(
             rule, task, "replay", 5, optimizees=2, coordinates=count, seed=s, sampling=sampling
         )[0].grads
-        for s in range(60)
+        for s in range(30)
     ]
     for index, reference in enumerate(exact.grads):
         sample = torch.stack([d[index] for d in draws])
         error = (sample.mean(0) - reference).norm()
-        spread = sample.std(0).norm() / 60**0.5
+        spread = sample.std(0).norm() / 30**0.5
         assert error < 3 * spread + 1e-12
     assert not torch.allclose(draws[0][0], draws[1][0])
 

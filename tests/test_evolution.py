@@ -275,12 +275,6 @@ def test_the_card_tells_the_validation_of_the_weights_of_the_file() -> None:
     assert "final loss is 0.912 times tuned AdamW's" in model_card(rule, "me/x", record=record)
 
 
-def test_the_card_tells_the_longest_runs_of_training() -> None:
-    """A quarter of them were longer than the recipe's horizon."""
-    card = model_card(load_rule("coordinatewise"), "me/x", record=load_record("coordinatewise"))
-    assert "Trained on runs of up to 2,000 steps and tested on runs of 200;" in card
-
-
 def test_only_unusable_tasks_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault in a population's constructor is no unusable task."""
 

@@ -307,9 +307,6 @@ def test_other_tasks_for_the_test_figures(tmp_path: Path) -> None:
     assert tested.record["test"]["mean"] > 20 * near.record["test"]["mean"]
     assert tested.record["test"]["task"] == tested.record["recipe"]["test_task"]
     assert near.record["recipe"]["test_task"] is None
-    named = meta_train(regression(), folder=tmp_path / "named", test_tasks="quadratic", **SHORT)
-    assert named.record["test"]["task"] == "quadratic"
-    assert named.record["test"]["mean"] != near.record["test"]["mean"]
     with pytest.raises(ValueError, match=r"\(test\)': there are no batches"):
         meta_train(
             regression(), folder=tmp_path / "never", test_tasks=regression(batches=[]), **SHORT
@@ -451,26 +448,18 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 
 
 def test_evaluation_of_tasks_without_a_name(tmp_path: Path) -> None:
-    """The figures of a task handed over are those of the same task by its name."""
     config = EvaluateConfig(
-        checkpoints=("coordinatewise",), tasks=("quadratic",), baselines=("adam-1e-3",),
-        steps=10, seeds=2, tuning_seeds=1, output=tmp_path / "named",
+        checkpoints=("coordinatewise",), tasks=("mine",), baselines=("adam-1e-3",),
+        steps=5, seeds=1, tuning_seeds=1, output=tmp_path / "mine",
     )  # fmt: skip
-    named = Evaluation(config).execute()
-    own = replace(config, output=tmp_path / "own")
-    given = Evaluation(own, tasks={"quadratic": build_tasks("quadratic")}).execute()
-    rows = [s["tasks"]["quadratic"]["optimizers"] for s in (named, given)]
-    for name in ("adam-1e-3", "coordinatewise"):
-        assert rows[0][name]["sum"] == rows[1][name]["sum"]
-        assert rows[0][name]["lr"] == rows[1][name]["lr"]
-    mine = replace(config, tasks=("mine",), output=tmp_path / "mine")
-    Evaluation(mine, tasks={"mine": regression()}).execute()
-    with pytest.raises(ValueError, match=r"other conditions \(task mine"):
-        Evaluation(mine, tasks={"mine": regression(lambda: network(9))})
-    with pytest.raises(ValueError, match=r"tasks has other, which config.tasks does not name"):
-        Evaluation(own, tasks={"quadratic": build_tasks("quadratic"), "other": regression()})
-    with pytest.raises(ValueError, match="workers=2 need tasks that can be sent to other proc"):
-        Evaluation(
-            replace(mine, workers=2, output=tmp_path / "two"),
-            tasks={"mine": regression(lambda: network())},
-        )
+    summary = Evaluation(config, tasks={"mine": regression()}).execute()
+    assert summary["tasks"]["mine"]["optimizers"]["coordinatewise"]["lr"] == 1.0
+
+    def refused(message: str, changes: dict[str, Any], **tasks: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            Evaluation(replace(config, **changes), tasks=tasks)
+
+    refused(r"other conditions \(task mine", {}, mine=regression(lambda: network(9)))
+    refused("tasks has other, which", {}, mine=regression(), other=regression())
+    elsewhere = {"workers": 2, "output": tmp_path / "two"}
+    refused("workers=2 need tasks that can", elsewhere, mine=regression(lambda: network()))

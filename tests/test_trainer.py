@@ -122,8 +122,11 @@ def die_at(when: str, what: str, count: int) -> None:
     Path.replace, torch.optim.Adam.step = dying_rename, dying_step  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=["unrolls", "evolution"])
-@pytest.mark.parametrize("point", KILLS, ids=lambda point: "-".join(map(str, point)))
+@pytest.mark.parametrize(
+    ("point", "recipe"),
+    [*itertools.product(KILLS, RECIPES[:1]), *itertools.product(KILLS[2::3], RECIPES[1:])],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else value.task,
+)
 def test_a_kill_changes_nothing(
     recipe: AnyRecipe, point: tuple[str, str, int], tmp_path: Path, whole_runs: dict[str, Path]
 ) -> None:

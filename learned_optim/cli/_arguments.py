@@ -4,14 +4,7 @@ from collections.abc import Sequence
 
 
 def take(args: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
-    """Split an option off the arguments.
-
-    Args:
-        args: the arguments.
-        flag: the option.
-
-    Returns:
-        The values of the option, and the other arguments.
+    """The values of an option, and the other arguments.
 
     Raises:
         ValueError: the option has no value.

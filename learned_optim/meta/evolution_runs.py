@@ -131,18 +131,6 @@ class TaskResult:
     seconds: float
     error: str = ""
 
-    def metrics(self) -> dict[str, Any]:
-        """Mean fitness, and mean difference within a pair."""
-        assert self.fitness is not None
-        plus, minus = self.fitness.chunk(2)
-        return {
-            "seed": self.seed,
-            "family": self.family,
-            "fitness": self.fitness.mean().item(),
-            "difference": (plus - minus).abs().mean().item(),
-            "seconds": self.seconds,
-        }
-
 
 class Runs:
     """The runs of a recipe; the same seed gives the same run.
@@ -203,7 +191,8 @@ class Runs:
         Args:
             job: seed, weights of shape ``(n,)``, and whether the task is a large one.
         """
-        (seed, weights, large), started, kind = job, time.perf_counter(), ""
+        (seed, weights, large), started = job, time.perf_counter()
+        kind, found, failure = "", None, ""
         try:
             run = self.draw(seed, large)
             kind = run.task.name
@@ -212,9 +201,8 @@ class Runs:
             losses, held_out = roll(self._rule, weights, run, seed)
             found = fitness(losses, run.known, held_out)
         except _RUN_ERRORS as error:
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            return TaskResult(seed, kind, None, time.perf_counter() - started, said)
-        return TaskResult(seed, kind, found, time.perf_counter() - started)
+            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        return TaskResult(seed, kind, found, time.perf_counter() - started, failure)
 
     def validate(self, job: tuple[int, Tensor]) -> float:
         """Log of the final over the first loss.

@@ -13,7 +13,7 @@ from learned_optim.meta.meta_optimizer import MetaOptimizer
 from learned_optim.meta.tasks import TaskFamily
 from learned_optim.rules import UpdateRule
 
-#: Takes a line on what a training is doing, whenever there is progress.
+#: Takes a line on the progress of a training.
 Report: TypeAlias = Callable[[str], None]
 
 
@@ -102,9 +102,9 @@ class Method(ABC):
     def train_round(self, number: int, optimizer: MetaOptimizer, report: Report) -> Round:
         """Train for one round, with a number from 1."""
 
-    @abstractmethod
     def validates_after(self, number: int) -> bool:
-        """Whether the round is followed by a validation."""
+        """Whether a validation follows the round."""
+        return True
 
     @abstractmethod
     def validate(self, rule: UpdateRule, report: Report) -> Validation:

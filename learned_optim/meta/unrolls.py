@@ -148,7 +148,8 @@ class Unrolls(Method):
     def train_round(self, number: int, optimizer: MetaOptimizer, report: Report) -> Round:
         runs, finite = self.recipe.runs_per_epoch, []
         for run in range(runs):
-            loss = self.train_run(optimizer, number, run)
+            with global_generator_seeded(self.recipe.seed, "forward", number, run, self._first):
+                loss = self.train_run(optimizer, number, run)
             if math.isfinite(loss):
                 finite.append(loss)
             self.runs_done = run + 1
@@ -173,10 +174,6 @@ class Unrolls(Method):
             The mean over optimizees of the mean loss times the horizon. Infinite if a loss or
             gradient of an unroll was not finite: the unroll is dropped, and the run ends there.
         """
-        with global_generator_seeded(self.recipe.seed, "forward", epoch, run, self._first):
-            return self._train_run(optimizer, epoch, run)
-
-    def _train_run(self, optimizer: MetaOptimizer, epoch: int, run: int) -> float:
         recipe, rule = self.recipe, optimizer.rule
         share = range(self._first, recipe.tasks_per_meta_step, self._stride)
         generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
@@ -219,9 +216,6 @@ class Unrolls(Method):
         return total * recipe.horizon / sum(steps for steps, _ in plan)
 
     # ---- validation and test
-
-    def validates_after(self, number: int) -> bool:
-        return True
 
     @torch.no_grad()
     def validate(self, rule: UpdateRule, report: Report) -> Validation:

@@ -25,6 +25,7 @@ from learned_optim.meta.data import DataOptions, load_images
 from learned_optim.meta.evolution_runs import (
     RunMap,
     Runs,
+    TaskResult,
     meta_gradient,
     training_seed,
     workers,
@@ -124,7 +125,7 @@ class WholeRuns(Method):
         failures = [{"seed": r.seed, "family": r.family, "error": r.error} for r in skipped]
         details = {
             "gradient_norm": gradient.norm().item(),
-            "tasks": [result.metrics() for result in used],
+            "tasks": [_metrics(result) for result in used],
             "skipped": failures,
         }
         values = [task["fitness"] for task in details["tasks"]]
@@ -195,3 +196,14 @@ class WholeRuns(Method):
             f"{math.exp(average['mean']):.2f} of tuned AdamW's (geometric mean), ahead on "
             f"{average['share_ahead']:.0%}"
         )
+
+
+def _metrics(result: TaskResult) -> dict[str, Any]:
+    """Mean fitness, and mean difference within a pair."""
+    assert result.fitness is not None
+    plus, minus = result.fitness.chunk(2)
+    return {
+        "seed": result.seed, "family": result.family, "seconds": result.seconds,
+        "fitness": result.fitness.mean().item(),
+        "difference": (plus - minus).abs().mean().item(),
+    }  # fmt: skip
