@@ -52,7 +52,7 @@ class ParamStates:
     # ---- creation and layout
 
     def create(self, param: Tensor) -> State:
-        """State before the first gradient: the number of steps, and what the rule keeps."""
+        """State before the first gradient: the number of steps, and the rule's entries."""
         with outliving_inference_mode():
             rule, own = self.rule_on(param), real(local(param))
             state = rule.init_state(own)
@@ -110,15 +110,14 @@ class ParamStates:
                     known[index][key] = states[params[index]][key] = with_rows(value, shape)
 
     def _lay_out(self, param: Tensor, state: dict[str, Any], known: State) -> None:
-        rule, fresh = self.rule_on(param), None
+        rule, shape = self.rule_on(param), real_shape(param)
         if "step" not in state:
             known.clear()
             state.update({**self.create(param), **state})
         elif rule.matrix_state and any(
             state.get(key) is not known.get(key) for key in (*rule.state_keys, *rule.matrix_state)
         ):
-            fresh = self.create(param)
-            keep_fitting_matrices(rule, state, fresh, real_shape(param))
+            keep_fitting_matrices(rule, state, self.create(param), shape)
         keys = [key for key in (*rule.state_keys, *rule.matrix_state) if key in state]
         for key in known.keys() - {*keys, *(compact_key(key) for key in keys)}:
             del known[key]
@@ -127,7 +126,6 @@ class ParamStates:
                 continue
             with outliving_inference_mode():
                 if key in rule.tensor_state or key in rule.matrix_state:
-                    shape = real_shape(param)
                     known[compact_key(key)] = without_rows(rule, key, state[key], shape).clone()
                     state[key] = with_rows(known[compact_key(key)], shape)
                 elif not is_sharded(param):
