@@ -25,7 +25,6 @@ from learned_optim.meta import (
 )
 from learned_optim.meta.checks import check_family, check_finite
 from learned_optim.meta.seeding import seeded
-from learned_optim.meta.validation import summed_losses
 from learned_optim.rules.classical import SGDRule
 
 
@@ -165,26 +164,6 @@ def test_networks_train_and_give_the_same_figures_again(name: str, tmp_path: Pat
     assert first[0] == first[2]
     assert figures("two") == first
     assert all(map(math.isfinite, first))
-
-
-def test_dropout_draws_anew_at_every_step_and_for_every_run() -> None:
-    """The seed of a run and the step are the seed of its masks: never the same, and repeatable."""
-    ones = ModuleTask(
-        lambda: nn.Sequential(nn.Linear(1, 64, bias=False), nn.Dropout(0.5)),
-        lambda g: (torch.ones(1, 1), torch.zeros(1, 64)),
-        lambda outputs, targets: outputs.abs().sum(),
-    )
-    seen: list[int] = []
-    loss = ones.loss
-    ones.loss = lambda p, b: (seen.append(torch.initial_seed()), loss(p, b))[1]  # type: ignore
-    family = FixedTask(ones, stackable=False)
-    first = summed_losses(SGDRule(), family, 3, [("run", 0), ("run", 1)], together=1)
-    assert len(set(seen)) == 6
-    again = summed_losses(SGDRule(), family, 3, [("run", 0), ("run", 1)], together=2)
-    assert torch.equal(first, again)
-    draws = seeded("w")
-    masked = {loss({"0.weight": torch.ones(64, 1)}, ones.batch(draws)).item() for _ in range(6)}
-    assert len(masked) > 1
 
 
 @pytest.mark.parametrize("estimator", ["replay", "full"])

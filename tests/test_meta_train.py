@@ -1,10 +1,7 @@
 """``meta_train``: a user's own modules, batches and rules, resumed to the same bits."""
 
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +13,6 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import learned_optim
 from learned_optim import LearnedOptimizer, load_record, load_rule
 from learned_optim.evaluation import EvaluateConfig, Evaluation
 from learned_optim.meta import (
@@ -397,51 +393,6 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         in lines[3]
     )
     assert lines[-1] == f"meta_train: wrote {trained.path}"
-
-
-# torchrun's agent, with ranks that are forked: each would import torch for seconds.
-RANKS = """
-import os, sys
-from pathlib import Path
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-sys.path.insert(0, sys.argv[2])
-from test_meta_train import SHORT, meta_train, normalized, regression
-
-def rank():
-    fields = {**SHORT, "tasks_per_meta_step": 2}
-    trained = meta_train(regression(normalized), folder=sys.argv[1], **fields)
-    Path(sys.argv[1], os.environ["RANK"]).write_text(str(trained.record["validation"]))
-
-config = LaunchConfig(
-    min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="ranks", rdzv_backend="c10d",
-    rdzv_endpoint="localhost:0", start_method="fork",
-)
-elastic_launch(config, rank)()
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """Dropout masks and batches belong to the task of a meta-step, whichever rank computes it."""
-    (tmp_path / "rank.py").write_text(RANKS)
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent),
-        "OMP_NUM_THREADS": "1",
-    }
-    here = str(Path(__file__).parent)
-    launched = subprocess.run(
-        [sys.executable, str(tmp_path / "rank.py"), str(tmp_path / "two"), here],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert launched.returncode == 0, launched.stderr
-    fields = {**SHORT, "tasks_per_meta_step": 2}
-    one = meta_train(regression(normalized), folder=tmp_path / "one", **fields)
-    two = load_rule(tmp_path / "two")
-    for a, b in zip(two.parameters(), one.rule.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    found = [float((tmp_path / "two" / rank).read_text()) for rank in "01"]
-    assert found == [pytest.approx(one.record["validation"], rel=1e-5)] * 2
 
 
 # ---- evaluation of one's own tasks

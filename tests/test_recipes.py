@@ -113,11 +113,6 @@ def test_recipe_fields_are_checked(changes: dict[str, Any], message: str) -> Non
         replace(SMALL, **changes)
 
 
-def test_tasks_for_evaluation_train_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="for evaluation only"):
-        MetaTrainer(replace(SMALL, task="fashion"), tmp_path)
-
-
 def test_lists_in_a_recipe_file_are_tuples_of_the_rule() -> None:
     @dataclass(frozen=True)
     class TupleConfig(RuleConfig):

@@ -43,7 +43,7 @@ class Round:
     Attributes:
         meta_loss: mean over its runs; infinite if none was finite.
         dropped: unrolls or tasks left out because something in them was not finite.
-        why: what was wrong with those.
+        why: the cause of the drops.
         runs: optimizee runs trained.
         details: for the metrics.
     """
@@ -62,24 +62,24 @@ class Method(ABC):
         task: the recipe's name of the tasks.
         given: the tasks, if they were handed over in Python.
         family: the tasks; ``None`` if they are a mixture of populations.
-        rounds: how many there are.
+        rounds: number of rounds.
         longest_run: inner steps of the longest runs.
         average: decay of the moving average of the weights.
         betas: Adam's decays.
         clip_norm: largest norm of a meta-gradient.
         rank: number of this process.
-        world: how many processes there are.
+        world: number of processes.
         runs_per_round: units of progress in a round.
-        runs_done: of the present round.
+        runs_done: units of progress of the present round.
     """
 
-    #: What a round is.
+    #: Name of a round.
     unit: ClassVar[str]
     #: Whether the finished checkpoint has the weights of the best validation, or the last ones.
     keeps_best: ClassVar[bool]
     #: Whether each process draws its own sample of coordinates.
     draws_by_rank: bool = False
-    #: What a user should know before it begins.
+    #: A remark for the user before training begins.
     note: str = ""
     task: str
     given: TaskFamily | None

@@ -45,12 +45,12 @@ def conditions_of_given(name: str, family: TaskFamily) -> dict[str, str]:
     data. Numbers have four digits, because another processor may round differently.
     """
     if isinstance(family, TaskMixture):
-        found = {f"share of {n}": f"{share:.4g}" for n, share in family.shares.items()}
+        shares = {f"share of {n}": f"{share:.4g}" for n, share in family.shares.items()}
         for member, tasks in family.members.items():
-            found |= conditions_of_given(member, tasks)
-        return found
-    said = [_computed(family, index) for index in range(2)]
-    return {f"task {name}": said[0] if said[0] == said[1] else "; ".join(said)}
+            shares |= conditions_of_given(member, tasks)
+        return shares
+    found = dict.fromkeys(_computed(family, index) for index in range(2))
+    return {f"task {name}": "; ".join(found)}
 
 
 def _computed(family: TaskFamily, index: int) -> str:

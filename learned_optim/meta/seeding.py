@@ -1,4 +1,4 @@
-"""Generators whose seeds are stable hashes of what they are for."""
+"""Generators whose seeds are stable hashes of their purpose."""
 
 from __future__ import annotations
 

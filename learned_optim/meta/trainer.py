@@ -29,7 +29,7 @@ from learned_optim.meta.whole_runs import WholeRuns
 from learned_optim.pretrained import load_rule
 from learned_optim.rules import UpdateRule, rule_for
 
-# What has helped where training diverged.
+# Remedies for a diverging training.
 ADVICE = "Lower --meta-lr, or clip with --clip-norm"
 
 
@@ -354,7 +354,7 @@ class MetaTrainer:
     # ---- progress
 
     def _teller(self, report: Report | None) -> Report:
-        """Reports with what is known of the training so far."""
+        """``report``, with the best validation and the pace added to its lines."""
 
         def tell(what: str) -> None:
             if report is None:

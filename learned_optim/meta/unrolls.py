@@ -345,7 +345,7 @@ def process_group() -> Iterator[None]:
     store, rank, world = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"attempt-{attempt}", store)
-    # Meta-gradients live on the CPU, whatever else there is.
+    # Meta-gradients are on the CPU, even where there is a GPU.
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         yield

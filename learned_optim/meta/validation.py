@@ -41,9 +41,9 @@ class Reference:
 
     Attributes:
         index: of the validation run.
-        task: what was drawn; runs of one task share a learning rate.
+        task: name of the task; runs of one task share a learning rate.
         steps: length of the run.
-        known: whether the rule is told the length, and AdamW follows a cosine.
+        known: whether the rule knows the length, and AdamW follows a cosine.
         scores: the lower the better, by learning rate: the log of the final over the first loss in
             trainings by evolution strategies, the summed loss in those by backpropagation.
     """

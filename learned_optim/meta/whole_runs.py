@@ -142,7 +142,7 @@ class WholeRuns(Method):
         """Log of the final loss minus that of tuned AdamW on the same runs.
 
         Figures are the ``mean`` over tasks, each counting at most 1.5; the ``median``;
-        ``mean_known`` and ``mean_unknown``, of runs whose length the rule is told or not; and
+        ``mean_known`` and ``mean_unknown``, of runs whose length the rule knows or not; and
         ``share_ahead``, the share of tasks on which the rule ends below AdamW.
         """
         weights = parameters_to_vector(rule.parameters()).detach()
