@@ -1,8 +1,7 @@
 """Hand-written optimizers to compare with: adding one is one line of :data:`BASELINES`.
 
-A baseline is an optimizer, a schedule of its learning rate and, if its authors promise that it
-needs no tuning, the learning rate at which it runs. Without that, evaluation tunes it per task.
-Every baseline is told the number of steps of the run, as its users would.
+A baseline is an optimizer, a schedule and, if its authors promise that it needs no tuning, a
+learning rate. Without one, evaluation tunes it per task. Baselines know the number of steps.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Schedule = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A hand-written optimizer with everything that its user decides.
+    """A hand-written optimizer with the settings that a user decides.
 
     Attributes:
         make: ``(parameters, learning rate, total steps) -> optimizer``.

@@ -88,11 +88,11 @@ class Figures:
 
     @property
     def diverged(self) -> Tensor:
-        """Which seeds diverged, ``(seeds,)`` bool."""
+        """Seeds that diverged, ``(seeds,)`` bool."""
         return ~self.final.isfinite()
 
     def stalled(self, rival: Figures | None) -> Tensor:
-        """Which seeds made hardly any progress, ``(seeds,)`` bool; diverged ones are not among."""
+        """Seeds that made hardly any progress without diverging, ``(seeds,)`` bool."""
         if rival is None:
             return torch.zeros_like(self.diverged)
         wanted = STALLED_SHARE * (rival.losses[:, 0] - rival.final)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from learned_optim.evaluation.baselines import baseline, make_baseline, mark_outer
 from learned_optim.evaluation.statistics import finite, pooled
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.seeding import seeded
+from learned_optim.meta.seeding import seeded, torch_threads
 from learned_optim.meta.tasks import Params, TaskFamily, TaskOptions, build_tasks
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.pretrained import checkpoint_path, load_rule
@@ -93,7 +93,7 @@ def learned_optimizer(
 def optimizer_specs(
     checkpoints: Sequence[str], baselines: Sequence[str], told: bool = True
 ) -> list[OptimizerSpec]:
-    """Everybody who takes part, the learned ones first.
+    """The optimizers of an evaluation, the learned ones first.
 
     A checkpoint given as a path is labelled by its file's stem (a folder by its name), unless
     something else of the evaluation would have the same label: then by the path as given.
@@ -218,7 +218,7 @@ def train(
     optimizer = make(list(params.values()), steps)
     losses: list[float] = []
     seconds = optimizer_seconds = 0.0
-    with one_thread(), torch.random.fork_rng(devices=[]):
+    with torch_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for tasks whose forward pass is random (dropout)
         for _ in range(steps):
             batch = task.batch(generator)
@@ -246,17 +246,6 @@ def state_bytes(optimizer: Optimizer) -> int:
     leaves = tree_leaves([dict(state) for state in optimizer.state.values()])
     storages = [t.untyped_storage() for t in leaves if torch.is_tensor(t)]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread inside: threads split sums differently, and figures would depend."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class RunLog:

@@ -78,3 +78,14 @@ def _seed_of(*parts: object) -> int:
     """A hash of ``parts`` below 2**56."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute on ``count`` threads of torch inside: sums depend on how threads split them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import torch
 
 from learned_optim.checkpoint import check_writable, read_checkpoint
 from learned_optim.meta.data import DataOptions
@@ -24,6 +21,7 @@ from learned_optim.meta.recipes import (
     rule_config,
 )
 from learned_optim.meta.recipes.quick import RECIPE as QUICK
+from learned_optim.meta.seeding import torch_threads
 from learned_optim.meta.tasks import (
     GIVEN,
     ModuleTask,
@@ -148,7 +146,7 @@ def meta_train(
         chosen = replace(chosen, test_task=tested)
     elif family is not None and isinstance(chosen, Recipe):
         _, test_family = _family(tasks, weights, TaskOptions("evaluation", options))
-    with _threads(threads), process_group():
+    with torch_threads(threads), process_group():
         trainer = MetaTrainer(
             chosen, folder, options, workers=workers, family=family, test_family=test_family,
             against_adamw=against_adamw,
@@ -283,13 +281,3 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

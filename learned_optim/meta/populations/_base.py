@@ -1,8 +1,7 @@
-"""What a population is.
+"""Populations: ``B`` copies of one network that train side by side.
 
-A *population* is ``B`` copies of one network that train side by side, each under other weights of
-the update rule. Their parameters are stacked, so one small step of all copies is one pass through
-batched matrix products: the loss of a task is written for stacked parameters from the start.
+Each copy trains under other weights of the update rule. Parameters are stacked, and losses are
+written for stacked parameters: a step of all copies is one pass of batched matrix products.
 
 The order of random draws is part of a family's definition: a seed stands for a task, and references
 and states of unfinished trainings are kept by seed.
@@ -38,18 +37,16 @@ class UnusableTaskError(ValueError):
 class Population(ABC):
     """One training problem, for any number of copies at once.
 
-    A family is a subclass whose constructor, ``Family(draw, data)``, draws everything that sets one
-    of its tasks apart: the data, the sizes, the initialization. It defines :meth:`init`,
-    :meth:`batch` and :meth:`loss`; callers use :meth:`initial`, :meth:`batch` and :meth:`losses`,
-    which add what the mixture draws for tasks of every family.
+    The constructor of a subclass, ``Family(draw, data)``, draws data, sizes and initialization. A
+    subclass defines :meth:`init`, :meth:`batch` and :meth:`loss`; callers use :meth:`initial`,
+    :meth:`batch` and :meth:`losses`, which add scales.
 
     Attributes:
         batch_size: examples per step.
         longest_run: steps that a run may take at most.
-        scales: positive factors, one per parameter, by which parameters are stored divided; None
-            for none. The function is the same and its gradients are not: what a rule learns must
-            not hang on the units in which a tensor is written (Wichrowska et al. 2017, section
-            3.4).
+        scales: positive divisors of the stored parameters, by name, or None. They change gradients
+            and not the function: a rule must not depend on a tensor's units (Wichrowska et al.
+            2017, section 3.4).
         jitter: standard deviation of the log of a random factor on the loss of every step.
     """
 

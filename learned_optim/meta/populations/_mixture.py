@@ -1,4 +1,4 @@
-"""The mixture of tasks that the horizon rule is meta-trained on: which, how long, how told."""
+"""Mixtures of tasks that meta-train the horizon rule, and the lengths of their runs."""
 
 from __future__ import annotations
 

@@ -139,10 +139,10 @@ def scores(losses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rise(losses: Tensor) -> Tensor:
-    """How far the loss ever was, and on average, above the first; in logs, shape ``(B,)``.
+    """Log of the loss over the first one where it is above: maximum plus half the mean, ``(B,)``.
 
-    Runs that damage what they began with come back in the end, so that the final loss does not
-    tell. Losses are averaged over five steps, because batches differ.
+    Runs may damage trained weights and recover, which the final loss does not show. Losses are
+    averaged over five steps, because batches differ.
     """
     bounded = _relative(losses)
     windows = bounded.unfold(0, min(_RISE_WINDOW, len(bounded)), 1).mean(-1)

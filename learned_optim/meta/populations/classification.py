@@ -71,8 +71,9 @@ class Classification(Population):
 
 
 class WideClassification(Classification):
-    """The same by perceptrons with a hidden layer of 512 to 2,048 units, alone or before one less
-    wide: how far a step may go in a layer that sums over so many is not to be learned from others.
+    """Classification with a hidden layer of 512 to 2,048 units, alone or before a narrower one.
+
+    Narrow layers do not teach the step size of sums over so many units.
     """
 
     longest_run = 1000
@@ -90,7 +91,7 @@ class WideClassification(Classification):
 
 
 class FewExamples(Classification):
-    """The same with 64 to 2,048 examples; the held-out loss is that of 512 others."""
+    """Classification with 64 to 2,048 examples; 512 others are held out."""
 
     longest_run = 2000
 
@@ -100,11 +101,9 @@ class FewExamples(Classification):
             raise UnusableTaskError("no examples are left to hold out")
         count = draw.log_integer(64, min(2048, len(self.pixels) - 512))
         chosen = draw.subset(count + 512, len(self.pixels))
-        self.other_pixels, self.other_labels = (
-            self.pixels[chosen[count:]],
-            self.labels[chosen[count:]],
-        )
-        self.pixels, self.labels = self.pixels[chosen[:count]], self.labels[chosen[:count]]
+        few, others = chosen[:count], chosen[count:]
+        self.other_pixels, self.other_labels = self.pixels[others], self.labels[others]
+        self.pixels, self.labels = self.pixels[few], self.labels[few]
         self.example_weights = None
 
     def held_out(self, params: Params) -> Tensor:
@@ -112,7 +111,7 @@ class FewExamples(Classification):
 
 
 class DeepClassification(Classification):
-    """The same by 8 to 20 plain layers, without normalization or residual connections."""
+    """Classification by 8 to 20 layers without normalization or residual connections."""
 
     longest_run = 1000
 
@@ -120,14 +119,6 @@ class DeepClassification(Classification):
         super().__init__(draw, data)
         inputs, width = self.pixels.shape[1], draw.log_integer(24, 97)
         hidden = [width] * draw.integer(8, 20)
-        activation, init = draw.choice(
-            [
-                ("relu", "he"),
-                ("relu", "torch"),
-                ("tanh", "xavier"),
-                ("leaky", "he"),
-                ("gelu", "he"),
-            ],
-            [5, 1, 2, 1, 1],
-        )
+        kinds = [("relu", "he"), ("relu", "torch"), ("tanh", "xavier"), ("leaky", "he")]
+        activation, init = draw.choice([*kinds, ("gelu", "he")], [5, 1, 2, 1, 1])
         self.net = Perceptron(inputs, CLASSES, hidden, activation, init)

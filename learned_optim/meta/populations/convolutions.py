@@ -18,7 +18,7 @@ from learned_optim.meta.populations._layers import (
 from learned_optim.meta.populations.classification import CLASSES, wrong_labels
 from learned_optim.meta.sampler import Sampler
 
-# What a position of an image counts for in the cost of a step.
+# Rows of matrix products that an image counts for in the cost of a step.
 POSITIONS = 60
 
 

@@ -1,4 +1,4 @@
-"""Quadratics and Rosenbrock's valley, where nothing hides what an optimizer does."""
+"""Quadratics and Rosenbrock's valley."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ from learned_optim.meta.sampler import Sampler
 class Restart(Population):
     """Goes on from weights that Adam has trained for 100 to 400 steps.
 
-    A perceptron on images goes on with the same task (``same``), or with few images that are
-    scaled, shifted and noisy (``shift``, and ``adapter`` with low-rank adapters of the frozen
-    weights, Hu et al. 2022), or whose classes are renamed (``labels``). Others do with the same.
+    A perceptron on images goes on with the same task (``same``), or with few images: scaled,
+    shifted and noisy (``shift``), the same with low-rank adapters of frozen weights (``adapter``,
+    Hu et al. 2022), or with renamed classes (``labels``). Other networks keep their task.
     """
 
     longest_run = 600

@@ -204,7 +204,7 @@ class Sequences(Population):
 
 
 class DeepSequences(Sequences):
-    """The same with 3 to 8 transformer blocks, for longer."""
+    """Sequences with 3 to 8 transformer blocks, in longer runs."""
 
     longest_run = 1000
 

@@ -98,7 +98,7 @@ class Teacher(Population):
 
 
 class HeldOutTeacher(Teacher):
-    """The same with a third of the rows held out, and targets that stay."""
+    """Teachers with a third of the rows held out, and targets that do not drift."""
 
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
         super().__init__(draw, data)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions, load_images
+from learned_optim.meta.seeding import torch_threads
 from learned_optim.meta.tasks._base import ModuleTask, Params, TaskOptions
 from learned_optim.meta.tasks._examples import Examples, first_images
 from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
@@ -47,16 +48,12 @@ def pretrained(task: ModuleTask, steps: int, lr: float = 1e-3) -> dict[str, Tens
     params: Params = {n: nn.Parameter(p) for n, p in task.init(generator).items()}
     optimizer = torch.optim.AdamW(params.values(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads split sums differently
-    try:
+    with torch_threads(1):
         for _ in range(steps):
             optimizer.zero_grad()
             task.loss(params, task.batch(generator)).backward()
             optimizer.step()
             schedule.step()
-    finally:
-        torch.set_num_threads(threads)
     return {name: p.detach() for name, p in params.items()}
 
 
