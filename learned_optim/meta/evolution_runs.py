@@ -180,7 +180,8 @@ class Runs:
             return draw(seed, self.data, recipe.task, shortest=shortest, large=large)
         generator = seeded("evolution", recipe.task, seed)
         task = family.sample(generator)
-        _, chance = torch.rand(2, generator=generator).tolist()
+        # The second of two draws, so that the run of a seed stays what it was.
+        chance = torch.rand(2, generator=generator)[1].item()
         stacked = family.stackable or obstacle_to_stacking(task) is None
         assert recipe.horizon is not None
         return Draw(TaskPopulation(task, stacked), recipe.horizon, known=chance >= UNKNOWN_SHARE)
