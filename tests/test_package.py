@@ -81,7 +81,7 @@ def test_contents(dist: Path) -> None:
 
 TRAIN = """
 import sys, torch
-import learned_optim
+import learned_optim.cli
 from learned_optim import LearnedOptimizer, list_pretrained, load_record
 from torch.nn.functional import cross_entropy
 
@@ -97,8 +97,8 @@ def problem(name):
     params = w1, b1, w2, b2 = [torch.nn.Parameter(0.001 * torch.randn(shape)) for shape in shapes]
     return params, lambda: cross_entropy((x @ w1 + b1).sigmoid() @ w2 + b2, y)
 
-print(learned_optim.__file__, learned_optim.__version__)
-for name in list_pretrained():
+print(learned_optim.__file__, learned_optim.__version__, *list_pretrained())
+for name in sys.argv[1:]:
     params, compute = problem(name)
     optimizer = LearnedOptimizer(params, name)
     losses = []
@@ -109,23 +109,24 @@ for name in list_pretrained():
         optimizer.step()
         losses.append(loss.item())
     print(name, losses[0], losses[-1])
+learned_optim.cli.main(["list"])
 """
 
 
 def test_shipped_checkpoints_are_listed_and_optimize(installed: Path, tmp_path: Path) -> None:
     """From an empty folder, on small problems of the kinds the rules were trained for."""
-    place, *lines = python(installed, tmp_path, "-c", TRAIN).splitlines()
-    where, version = place.split()
+    printed = python(installed, tmp_path, "-c", TRAIN, *SHIPPED).splitlines()
+    (where, version, *names), lines = printed[0].split(), printed[1 : 1 + len(SHIPPED)]
     assert Path(where) == installed / "learned_optim" / "__init__.py"
+    assert set(names) == {*SHIPPED, "default", "default-fast"}
     (metadata,) = installed.glob("learned_optim-*.dist-info")
     assert metadata.name == f"learned_optim-{version}.dist-info"
-    found = {name: (float(first), float(last)) for name, first, last in map(str.split, lines)}
-    assert set(found) == {*SHIPPED, "default", "default-fast"}
-    for name, (first, last) in found.items():
-        assert first == pytest.approx(1.3125 if name == "quadratic" else 0.693, abs=0.01), name
-        assert last < 0.2 * first, name
-    listed = python(installed, tmp_path, "-m", "learned_optim.cli", "list")
-    assert all(f"\n  {name} " in listed for name in recipes())
+    for name, line in zip(SHIPPED, lines, strict=True):
+        trained, first, last = line.split()
+        assert trained == name
+        assert float(first) == pytest.approx(1.3125 if name == "quadratic" else 0.693, abs=0.01)
+        assert float(last) < 0.2 * float(first), name
+    assert all(any(line.startswith(f"  {name} ") for line in printed) for name in recipes())
     assert (installed / "bin" / "learned-optim").is_file()
 
 
