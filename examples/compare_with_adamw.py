@@ -130,7 +130,7 @@ def main() -> None:
         equals = f"{value['equals']:.1f}" if value["equals"] else f"more than {len(LEARNING_RATES)}"
         print(f"one untuned run equals the best of {equals} AdamW runs (mean of three tasks)")
         path = args.output / "worth.png"
-        plot_worth({args.checkpoint: {"adamw-cosine": value}}, path)
+        plot_worth({args.checkpoint: {"adamw-cosine": {"all": value}}}, path)
         print(f"wrote {path} and a plot of every task beside it")
 
 

@@ -119,13 +119,16 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def worth_table(summary: dict[str, Any]) -> str:
-    """Of how many tuned runs an untuned one equals the best."""
+    """Of how many tuned runs an untuned one equals the best, by group of tasks."""
     rows = []
     for name, rivals in summary["worth"].items():
-        for rival, found in rivals.items():
-            last = {end: found[end][-1] for end in ("mean", "low", "high")}
-            rows.append([_name(summary, name), rival, _equals(found), ratio_text(last)])
-    return table(["one run of", "rival", "equals the best of", "best of all over it"], rows)
+        for rival, groups in rivals.items():
+            for group, found in groups.items():
+                last = {end: found[end][-1] for end in ("mean", "low", "high")}
+                row = [_name(summary, name), rival, group, str(found["tasks"])]
+                rows.append([*row, _equals(found), ratio_text(last)])
+    head = ["one run of", "rival", "tasks", "number", "equals the best of", "best of all over it"]
+    return table(head, rows)
 
 
 _COUNTS = ("at_most_tuned", "within_5_percent", "reached")
@@ -219,7 +222,8 @@ def in_words(summary: dict[str, Any]) -> str:
                 f"at most that rival's on {row['at_most_tuned']} of {row['tasks']} tasks."
             )
         for rival, found in summary["worth"][name].items():
-            text += f" One run equals the best of {_equals(found)} {rival} runs."
+            if "all" in found:
+                text += f" One run equals the best of {_equals(found['all'])} {rival} runs."
         for kind in ("diverged", "stalled"):
             tasks = [t for t, e in summary["tasks"].items() if e["optimizers"][name][kind]]
             text += f" It {kind} on {', '.join(tasks)}." if tasks else f" It never {kind}."
@@ -277,7 +281,7 @@ def draw(summary: dict[str, Any], folder: Path) -> list[str]:
     if len(summary["tasks"]) > 1:
         names.append("profile.png")
         plot_profile(summary, folder / names[-1])
-    if any(summary["worth"].values()):
+    if any("all" in found for by in summary["worth"].values() for found in by.values()):
         names.append("worth.png")
         plot_worth(summary["worth"], folder / names[-1])
     return names
@@ -371,6 +375,7 @@ def plot_worth(worth: dict[str, Any], path: Path) -> None:
     name, rivals = next(iter(worth.items()))
     label = f"final loss of their best, times one run of {name}"
     figure, axes = _axes("", "runs of the rival, at randomly chosen learning rates", label)
+    rivals = {rival: groups["all"] for rival, groups in rivals.items() if "all" in groups}
     for (rival, found), colour in zip(rivals.items(), _colours(len(rivals)), strict=True):
         k = range(1, len(found["mean"]) + 1)
         text = f"{rival}: one run equals the best of {_equals(found)}"

@@ -11,6 +11,7 @@ from torch import nn
 
 from learned_optim.evaluation import compare, plot_worth, worth
 from learned_optim.evaluation.figures import final_loss
+from learned_optim.evaluation.statistics import worth_by_group
 
 
 def test_worth_by_hand() -> None:
@@ -37,12 +38,15 @@ def test_worth_over_tasks() -> None:
     assert worth({"c": math.inf}, tuning) is None
 
 
-def test_worth_is_drawn(tmp_path: Path) -> None:
-    found = worth({"a": 1.0, "b": 1.0}, {task: [3.0, 1.2, 0.9] for task in "ab"})
-    assert found is not None
+def test_worth_by_group_and_its_picture(tmp_path: Path) -> None:
+    losses = {"char-lm-gru": 1.0, "regression": 2.0, "adversarial-pair": 1.0}
+    found = worth_by_group(losses, {task: [3.0, 1.2] for task in losses})
+    assert {group: result["tasks"] for group, result in found.items()} == {
+        "all": 3, "language": 1, "tables": 1,
+    }  # fmt: skip
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         plot_worth({"rule": {"adamw-cosine": found}}, tmp_path / "worth.svg")
-    text = f"one run equals the best of {found['equals']:.1f}"
+    text = f"one run equals the best of {found['all']['equals']:.1f}"
     assert text in (tmp_path / "worth.svg").read_text()
 
 

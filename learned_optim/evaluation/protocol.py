@@ -41,7 +41,7 @@ from learned_optim.evaluation.runs import (
     run_missing,
     train,
 )
-from learned_optim.evaluation.statistics import worth
+from learned_optim.evaluation.statistics import worth_by_group
 from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family, check_finite, check_picklable
 from learned_optim.meta.data import DataOptions
@@ -269,8 +269,9 @@ class Evaluation:
             if optimizer.kind == "learned":
                 mine = {task: row[optimizer.label].final for task, row in figures.items()}
                 losses = {task: final.mean().item() for task, final in mine.items()}
-                values = {rival: worth(losses, rows) for rival, rows in tuning.items()}
-                found[optimizer.label] = {rival: v for rival, v in values.items() if v}
+                found[optimizer.label] = {
+                    rival: worth_by_group(losses, rows) for rival, rows in tuning.items()
+                }
         return found
 
     # ---- which runs

@@ -147,6 +147,16 @@ def _short(x: float | None) -> float | None:
 
 # ---- what one untuned run is worth
 
+#: Groups of the field by the start of a task's name.
+GROUPS = {
+    "vision": ("cifar10", "fashion", "autoencoder", "variational", "denoiser", "noisy-labels"),
+    "language": ("char-lm",),
+    "tables": ("tabular", "regression", "heavy-tails", "rare-classes"),
+    "embeddings": ("matrix-factorization", "skip-gram"),
+    "physics": ("physics", "coordinates", "policy"),
+    "fine-tuning": ("finetune", "lora"),
+}
+
 
 def worth(
     untuned: Mapping[str, float], tuning: Mapping[str, Sequence[float]]
@@ -190,6 +200,18 @@ def _crossing(means: Sequence[float]) -> float | None:
         if below <= 1.0:
             return k + (above - 1.0) / (above - below)
     return None
+
+
+def worth_by_group(
+    untuned: Mapping[str, float], tuning: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """:func:`worth` over ``all`` tasks, and over those of every group of :data:`GROUPS`."""
+    members = {
+        group: {t: loss for t, loss in untuned.items() if t.startswith(starts)}
+        for group, starts in GROUPS.items()
+    }
+    found = {group: worth(tasks, tuning) for group, tasks in {"all": untuned, **members}.items()}
+    return {group: result for group, result in found.items() if result is not None}
 
 
 def best_of(values: Sequence[float], k: int) -> float:
