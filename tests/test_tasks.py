@@ -271,17 +271,15 @@ def test_splits_differ_or_are_refused(name: str, image_data: DataOptions) -> Non
     """No family gives meta-training what evaluation will see."""
     if name.startswith("svhn"):
         pytest.skip("SVHN's images are not in the folder; its refusal is tested without them")
-    evaluation = build_tasks(name, TaskOptions("evaluation", image_data))
     halved = ("mnist", "digits", "quadratic", "small-tasks", *transfer.FAMILIES)
     if not name.startswith(halved):
         with pytest.raises(ValueError, match="for evaluation only"):
             build_tasks(name, TaskOptions("meta", image_data))
         return
-    meta = build_tasks(name, TaskOptions("meta", image_data))
     if name == "quadratic":
         return  # fresh random functions for everybody: there is nothing to leak
     batches = []
-    for family in (meta, evaluation):
+    for split in ("meta", "evaluation"):
         draws = seeded("split", name)
-        batches.append(family.sample(draws).batch(draws))
+        batches.append(build_tasks(name, TaskOptions(split, image_data)).sample(draws).batch(draws))
     assert not torch.equal(batches[0][0], batches[1][0])
