@@ -28,7 +28,7 @@ GROUPS = {
     "unknown-length": f"--suite field --quick --checkpoints {shipped()[0]} --no-told "
     "--baselines adamw nesterov",
     "larger": f"--suite field --checkpoints {shipped()[0]} --tasks char-lm-gpt --steps 400 "
-    "--lrs 3e-4 1e-3 3e-3 1e-2 --baselines adamw-cosine muon-cosine soap-cosine --seeds 1",
+    "--lrs 1e-3 3e-3 1e-2 --baselines adamw-cosine muon-cosine soap-cosine --seeds 1",
     "thesis": f"{SHORT} mnist --tasks {NETWORKS} "
     f"--baselines {FOUR} adamw schedulefree",
     "thesis-200": f"{SHORT} mnist --tasks {NETWORKS} --steps 200 "

@@ -86,18 +86,11 @@ def brief(summary: dict[str, Any]) -> str:
     if len(summary["tasks"]) <= FEW:
         figures = by_task(summary)
     else:
-        within = summary["profiles"]["untuned"]
         rows = [
-            [
-                name,
-                ratio_text(row.get("ratio")),
-                ratio_text(row.get("test_ratio")),
-                f"{within[name][0]:.0%}" if name in within else "",
-            ]
+            [name, ratio_text(row.get("ratio")), ratio_text(row.get("test_ratio"))]
             for name, row in summary["overall"].items()
         ]
-        head = ["optimizer", "final loss / best tuned", "held-out loss", "best untuned on"]
-        figures = table(head, rows)
+        figures = table(["optimizer", "final loss / best tuned", "held-out loss"], rows)
     return "\n\n".join(part for part in (in_words(summary), figures, _skipped(summary)) if part)
 
 
@@ -270,17 +263,14 @@ def write_report(summary: dict[str, Any], folder: Path) -> list[Path]:
 def draw(summary: dict[str, Any], folder: Path) -> list[str]:
     """The plots of a summary as PNGs in ``folder``; their names.
 
-    Curves of every task if there are few, the performance profile if there are several, and what
-    an untuned run is worth if there were learned optimizers and tuned rivals.
+    Curves of every task if there are few, and what an untuned run is worth if there were learned
+    optimizers and tuned rivals.
     """
     names = []
     if len(summary["tasks"]) <= FEW:
         for task in summary["tasks"]:
             names.append(f"{task.replace(':', '.')}.png")
             plot_curves(summary, task, folder / names[-1])
-    if len(summary["tasks"]) > 1:
-        names.append("profile.png")
-        plot_profile(summary, folder / names[-1])
     if any("all" in found for by in summary["worth"].values() for found in by.values()):
         names.append("worth.png")
         plot_worth(summary["worth"], folder / names[-1])
@@ -335,33 +325,6 @@ def draw_curves(curves: dict[str, dict[str, Any]], path: Path, title: str) -> No
         _plain_numbers(axes.yaxis, (1, 2, 5) if high < 1000 * low else (1,))
     else:
         axes.text(0.5, 0.5, "no loss was finite", transform=axes.transAxes, ha="center")
-    _save(figure, axes, path)
-
-
-def plot_profile(summary: dict[str, Any], path: Path) -> None:
-    """Performance profiles over all tasks: learned solid, untuned dashed, tuned dotted."""
-    from matplotlib.ticker import PercentFormatter
-
-    protocol, profiles = summary["protocol"], summary["profiles"]
-    shares = f"share of {len(summary['tasks'])} tasks"
-    figure, axes = _axes("", "final loss, times the smallest of all optimizers", shares)
-    colours = _colours(len(profiles["all"]))
-    for (name, within), colour in zip(profiles["all"].items(), colours, strict=True):
-        learned, tuned = name in protocol["checkpoints"], name in protocol["tuned"]
-        axes.plot(
-            profiles["factors"], within,
-            color=colour,
-            linestyle="-" if learned else ":" if tuned else "--",
-            linewidth=2.4 if learned else 1.3,
-            label=f"{name} (learned)" if learned else f"{name} (tuned)" if tuned else name,
-            zorder=3 if learned else 2,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xlim(1, profiles["factors"][-1])
-    axes.set_xticks([1, 1.1, 1.5, 2, 5, 10])
-    _plain_numbers(axes.xaxis)
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _save(figure, axes, path)
 
 

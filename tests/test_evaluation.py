@@ -34,7 +34,6 @@ from learned_optim.evaluation.statistics import (
     geometric_mean,
     interval,
     median,
-    performance_profile,
     pooled,
     ratio_interval,
     smooth,
@@ -143,11 +142,6 @@ def test_small_statistics_by_hand() -> None:
     assert drawn == {"step": [5.0, 15.0], "mean": [2.0, 4.0], "half": [12.71, 12.71]}
     # Pairs of 1, 2, 4 have the minima 1, 1 and 2.
     assert [best_of([4.0, 1.0, 2.0], k) for k in (1, 2, 3)] == pytest.approx([7 / 3, 4 / 3, 1.0])
-    costs = {"a": [1.0, 4.0, math.inf], "b": [2.0, 1.0, math.inf]}
-    assert performance_profile(costs, [1.0, 2.0, 4.0]) == {
-        "a": pytest.approx([1 / 3, 1 / 3, 2 / 3]),
-        "b": pytest.approx([1 / 3, 2 / 3, 2 / 3]),
-    }
     one = torch.ones(2)  # ratios are cut off, and divergence counts
     assert [ratio(3 * one, 2 * one), ratio(one, 100 * one)] == [1.5, 0.1]
     assert [ratio(torch.tensor([1.0, math.inf]), one), ratio(one, math.inf * one)] == [10.0, 0.1]
@@ -184,8 +178,6 @@ def test_summary_by_hand() -> None:
     assert (overall["gone"]["diverged"], overall["stuck"]["stalled"]) == (1.0, 1.0)
     assert overall["fast"]["step_share_to_target"] == pytest.approx(0.3)
     assert found["untuned_pairs"]["stuck"]["fast"]["mean"] == pytest.approx(3.9)
-    profile = found["profiles"]["all"]
-    assert (profile["fast"][0], profile["rival"][0], profile["gone"][-1]) == (1.0, 0.0, 0.0)
     json.dumps(found, allow_nan=False)
 
 
@@ -585,7 +577,7 @@ def test_report(scripted: Callable[[Losses], list[RunSpec]], rule_file: Path) ->
     summary = Evaluation(config).execute()
     written = write_report(summary, config.output)
     assert [p.name for p in written] == [
-        "table.md", "quadratic.png", "digits.png", "profile.png", "worth.png",
+        "table.md", "quadratic.png", "digits.png", "worth.png",
     ]  # fmt: skip
     for image in written[1:]:
         assert image.read_bytes().startswith(b"\x89PNG")

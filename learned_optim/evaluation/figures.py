@@ -21,7 +21,6 @@ from learned_optim.evaluation.statistics import (
     geometric_mean,
     interval,
     median,
-    performance_profile,
     ratio_interval,
     smooth,
 )
@@ -30,8 +29,6 @@ from learned_optim.evaluation.statistics import (
 FINAL_SHARE = 0.05
 #: A run stalls if it makes less than this share of the progress of the best tuned rival.
 STALLED_SHARE = 0.1
-#: Factors of the best at which the performance profile is drawn.
-FACTORS = tuple(10 ** (i / 40) for i in range(41))
 
 
 def final_loss(run: Run) -> float:
@@ -115,7 +112,7 @@ def summarize(
     untuned: Sequence[str],
     by: str = "final",
 ) -> dict[str, Any]:
-    """The summary of an evaluation: per task, over all tasks, and the performance profiles.
+    """The summary of an evaluation: per task, and over all tasks.
 
     ``untuned_pairs`` has a row for every untuned optimizer, over all others, tuned ones included.
 
@@ -148,16 +145,7 @@ def summarize(
         }
         for label in untuned
     }
-    finals = {
-        label: [entries[label].final.mean().item() for entries in figures.values()]
-        for label in (*untuned, *tuned)
-    }
-    profiles = {
-        "factors": list(FACTORS),
-        "all": performance_profile(finals, FACTORS),
-        "untuned": performance_profile({label: finals[label] for label in untuned}, FACTORS),
-    }
-    return {"tasks": tasks, "overall": overall, "untuned_pairs": pairs, "profiles": profiles}
+    return {"tasks": tasks, "overall": overall, "untuned_pairs": pairs}
 
 
 def ratio(mine: Tensor, theirs: Tensor) -> float:

@@ -92,27 +92,6 @@ def _bootstrapped(values: tuple[Tensor, ...], statistic: Any) -> dict[str, float
     return {"mean": mean, "low": float(found.low), "high": float(found.high)}
 
 
-def performance_profile(
-    values: Mapping[str, Sequence[float]], factors: Sequence[float]
-) -> dict[str, list[float]]:
-    """Share of problems on which a solver is within a factor of the best (Dolan and More 2002).
-
-    Args:
-        values: per solver, one positive cost per problem; infinite where it failed.
-        factors: 1 and above.
-
-    Returns:
-        Per solver, one share for each factor.
-    """
-    if not values:
-        return {}
-    table = torch.tensor(list(values.values()), dtype=torch.float64)  # (solvers, problems)
-    best = table.amin(0)
-    within = [table <= factor * best for factor in factors]
-    shares = torch.stack([(w & table.isfinite()).double().mean(1) for w in within], 1)
-    return dict(zip(values, shares.tolist(), strict=True))
-
-
 def pooled(losses: Sequence[float], stretches: int) -> list[float]:
     """Means over ``stretches`` equal stretches of ``losses``, or ``losses`` if there are fewer."""
     count = min(stretches, len(losses))
