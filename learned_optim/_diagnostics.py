@@ -19,6 +19,7 @@ from learned_optim._param_states import ParamStates, without_rows
 from learned_optim._views import local, local_grad, real, real_shape, shard_groups
 from learned_optim.kernels.constants import DECAY_UNIT, FAST_BETA, SQUARE_BETA, TINY
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
+from learned_optim.rules import _basis as basis
 from learned_optim.rules import _history as history
 from learned_optim.rules._base import decayed
 from learned_optim.rules._features import bias_correction
@@ -93,6 +94,17 @@ def _entry(rule: UpdateRule, key: str, state: Mapping[str, Tensor], param: Tenso
     return value.reshape(1, -1) if key in rule.tensor_state else as_rows(value)
 
 
+def _rotated(rule: UpdateRule, state: Mapping[str, Tensor], grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient ``(n,)`` in the eigenbasis of this step, which is in ``state`` after it."""
+    shape = real_shape(param)
+    rows, cols = (
+        without_rows(rule, key, state[key], shape) if key in state else None
+        for key in ("row_basis", "col_basis")
+    )
+    matrix = grad.view(basis.matrix_shape(real(local(param)).shape))
+    return basis.rotate_grad(matrix, rows, cols).reshape(-1)
+
+
 def _tensor_numbers(
     rule: UpdateRule,
     state: Mapping[str, Tensor],
@@ -128,7 +140,10 @@ def _tensor_numbers(
         return numbers
     entries = {key: _entry(rule, key, state, param) for key in rule.state_keys}
     count = torch.full((1,), step, dtype=rule.dtype, device=grad.device)
-    context = StepContext(count, total_steps=group["total_steps"])
+    rotated = None
+    if "basis_age" in state:
+        rotated, grad = torch.ones_like(count), _rotated(rule, state, grad, param)
+    context = StepContext(count, None, group["total_steps"], rotated)
     numbers.update(_signal_share(rule, entries, context, segments))
     if not rule.needs_loss and rule.rows != "none":
         own = {"step": count[0], **{key: copied[key][0] for key in rule.tensor_state}}

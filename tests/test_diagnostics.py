@@ -1,6 +1,7 @@
 """Diagnostics of a step, held against what the parameters did."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +11,10 @@ from torch import nn
 from learned_optim import LearnedOptimizer
 from learned_optim._tensors import init_scale
 from learned_optim.rules import rule_names
-from learned_optim.rules.horizon import HorizonRule
+from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 from tests.conftest import random_rule
 
-SHIPPED = ("diagonal", "coordinatewise", "mnist")
+SHIPPED = ("eigenbasis", "diagonal", "coordinatewise", "mnist")
 
 
 def network() -> nn.Module:
@@ -83,6 +84,22 @@ def test_every_rule(name: str) -> None:
         before, model.parameters(), optimizer.diagnostics().values(), strict=True
     ):
         assert numbers["step_rms"] == pytest.approx(rms(param.detach() - old), rel=1e-4)
+
+
+def test_parts_of_rotated_matrices_are_those_of_the_eigenbasis() -> None:
+    """Of a rule that steps along the gradient alone, further where a matrix is rotated."""
+    rule = HorizonRule(HorizonConfig(eigenbasis=True))
+    with torch.no_grad():
+        rule.readout.bias[1] = -2 * math.atanh(0.5)  # no fast momentum
+        rule.readout.bias[3] = 1.0  # the gradient
+        rule.direct.weight[0, -1] = 1.0  # a longer step of rotated matrices
+    model, optimizer = trained(rule, 4)
+    optimizer.diagnose()
+    backward(model, 4)
+    optimizer.step()
+    for numbers in optimizer.diagnostics().values():
+        assert numbers["part/gradient"] == pytest.approx(numbers["step_rms"], rel=1e-4)
+        assert numbers["part/fast"] == pytest.approx(0.0, abs=1e-6 * numbers["step_rms"])
 
 
 def test_signal_share_tells_repetition_from_noise() -> None:

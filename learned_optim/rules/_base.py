@@ -49,45 +49,44 @@ class UpdateRule(nn.Module):
     ==========================  ============================================  ============
 
     ``update[i] = sum_d directions[i, d] * gains[row(i), d]``, where rows are coordinates or
-    tensors. Everything but the averages is elementwise: tensors of any size are updated block by
-    block. All weights are in :meth:`respond`: meta-gradients run only that again
-    (:func:`learned_optim.meta.estimators.replay`). A rule of another kind overrides :meth:`forward`
-    itself.
+    tensors. Everything but the averages is elementwise, so large tensors are updated block by
+    block. All weights are in :meth:`respond`, so meta-gradients run it alone again
+    (:func:`learned_optim.meta.estimators.replay`). A rule that does not split into these parts
+    overrides :meth:`forward`.
 
-    A subclass names itself with ``name``, declares its frozen, JSON-serializable dataclass as
-    ``Config``, and is registered by being defined.
+    A subclass sets ``name`` and ``Config``, a frozen, JSON-serializable dataclass. Defining it
+    registers it.
 
     Args:
-        config: rebuilds the rule, together with its weights; ``None`` takes the defaults.
+        config: of type ``Config``; ``None`` for its defaults.
     """
 
-    #: Name under which the rule is registered, and checkpoints know it.
+    #: Name of the rule in the registry and in checkpoints.
     name: ClassVar[str] = ""
     #: Type of the configuration.
     Config: ClassVar[type[RuleConfig]] = RuleConfig
-    #: Unit with gains of its own: coordinates, tensors, or none, if directions are the update.
+    #: Each coordinate or each tensor has gains; "none": the direction is the update.
     rows: ClassVar[Literal["coordinates", "tensors", "none"]] = "none"
-    #: State entries that :meth:`respond` owns, one row per row; :meth:`moments` owns all others.
+    #: State entries that :meth:`respond` updates; :meth:`moments` updates all others.
     network_state: ClassVar[tuple[str, ...]] = ()
     #: State entries of whole tensors, ``(m, k)``; all others are per coordinate.
     tensor_state: ClassVar[tuple[str, ...]] = ()
     #: State entries that are matrices of a tensor, see :meth:`init_matrices`.
     matrix_state: ClassVar[tuple[str, ...]] = ()
-    #: Every coordinate is treated alike and alone: an update does not depend on which tensor a
-    #: coordinate belongs to. Promised, and tested.
+    #: The update of a coordinate depends on its own history alone, not on its tensor.
     coordinatewise: ClassVar[bool] = True
-    #: An exactly zero gradient history gives an exactly zero update. Promised, and tested.
+    #: An exactly zero gradient history gives an exactly zero update.
     zero_preserving: ClassVar[bool] = False
     #: The rule reads ``context.total_steps`` and anneals its updates.
     reads_horizon: ClassVar[bool] = False
     #: Weight decay spares coordinates whose gradient is zero in this step.
     decays_live: ClassVar[bool] = False
-    #: Steps of warm-up that the optimizer applies by default; part of the checkpoint.
+    #: Steps of the optimizer's warm-up if the user sets none; part of the checkpoint.
     warmup_steps: int = 0
     #: Inner steps of the longest runs that the weights were trained on; ``None`` if unknown.
     trained_steps: int | None = None
-    #: Configurations that the shared tests run over: the first with every part switched on, further
-    #: ones that differ in kind; the default configuration if there are none.
+    #: Configurations that the shared tests run over, the first with every part switched on; the
+    #: default configuration if empty.
     test_configs: ClassVar[tuple[RuleConfig, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -140,12 +139,12 @@ class UpdateRule(nn.Module):
             sharded: dimensions of which this process has a part.
 
         Returns:
-            Tensors by name, in the rule's dtype; those that the tensor does not have are left out.
+            Tensors by name, in the rule's dtype; only the entries that this tensor has.
         """
         return {}
 
     def moments(self, grad: Tensor, state: State) -> State:
-        """New values of the per-coordinate entries that observation owns; elementwise.
+        """New values of the per-coordinate entries outside :attr:`network_state`; elementwise.
 
         Args:
             grad: shape ``(n,)``, finite, in the rule's dtype.
@@ -162,8 +161,8 @@ class UpdateRule(nn.Module):
             grad: shape ``(n,)``.
             state: with the new :meth:`moments`.
             param: shape ``(n,)``, in the rule's dtype.
-            segments: the tensors at hand, which may be pieces of whole ones.
-            context: theirs.
+            segments: the tensors, of which ``grad`` may hold pieces.
+            context: of these tensors.
 
         Returns:
             ``k`` pairs ``(a, b)`` of shapes ``(n,)``; ``(a, None)`` averages ``a`` itself.
@@ -195,12 +194,12 @@ class UpdateRule(nn.Module):
             grad: shape ``(n,)``.
             state: with the new :meth:`moments`.
             param: shape ``(n,)``.
-            stats: those of the coordinate's tensor, ``(s, n)``.
+            stats: of :meth:`tensor_features`, expanded to coordinates, ``(s, n)``.
 
         Returns:
             ``(features, directions)``: input of :meth:`respond`, ``(n, f)``, if rows are
-            coordinates, else ``None``; and ``(n, d)``, or the update itself, ``(n, 1)``, if there
-            are no rows. Fast where each column is contiguous in memory.
+            coordinates, else ``None``; and ``(n, d)``, or, if :attr:`rows` is "none", the update,
+            ``(n, 1)``. Both are fastest with contiguous columns.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no coordinate_features")
 
@@ -221,7 +220,7 @@ class UpdateRule(nn.Module):
     def respond_(self, features: Tensor, state: State) -> Tensor:
         """One step of :meth:`respond` without a graph, in place in ``state``; ``(r, d)``.
 
-        A rule may override it with a faster form, which a test holds against :meth:`respond`.
+        A rule may override it with a faster form; a test compares it with :meth:`respond`.
         """
         gains, new_state = self.respond(features.unsqueeze(0), state)
         for key, value in new_state.items():
@@ -229,15 +228,19 @@ class UpdateRule(nn.Module):
         return gains[0]
 
     def default_weight_decay(self, total_steps: float | None) -> float:
-        """Weight decay of users who give none, in a run of that length or of unknown length."""
+        """Weight decay where the user sets none; ``total_steps`` is ``None`` if unknown."""
         return 0.0
 
     def scheduled_decay(
         self, weight_decay: float, states: Sequence[State], context: StepContext
     ) -> float | Tensor:
-        """Weight decay at a step, of all tensors or of each, ``(m,)``: rules may schedule it.
+        """Weight decay at a step: one number, or one per tensor, ``(m,)``.
 
-        ``states`` hold ``step`` and the entries in :attr:`tensor_state`, ``(k,)``, before it.
+        Args:
+            weight_decay: that of the parameter group.
+            states: of each tensor before the step, with ``step`` and the entries in
+                :attr:`tensor_state`, ``(k,)``.
+            context: the step.
         """
         return weight_decay
 
@@ -292,7 +295,7 @@ class UpdateRule(nn.Module):
             ``(update, new_state)``; the update has shape ``(n,)``.
         """
         features, directions, new = self.observe(grad, state, param, segments, context)
-        if self.rows == "none" or features is None:
+        if features is None:
             return self.mix(directions, None, segments), new
         network = {key: state[key] for key in self.network_state}
         gains, network = self.respond(features.unsqueeze(0), network)
@@ -312,8 +315,8 @@ class UpdateRule(nn.Module):
     ) -> None:
         """One step in place: weight decay, state, parameters, and each state's ``"step"``.
 
-        It runs the parts of :meth:`forward` over blocks with bounded temporaries. A rule with a
-        kernel overrides it and falls back to this one.
+        It runs the parts of :meth:`forward` over blocks with bounded temporaries. Rules with a
+        kernel override it and fall back to it.
 
         Args:
             params: real tensors of one device, any floating dtype, any strides.
@@ -322,7 +325,8 @@ class UpdateRule(nn.Module):
                 :meth:`init_state`, dtype float32, float64 or bfloat16; other keys are ignored.
                 Entries in :attr:`tensor_state` are ``(k,)``.
             settings: learning rate and other numbers.
-            shards: what ``params`` are parts of; ``None`` for whole tensors.
+            shards: describes sharded tensors whose local parts are ``params``; ``None`` for
+                whole tensors.
             updates: tensors that receive the updates of rotated matrices, whose parameters then
                 only decay; ``None`` for the others, and for all if none is rotated.
         """
@@ -375,12 +379,12 @@ class UpdateRule(nn.Module):
         restore_where_zero_(lr, states, before)
 
     def bind(self, params: Sequence[Tensor], states: Sequence[State]) -> StepFunction | None:
-        """:meth:`step_` of these very tensors, if the rule can prepare a faster one.
+        """A faster :meth:`step_` for these tensors; ``None`` if the rule has none.
 
-        The optimizer calls it with gradients and settings while parameters and state entries are
-        the same objects and weights stay. It returns true if it has made the step; false, and
-        nothing is done, if :meth:`step_` has to. A subclass that overrides :meth:`step_` must not
-        inherit another one's.
+        The optimizer calls it with gradients and settings while parameters, state entries and
+        weights are the same objects. It returns true if it has made the step. It returns false, and
+        has changed nothing, if :meth:`step_` must make it. A subclass that overrides :meth:`step_`
+        overrides this as well.
 
         Args:
             params: whole, real tensors of one device.
@@ -427,7 +431,7 @@ class UpdateRule(nn.Module):
 def decayed(
     rule: UpdateRule, params: Sequence[Tensor], grads: Sequence[Tensor], decay: float | Tensor
 ) -> Iterator[Tensor]:
-    """Parameters after weight decay: of all by one number, or of each by its own, ``(m,)``."""
+    """Parameters after weight decay; ``decay`` is one number, or one per tensor, ``(m,)``."""
     each = decay.expand(len(params)) if isinstance(decay, Tensor) else [decay] * len(params)
     for param, grad, own in zip(params, grads, each, strict=True):
         # On a GPU a factor of no dimensions would be rounded to half precision first.
@@ -453,7 +457,6 @@ def _updates_by_parts(
     """Two passes: moments and means over whole tensors; then features, gains and updates."""
     dtype = rule.dtype
     moments = [key for key in rule.state_keys if key not in rule.network_state]
-    seen: dict[int, tuple[Tensor, State, Tensor]] = {}  # of the only piece, kept for pass two
     sums: list[Tensor] = []
 
     def load(piece: Piece) -> tuple[Tensor, State, Tensor]:
@@ -468,30 +471,24 @@ def _updates_by_parts(
             piece.unpack_rows_(states, key, value)
         return grad, {**state, **new}, param
 
-    probe = type(rule).products is not UpdateRule.products
-    for index, piece in enumerate(pieces if probe else ()):
-        grad, state, param = observe_(piece)
+    measures = type(rule).products is not UpdateRule.products
+    only = observe_(pieces[0]) if len(pieces) == 1 else None  # one piece is loaded once
+    for index, piece in enumerate(pieces if measures else ()):
+        grad, state, param = only or observe_(piece)
         own = context.of(piece.tensors)
         part = piece.segments.sums(rule.products(grad, state, param, piece.segments, own))
         if sums and piece.first == pieces[index - 1].first:  # the tensor's next block
             sums[-1] = sums[-1] + part
         else:
             sums.append(part)
-        if len(pieces) == 1:
-            seen[0] = grad, state, param
     means = segments.mean_from_sums(torch.cat(sums, 1)) if sums else segments.columns[:0]
     features, stats = rule.tensor_features(means, segments, context)
-    gains = None
-    if rule.rows == "tensors" and features is not None:
-        gains = _respond_to_tensors_(rule, features, states)
-    for index, piece in enumerate(pieces):
-        if not probe:
-            grad, state, param = observe_(piece)
-        else:
-            grad, state, param = seen.pop(index) if index in seen else load(piece)
+    gains = None if features is None else _respond_to_tensors_(rule, features, states)
+    for piece in pieces:
+        grad, state, param = only or (load(piece) if measures else observe_(piece))
         own_stats = None if stats is None else piece.segments.expand(stats[:, piece.tensors])
         rows, directions = rule.coordinate_features(grad, state, param, own_stats)
-        if rule.rows == "coordinates" and rows is not None:
+        if rows is not None:
             keys = [key for key in rule.network_state if key not in rule.tensor_state]
             network = {key: piece.pack_rows(states, key, dtype) for key in keys}
             answer: Tensor | None = rule.respond_(rows, network)
@@ -503,7 +500,7 @@ def _updates_by_parts(
 
 
 def _respond_to_tensors_(rule: UpdateRule, features: Tensor, states: Sequence[State]) -> Tensor:
-    """Gains ``(m, d)`` of rules that have them per tensor, in place in the network's state."""
+    """Gains of each tensor, ``(m, d)``, in place in the network's state."""
     own = {key: [state[key] for state in states] for key in rule.network_state}
     network = {key: torch.stack(values).to(features.dtype) for key, values in own.items()}
     gains = rule.respond_(features, network)
@@ -522,7 +519,7 @@ def _updates_by_forward(
     segments: Segments,
     context: StepContext,
 ) -> Iterator[tuple[Piece, Tensor]]:
-    """For rules that define :meth:`forward` itself."""
+    """One pass, for rules that override :meth:`forward`."""
     dtype = rule.dtype
     for piece in pieces:
         state = {}

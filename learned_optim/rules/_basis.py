@@ -27,17 +27,17 @@ from learned_optim._tensors import has_values, lie_side_by_side
 from learned_optim.kernels import constants as c
 from learned_optim.rules._context import State
 
-#: Entries of a rotated matrix's state: bases, covariances, and the number of gradients they have
-#: seen, ``(1, 1)`` on the CPU, because it says when a basis is refreshed.
+#: State entries of a rotated matrix: bases, covariances, and the number of gradients so far,
+#: ``(1, 1)``. That one is on the CPU, because it decides when a basis is refreshed.
 KEYS = ("row_basis", "col_basis", "row_cov", "col_cov", "basis_age")
-#: Entries of a rotated matrix's state that live in its bases: two momenta and the mean square.
+#: State entries in the coordinates of the bases: two momenta and the mean square.
 MOMENTS = ("fast", "slow", "square")
 
 COVARIANCE_BETA = 0.9  # a mean of ten gradients
 LONGEST_SIDE = 1024  # beyond it a QR takes longer than a batch's gradient
 # Beyond these ratios of sides only the shorter one is rotated: the longer has most of the cost.
 LONGEST_RATIO = 4.0
-KERNEL_RATIO = 10.0  # of kernels: 3x3 ones have nine columns per input, and deep ones need both
+KERNEL_RATIO = 10.0  # of convolutions: 3x3 kernels have nine columns per input channel
 SHORTEST_SIDE = 2
 FIRST_ITERATIONS = 3  # of subspace iteration at the first gradient, from the identity
 FRESH_AGE = 5  # bases of this age are refreshed at every step, older ones at a fifth of their age
@@ -104,11 +104,20 @@ def rotate(x: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     return x if cols is None else x @ cols
 
 
-def without_rounding(turned: Tensor, before: Tensor) -> Tensor:
-    """A rotated gradient or momentum whose entries below the rotation's rounding error are zero.
+def rotate_grad(grad: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    """What the rule reads of a finite gradient ``(b, r, c)``: rotated, rounding errors at zero."""
+    return without_rounding(rotate(grad, rows, cols), grad)
 
-    A direction without a gradient would otherwise be stepped by rounding errors, because steps do
-    not depend on the size of gradients.
+
+def without_rounding(turned: Tensor, before: Tensor) -> Tensor:
+    """``turned`` with entries below the rotation's rounding error set to zero.
+
+    Steps do not depend on the size of gradients. So rounding errors would move a direction without
+    a gradient as far as any other.
+
+    Args:
+        turned: rotated gradients or momenta, ``(b, r, c)``.
+        before: the same before the rotation.
     """
     norm = torch.linalg.vector_norm(before, dim=(-2, -1), keepdim=True)
     error = 4 * torch.finfo(before.dtype).eps * norm
@@ -126,7 +135,7 @@ def accumulate_(
 ) -> None:
     """Add ``factor @ factor^T`` to running covariances, in place.
 
-    A plain mean of the first gradients, then an exponential one.
+    The mean of the first ten gradients is plain, then it is exponential.
 
     Args:
         cov: ``(b, n, n)``.
@@ -307,7 +316,7 @@ class Rotation:
             self._update_bases(group, grad)
             if grad.device.type != "cpu":  # where the rate is 0 the kernel writes no updates
                 group.updates.zero_()
-            turned = without_rounding(rotate(grad, *group.rotation), grad).contiguous()
+            turned = rotate_grad(grad, *group.rotation).contiguous()
             for index, own, update in zip(
                 group.indices, turned.unbind(), group.updates.unbind(), strict=True
             ):
@@ -347,7 +356,7 @@ class Rotation:
         torch._foreach_add_([self._states[index]["basis_age"] for index in group.indices], 1)
 
     def _refresh(self, group: _Group, due: list[int], fresh: bool) -> None:
-        """New bases of some matrices of a group; ``fresh`` ones have no momenta so far."""
+        """Refresh bases of some matrices of a group; ``fresh``: they have no momenta so far."""
         turns: list[Tensor | None] = []
         for basis, cov in zip(group.bases, group.covs, strict=True):
             if basis is None or cov is None:
@@ -378,6 +387,6 @@ def _address(tensor: Tensor) -> int:
 
 
 def _age(state: State) -> int:
-    """Gradients that the bases have seen; 1 if it has no value."""
+    """Number of gradients so far; 1 for fake tensors."""
     age = state["basis_age"]
     return int(age) if has_values(age) else 1

@@ -14,7 +14,7 @@ from learned_optim.kernels import StepSettings
 __all__ = ["Shards", "State", "StepContext", "StepFunction", "StepSettings"]
 
 State = dict[str, Tensor]
-#: A step in place whose parameters and state are known, see :meth:`UpdateRule.bind`.
+#: A step of tensors that are already known, see :meth:`UpdateRule.bind`.
 StepFunction: TypeAlias = Callable[[Sequence[Tensor], StepSettings], bool]
 
 
@@ -47,7 +47,7 @@ class StepContext:
 
 
 class Shards(NamedTuple):
-    """The sharded tensors of which those of a step are parts.
+    """The sharded tensors whose local parts a step takes.
 
     Attributes:
         shapes: of the whole tensors.

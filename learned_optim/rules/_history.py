@@ -1,8 +1,8 @@
 """Statistics of each tensor that the horizon rule keeps, and the network's inputs.
 
 A step is described by ``(m, f)`` numbers: its time, then its measurements. The network reads the
-time of the step and the measurements of the step before, which are in ``stats``: one pass over the
-coordinates does everything.
+time of the step, and from ``stats`` the measurements of the step before. So one pass over the
+coordinates is enough.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def next_confidence(
     the warm-up, it moves less: with the agreement in runs of unknown length; in runs of known
     length, which a schedule anneals, it falls only where gradients grow while they oppose the
     momentum. It stays above the rate of a run without end, ``-log(1 + step / warmup) / 2``. A value
-    below that has not reached 0 yet.
+    below that floor has not reached 0 yet.
 
     Args:
         log: before the step.
         agreement: correlation of the gradient with the momentum before it.
         mean_agreement: its average over a hundred steps.
-        growth: log of the gradient's mean square, less the moving average of that.
+        growth: log of the gradient's mean square, less its moving average.
         step: number of earlier updates.
         known: 1 where the length of the run is known, else 0.
     """
@@ -109,7 +109,10 @@ def measurements(means: Tensor) -> tuple[Tensor, ...]:
 
 
 def scale_of(seen: Tensor, stats: Tensor, entry: int = RMS) -> Tensor:
-    """Root mean square of each tensor, ``(m,)``: of the step before, at the first of this one."""
+    """Root mean square of each tensor's parameters before the step, ``(m,)``.
+
+    It is an entry of ``stats``, or at the first step a measurement of this step.
+    """
     return torch.where(seen[:, STEP] > 0, stats[:, entry], seen[:, MEASUREMENTS][:, 0])
 
 
@@ -149,9 +152,9 @@ def network_inputs(seen: Tensor, stats: Tensor) -> Tensor:
 def next_stats(seen: Tensor, stats: Tensor) -> Tensor:
     """``stats`` after the step, ``(m, 14)``.
 
-    Entries that describe gradients stay as they are until the tensor has had one. The agreement
-    that moves the step confidence is that of coordinates with a gradient: the correlation over the
-    root of their share.
+    Entries that describe gradients stay as they are until the tensor has had one. The step
+    confidence follows the correlation over coordinates with a gradient: the correlation over all
+    coordinates, divided by the root of their share.
     """
     step, old = seen[:, STEP], stats.unbind(-1)
     rms, level, *logs, with_fast, with_slow, live, any_gradient = seen[:, MEASUREMENTS].unbind(-1)

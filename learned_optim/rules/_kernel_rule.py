@@ -37,9 +37,9 @@ class KernelRule(UpdateRule):
         shards: Shards | None = None,
         updates: Sequence[Tensor | None] | None = None,
     ) -> None:
-        """See :meth:`UpdateRule.step_`: the device's kernel where it can, else the pure form.
+        """See :meth:`UpdateRule.step_`: by the device's kernel where possible, else the pure form.
 
-        Matrices that have bases are rotated, unless there are ``updates``: the caller has done it.
+        Matrices with bases are rotated here. A caller that passes ``updates`` has rotated them.
         """
         if updates is not None or not any("basis_age" in state for state in states):
             self._step_(params, grads, states, settings, shards, updates)

@@ -10,7 +10,7 @@ from learned_optim.rules._context import State
 
 
 class LSTMStack(nn.Module):
-    """LSTM layers whose state is kept as ``hidden`` and ``cell``, layers side by side.
+    """LSTM layers with state ``hidden`` and ``cell``, layers side by side.
 
     The parameters are named and drawn as those of ``nn.LSTM``, which is not a base class because
     torch.compile traces no module that holds one.
@@ -63,10 +63,9 @@ class LSTMStack(nn.Module):
     def step_(self, x: Tensor, state: State) -> Tensor:
         """One step of :meth:`sequence` for a block of rows, in place in ``state``.
 
-        One sigmoid serves all gates, the candidate's too, because eager tanh is several times
-        dearer on many processors: tanh(z) = 2 sigmoid(2z) - 1. Everything runs transposed, so that
-        a gate is contiguous in memory, and so is a column of the state as :meth:`zero_state` makes
-        it.
+        One sigmoid serves all gates and, as tanh(z) = 2 sigmoid(2z) - 1, the candidate: eager tanh
+        is several times slower on many processors. All matrices are transposed, so that a gate is
+        contiguous in memory, as is a column of the state from :meth:`zero_state`.
 
         Args:
             x: features, ``(n, inputs)``.

@@ -1,4 +1,4 @@
-"""Update rules by name: a rule is registered by the module that defines it being imported."""
+"""Update rules by name. Importing the module that defines a rule registers it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rule_names() -> list[str]:
 
 
 def rule_for(config: RuleConfig) -> UpdateRule:
-    """A rule with fresh weights for a configuration: its type tells which rule.
+    """A rule with fresh weights; the type of the configuration decides which rule.
 
     Raises:
         TypeError: no rule, or more than one, is configured by this type.

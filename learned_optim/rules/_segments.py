@@ -28,14 +28,14 @@ class Segments:
         shapes: shapes of the whole tensors.
         dtype: dtype of the per-tensor values.
         device: device of the coordinates.
-        sizes: numbers of coordinates at hand; those of the whole tensors if not given. Smaller
-            for shards, and for pieces of large tensors.
+        sizes: numbers of coordinates at hand, smaller than the whole tensors for shards and for
+            pieces of large tensors; those of the whole tensors if not given.
         shard_groups: process groups over which the tensors are sharded, the same for all of them.
 
     Attributes:
         sizes: coordinates of each tensor at hand, ``m`` integers.
         numel: coordinates of each whole tensor, at least 1, shape ``(m,)``.
-        init_scale: see :func:`~learned_optim._shapes.init_scale`, shape ``(m,)``.
+        init_scale: see :func:`learned_optim._tensors.init_scale`, shape ``(m,)``.
         log_fan_in: log of the inputs per output, shape ``(m,)``.
         log_size: log of ``numel``, shape ``(m,)``.
         is_vector: 1 for tensors of fewer than two dimensions, else 0, shape ``(m,)``.
@@ -74,7 +74,7 @@ class Segments:
         sizes: tuple[int, ...],
         shard_groups: tuple[Any, ...] = (),
     ) -> Segments:
-        """The segments of these tensors; cached, because every step asks for the same."""
+        """The segments of these tensors, cached: every step asks for the same ones."""
         if torch.compiler.is_compiling() or not is_plain_eager():
             return cls(shapes, dtype=dtype, device=device, sizes=sizes, shard_groups=shard_groups)
         return _cached(shapes, dtype, device, sizes, shard_groups)
@@ -118,7 +118,7 @@ class Segments:
         return self._ids
 
     def piece(self, first: int, last: int, size: int | None = None) -> Segments:
-        """Tensors ``first`` to ``last``, without it; or ``size`` coordinates of one of them."""
+        """Tensors ``first`` to ``last - 1``, or ``size`` coordinates of the first."""
         part = copy.copy(self)
         part.shapes = self.shapes[first:last]
         part.sizes = self.sizes[first:last] if size is None else [size]
@@ -173,7 +173,7 @@ class Segments:
         return self.mean_from_sums(self.sums([(row, None) for row in values]))
 
     def _by_tensor(self) -> bool:
-        """True if a call per tensor is cheaper than, or has to replace, indices."""
+        """True if a call per tensor is cheaper than indices, or the only way."""
         kind = self.columns.device.type
         if torch.compiler.is_compiling() or kind not in ("cpu", "cuda") or not is_plain_eager():
             return True
@@ -193,7 +193,7 @@ def _cached(
 
 
 def is_plain_eager() -> bool:
-    """False under fake tensors and other modes that replace every tensor that is made."""
+    """False under fake tensors and other modes that replace every new tensor."""
     return _get_current_dispatch_mode() is None
 
 

@@ -1,4 +1,4 @@
-"""Parts of the step in place that know no rule: pieces of work, gradients, rates.
+"""Parts of the step in place that do not depend on the rule.
 
 Small tensors are packed, large ones cut into blocks.
 """
@@ -18,8 +18,8 @@ from learned_optim.rules._segments import Segments, is_plain_eager
 
 # Coordinates per block: temporaries of a block stay in the cache, and calls cost little beside it.
 BLOCK = 1 << 15
-# Larger tensors than this are not packed: networks of coordinates have dozens of numbers of state
-# each, whose copies soon cost more than a further round of calls.
+# Larger tensors are not packed by rules with dozens of state entries per coordinate: copying those
+# costs more than another round of calls.
 MOST_PACKED = 1 << 13
 
 
@@ -34,7 +34,7 @@ def sanitize_grad(grad: Tensor, dtype: torch.dtype, maximize: bool = False) -> T
 
 
 def warmup_factor(step: Tensor, warmup: int) -> Tensor | None:
-    """``min(1, (step + 1) / warmup)``, shape ``(m,)``; ``None`` if known to be 1 for free."""
+    """``min(1, (step + 1) / warmup)``, shape ``(m,)``; ``None`` where it is known to be 1."""
     if not warmup:
         return None
     known = step.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain_eager()
@@ -53,7 +53,7 @@ def needs_sync(lr: float | Tensor) -> bool:
 def states_before(
     lr: float | Tensor, states: Sequence[State], keys: Sequence[str]
 ) -> list[State] | None:
-    """Copies of state, for :func:`restore_where_zero_`; ``None`` if ``lr`` is known here."""
+    """Copies for :func:`restore_where_zero_`; ``None`` if the CPU knows ``lr``."""
     if not needs_sync(lr):
         return None
     return [{key: state[key].clone() for key in keys if key in state} for state in states]
@@ -62,7 +62,7 @@ def states_before(
 def restore_where_zero_(
     lr: float | Tensor, states: Sequence[State], before: Sequence[State] | None
 ) -> None:
-    """Undo changes of state where ``lr`` is 0, which the device alone knows."""
+    """Undo changes of state if ``lr`` is 0, where only the device knows its value."""
     if before is None or not isinstance(lr, Tensor):
         return
     active = lr.reshape(()) != 0
@@ -82,8 +82,8 @@ class Piece:
     Attributes:
         first: index of the first tensor.
         last: index after the last tensor.
-        rows: the coordinates of the tensor, if they are but a part of one.
-        segments: describes the piece.
+        rows: coordinates of the tensor, if the piece is a part of one; else ``None``.
+        segments: of the piece.
     """
 
     first: int
@@ -100,7 +100,7 @@ class Piece:
         return rows if self.rows is None else rows[self.rows]
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The piece's coordinates of all tensors of the call, ``(n,)``; a view where possible."""
+        """The piece's coordinates, ``(n,)``, of the call's tensors; a view where possible."""
         if self.last - self.first == 1:
             return self._part(tensors[self.first].reshape(-1))
         return torch.cat([t.reshape(-1) for t in tensors[self.tensors]])
@@ -113,7 +113,7 @@ class Piece:
         return torch.cat(parts, 1).t().to(dtype)
 
     def unpack_rows_(self, states: Sequence[State], key: str, value: Tensor) -> None:
-        """Write a packed entry ``(n, k)`` back; views that were written to stay as they are."""
+        """Write a packed entry ``(n, k)`` back, unless it is a view of the state."""
         if self.last - self.first == 1:
             target = self._part(as_rows(states[self.first][key]))
             if not same_memory(target, value):
@@ -146,8 +146,8 @@ def pieces_of(
     """Pieces of at most ``BLOCK`` coordinates.
 
     Args:
-        params: of which those that are not contiguous stay in one piece.
-        segments: of all of them.
+        params: tensors of the call; those that are not contiguous stay in one piece.
+        segments: of the call.
         most_packed: coordinates of the largest tensor that is packed together with others.
         whole: leave all tensors in one piece.
     """
@@ -189,7 +189,7 @@ _cached_pieces = lru_cache(maxsize=64)(_pieces)
 
 
 def as_rows(value: Tensor) -> Tensor:
-    """State ``(*S, k)`` as ``(n, k)``, also where ``n`` is 0: a view, to be written through."""
+    """A view of state ``(*S, k)`` as ``(n, k)``, where ``n`` may be 0."""
     n = 1
     for size in value.shape[:-1]:
         n *= size
@@ -197,7 +197,7 @@ def as_rows(value: Tensor) -> Tensor:
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    """True if both are the same view, so that nothing is to be copied."""
+    """True if both are the same view, so that no copy is needed."""
     if torch.compiler.is_compiling() or not is_plain_eager():
         return False
     return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype

@@ -1,7 +1,7 @@
 """SGD, momentum, RMSprop and Adam written as update rules: the reference of the optimizer's tests.
 
-Inside :class:`~learned_optim.LearnedOptimizer` they follow ``torch.optim`` to float tolerance, so
-whatever differs in a learned rule's behaviour is the rule, not the plumbing.
+Inside :class:`~learned_optim.LearnedOptimizer` they follow ``torch.optim`` to float tolerance. So
+other behaviour of a learned rule comes from the rule, not from the optimizer around it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A sign-equivariant LSTM that scales momentum: the general-purpose rule.
 
-The network sees even functions of the gradient history only and decides *how far* to go; the
+The network reads only even functions of the gradient history and sets the step size. The
 direction is a mixture of odd signals, the normalized momenta of Adam (Kingma and Ba 2015) and
 RNNprop (Lv, Jiang and Li 2017) on two time scales. Hence, by construction,
 
@@ -8,9 +8,8 @@ RNNprop (Lv, Jiang and Li 2017) on two time scales. Hence, by construction,
 - ``update(-history) = -update(history)``;
 - a constant factor on the loss changes nothing (beyond the epsilon of a division).
 
-Steps are in units of the parameter tensor's own scale, ``max(rms(theta), 1 / sqrt(fan_in))``, and
-the network sees where the tensor stands: its scale, shape and age, and how much of its gradient
-is signal.
+Steps are in units of the tensor's scale, ``max(rms(theta), 1 / sqrt(fan_in))``. The network also
+reads the tensor's scale, shape and age, and the share of signal in its gradient.
 """
 
 from __future__ import annotations
@@ -50,16 +49,16 @@ class EquivariantConfig(RuleConfig):
     initial_step: float = 0.02
     """Step of the untrained rule, in units of the tensor's scale."""
     direct: bool = False
-    """Whether the features of whole tensors also reach the gains directly, past the LSTM."""
+    """Whether the gains also read the features of whole tensors directly, past the LSTM."""
 
 
 class EquivariantRule(UpdateRule):
     """LSTM gains on normalized momenta, relative to the tensor's scale.
 
     ``update = -scale * exp(a) * (s_fast + b_1 s_fast + b_2 s_slow + b_3 s_now)`` with
-    ``s = m_hat / sqrt(v_hat)`` and ``a``, ``b`` read out from the LSTM and, if ``direct``, from
-    the features of the tensor: a bounded network with zero state takes several steps to report
-    that weights are a hundred times below their scale, and those are the steps that count.
+    ``s = m_hat / sqrt(v_hat)`` and ``a``, ``b`` read out from the LSTM. With ``direct`` they also
+    read the features of the tensor: an LSTM with zero state takes several steps to report that
+    weights are a hundred times below their scale, and the first steps matter most.
     State per coordinate: ``moments`` (fast, slow, square) and the LSTM's.
     """
 

@@ -49,11 +49,11 @@ from learned_optim.rules._features import bias_correction, largest_momentum, mom
 from learned_optim.rules._kernel_rule import KernelRule
 from learned_optim.rules._segments import Product, Segments
 
-__all__ = ["DIRECTIONS", "HorizonConfig", "HorizonRule"]
+__all__ = ["HorizonConfig", "HorizonRule"]
 
-#: Fast momentum, slow momentum, gradient, and the cautious fast momentum (Liang et al. 2024, arXiv
-#: 2411.16085), each in units of ``r``.
-DIRECTIONS = 4
+# Fast momentum, slow momentum, gradient, and the cautious fast momentum (Liang et al. 2024, arXiv
+# 2411.16085), each in units of `r`.
+_DIRECTIONS = 4
 _MOMENTS = ("fast", "slow", "square")
 _BETAS = (c.FAST_BETA, c.SLOW_BETA, c.SQUARE_BETA)
 
@@ -98,8 +98,8 @@ class HorizonRule(KernelRule):
         super().__init__(config)
         units = self.config.hidden_size
         self.hidden = nn.Linear(history.INPUTS, units)
-        self.readout = nn.Linear(units, 1 + DIRECTIONS)
-        self.direct = nn.Linear(history.INPUTS, 1 + DIRECTIONS, bias=False)
+        self.readout = nn.Linear(units, 1 + _DIRECTIONS)
+        self.direct = nn.Linear(history.INPUTS, 1 + _DIRECTIONS, bias=False)
         nn.init.normal_(self.hidden.weight, std=history.INPUTS**-0.5)
         nn.init.zeros_(self.hidden.bias)
         # The untrained rule is the schedule on Adam's direction.
@@ -163,7 +163,7 @@ class HorizonRule(KernelRule):
         cautious = torch.where(fast_ratio * grad > 0, fast_ratio, 0.0)
         return None, torch.stack((fast_ratio, slow / r, ratio, cautious)).t()
 
-    # ---- tensors: what is measured, what the network reads, and what it answers
+    # ---- tensors: measurements, the network, and statistics
 
     def products(
         self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
@@ -212,19 +212,12 @@ class HorizonRule(KernelRule):
         )
         return torch.stack(features, dim=-1), _corrections(context)
 
-    def inputs(self, seen: Tensor, stats: Tensor) -> Tensor:
-        """What the network reads, ``(m, 23)``, of a step ``(m, f)`` and the steps before it."""
-        return history.network_inputs(seen, stats)
-
-    def answers(self, inputs: Tensor) -> Tensor:
-        """Log of the factor on the step, and the shares, before they are bounded: ``(m, 5)``."""
-        answer: Tensor = self.readout(torch.tanh(self.hidden(inputs))) + self.direct(inputs)
-        return answer
-
     def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
         stats, gains = state["stats"], []
         for now in features.unbind():  # (m, f)
-            out = self.answers(self.inputs(now, stats))
+            inputs = history.network_inputs(now, stats)
+            # Log of the factor on the step, and the directions' shares, not yet bounded: (m, 5).
+            out = self.readout(torch.tanh(self.hidden(inputs))) + self.direct(inputs)
             factor = c.STEP_BOUND * torch.tanh(out[:, :1] / c.STEP_BOUND)
             confidence = stats[:, history.CONFIDENCE].unsqueeze(-1)
             rms = history.scale_of(now, stats).clamp(max=c.LARGEST_SCALE)
@@ -240,7 +233,10 @@ class HorizonRule(KernelRule):
     # ---- weight decay
 
     def default_weight_decay(self, total_steps: float | None) -> float:
-        """Of runs of known length: an unknown one may be long enough to shrink everything."""
+        """1 in runs of known length, less in long ones; 0 where the length is unknown.
+
+        A run of unknown length may be long enough for any decay to shrink all parameters.
+        """
         if total_steps is None:
             return 0.0
         return c.WEIGHT_DECAY * min(1.0, c.UNDIMINISHED_STEPS / total_steps)
@@ -248,7 +244,7 @@ class HorizonRule(KernelRule):
     def scheduled_decay(
         self, weight_decay: float, states: Sequence[State], context: StepContext
     ) -> Tensor:
-        """Times step confidence and a power of the schedule, ``(m,)``: weights that step shrink."""
+        """Weight decay times step confidence and a power of the schedule, ``(m,)``."""
         confidence = torch.stack([state["stats"][history.CONFIDENCE] for state in states])
         schedule = rate_schedule(context.step, context.total_steps) ** c.DECAY_POWER
         return weight_decay * schedule * confidence.to(context.step.dtype).exp()
@@ -279,7 +275,10 @@ def _corrections(context: StepContext) -> Tensor:
 
 
 def _corrections_before(context: StepContext) -> Tensor:
-    """Factors on ``new momentum - (1 - beta) grad`` for that before, unbiased, ``(2, m)``."""
+    """Factors from ``new momentum - (1 - beta) grad`` to the unbiased momentum before, ``(2, m)``.
+
+    0 at the first step.
+    """
     correction = bias_correction(context.step.clamp(min=1), *_BETAS[:2])
     decay = correction.new_tensor(_BETAS[:2]).unsqueeze(1)
     return torch.where(context.step > 0, 1 / (decay * correction), 0.0)

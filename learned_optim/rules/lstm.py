@@ -25,7 +25,7 @@ class LSTMConfig(RuleConfig):
     """Architecture of :class:`LSTMRule`."""
 
     preprocessing: Literal["raw", "log_sign"] = "log_sign"
-    """What the network sees of the gradient: itself, or its log-magnitude and sign."""
+    """Input of the network: the gradient, or its log-magnitude and sign."""
     p: float = 10.0
     """Gradients below e^-p fade to zero; only for log_sign."""
     hidden_size: int = 20
@@ -55,8 +55,7 @@ class LSTMRule(UpdateRule):
     """Coordinatewise LSTM of ``num_layers`` x ``hidden_size`` units.
 
     State per coordinate: ``hidden`` and ``cell``, each ``num_layers * hidden_size`` numbers,
-    layer after layer. A zero gradient still moves the parameter a little (the biases see to
-    that); rules that promise otherwise set ``zero_preserving``.
+    layer after layer. Because of its biases a zero gradient still moves the parameter a little.
     """
 
     name = "lstm"
@@ -73,8 +72,8 @@ class LSTMRule(UpdateRule):
         self.lstm = LSTMStack(inputs, self.config.hidden_size, self.config.num_layers)
         self.readout = nn.Linear(self.config.hidden_size, 1)
         with torch.no_grad():
-            # An untrained rule should barely move the optimizee: a random direction of full size
-            # costs the first hundred meta-steps to unlearn.
+            # The untrained rule barely moves the parameters: unlearning random steps of full size
+            # would take the first hundred meta-steps.
             self.readout.weight.mul_(0.1)
             self.readout.bias.zero_()
 
