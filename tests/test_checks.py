@@ -110,12 +110,12 @@ def changing_batches(generator: Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 3, generator=generator), torch.randn(size, generator=generator)
 
 
-def test_changing_shapes_train_alone() -> None:
+def test_batches_of_changing_shapes_train_alone() -> None:
     family = FixedTask(Part(batch=changing_batches))
     check_family(family, "changing")
     assert not family.stackable
     assert "equal size" in family.alone_because
-    with pytest.raises(ValueError, match=r"shapes of batches change, from .*set stackable=False"):
+    with pytest.raises(ValueError, match=r"side by side .*changing shapes: set stackable=False"):
         check_family(FixedTask(Part(batch=changing_batches), stackable=True), "changing")
 
 

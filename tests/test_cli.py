@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -15,7 +14,8 @@ from test_trainer import SMALL
 
 import learned_optim
 from learned_optim import list_pretrained, load_record, load_rule, save_rule
-from learned_optim.cli import ProgressBar, main
+from learned_optim._progress import ProgressBar
+from learned_optim.cli import main
 from learned_optim.evaluation.baselines import BASELINES
 from learned_optim.meta import DataOptions, MetaTrainer, load_recipe
 from learned_optim.meta.recipes import recipe_from_json, recipe_schema, recipes
@@ -64,27 +64,6 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Learning rate of the meta-optimizer, Adam. (default: 0.005)" in re.sub(
         r"[\s│]+", " ", capsys.readouterr().out
     )
-
-
-def test_completion_in_a_shell() -> None:
-    """What bash offers after the beginnings of a command, an option and a recipe."""
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("needs bash")
-    command = [*PROCESS, "--tyro-print-completion", "bash"]
-    script = subprocess.run(command, env=ENV, capture_output=True, text=True, check=True).stdout
-
-    def offered(*words: str) -> set[str]:
-        quoted = " ".join(f"'{word}'" for word in ("learned-optim", *words))
-        code = f"""{script}
-        COMP_WORDS=({quoted}); COMP_CWORD={len(words)}
-        _tyro_learned_optim 2> /dev/null; echo "${{COMPREPLY[@]}}" """
-        done = subprocess.run([bash], input=code, capture_output=True, text=True, check=False)
-        return set(done.stdout.split())
-
-    assert offered("tr") == {"train"}
-    assert offered("train", "quick", "--meta-lr") == {"--meta-lr", "--meta-lr-final"}
-    assert offered("train", "quad") == {"quadratic"}
 
 
 @pytest.mark.parametrize(
@@ -411,24 +390,13 @@ def test_usage_errors(command: list[str], message: str, capsys: pytest.CaptureFi
     assert "--help" in captured.err
 
 
-INTERRUPTED = """
-import builtins, sys
-real = builtins.__import__
-def interrupt(name, *args, **kwargs):
-    if name == "torch":
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **options: object) -> None:
         raise KeyboardInterrupt
-    return real(name, *args, **kwargs)
-builtins.__import__ = interrupt
-from learned_optim.cli import main
-sys.exit(main(["train", "quadratic"]))
-"""
 
-
-def test_interrupt_while_torch_is_imported() -> None:
-    command = [sys.executable, "-c", INTERRUPTED]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert done.stderr == ("\nlearned-optim: interrupted; the same command resumes\n")
+    monkeypatch.setattr(MetaTrainer, "__init__", interrupted)
+    assert main(["train", "quadratic"]) == 130
+    assert said(capsys) == "\nlearned-optim: interrupted; the same command resumes\n"
 
 
 def test_public_names_are_imported_when_first_used() -> None:

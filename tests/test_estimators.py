@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import random_rule
 from noisy_quadratic import ExactGradients, NoisyQuadratic, TwoRates, exact_gradients
-from test_trainer import SMALL, bits, stop_at
+from test_trainer import SMALL
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -282,17 +282,6 @@ def test_a_pair_sees_one_dropout() -> None:
             found += [ESTIMATORS[name](rule, optimizees, steps, options) for steps in (1, 1, 3)]
     assert all(not g.any() for meta in found[3:5] for g in meta.grads)
     assert all(torch.equal(a.losses, b.losses) for a, b in zip(found[:3], found[3:], strict=True))
-
-
-def test_interrupted_training_by_pes_gives_the_same_bits(tmp_path: Path) -> None:
-    """Stopped in the middle of an epoch, after the particles of a run were lost."""
-    recipe = replace(SMALL, estimator="pes", epochs=2, runs_per_epoch=2, pairs=2)
-    whole = MetaTrainer(recipe, tmp_path / "whole")
-    whole.train()
-    stop_at(MetaTrainer(recipe, tmp_path / "parts"), 3)
-    resumed = MetaTrainer(recipe, tmp_path / "parts")
-    resumed.train()
-    assert all(map(torch.equal, bits(resumed), bits(whole)))
 
 
 def test_copies_of_optimizees_with_buffers_and_dropout_are_apart() -> None:

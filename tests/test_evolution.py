@@ -1,6 +1,5 @@
 """Evolution strategies on whole runs: the estimate, the trainer's files, and the command."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from learned_optim.meta.recipes import (
     MIXTURE_NAMES,
     EvolutionRecipe,
     Recipe,
-    load_recipe,
     recipe_from_json,
 )
 from learned_optim.meta.sampler import Sampler
@@ -70,7 +68,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
 
 
 def result(seed: int, fitness: Tensor | None) -> TaskResult:
-    return TaskResult(seed, "Quadratic", fitness, 0.0)
+    return TaskResult(seed, "Quadratic", fitness)
 
 
 # ---- the estimate
@@ -111,14 +109,6 @@ def test_meta_optimizer_is_adam_with_a_cosine_and_an_average() -> None:
 
 
 # ---- the trainer
-
-
-def test_untrained_weights_follow_the_seed(tmp_path: Path) -> None:
-    found = [
-        MetaTrainer(replace(SMALL, seed=seed), tmp_path / str(run)).rule.fingerprint()
-        for run, seed in enumerate((0, 0, 1))
-    ]
-    assert found[0] == found[1] != found[2]
 
 
 def test_validation_is_against_tuned_adamw(tmp_path: Path) -> None:
@@ -213,14 +203,7 @@ def test_training_never_has_a_validation_seed(
 # ---- recipes and the command
 
 
-def test_recipes(tmp_path: Path) -> None:
-    assert recipe_from_json(json.loads(json.dumps(SMALL.to_json()))) == SMALL
-    path = tmp_path / "mine.toml"
-    path.write_text(
-        'method = "evolution"\nrule = "horizon"\nmeta_steps = 2\nmeta_lr = 1e-2\n'
-        "meta_lr_final = 1e-3\n"
-    )
-    assert load_recipe(str(path)) == EvolutionRecipe(HorizonConfig(), 2, 1e-2, 1e-3)
+def test_names_of_mixtures() -> None:
     assert MIXTURE_NAMES == tuple(MIXTURES) == tuple(TRAINED_FOR)
 
 
@@ -232,10 +215,7 @@ def test_recipes(tmp_path: Path) -> None:
         ({"horizon": 100}, "horizon=100 does not apply to the mixture 'populations-2'"),
         ({"task": "mnist", "horizon": 0}, "horizon must be at least 1, got 0"),
         ({"epochs": 2}, "unknown field 'epochs'"),
-        ({"pairs": 0}, "pairs must be at least 1, got 0"),
-        ({"sigma": 0.0}, "sigma must be positive"),
         ({"large_share": 1.5}, r"large_share must be in \[0, 1\], got 1.5"),
-        ({"meta_steps": "many"}, "meta_steps must be int"),
     ],
 )
 def test_recipe_fields_are_checked(changes: dict[str, Any], message: str) -> None:

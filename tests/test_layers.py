@@ -10,7 +10,8 @@ PACKAGE = Path(learned_optim.__file__).parent
 
 #: From the lowest layer up (docs/design.md); a module may import its own layer and those before it.
 LAYERS = (
-    ("_ambient", "_discovery", "_extras", "_fields", "_tensors", "_warn", "preprocessing"),
+    ("_ambient", "_discovery", "_extras", "_fields", "_progress", "_tensors", "_warn"),
+    ("preprocessing",),
     ("kernels",),
     ("rules",),
     ("checkpoint", "summary"),

@@ -14,7 +14,6 @@ from learned_optim import load_record
 from learned_optim.meta import FixedTask, ModuleTask, meta_train
 from learned_optim.meta.evolution_runs import TaskPopulation
 from learned_optim.meta.populations import Draw, roll
-from learned_optim.meta.whole_runs import WholeRuns
 from learned_optim.rules._config import RULES
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
@@ -83,33 +82,14 @@ def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "4 tensors of 37 parameters" in record["data"]["task meta_train:Sequential"]
 
 
-def test_after_an_interruption_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_mixture_is_not_trained_again(tmp_path: Path) -> None:
     tasks = {"plain": regression(), "normalized": regression(normalized)}
-    whole = evolve(tasks, tmp_path / "whole", weights={"plain": 2, "normalized": 1})
-    step, done = WholeRuns.train_round, []
-
-    def interrupted(self: WholeRuns, number: int, *rest: Any) -> Any:
-        done.append(number)
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        return step(self, number, *rest)
-
-    monkeypatch.setattr(WholeRuns, "train_round", interrupted)
-    again = {**SHORT, "weights": [2, 1]}
-    with pytest.raises(KeyboardInterrupt):
-        meta_train(tasks, "quick-evolution", folder=tmp_path / "parts", **again)
-    parts = meta_train(tasks, "quick-evolution", folder=tmp_path / "parts", **again)
-    assert done == [1, 2, 2, 3]
-    assert parts.rule.fingerprint() == whole.rule.fingerprint()
-    written = parts.path.stat().st_mtime_ns
-    meta_train(tasks, "quick-evolution", folder=tmp_path / "parts", **again)
-    assert parts.path.stat().st_mtime_ns == written  # nothing is left to do
+    trained = evolve(tasks, tmp_path, weights={"plain": 2, "normalized": 1})
+    written = trained.path.stat().st_mtime_ns
+    evolve(tasks, tmp_path, weights=[2, 1])
+    assert trained.path.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match=r"share of normalized: 0.3333 then, 0.5 now"):
-        evolve(tasks, tmp_path / "parts")
-    with pytest.raises(ValueError, match=r"another recipe \(pairs: 2 there, 3 here"):
-        meta_train(tasks, "quick-evolution", folder=tmp_path / "parts", **{**again, "pairs": 3})
+        evolve(tasks, tmp_path)
 
 
 def test_bad_input(tmp_path: Path) -> None:
@@ -118,29 +98,11 @@ def test_bad_input(tmp_path: Path) -> None:
             evolve(task or regression(), tmp_path / "never", **changes)
 
     refused("'meta_train:Sequential' needs a horizon", horizon=None)
-    refused(r"unknown field 'epochs' of a recipe", epochs=3)
     refused("test_tasks do not apply to a recipe of evolution", test_tasks="quadratic")
     refused("for evaluation only", "regression")
-    refused("unknown task 'quadratik'", "quadratik")
     refused("the loss cannot be computed: mat1", regression(lambda: nn.Linear(5, 1)))
     refused("workers=2 need tasks that can be sent", regression(lambda: network()), workers=2)
     assert not list(tmp_path.glob("never/resume.pt"))
-
-
-def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained = evolve(regression(), tmp_path, progress=True)
-    out, err = capsys.readouterr()
-    lines = [line.removeprefix("meta_train: ") for line in err.splitlines()]
-    assert out == ""
-    assert lines[0] == f"starting in {tmp_path}: 3 meta-steps"
-    assert lines[1].startswith("meta-step 2/3: meta-loss ")
-    ratio = trained.history[1].ratio_to_adamw
-    assert f"{ratio:.2f} of tuned AdamW's, " in lines[1]
-    assert lines[1].endswith(" left")
-    assert lines[2].startswith("meta-step 3/3: ")
-    assert not lines[2].endswith(" left")
-    assert lines[3].startswith("final loss on 2 validation runs: ")
-    assert lines[4] == f"wrote {trained.path}"
 
 
 @pytest.mark.slow

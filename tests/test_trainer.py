@@ -196,11 +196,6 @@ def test_resuming_under_other_conditions_is_refused(
     MetaTrainer(SMALL, tmp_path)
 
 
-def test_longer_training_continues_without_a_schedule(tmp_path: Path) -> None:
-    trained(tmp_path, meta_lr_final=None, epochs=1)
-    assert trained(tmp_path, meta_lr_final=None).round == 2
-
-
 TASKS_OF_MINE = """
 from learned_optim.meta.tasks.quadratic import Quadratics
 FAMILIES = {"small": lambda options: Quadratics(size=3)}
@@ -316,32 +311,12 @@ def folder(tmp_path: Path, whole_runs: dict[str, Path]) -> Path:
     return Path(shutil.copytree(whole_runs["Recipe"], tmp_path / "run"))
 
 
-def test_a_flipped_bit_of_the_resume_state_is_noticed(folder: Path) -> None:
-    expected = MetaTrainer(RECIPES[0], folder)
-    file = folder / "resume.pt"
-    content = file.read_bytes()
-    draws = torch.Generator().manual_seed(0)
-    refused = 0
-    for bit in torch.randint(8 * len(content), (20,), generator=draws).tolist():
-        damaged = bytearray(content)
-        damaged[bit // 8] ^= 1 << (bit % 8)
-        file.write_bytes(damaged)
-        try:
-            resumed = MetaTrainer(expected.recipe, folder)
-        except ValueError as error:
-            assert str(error).startswith(f"{file} is damaged (")  # noqa: PT017
-            refused += 1
-            continue
-        assert resumed.history == expected.history
-        assert all(map(torch.equal, bits(resumed), bits(expected)))
-    assert refused > 5
-
-
 @pytest.mark.parametrize(
     "content",
     [
         lambda whole: whole[:-200],
         lambda whole: b"",
+        lambda whole: whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:],
         lambda whole: saved({"optimizer": {}}),
         lambda whole: saved([1, 2]),
         lambda whole: saved({**torch.load(io.BytesIO(whole)), "history": [{"round": 1}]}),

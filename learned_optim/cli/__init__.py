@@ -1,4 +1,4 @@
-"""The ``learned-optim`` command: tyro makes options, help and completion from dataclasses."""
+"""The ``learned-optim`` command: tyro makes options and help from dataclasses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from typing import Annotated, Any, Union
 
 from learned_optim._extras import EXTRAS, how_to_install
 from learned_optim.cli._arguments import take
-from learned_optim.cli._progress import ProgressBar
 
-__all__ = ["ProgressBar", "main"]
+__all__ = ["main"]
 
 #: Help of the commands. Their modules are imported when they are given: help of all commands does
 #: not wait for torch.
@@ -115,16 +114,14 @@ def _parse(args: list[str]) -> Any:
             _check_needs(name)
         prog, options, rest = _options(name, args[1:])
         return tyro.cli(**options, prog=f"learned-optim {prog}", args=rest, config=config)
-    # Help, completion or a misspelt command: one parser of all commands.
-    whole = any("completion" in arg for arg in args)
-    kinds = {
-        name: _options(name, [])[1]["f"] if whole else dataclasses.make_dataclass(name, [])
-        for name in COMMANDS
-    }
+    # Help or a misspelt command: one parser of all commands, without their options.
     every: Any = Union[  # noqa: UP007 - of a computed tuple
         tuple(
-            Annotated[kind, tyro.conf.subcommand(name, description=COMMANDS[name])]
-            for name, kind in kinds.items()
+            Annotated[
+                dataclasses.make_dataclass(name, []),
+                tyro.conf.subcommand(name, description=description),
+            ]
+            for name, description in COMMANDS.items()
         )
     ]
     tyro.cli(every, prog="learned-optim", description=DESCRIPTION, args=args, config=config)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from learned_optim._progress import ProgressBar
 from learned_optim.checkpoint import check_writable
-from learned_optim.cli._progress import ProgressBar
 from learned_optim.evaluation import EvaluateConfig, Evaluation, brief, write_report
 
 

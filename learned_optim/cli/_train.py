@@ -13,7 +13,6 @@ import tyro
 
 from learned_optim.checkpoint import check_writable
 from learned_optim.cli._arguments import take
-from learned_optim.cli._progress import ProgressBar
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.recipes import (
     EvolutionRecipe,
@@ -60,23 +59,14 @@ class _Train:
         raise NotImplementedError
 
     def run(self) -> int:
-        """Train, show a progress bar on the first rank, and print the results."""
+        """Train with a progress bar, and print the results."""
         if self.output is not None:
             check_writable(self.output)
         with process_group():
             trainer = self.trainer()
-            if trainer.method.rank > 0:
-                trainer.run(self.output)
-                return 0
-            with ProgressBar("meta-training") as show:
-
-                def report(text: str) -> None:
-                    show(*trainer.progress, text)
-
-                report("starting")
-                path = trainer.run(self.output, report)
-        print(trainer.method.summary(load_record(path)))
-        print(f"wrote {path}")
+            path = trainer.run(self.output, progress=True)
+        if trainer.method.rank == 0:
+            print(f"{trainer.method.summary(load_record(path))}\nwrote {path}")
         return 0
 
 

@@ -38,27 +38,24 @@ def check_family(family: TaskFamily, name: str) -> None:
         return
     for index in range(2):
         task = family.sample(seeded("check", index))
-        _check_task(task, name, alone=not family.stackable)
+        _check_task(task, name)
         obstacle = obstacle_to_stacking(task) if family.stackable else None
         if obstacle is not None:
             raise ValueError(
                 f"task {name!r}: optimizees cannot be computed side by side ({obstacle}), as with "
-                f"batch norm that tracks statistics or dropout: set stackable=False"
+                f"batch norm that tracks statistics, dropout or batches of changing shapes: set "
+                f"stackable=False"
             )
 
 
-def _check_task(task: Task, name: str, alone: bool) -> None:
-    """``alone``: no two optimizees share a forward pass."""
+def _check_task(task: Task, name: str) -> None:
     task = task.separate()
     params = _parameters(task, name)
-    generator = seeded("check", "batches")
-    batches = [_batch(task, name, generator) for _ in range(3)]
-    loss = _loss(task, params, batches[0], name)
+    batch = _batch(task, name)
+    loss = _loss(task, params, batch, name)
     _check_scalar(loss, name)
     _check_gradients(loss, params, name)
-    if not alone:
-        _check_shapes(batches, name)
-    _check_state(task, batches[0], name, alone)
+    _check_state(task, batch, name)
 
 
 def check_finite(task: Task, name: str) -> None:
@@ -110,9 +107,9 @@ def _parameters(task: Task, name: str) -> Params:
     return {key: value.detach().float().requires_grad_() for key, value in params.items()}
 
 
-def _batch(task: Task, name: str, generator: torch.Generator) -> Batch:
+def _batch(task: Task, name: str) -> Batch:
     try:
-        batch = task.batch(generator)
+        batch = task.batch(seeded("check", "batches"))
     except ValueError as error:
         raise ValueError(f"task {name!r}: {error}") from error
     if not isinstance(batch, (tuple, list)) or not all(isinstance(x, Tensor) for x in batch):
@@ -187,18 +184,7 @@ def _check_finite(grads: Mapping[str, Tensor | None], name: str) -> None:
             )
 
 
-def _check_shapes(batches: list[Batch], name: str) -> None:
-    first, *others = ([tuple(part.shape) for part in batch] for batch in batches)
-    for other in others:
-        if other != first:
-            raise ValueError(
-                f"task {name!r}: the shapes of batches change, from {first} to {other}, and "
-                f"optimizees side by side need the same: drop the last, smaller batch of an epoch, "
-                f"or set stackable=False"
-            )
-
-
-def _check_state(task: Task, batch: Batch, name: str, alone: bool) -> None:
+def _check_state(task: Task, batch: Batch, name: str) -> None:
     """Compute the loss twice from one initialization, and all that once more."""
 
     def twice() -> list[float]:
@@ -211,10 +197,4 @@ def _check_state(task: Task, batch: Batch, name: str, alone: bool) -> None:
             f"task {name!r}: the loss keeps state that init() does not reset (twice the same "
             f"computation: {first} and {second}), so figures would depend on what ran before: "
             f"keep such state in buffers of a ModuleTask, or reset it in init()"
-        )
-    if first[0] != first[1] and not alone:
-        raise ValueError(
-            f"task {name!r}: the loss changes from call to call ({first[0]} and {first[1]} for the "
-            f"same parameters and batch), so optimizees side by side would share state: set "
-            f"stackable=False"
         )

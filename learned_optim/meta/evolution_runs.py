@@ -7,7 +7,6 @@ A population's loss is written for many copies at once. That of any other task i
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -121,14 +120,12 @@ class TaskResult:
         family: kind of the task; empty if none could be drawn.
         fitness: of ``weights + perturbation`` for every pair, then of ``weights - perturbation``,
             float64 of shape ``(2 * pairs,)``; ``None`` if the run failed.
-        seconds: duration.
         error: cause of the failure.
     """
 
     seed: int
     family: str
     fitness: Tensor | None
-    seconds: float
     error: str = ""
 
 
@@ -192,7 +189,7 @@ class Runs:
         Args:
             job: seed, weights of shape ``(n,)``, and whether the task is a large one.
         """
-        (seed, weights, large), started = job, time.perf_counter()
+        seed, weights, large = job
         kind, found, failure = "", None, ""
         try:
             run = self.draw(seed, large)
@@ -203,7 +200,7 @@ class Runs:
             found = fitness(losses, run.known, held_out)
         except _RUN_ERRORS as error:
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        return TaskResult(seed, kind, found, time.perf_counter() - started, failure)
+        return TaskResult(seed, kind, found, failure)
 
     def validate(self, job: tuple[int, Tensor]) -> float:
         """Log of the final over the first loss.

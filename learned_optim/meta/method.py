@@ -137,13 +137,3 @@ class Method(ABC):
 
     def barrier(self) -> None:  # noqa: B027
         """Wait until every process is here."""
-
-
-def pace_text(runs_per_second: float | None, ratio: float | None) -> str:
-    """Pace and ratio to tuned AdamW, as progress shows them; empty where neither is known."""
-    parts = []
-    if ratio is not None:
-        parts.append(f"{ratio:.2f} of tuned AdamW's")
-    if runs_per_second is not None:
-        parts.append(f"{runs_per_second:.3g} runs/s")
-    return ", ".join(parts)

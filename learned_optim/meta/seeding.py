@@ -19,9 +19,9 @@ def seeded(*parts: object) -> Generator:
 
 @contextmanager
 def global_generator_seeded(*parts: object) -> Iterator[None]:
-    """Seed torch's global generator by a hash of ``parts`` inside, and put it back afterwards.
+    """Seed torch's global generator by a hash of ``parts`` inside, and restore it afterwards.
 
-    Dropout and the like draw from the global generator; everything else has one of its own.
+    Dropout and the like draw from the global generator; everything else has its own generator.
     """
     with default_generator_seeded(_seed_of(*parts)):
         yield
@@ -29,15 +29,15 @@ def global_generator_seeded(*parts: object) -> Iterator[None]:
 
 @contextmanager
 def default_generator_seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator of the CPU inside, and put it back afterwards."""
-    with _put_back([torch.default_generator]):
+    """Seed torch's global generator of the CPU inside, and restore it afterwards."""
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 @contextmanager
 def every_generator_seeded(seed: int, more: Iterable[Generator] = ()) -> Iterator[None]:
-    """Seed the generators that data pipelines draw from, and put them back afterwards.
+    """Seed the generators that data pipelines draw from, and restore them afterwards.
 
     These are the global generators of torch (on the CPU), of Python's ``random`` and, if it is
     imported, of numpy.
@@ -48,30 +48,22 @@ def every_generator_seeded(seed: int, more: Iterable[Generator] = ()) -> Iterato
     """
     generators = [torch.default_generator, *more]
     numpy = sys.modules.get("numpy")
+    states = [generator.get_state() for generator in generators]
     python = random.getstate()
     legacy = numpy.random.get_state() if numpy is not None else None
-    with _put_back(generators):
+    try:
         for generator in generators:
             generator.manual_seed(seed)
         random.seed(seed)
         if numpy is not None:
             numpy.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(legacy)
-
-
-@contextmanager
-def _put_back(generators: list[Generator]) -> Iterator[None]:
-    states = [generator.get_state() for generator in generators]
-    try:
         yield
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(legacy)
 
 
 def _seed_of(*parts: object) -> int:

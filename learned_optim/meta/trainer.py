@@ -7,6 +7,7 @@ optimizee runs cut into unrolls, or a meta-step of evolution strategies on whole
 from __future__ import annotations
 
 import math
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -15,12 +16,13 @@ from typing import Any
 
 import torch
 
+from learned_optim._progress import ProgressBar
 from learned_optim.checkpoint import CheckpointError, read_checkpoint, save_rule
 from learned_optim.meta import provenance
 from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.meta_optimizer import MetaOptimizer
-from learned_optim.meta.method import Method, Report, TrainingError, pace_text
+from learned_optim.meta.method import Method, Report, TrainingError
 from learned_optim.meta.recipes import AnyRecipe, Recipe
 from learned_optim.meta.run_folder import RunFolder
 from learned_optim.meta.tasks import TaskFamily
@@ -273,12 +275,26 @@ class MetaTrainer:
 
     # ---- training
 
-    def run(self, output: Path | None = None, report: Report | None = None) -> Path:
-        """:meth:`train`, and :meth:`finish` unless the checkpoint is there; returns its path."""
-        self.train(report)
-        path = output or self.files.finished
-        if self.method.rank == 0 and not self._is_finished(path):
-            self.finish(path, report)
+    def run(self, output: Path | None = None, progress: bool = False) -> Path:
+        """:meth:`train`, and :meth:`finish` unless the checkpoint is there; returns its path.
+
+        Args:
+            output: where the checkpoint goes; into the run folder if not given.
+            progress: show a progress bar on standard error.
+        """
+        path, first = output or self.files.finished, self.method.rank == 0
+        if first and progress and self.method.note:
+            print(self.method.note, file=sys.stderr)
+        with ProgressBar("meta-training") if first and progress else nullcontext() as show:
+
+            def report(text: str) -> None:
+                if show is not None:
+                    show(*self.progress, text)
+
+            report("starting")
+            self.train(report)
+            if first and not self._is_finished(path):
+                self.finish(path, report)
         self.method.barrier()  # no rank reads the file before it is there
         return path
 
@@ -359,15 +375,13 @@ class MetaTrainer:
         def tell(what: str) -> None:
             if report is None:
                 return
-            best, last = self.best, self.history[-1] if self.history else None
-            pace = pace_text(
-                last.runs_per_second if last else None, best.ratio_to_adamw if best else None
-            )
-            parts = [
-                what or f"{self.method.unit} {self.round}",
-                f"best {best.validation:.4g}" if best else "",
-                pace,
-            ]
-            report(", ".join(filter(None, parts)))
+            parts, best = [what or f"{self.method.unit} {self.round}"], self.best
+            if best is not None:
+                parts.append(f"best {best.validation:.4g}")
+                if best.ratio_to_adamw is not None:
+                    parts.append(f"{best.ratio_to_adamw:.2f} of tuned AdamW's")
+            if self.history:
+                parts.append(f"{self.history[-1].runs_per_second:.3g} runs/s")
+            report(", ".join(parts))
 
         return tell

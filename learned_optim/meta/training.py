@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, TypeAlias
 
 from learned_optim.checkpoint import check_writable, read_checkpoint
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.method import pace_text
 from learned_optim.meta.recipes import (
     AnyRecipe,
     EvolutionRecipe,
@@ -40,9 +38,6 @@ from learned_optim.rules import RuleConfig, UpdateRule, rule_for
 AnyTask: TypeAlias = str | Task | TaskFamily
 #: One task, several, or several by name.
 Tasks: TypeAlias = AnyTask | Sequence[AnyTask] | Mapping[str, AnyTask]
-
-# Seconds without a line after which any progress is printed.
-_SILENCE = 30.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ def meta_train(
             last bits.
         workers: processes of a training by evolution strategies; a script that takes several needs
             ``if __name__ == "__main__":``.
-        progress: print a line per epoch, with the time left, on standard error.
+        progress: show a progress bar and the results on standard error.
         **changes: fields of the recipe, other than its tasks, that differ from ``recipe``'s.
             ``rule`` may be a configuration or a name; with ``start`` alone, the rule is that of the
             checkpoint. A new ``meta_lr`` takes ``meta_lr_final`` along, and a rule that cannot be
@@ -151,12 +146,10 @@ def meta_train(
             chosen, folder, options, workers=workers, family=family, test_family=test_family,
             against_adamw=against_adamw,
         )  # fmt: skip
-        report = _Lines(trainer) if progress and trainer.method.rank == 0 else None
-        path = trainer.run(None if output is None else Path(output), report)
+        path = trainer.run(None if output is None else Path(output), progress)
         rule, record = read_checkpoint(path)
-    if report:
-        report.say(trainer.method.summary(record))
-        report.say(f"wrote {path}")
+    if progress and trainer.method.rank == 0:
+        print(f"{trainer.method.summary(record)}\nwrote {path}", file=sys.stderr)
     return MetaTrained(path, rule, record, trainer.history)
 
 
@@ -239,45 +232,3 @@ def _name(task: AnyTask) -> str:
         return task
     inner = getattr(task, "task", task)  # of the family with one member
     return type(inner.module if isinstance(inner, ModuleTask) else inner).__name__
-
-
-# ---- the progress
-
-
-class _Lines:
-    """Reports on standard error: a line per validated round, and after half a minute of silence."""
-
-    def __init__(self, trainer: MetaTrainer) -> None:
-        self._trainer, self._shown = trainer, trainer.round
-        self.say(
-            f"{'resuming' if trainer.round else 'starting'} in {trainer.folder}: "
-            f"{trainer.method.rounds} {trainer.method.unit}s"
-        )
-        if trainer.method.note:
-            self.say(trainer.method.note)
-
-    def __call__(self, text: str) -> None:
-        new, best = self._trainer.history[self._shown :], self._trainer.best
-        self._shown += len(new)
-        for line in new:
-            if line.validation is not None and best is not None:
-                self.say(
-                    f"{self._trainer.method.unit} {line.round}/{self._trainer.method.rounds}: "
-                    f"meta-loss {line.meta_loss:.4g}, validation {line.validation:.4g} "
-                    f"(best {best.validation:.4g}), "
-                    f"{pace_text(line.runs_per_second, line.ratio_to_adamw)}"
-                    f"{f', {line.dropped} dropped' if line.dropped else ''}"
-                    f"{f', {_duration(line.seconds_left)} left' if line.seconds_left else ''}"
-                )
-        if time.monotonic() - self._said > _SILENCE:
-            self.say(text)
-
-    def say(self, text: str) -> None:
-        self._said = time.monotonic()
-        print(f"meta_train: {text}", file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

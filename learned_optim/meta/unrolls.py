@@ -20,7 +20,7 @@ from learned_optim.meta.checks import check_family
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.estimators import ESTIMATORS, EstimatorOptions
 from learned_optim.meta.meta_optimizer import MetaOptimizer
-from learned_optim.meta.method import Method, Report, Round, Validation, pace_text
+from learned_optim.meta.method import Method, Report, Round, Validation
 from learned_optim.meta.recipes import Recipe
 from learned_optim.meta.rollout import Optimizees
 from learned_optim.meta.seeding import global_generator_seeded, seeded
@@ -317,12 +317,12 @@ class Unrolls(Method):
         else:
             tested = f"{_number(test['mean'])} ± {_number(test['std'])}"
         of = f" of {recipe.test_task}" if recipe.test_task else ""
-        against = pace_text(None, record["ratio_to_adamw"])
+        ratio = record["ratio_to_adamw"]
+        against = "" if ratio is None else f"{ratio:.2f} of tuned AdamW's, "
         return (
             f"loss summed over {self._validation_horizon} steps: validation "
-            f"{_number(record['validation'])} ({f'{against}, ' if against else ''}best epoch "
-            f"{record['epoch']} of {record['rounds']}), test on {test['runs']} fresh runs{of} "
-            f"{tested}"
+            f"{_number(record['validation'])} ({against}best epoch {record['epoch']} of "
+            f"{record['rounds']}), test on {test['runs']} fresh runs{of} {tested}"
         )
 
 

@@ -25,7 +25,6 @@ from learned_optim.meta.data import DataOptions, load_images
 from learned_optim.meta.evolution_runs import (
     RunMap,
     Runs,
-    TaskResult,
     meta_gradient,
     training_seed,
     workers,
@@ -123,12 +122,8 @@ class WholeRuns(Method):
             optimizer.step(gradient, (number - 1) / self.rounds)
         skipped = [result for result in results if result not in used]
         failures = [{"seed": r.seed, "family": r.family, "error": r.error} for r in skipped]
-        details = {
-            "gradient_norm": gradient.norm().item(),
-            "tasks": [_metrics(result) for result in used],
-            "skipped": failures,
-        }
-        values = [task["fitness"] for task in details["tasks"]]
+        details = {"gradient_norm": gradient.norm().item(), "skipped": failures}
+        values = [result.fitness.mean().item() for result in used if result.fitness is not None]
         fitness = sum(values) / len(values) if values else math.inf
         why = f"none of its {len(results)} tasks gave a finite fitness ({why})"
         return Round(fitness, len(skipped), why, 2 * recipe.pairs * len(results), details)
@@ -196,14 +191,3 @@ class WholeRuns(Method):
             f"{math.exp(average['mean']):.2f} of tuned AdamW's (geometric mean), ahead on "
             f"{average['share_ahead']:.0%}"
         )
-
-
-def _metrics(result: TaskResult) -> dict[str, Any]:
-    """Mean fitness, and mean difference within a pair."""
-    assert result.fitness is not None
-    plus, minus = result.fitness.chunk(2)
-    return {
-        "seed": result.seed, "family": result.family, "seconds": result.seconds,
-        "fitness": result.fitness.mean().item(),
-        "difference": (plus - minus).abs().mean().item(),
-    }  # fmt: skip

@@ -15,9 +15,6 @@ from learned_optim._discovery import did_you_mean, import_submodules, unknown_na
 from learned_optim.meta.recipes._base import METHOD, AnyRecipe, EvolutionRecipe, Recipe
 from learned_optim.rules import RuleConfig, build_rule, rule_class, rule_names
 
-#: The dataclasses of recipes, by what the schema calls them.
-KINDS: dict[str, type[AnyRecipe]] = {"backpropagation": Recipe, "evolution": EvolutionRecipe}
-
 
 def rule_config(name: str, values: dict[str, Any] | None = None) -> RuleConfig:
     """The configuration of an update rule from its name and plain data.
@@ -168,7 +165,7 @@ def recipe_schema() -> dict[str, Any]:
     conditions between fields are checked when a recipe is read.
     """
     definitions: dict[str, Any] = {}
-    for name, kind in KINDS.items():
+    for name, kind in (("backpropagation", Recipe), ("evolution", EvolutionRecipe)):
         schema = _schema(kind)
         definitions |= schema.pop("$defs")
         schema["properties"]["rule"] = _rule()

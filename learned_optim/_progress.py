@@ -1,7 +1,8 @@
-"""Progress on standard error: a bar."""
+"""The progress bar of meta-training and evaluation, on standard error."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 
@@ -11,10 +12,12 @@ class ProgressBar:
     def __init__(self, title: str) -> None:
         from tqdm import tqdm
 
-        # smoothing=0: time left by the average so far, validation included. A delay keeps the bar
-        # from the screen until there is progress, and so off that of an error.
+        # smoothing=0: the time left follows from the average pace, validation included. The delay
+        # hides the bar until there is progress: an error before stands alone.
+        interval = 0.5 if sys.stderr.isatty() else 10.0  # seconds; updates fill a log file
         self.tqdm = tqdm(
-            desc=title, dynamic_ncols=True, mininterval=0.5, miniters=0, smoothing=0, delay=1e-3,
+            desc=title, dynamic_ncols=True, mininterval=interval, miniters=0, smoothing=0,
+            delay=1e-3,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )  # fmt: skip
         self._begun = False
@@ -24,7 +27,7 @@ class ProgressBar:
 
     def _show(self, done: int, total: int, what: str) -> None:
         if not self._begun or done < self.tqdm.n:
-            # What earlier processes did says nothing of how long the rest takes.
+            # The pace of this process predicts the time left; that of earlier ones does not.
             self.tqdm.delay = 0
             self.tqdm.reset(total)
             self.tqdm.initial = self.tqdm.n = self.tqdm.last_print_n = done
