@@ -1,4 +1,4 @@
-"""Keeps autocast, matmul precision and inference mode of the caller out of a step."""
+"""Context managers that keep autocast, matmul precision and inference mode out of a step."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def _matmul_precision(before: str) -> Iterator[None]:
 
 @contextmanager
 def outliving_inference_mode() -> Iterator[None]:
-    """No graph; tensors made here may be changed outside of a surrounding inference mode."""
+    """No graph and no inference mode: tensors made here may be changed anywhere."""
     with torch.inference_mode(False), torch.no_grad():
         yield

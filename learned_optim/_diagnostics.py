@@ -1,8 +1,8 @@
 """Numbers of one optimizer step by tensor, for :meth:`LearnedOptimizer.diagnostics`.
 
-Step hooks compute them, so a step that nobody watches pays nothing. Before the step, parameters and
-the network's state are copied. After it, the pure form of the rule is run on the new moments, which
-gives the gains.
+Step hooks compute them, so an optimizer without hooks pays nothing. Before the step they copy
+parameters and the network's state. After it they run the pure form of the rule on the new moments,
+which gives the gains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from learned_optim.rules._features import bias_correction
 from learned_optim.rules._step import as_rows, sanitize_grad
 from learned_optim.rules.horizon import HorizonRule
 
-#: Directions by rule; those of other rules are numbered.
+#: Names of directions by rule; directions of other rules are numbered.
 DIRECTION_NAMES = {
     "horizon": ("fast", "slow", "gradient", "cautious"),
     "equivariant": ("fast", "slow", "gradient"),
@@ -46,7 +46,8 @@ class Recorder:
         self._states = states
         self.found: dict[str, dict[str, float]] = {}
         self.stepped = False
-        # By parameter: number of earlier updates, copy, entries of network and tensor.
+        # By parameter: number of earlier updates, its copy, and copies of per-tensor entries and of
+        # the network's.
         self._before: dict[Tensor, tuple[float, Tensor, State]] = {}
         self._hooks = (
             optimizer.register_step_pre_hook(self._copy),

@@ -18,12 +18,12 @@ class FrozenRule:
     """An update rule whose weights do not change, with its copies on other devices.
 
     Args:
-        rule: is frozen in place.
+        rule: frozen in place.
     """
 
     def __init__(self, rule: UpdateRule) -> None:
         self.rule = rule.requires_grad_(False).eval()
-        assert self.rule.state_keys is not None  # remembered before anything is compiled
+        assert self.rule.state_keys is not None  # cached now, before any compilation
         self.needs_loss = self.rule.needs_loss
         self.identity = {"name": rule.name, "fingerprint": rule.fingerprint()}
         self._copies: dict[torch.device, UpdateRule] = {torch.device("cpu"): self.rule}
@@ -69,7 +69,7 @@ def freeze(rule: str | os.PathLike[str] | UpdateRule) -> FrozenRule:
             return FrozenRule(copy.deepcopy(rule))
         path = checkpoint_path(rule)
         if not path.is_file():
-            return FrozenRule(load_rule(rule))  # raises the error that names the source
+            return FrozenRule(load_rule(rule))  # the error for a missing file names the source
         key = path, path.stat().st_mtime_ns
         if key not in _SHARED:
             _SHARED[key] = FrozenRule(load_rule(rule))

@@ -31,7 +31,7 @@ class GroupStep:
         group: a parameter group; parameters with gradients have state in layout.
         states: of the optimizer's parameters.
         state: the optimizer's, by parameter.
-        watch: warns of what goes wrong in the group's updates.
+        watch: observes the group's updates and warns of faults.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class GroupStep:
         self._grads = list(map(_grad_of, self._with_grad))
         self._states = [state[param] for param in self._with_grad]
         keys = self._rule.state_keys
-        # Of a single key itemgetter makes no tuple.
+        # itemgetter of a single key returns no tuple.
         self._entries_of = itemgetter("step", *keys) if keys else (lambda state: (state["step"],))
         found = [[k for k in self._rule.matrix_state if k in s] for s in self._states]
         self._matrices = found if any(found) else []
@@ -59,7 +59,7 @@ class GroupStep:
         self._bound = None
         if len(self._calls) == 1:
             ((rule, params, own, shards),) = self._calls
-            # Of complex numbers a step sees views, which stay behind when the data are replaced.
+            # A bound step would keep views of complex parameters whose data have been replaced.
             if shards is None and not rule.needs_loss and not any(map(Tensor.is_complex, params)):
                 self._bound = rule.bind(params, own)
         if self._with_grad:
@@ -78,7 +78,7 @@ class GroupStep:
             return False
         try:
             return all(map(is_, self._present_entries(), self._entries))
-        except KeyError:  # a tool has taken one away
+        except KeyError:  # a tool has removed one
             return False
 
     def _present_entries(self) -> list[Tensor]:
@@ -95,7 +95,7 @@ class GroupStep:
             loss: for rules that read it.
         """
         lr, watch, settings = group["lr"], self._watch, self._settings
-        grads, self._grads = self._grads, []  # they must not outlive zero_grad()
+        grads, self._grads = self._grads, []  # zero_grad() must free them
         values = lr, group["weight_decay"], group["maximize"], group["warmup"], group["total_steps"]
         if settings is None or not all(map(is_, values, settings)):
             if settings is None or not all(map(is_, values[1:], settings[1:])):
@@ -130,8 +130,8 @@ class Call(NamedTuple):
     Attributes:
         rule: on that device.
         params: with gradients.
-        states: as the rule takes them.
-        shards: what the parameters are parts of, if they are DTensors.
+        states: as :meth:`UpdateRule.step_` takes them.
+        shards: the whole tensors, if the parameters are DTensors.
     """
 
     rule: UpdateRule
@@ -141,14 +141,14 @@ class Call(NamedTuple):
 
     def step_(self, settings: StepSettings, loss: float | Tensor | None) -> None:
         """The rule's step in place."""
-        # Graphs know the sizes of shards as symbols, which cannot be packed: not compiled.
+        # Not compiled on shards: graphs know their sizes as symbols, which cannot be packed.
         (_step_tensors if self.shards is None else _step_uncompiled)(self, settings, loss)
 
 
 def calls_of(
     index: int, group: dict[str, Any], states: ParamStates, state: MutableMapping[Tensor, Any]
 ) -> list[Call]:
-    """The calls that step a group; state of its parameters with gradients is in layout."""
+    """The calls of a group's step; state of parameters with gradients must be in layout."""
     buckets: dict[Any, list[int]] = {}
     for position, param in enumerate(group["params"]):
         if param.grad is not None:

@@ -18,9 +18,9 @@ from learned_optim._warn import warn
 from learned_optim.rules import UpdateRule
 from learned_optim.rules._step import needs_sync
 
-# At or below this, lr is taken for another optimizer's; preference optimization asks for .005.
+# Rates up to this are probably meant for another optimizer; preference optimization uses .005.
 SUSPICIOUS_LR = 0.004
-#: Hyperparameters of other optimizers; the learned rule has its own form of each, or needs none.
+#: Hyperparameters of other optimizers, which the learned rule replaces or does not need.
 FOREIGN = frozenset(
     (
         "alpha", "amsgrad", "beta", "beta1", "beta2", "beta3", "betas", "capturable", "centered",
@@ -39,7 +39,7 @@ OWN_DECAY = "default_weight_decay"
 
 
 def check_rule(rule: object) -> None:
-    """Raise ``TypeError`` for an argument that is no rule and names none."""
+    """Raise ``TypeError`` unless the argument is a rule or may name one."""
     if not isinstance(rule, (str, os.PathLike, UpdateRule)):
         raise TypeError(
             f"the second argument of LearnedOptimizer is the update rule, got {rule!r}. If it "
@@ -138,10 +138,9 @@ def rate_of(lr: float | Tensor, index: int) -> float | None:
     """The value of ``lr`` in this step; ``None`` if reading it would synchronize a device.
 
     Raises:
-        ValueError: it is no learning rate; the message says who sets it in mid-run.
+        ValueError: it is no learning rate; the message says what may have set it.
     """
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
+    _check_one_element(lr)
     if needs_sync(lr):
         return None
     rate = float(lr)
@@ -157,8 +156,8 @@ def rate_of(lr: float | Tensor, index: int) -> float | None:
 def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
     """Check the values of a group.
 
-    A rule's own weight decay follows a changed length of the run, unless somebody has changed the
-    weight decay.
+    The rule's own weight decay follows a changed length of the run, unless the weight decay has
+    been changed.
 
     Raises:
         ValueError: a value out of range.
@@ -171,20 +170,33 @@ def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
     else:
         group[OWN_DECAY] = None
     lr, weight_decay, warmup = group["lr"], group["weight_decay"], _whole(_real(group["warmup"]))
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not needs_sync(lr) and (not math.isfinite(lr) or lr < 0.0):
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not math.isfinite(weight_decay) or weight_decay < 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    _check_one_element(lr)
+    if not needs_sync(lr) and not 0.0 <= lr < math.inf:
+        raise ValueError(
+            f"Invalid learning rate: {lr}. It multiplies learned updates, and must be finite and 0 "
+            f"or more: leave it out, or pass lr=1.0"
+        )
+    if weight_decay is None or not 0.0 <= weight_decay < math.inf:
+        raise ValueError(
+            f"Invalid weight_decay value: {weight_decay}. It must be finite and 0 or more: 0.0 is "
+            f"none, and 0.01 AdamW's default"
+        )
     if warmup is None or warmup < 0:
         raise ValueError(
-            f"warmup is a number of steps, a whole number of 0 or more, got {group['warmup']!r}: 0 "
-            f"is none, and None the rule's own"
+            f"warmup is a number of steps, a whole number of 0 or more, got {group['warmup']!r}: "
+            f"pass 0 for none, or leave it out for the rule's own"
         )
     group["warmup"] = warmup
 
 
+def _check_one_element(lr: float | Tensor) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(
+            f"Tensor lr must be 1-element, got one of shape {tuple(lr.shape)}: give each group of "
+            f"parameters a learning rate of its own"
+        )
+
+
 def is_zero_without_sync(lr: float | Tensor) -> bool:
-    """True if ``lr`` is known to be zero without asking a device."""
+    """True if ``lr`` is zero and reading it synchronizes no device."""
     return not needs_sync(lr) and float(lr) == 0.0

@@ -2,9 +2,9 @@
 
 Entries of a parameter of shape ``S``: ``step``, shape ``()``; per coordinate, ``(*S, k)``, sharded
 like the parameter; per tensor, ``(k,)``; and matrices of the tensor. Tools that prune or append
-rows of a parameter cut every entry but ``step`` along its first dimension. So small entries without
-the parameter's rows stand in the optimizer's state as views with repeated rows, which cost no
-memory. State dicts hold them once.
+rows of a parameter cut every entry but ``step`` along its first dimension. So the optimizer's state
+holds small entries without the parameter's rows as views with repeated rows, which cost no memory.
+State dicts hold them once.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class ParamStates:
     def __init__(self, rule: FrozenRule, dtype: torch.dtype | None) -> None:
         self.rule = rule.rule
         self._frozen, self._dtype = rule, dtype
-        # By group and position: entries in layout, and under a compact key those that the state
-        # holds as views with repeated rows.
+        # Entries in layout, by group and position. Entries that the state holds as views with
+        # repeated rows are also here without those rows, under compact_key().
         self._laid_out: list[list[State]] = []
 
     def rule_on(self, param: Tensor) -> UpdateRule:
@@ -141,7 +141,7 @@ class ParamStates:
         }
 
     def forget_layout(self) -> None:
-        """All entries may have been replaced: lay them out again before the next step."""
+        """Lay out all entries again before the next step: any may have been replaced."""
         self._laid_out = []
 
     # ---- state dicts
@@ -200,9 +200,9 @@ class ParamStates:
         states: MutableMapping[Tensor, dict[str, Any]],
         saved: dict[str, Any],
     ) -> None:
-        """Put saved values back in their own dtypes, or in the one that this optimizer was told.
+        """Put saved values back in their own dtypes, or in the optimizer's ``state_dtype``.
 
-        torch has cast them to the parameters' dtype. Entries of wrappers return as they were saved.
+        torch has cast them to the parameters' dtype. Entries of wrappers are restored unchanged.
         Matrices that are missing or do not fit start anew.
         """
         self.forget_layout()
@@ -260,9 +260,9 @@ def with_rows(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def without_rows(rule: UpdateRule, key: str, value: Any, shape: torch.Size) -> Any:
-    """An entry of the tensor from what :func:`with_rows` made, or a tool left of it.
+    """Undo :func:`with_rows`, also after a tool has cut or appended rows.
 
-    Entries of other kinds return as they are.
+    Other entries are returned unchanged.
     """
     dims = 1 if key in rule.tensor_state else 2 if key in rule.matrix_state else None
     if dims is None or not isinstance(value, Tensor) or not shape or value.dim() <= dims:
@@ -273,7 +273,7 @@ def without_rows(rule: UpdateRule, key: str, value: Any, shape: torch.Size) -> A
 def keep_fitting_matrices(
     rule: UpdateRule, state: dict[str, Any], fresh: State, shape: torch.Size
 ) -> None:
-    """Start matrices anew that are missing, of another shape than in ``fresh``, or were zeroed."""
+    """Replace matrices that are missing, zero, or of another shape than in ``fresh``."""
     for key in rule.matrix_state:
         if key not in fresh:
             state.pop(key, None)
@@ -284,5 +284,5 @@ def keep_fitting_matrices(
 
 
 def is_zero(value: Tensor) -> bool:
-    """True if all entries are zero; false where they have no values."""
+    """True if all entries are zero; false for fake tensors."""
     return has_values(value) and not bool(value.any())

@@ -1,4 +1,4 @@
-"""Views of one parameter: the shard at hand, complex numbers as pairs of reals, rows of state."""
+"""Views of one parameter: its local shard, complex numbers as pairs of reals, rows of state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def local(tensor: Any) -> Any:
 
 
 def local_grad(grad: Any, param: Any) -> Any:
-    """The shard of the gradient that belongs to the local shard of the parameter."""
+    """The gradient of the parameter's local shard."""
     if not is_sharded(param):
         return grad
     if grad.placements != param.placements:

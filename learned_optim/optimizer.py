@@ -33,27 +33,26 @@ class LearnedOptimizer(Optimizer):
             checkpoint file or folder, a Hub id ``"user/repo"`` (optionally ``"@revision"``), or
             an :class:`~learned_optim.rules.UpdateRule` (which is copied).
         lr: multiplier of the learned update, a float or a tensor of one element. 1.0 is what the
-            rule was trained for; the learning rates of other optimizers do not carry over. At 0
-            a group is frozen: missing state is created, and nothing else changes.
+            rule was trained for; learning rates of other optimizers do not carry over. 0 freezes
+            a group: missing state is created, and nothing else changes.
         weight_decay: ``decay(t)``, decoupled and in AdamW's units: at ``lr=1`` a value shrinks the
-            parameters as it does in ``AdamW(lr=1e-3)``. A rule with a schedule of its own, as
-            ``horizon``, multiplies it by schedule and step confidence. ``None`` for the rule's own
-            (:meth:`~learned_optim.rules.UpdateRule.default_weight_decay`): none, except in runs of
-            known length by a rule that has one, as `default`.
+            parameters as it does in ``AdamW(lr=1e-3)``. Rules with a schedule multiply it by that;
+            ``horizon`` also by its step confidence. ``None`` for the rule's own
+            (:meth:`~learned_optim.rules.UpdateRule.default_weight_decay`): that of ``horizon``
+            in runs of known length, 0 in all others.
         maximize: maximize the objective instead of minimizing it.
         state_dtype: dtype of per-coordinate state: float32, float64, bfloat16 (half the memory),
             or ``None`` for the rule's own (float32). Per-tensor state keeps the rule's.
         total_steps: length of the run, a whole number of any type, for rules that read it
-            (:attr:`~learned_optim.rules.UpdateRule.reads_horizon`): they anneal their updates
-            towards its end by themselves, so leave out the scheduler. ``None``, ``inf`` or -1, as
-            trainers write it, if it is unknown.
+            (:attr:`~learned_optim.rules.UpdateRule.reads_horizon`). They anneal their updates, so
+            leave out the scheduler. ``None``, ``inf`` or -1, as trainers write it, if unknown.
         warmup: the updates of the first ``warmup`` steps of each parameter are multiplied by
             ``(step + 1) / warmup``; 0 for none, ``None`` for the rule's own
             (:attr:`~learned_optim.rules.UpdateRule.warmup_steps`).
         unknown: refused; the error says what to leave out.
 
     ``lr``, ``weight_decay``, ``maximize``, ``total_steps`` and ``warmup`` may differ by group, and
-    may be set in ``param_groups`` in mid-run: the next step checks and follows them.
+    may be set in ``param_groups`` in mid-run: the next step checks and uses the new values.
 
     Parameters may be float64, float32, bfloat16, float16 or complex (seen as pairs of reals), on
     any device, dense or sharded (DTensor). State of a parameter of shape ``S`` is ``step``, of
@@ -121,7 +120,7 @@ class LearnedOptimizer(Optimizer):
         self._forget_steps()
 
     def _forget_steps(self) -> None:
-        """State was replaced: prepare every group's step anew, and count its updates anew."""
+        """Prepare every group's step anew, and count its updates anew: state was replaced."""
         self._states.forget_layout()
         self._group_steps: dict[int, GroupStep] = {}
         self._watches: dict[int, GroupWatch] = {}
@@ -129,7 +128,7 @@ class LearnedOptimizer(Optimizer):
 
     @property
     def rule(self) -> UpdateRule:
-        """A copy of the update rule: changing it changes no optimizer."""
+        """A copy of the update rule; changes of it do not reach the optimizer."""
         return copy.deepcopy(self._frozen.rule)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -221,28 +220,28 @@ class LearnedOptimizer(Optimizer):
     # ---- diagnostics
 
     def diagnose(self, on: bool = True) -> None:
-        """Record what every further step does, for :meth:`diagnostics`; ``False`` stops it.
+        """Record every further step for :meth:`diagnostics`; ``False`` stops recording.
 
         A recorded step takes several times as long, copies the parameters and the network's state,
-        and synchronizes with the device. Others are as before. Copies of the optimizer record
-        nothing.
+        and synchronizes with the device. Copies of the optimizer record nothing.
         """
         if self._recorder is not None:
             self._recorder.remove()
         self._recorder = _diagnostics.Recorder(self, self._states) if on else None
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
-        """Numbers of the last step by tensor: its name if it has one, else group/position.
+        """Numbers of the last step by tensor, under its name or else ``group/position``.
 
         Returns:
             Floats: ``step``, earlier updates of the tensor; ``grad_rms``, ``param_rms`` (before the
             step) and ``step_rms`` (weight decay included), root mean squares; ``step_ratio``, step
-            over parameter; ``effective_lr``, with which gradient descent would have gone as far
-            along the gradient; ``cosine`` of step and descent direction; ``schedule``, the factor
-            of warm-up and annealing; of rules with momenta ``signal_share``, mean square of the
-            fast momentum over that of the gradient; and for each direction of the rule ``gain/*``,
-            positive downhill, and ``part/*``, the root mean square it adds to the step at ``lr=1``.
-            Tensors without a gradient and frozen ones took no step and are left out.
+            over parameter; ``effective_lr``, the learning rate at which gradient descent would go
+            as far along the gradient; ``cosine`` of step and descent direction; ``schedule``, the
+            factor of warm-up and annealing; of rules with momenta ``signal_share``, mean square of
+            the fast momentum over that of the gradient; and for each direction of the rule
+            ``gain/*``, positive downhill, and ``part/*``, the root mean square of its part of the
+            step at ``lr=1``, in the eigenbasis for rotated matrices. Frozen tensors and tensors
+            without a gradient are left out.
 
         Raises:
             RuntimeError: nothing has been recorded.
@@ -268,10 +267,10 @@ class LearnedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; recurrent state keeps its dtype and bits.
 
-        As in torch, values of groups are the saved ones. Only a ``total_steps`` that this optimizer
-        was given stays, with a warning where it differs: runs are resumed to be extended. The
-        rule's own weight decay follows the length that counts. Entries that a wrapper added to the
-        state of parameters are passed through untouched.
+        As in torch, groups take the saved values, except for ``total_steps``: one that was passed
+        to this optimizer stays, with a warning if the saved one differs, because runs are resumed
+        to be extended. The rule's own weight decay follows the length that is used. Entries that a
+        wrapper has added to the state are restored unchanged.
 
         Raises:
             ValueError: the state belongs to another update rule, or to other parameter groups.
@@ -289,7 +288,7 @@ class LearnedOptimizer(Optimizer):
             self._states.restore(self.param_groups, self.state, final)
             self._keep_total_steps(given)
 
-        # The first of the post-hooks: others find what was saved.
+        # First of the post-hooks, so that others find the restored state.
         last = self.register_load_state_dict_pre_hook(check)
         first = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
@@ -299,7 +298,7 @@ class LearnedOptimizer(Optimizer):
             first.remove()
 
     def _keep_total_steps(self, given: list[Any]) -> None:
-        """Settle loaded groups; lengths of the run that this optimizer was given stay."""
+        """Check loaded groups; lengths of the run that were passed to this optimizer stay."""
         differing, self._loaded_total_steps = [], []
         for group, total_steps in zip(self.param_groups, given, strict=True):
             saved = group["total_steps"]
@@ -318,7 +317,7 @@ class LearnedOptimizer(Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch keeps defaults, state and groups alone: the network would vanish in a copy.
+        # torch keeps only defaults, state and groups: a copy would have no rule.
         return {
             **super().__getstate__(),
             "state_dtype": self.state_dtype,
@@ -331,7 +330,7 @@ class LearnedOptimizer(Optimizer):
         state = dict(state)
         rule = state.pop("_rule", None)
         super().__setstate__(state)
-        if rule is None:  # load_state_dict comes by here
+        if rule is None:  # called by load_state_dict
             self._forget_steps()
         else:
             self._use(FrozenRule(rule), state["_source"])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from learned_optim import kernels
 from learned_optim.meta.data import DATA_VARIABLE, DataOptions
 from learned_optim.rules import RuleConfig, Segments, State, StepContext, UpdateRule, rule_class
 
@@ -81,6 +82,14 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["compiled", "pure"])
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step by the kernel, and without it."""
+    if request.param == "pure":
+        monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
+        monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_rule
+from test_kernels import needs_kernel
 from torch import Tensor
 
-from learned_optim import kernels
 from learned_optim.kernels import constants as c
 from learned_optim.rules import Segments, State, StepContext, StepSettings
 from learned_optim.rules import _basis as basis
@@ -66,14 +66,6 @@ def run(
         raw = [g.to(p.dtype) for g, p in zip(step, params, strict=True)]
         rule.step_(params, raw, states, StepSettings(**numbers))
     return params, states
-
-
-@pytest.fixture(params=["compiled", "pure"])
-def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step by the kernel, and without it."""
-    if request.param == "pure":
-        monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
-        monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
 
 
 # ---- against a plain account
@@ -193,7 +185,7 @@ def test_matrices_of_one_shape_step_as_they_do_alone() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not kernels.status().startswith("compiled"), reason=kernels.status())
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bound_steps_have_the_same_bits(dtype: torch.dtype) -> None:
     """Also after somebody has written to bases, of matrices that lie apart in memory, too."""

@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_rule
+from test_kernels import needs_kernel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_optim import LearnedOptimizer, kernels
 from learned_optim.rules import UpdateRule
 
-pytestmark = pytest.mark.skipif(
-    not kernels.status().startswith("compiled"), reason=f"no compiled kernel: {kernels.status()}"
-)
+pytestmark = needs_kernel
 SHAPES = [(6, 6), (5,), (4, 3, 2)]
 BEFORE, AFTER = 3, 3
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compat.common import small_batch, small_net
 from torch import nn
 
 from learned_optim import LearnedOptimizer
@@ -36,20 +37,13 @@ PAIRS: dict[str, tuple[UpdateRule, Callable[..., torch.optim.Optimizer]]] = {
 }
 
 
-def network() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
 @pytest.mark.parametrize("name", PAIRS)
 def test_follows_torch_optim(name: str) -> None:
     rule, make = PAIRS[name]
-    ours, theirs = network(), network()
+    ours, theirs = small_net(), small_net()
     optimizers = (LearnedOptimizer(ours.parameters(), rule), make(theirs.parameters()))
-    generator = torch.Generator().manual_seed(2)
-    for _ in range(100):
-        x = torch.randn(16, 6, generator=generator)
-        y = torch.randint(3, (16,), generator=generator)
+    for step in range(100):
+        x, y = small_batch(step)
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
@@ -59,7 +53,7 @@ def test_follows_torch_optim(name: str) -> None:
 
 
 def test_weight_decay_is_adamw_at_its_usual_learning_rate() -> None:
-    ours, theirs = network(), network()
+    ours, theirs = small_net(), small_net()
     optimizers = (
         LearnedOptimizer(ours.parameters(), AdamRule(AdamConfig(lr=1e-3)), weight_decay=0.1),
         torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.1),
@@ -67,7 +61,7 @@ def test_weight_decay_is_adamw_at_its_usual_learning_rate() -> None:
     for _ in range(60):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
-            model(torch.ones(2, 6)).square().mean().backward()
+            model(torch.ones(2, 5)).square().mean().backward()
             optimizer.step()
     for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, reference, rtol=2e-5, atol=2e-6)

@@ -6,26 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from compat.common import small_batch, small_net
+from conftest import random_rule
 from torch import nn
 
 from learned_optim import LearnedOptimizer
 from learned_optim._tensors import init_scale
 from learned_optim.rules import rule_names
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
-from tests.conftest import random_rule
 
 SHIPPED = ("eigenbasis", "diagonal", "coordinatewise", "mnist")
 
 
-def network() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
 def backward(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(16, 6, generator=generator)
-    y = torch.randint(3, (16,), generator=generator)
+    x, y = small_batch(seed)
     model.zero_grad()
     nn.functional.cross_entropy(model(x), y).backward()
 
@@ -35,7 +29,7 @@ def rms(value: torch.Tensor) -> float:
 
 
 def trained(rule: Any, steps: int, **options: Any) -> tuple[nn.Module, LearnedOptimizer]:
-    model = network()
+    model = small_net()
     optimizer = LearnedOptimizer(model.parameters(), rule, **options)
     for step in range(steps):
         backward(model, step)
@@ -43,10 +37,11 @@ def trained(rule: Any, steps: int, **options: Any) -> tuple[nn.Module, LearnedOp
     return model, optimizer
 
 
-@pytest.mark.parametrize("checkpoint", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, *rule_names()])
 @pytest.mark.parametrize("steps", [0, 5])
-def test_numbers_are_those_of_the_step(checkpoint: str, steps: int) -> None:
-    model, optimizer = trained(checkpoint, steps, warmup=0)
+def test_numbers_are_those_of_the_step(name: str, steps: int) -> None:
+    rule = name if name in SHIPPED else random_rule(name)
+    model, optimizer = trained(rule, steps, warmup=0, weight_decay=0.0)
     optimizer.diagnose()
     backward(model, steps)
     before = [p.detach().clone() for p in model.parameters()]
@@ -66,24 +61,9 @@ def test_numbers_are_those_of_the_step(checkpoint: str, steps: int) -> None:
         assert numbers["effective_lr"] == pytest.approx(lr, rel=1e-4, abs=1e-7)
         parts = [value for key, value in numbers.items() if key.startswith("part/")]
         # The directions' parts span the step, which is their sum.
-        assert max(parts) <= sum(parts) + 1e-9
-        assert numbers["step_rms"] <= sum(parts) * (1 + 1e-4)
+        assert not parts or numbers["step_rms"] <= sum(parts) * (1 + 1e-4)
         if len(parts) == 1:
             assert parts[0] == pytest.approx(numbers["step_rms"], rel=1e-3)
-
-
-@pytest.mark.parametrize("name", rule_names())
-def test_every_rule(name: str) -> None:
-    rule = random_rule(name)
-    model, optimizer = trained(rule, 0, warmup=0, weight_decay=0.0)
-    optimizer.diagnose()
-    backward(model, 0)
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer.step()
-    for old, param, numbers in zip(
-        before, model.parameters(), optimizer.diagnostics().values(), strict=True
-    ):
-        assert numbers["step_rms"] == pytest.approx(rms(param.detach() - old), rel=1e-4)
 
 
 def test_parts_of_rotated_matrices_are_those_of_the_eigenbasis() -> None:
@@ -135,7 +115,7 @@ def test_gains_of_the_untrained_rule_are_its_schedule_and_scale() -> None:
 
 def test_recording_changes_no_step_and_copies_record_nothing() -> None:
     plain, _ = trained("diagonal", 6)
-    model = network()
+    model = small_net()
     optimizer = LearnedOptimizer(model.parameters(), "diagonal")
     optimizer.diagnose()
     for step in range(6):
@@ -153,7 +133,7 @@ def test_recording_changes_no_step_and_copies_record_nothing() -> None:
 
 
 def test_names_and_tensors_without_a_step() -> None:
-    model = network()
+    model = small_net()
     names = [name for name, _ in model.named_parameters()]
     optimizer = LearnedOptimizer(model.parameters())
     # What torch 2.6 and later keep of named parameters.

@@ -10,7 +10,7 @@ from conftest import fresh_states, pack, random_rule
 from torch import Tensor
 from torch.nn import Parameter
 
-from learned_optim import LearnedOptimizer, kernels
+from learned_optim import LearnedOptimizer
 from learned_optim.rules import Segments, StepContext, StepSettings
 from learned_optim.rules import _history as history
 from learned_optim.rules.horizon import HorizonRule
@@ -164,14 +164,6 @@ def test_it_anneals_where_the_length_is_unknown() -> None:
 
 
 # ---- weight decay
-
-
-@pytest.fixture(params=["compiled", "pure"])
-def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step by the kernel, and without it."""
-    if request.param == "pure":
-        monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
-        monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("either_form")

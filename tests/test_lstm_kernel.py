@@ -10,15 +10,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import fresh_states, random_rule, test_configs
+from test_kernels import Subclass, from_inference, needs_kernel, one_byte_off
 from torch import Tensor
 
 from learned_optim import kernels
 from learned_optim.rules import StepSettings, rule_names
 from learned_optim.rules._lstm import LSTMStack
 
-needs_kernel = pytest.mark.skipif(
-    not kernels.status().startswith("compiled"), reason=f"no compiled kernel: {kernels.status()}"
-)
 #: Rounding of float32 after a step; states are of order 1, and steps of rules a tenth of it.
 TOLERANCE = 2e-6
 #: Registered rules that hold a stack of LSTM layers, and their configurations.
@@ -141,27 +139,12 @@ def test_rules_take_the_same_steps_without_it(
 # ---- what the kernel leaves to the pure form
 
 
-class Subclass(Tensor):
-    pass
-
-
-def misaligned(tensor: Tensor) -> Tensor:
-    memory = bytearray(4 * tensor.numel() + 4)
-    found = torch.frombuffer(memory, dtype=torch.float32, offset=1, count=tensor.numel())
-    return found.view_as(tensor)
-
-
-def from_inference(tensor: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return tensor.clone()
-
-
 UNSUITABLE: dict[str, Any] = {
     "float64": lambda t: t.double(),
     "subclass": lambda t: t.as_subclass(Subclass),
     "meta": lambda t: t.to("meta"),
     "zero tensor": lambda t: torch._efficientzerotensor(t.shape),
-    "misaligned": misaligned,
+    "misaligned": lambda t: one_byte_off(t.numel()).view_as(t),
     "sparse": lambda t: t.to_sparse(),
     "rows": lambda t: t[:-1].clone(),
     "columns": lambda t: t[:, :-1].clone(),
@@ -169,7 +152,7 @@ UNSUITABLE: dict[str, Any] = {
     "negative view": lambda t: torch.view_as_complex(torch.ones(*t.shape, 2)).conj().imag,
 }
 OF_STATES = {
-    "inference": from_inference,
+    "inference": lambda t: from_inference(t.numel()).view_as(t),
     "one row for all": lambda t: t[:1].expand(t.shape),
     "overlapping rows": lambda t: torch.zeros(100).as_strided(t.shape, (3, 1)),
 }

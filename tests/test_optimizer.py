@@ -21,22 +21,8 @@ from learned_optim.rules.lstm import LSTMRule
 RULES = rule_names()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        x = torch.randn(8, 4, generator=generator)
-        optimizer.zero_grad()
-        model(x.to(next(model.parameters()).dtype)).float().square().mean().backward()
-        optimizer.step()
-
-
-def network(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(dtype)
-
-
-def flat(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().float().flatten() for p in model.parameters()])
+def params() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -51,12 +37,12 @@ def test_wrapper_equals_differentiable_unroll(name: str, task_name: str) -> None
 
     generator = seeded("unroll")
     task = family.sample(generator)
-    params = {n: nn.Parameter(p) for n, p in task.init(generator).items()}
-    optimizer = LearnedOptimizer(params.values(), rule, warmup=0)
+    weights = {n: nn.Parameter(p) for n, p in task.init(generator).items()}
+    optimizer = LearnedOptimizer(weights.values(), rule, warmup=0)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = task.loss(params, task.batch(generator))
+        loss = task.loss(weights, task.batch(generator))
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -65,20 +51,23 @@ def test_wrapper_equals_differentiable_unroll(name: str, task_name: str) -> None
 
 def test_making_an_optimizer_leaves_the_global_generator_alone() -> None:
     """Swapping Adam out must not change anybody's shuffling, dropout or initialization."""
-    params = list(network().parameters())
     before = torch.get_rng_state()
-    LearnedOptimizer(params, "quadratic")
-    LearnedOptimizer(params, random_rule("lstm"))
+    LearnedOptimizer(params(), "quadratic")
+    LearnedOptimizer(params(), random_rule("lstm"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+        ({"lr": -1.0}, ValueError, r"Invalid learning rate: -1.0\. .* pass lr=1.0"),
         ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
-        ({"lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
-        ({"weight_decay": -0.1}, ValueError, "Invalid weight_decay value: -0.1"),
+        (
+            {"lr": torch.ones(2)},
+            ValueError,
+            r"Tensor lr must be 1-element, got one of shape \(2,\)",
+        ),
+        ({"weight_decay": -0.1}, ValueError, r"Invalid weight_decay value: -0.1\. .* 0.0 is none"),
         ({"state_dtype": torch.int8}, ValueError, "floating point dtype, got torch.int8"),
         *(
             ({"rule": given}, TypeError, "second argument of LearnedOptimizer is the update")
@@ -90,7 +79,7 @@ def test_making_an_optimizer_leaves_the_global_generator_alone() -> None:
 )
 def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        LearnedOptimizer(network().parameters(), **{"rule": random_rule("lstm"), **arguments})
+        LearnedOptimizer(params(), **{"rule": random_rule("lstm"), **arguments})
 
 
 def test_empty_parameter_list() -> None:
@@ -99,29 +88,13 @@ def test_empty_parameter_list() -> None:
 
 
 def test_repr_names_rule_checkpoint_and_groups() -> None:
-    text = repr(LearnedOptimizer(network().parameters(), random_rule("lstm"), weight_decay=0.1))
+    text = repr(LearnedOptimizer(params(), random_rule("lstm"), weight_decay=0.1))
     assert text.startswith("LearnedOptimizer (\nUpdate rule: lstm ")
     assert "checkpoint" not in text
     assert "weight_decay: 0.1" in text
-    named = LearnedOptimizer(network().parameters(), "mnist")
+    named = LearnedOptimizer(params(), "mnist")
     assert ", checkpoint mnist\n" in repr(copy.deepcopy(named))
-    assert re.search(
-        r", checkpoint \S+ \(default\)\n", repr(LearnedOptimizer([nn.Parameter(torch.ones(1))]))
-    )
-
-
-def test_a_rule_that_was_taken_out_and_changed_changes_no_optimizer() -> None:
-    models = [network(), network()]
-    optimizers = [LearnedOptimizer(model.parameters(), "mnist") for model in models]
-    saved = optimizers[1].state_dict()["rule"]
-    with torch.no_grad():
-        for weight in optimizers[0].rule.parameters():
-            weight.add_(1.0)
-    for model, optimizer in zip(models, optimizers, strict=True):
-        train(model, optimizer, 3)
-        assert optimizer.state_dict()["rule"] == saved
-        assert optimizer.rule.fingerprint() == saved["fingerprint"]
-    assert torch.equal(*map(flat, models))
+    assert re.search(r", checkpoint \S+ \(default\)\n", repr(LearnedOptimizer(params())))
 
 
 class Largest(TorchDispatchMode):

@@ -1,9 +1,9 @@
 """Compiled steps, of the rule ``horizon`` and of stacks of LSTM layers.
 
-On the CPU a library in plain C behind ctypes, built when the package is installed with a C++
-compiler at hand; on a GPU kernels in Triton for ``horizon``, which come with torch there. Where
-they are missing, or tensors do not suit them, callers use the pure form, which they equal up to
-rounding. ``status()`` says whether they are used; ``LEARNED_OPTIM_KERNELS=0`` in the environment
+The CPU has a library with a plain C interface, called through ctypes. Installing the package builds
+it if there is a C++ compiler. GPUs have Triton kernels for ``horizon``; CUDA builds of torch bring
+Triton. Where kernels are missing or refuse tensors, callers use the pure form, which they equal up
+to rounding. ``status()`` says whether they are used; ``LEARNED_OPTIM_KERNELS=0`` in the environment
 switches them off.
 """
 
@@ -54,7 +54,7 @@ def step_(
     settings: StepSettings,
     updates: Sequence[Tensor | None] | None = None,
 ) -> bool:
-    """One step of all tensors in place; false, and nothing done, where no kernel can.
+    """One step of all tensors in place; false, and nothing done, if no kernel takes them.
 
     Args:
         network: float32; weight and bias of the hidden layer, ``(u, 23)`` and ``(u,)``, of the
@@ -64,8 +64,8 @@ def step_(
         grads: of the parameters' dtypes and sizes.
         states: ``fast``, ``slow`` and ``square``, float32 or bfloat16, of the parameters' sizes;
             ``stats``, ``(14,)``, and ``step``, ``()``, float32.
-        settings: numbers of the step. A learning rate on the GPU is not read back; where it is 0
-            nothing changes.
+        settings: numbers of the step. A learning rate on the GPU is not read back; at 0 nothing
+            changes.
         updates: contiguous float32 tensors of the parameters' sizes for the updates of rotated
             matrices, whose parameters then only decay; ``None`` for other tensors.
 
@@ -97,10 +97,10 @@ def step_(
 def bind(
     network: Sequence[Tensor], params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
 ) -> BoundStep | None:
-    """:func:`step_` of these tensors, for many steps; ``None`` where it refuses them, or on a GPU.
+    """:func:`step_` of these tensors, for many steps; ``None`` if refused, or not on the CPU.
 
-    A bound step checks parameters and gradients again. Of states and weights it checks the
-    addresses alone: the caller makes sure that they are the same tensors.
+    A bound step checks parameters and gradients in full, and the addresses of states and weights.
+    The caller makes sure that states and weights are the same tensors.
     """
     if not params or not params[0].is_cpu or torch.compiler.is_compiling() or under_a_mode():
         return None

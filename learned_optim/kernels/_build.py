@@ -22,11 +22,11 @@ CONSTANTS = FOLDER / "constants.py"
 LIBRARY = FOLDER / f"libstep{ {'win32': '.dll', 'darwin': '.dylib'}.get(sys.platform, '.so') }"
 
 _WARNINGS = ["-Wall", "-Wextra"]
-# What lets loops with roots and choices become vector code. None of them, unlike -ffast-math,
-# touches NaN, or the mode in which the whole process rounds.
+# Flags that let loops with roots and conditions become vector code. Unlike -ffast-math they keep
+# NaN, and the rounding mode of the process.
 _MATH = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 _UNIX = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
-# Without the others, a compiler without vector types, pragma or clones would leave no library.
+# Tried in turn: a compiler may lack the pragma, vector types or clones of functions.
 _CHOICES = (
     ["-fopenmp-simd"],
     ["-fopenmp-simd", "-DLO_NO_VECTORS"],
@@ -44,7 +44,7 @@ def switched_off() -> bool:
 
 
 def source_hash() -> str:
-    """The name that a library built from these sources reports."""
+    """Hash of the sources, which the library reports."""
     digest = hashlib.sha256()
     for path in (*SOURCES, HEADER, CONSTANTS):
         digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
@@ -98,9 +98,9 @@ def build(library: Path = LIBRARY) -> str:
                 line = command(compiler, choice, target)
                 done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
                 if done.returncode == 0 and target.is_file():
-                    # At once, so that a process that starts meanwhile sees the old or the new.
+                    # Atomic: a process that starts meanwhile loads the old or the new library.
                     target.replace(library)
                     return compiler[0]
-                said = (done.stderr or done.stdout)[-2000:]
-                failure = failure or f"{shlex.join(compiler)}: {said}"
+                output = (done.stderr or done.stdout)[-2000:]
+                failure = failure or f"{shlex.join(compiler)}: {output}"
     raise BuildError(f"no compiler could build the library: {failure}")

@@ -22,7 +22,7 @@ from learned_optim._tensors import fan_in, init_scale
 from learned_optim.kernels._library import SIZES, library
 from learned_optim.kernels.constants import DECAY_UNIT, LARGEST_SCALE
 
-_POINTERS, _CONSTANTS, _, STATS, INPUTS, MOST_UNITS = SIZES
+*_, STATS, INPUTS, MOST_UNITS = SIZES
 OUTPUTS = 5
 #: Entries of a tensor's state, in the order of a call.
 STATE_KEYS = ("fast", "slow", "square", "stats", "step")
@@ -41,11 +41,11 @@ class StepSettings(NamedTuple):
 
     Attributes:
         lr: multiplier of the update; a tensor has one element, on the device or the CPU.
-        weight_decay: ``param *= 1 - 1e-3 * lr * weight_decay`` before the update, with what
-            :meth:`UpdateRule.scheduled_decay` makes of it.
+        weight_decay: ``param *= 1 - 1e-3 * lr * decay`` before the update, where ``decay`` is what
+            :meth:`UpdateRule.scheduled_decay` returns for it.
         maximize: negate the gradients.
         warmup: updates are multiplied by ``min(1, (step + 1) / warmup)``; 0 for none.
-        total_steps: length of the run that a rule may know; ``None`` if it is unknown.
+        total_steps: length of the run, for rules that read it; ``None`` if it is unknown.
         loss: the loss at the parameters, shape ``()``, for rules that read it.
     """
 
@@ -68,7 +68,7 @@ class StepCall(NamedTuple):
     updates: Sequence[Tensor | None] | None = None
 
 
-# ---- checks that all kernels share
+# ---- checks of all kernels
 
 
 def under_a_mode() -> bool:
@@ -88,13 +88,13 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def addresses_of(tensors: Sequence[Tensor], is_here: Callable[[Tensor], bool]) -> list[int] | None:
-    """Where the tensors begin; ``None`` if any is a subclass's, elsewhere or not contiguous.
+    """Addresses of the tensors; ``None`` if one is a subclass's, elsewhere or not contiguous.
 
     Args:
-        tensors: some tensors of a call.
-        is_here: whether a tensor is on the kernel's kind of device.
+        tensors: of a call.
+        is_here: true for tensors on the kernel's kind of device.
     """
-    if not {*map(type, tensors)} <= _PLAIN:
+    if not are_plain(tensors):
         return None
     try:
         addresses = list(map(Tensor.data_ptr, tensors))
@@ -105,7 +105,7 @@ def addresses_of(tensors: Sequence[Tensor], is_here: Callable[[Tensor], bool]) -
 
 
 def takes_dtypes(m: int, dtypes: Sequence[torch.dtype]) -> bool:
-    """True if the kernels know the dtypes of a call of ``m`` tensors, in its order."""
+    """True if the kernels take these dtypes: of a call of ``m`` tensors, in the call's order."""
     params, grads, own = dtypes[:m], dtypes[m : 2 * m], dtypes[5 * m :]
     fast, slow, square = (dtypes[i * m : (i + 1) * m] for i in (2, 3, 4))
     same = params == grads and fast == slow == square and {*own} == {torch.float32}
@@ -113,7 +113,7 @@ def takes_dtypes(m: int, dtypes: Sequence[torch.dtype]) -> bool:
 
 
 def takes_network(m: int, network: Sequence[torch.Size]) -> bool:
-    """True if the weights have shapes that go together, shared or one network per tensor."""
+    """True if the weights' shapes make one network, shared or with a leading ``m``."""
     lead, units = network[0][:-2], network[1][-1]
     parts = [(units, INPUTS), (units,), (OUTPUTS, units), (OUTPUTS,), (OUTPUTS, INPUTS)]
     return (
@@ -133,7 +133,7 @@ def constants_of(shapes: Sequence[torch.Size]) -> list[float]:
 
 
 def increment_versions(params: Sequence[Tensor]) -> None:
-    """A graph that saved a parameter must notice that it changed."""
+    """Count the change of parameters, so that graphs that have saved them raise an error."""
     try:
         torch._C._increment_version(params)
     except (RuntimeError, TypeError):  # before torch 2.5, one tensor at a time
@@ -153,7 +153,7 @@ def step_(call: StepCall) -> bool:
 def bind(
     network: Sequence[Tensor], params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
 ) -> BoundStep | None:
-    """All of a call but gradients and settings; ``None`` for tensors the library does not take."""
+    """A step without its gradients and settings; ``None`` for tensors the library refuses."""
     kernel = library()
     if kernel is None:
         return None
@@ -181,8 +181,8 @@ class BoundStep:
 
     Args:
         kernel: the library.
-        params: ``m`` parameters; each step checks everything about them again.
-        fixed: state entries and weights, which suit the library; a step checks their addresses.
+        params: ``m`` parameters, checked in full at each step.
+        fixed: state entries and weights, already checked; each step compares their addresses.
         addresses: of ``fixed``.
         layout: of all tensors.
         pointers: ``(13, m)``: parameters, gradients, updates, state entries, weights; each step
@@ -209,7 +209,7 @@ class BoundStep:
         settings: StepSettings,
         updates: Sequence[Tensor | None] | None = None,
     ) -> bool:
-        """One step; false, and nothing done, unless all tensors are what and where they were."""
+        """One step; false, and nothing done, if a tensor has moved or has another shape."""
         if (
             under_a_mode()
             or list(map(Tensor.data_ptr, self._fixed)) != self._addresses
@@ -224,7 +224,7 @@ class BoundStep:
         settings: StepSettings,
         updates: Sequence[Tensor | None] | None = None,
     ) -> bool:
-        """One step right after :func:`bind`, which has looked at state and weights.
+        """One step right after :func:`bind`, which has checked state and weights.
 
         Returns:
             False, and nothing done, if parameters, gradients or updates do not suit the library.
@@ -275,7 +275,7 @@ class BoundStep:
 def addresses_of_updates(
     updates: Sequence[Tensor | None], numels: Sequence[int], is_here: Callable[[Tensor], bool]
 ) -> list[int] | None:
-    """Where updates of rotated matrices go, 0 for other tensors; ``None`` if any does not fit."""
+    """Addresses for updates of rotated matrices, else 0; ``None`` if a tensor does not fit."""
     given = [update for update in updates if update is not None]
     if addresses_of(given, is_here) is None:
         return None
@@ -291,7 +291,7 @@ def addresses_of_updates(
 
 
 class _Layout(NamedTuple):
-    """What shapes and dtypes alone determine of a call.
+    """The part of a call that shapes and dtypes determine.
 
     Attributes:
         varying_dtypes: of parameters and gradients.
@@ -299,7 +299,7 @@ class _Layout(NamedTuple):
         fixed_numels: sizes of state entries and weights.
         units: hidden units of the network.
         network_strides: bytes from one tensor's weights to the next one's, 0 for shared ones.
-        constants: those of each tensor.
+        constants: see :func:`constants_of`.
         sizes: of the parameters.
         types: codes of each parameter's and its moments' dtypes.
     """

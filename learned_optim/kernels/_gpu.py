@@ -1,7 +1,7 @@
 """The step of tensors on a GPU, by Triton kernels that have passed a trial.
 
-Compilers and drivers differ: each kind of call is first tried on a small problem, against the
-CPU's kernel.
+Compilers and drivers differ. So each kind of call first runs on a small problem, whose result is
+compared with the CPU's kernel.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from learned_optim.kernels import _build, _cpu, _launch, _library
 
 _failure = ""
 _passed: dict[Hashable, bool] = {}
-#: Deviations from the CPU's kernel allowed in a trial: rounding, of half types for the most part.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 
 
 @functools.cache
@@ -36,7 +34,7 @@ def _imported() -> tuple[ModuleType | None, str]:
 
 
 def loaded() -> tuple[ModuleType | None, str]:
-    """The kernels, or ``None``; and which Triton there is, or why they are not used."""
+    """The kernels and Triton's version; or ``None`` and why they are not used."""
     if _build.switched_off():
         return None, f"off: {_build.SWITCH}=0"
     return (None, f"failed: {_failure}") if _failure else _imported()
@@ -57,7 +55,7 @@ def _fail(error: Exception) -> None:
 def step_(call: _cpu.StepCall) -> bool:
     """See :func:`learned_optim.kernels.step_`.
 
-    Parameters of several dtypes take two launches for each.
+    Each pair of dtypes, of parameters and of moments, takes two launches.
     """
     kernels, _ = loaded()
     if kernels is None or not _takes_lr(call.settings.lr, call.params[0].device):
@@ -107,7 +105,7 @@ def _by_types(call: _cpu.StepCall) -> Iterator[_cpu.StepCall]:
 
 
 def _has_passed(kernels: ModuleType, launches: _launch.Launches) -> bool:
-    """True if such launches, tried once, agree with the CPU's kernel."""
+    """True if the trial of launches of this kind, run once, agrees with the CPU's kernel."""
     network, layout = launches.network, launches.layout
     device, types = layout.integers.device, layout.types
     key = device, types, network[1].shape, network[0].shape[-1]
@@ -165,8 +163,8 @@ def _try(
         weights = [weight.to("cpu") for weight in network]
         call = _cpu.StepCall(weights, host, grads, on_host, options, (None, apart[0]))
         compared = compared and _cpu.step_(call)
-    tolerance = _TOLERANCE.get(types[0], 5e-2)
-    tolerance = tolerance if types[1] is torch.float32 else max(tolerance, 5e-2)
+    # Rounding, which is coarse where parameters or moments are of half precision.
+    tolerance = 5e-2 if {torch.bfloat16, torch.float16} & {*types} else 1e-4
     pairs = [*zip(host, own, strict=True), (apart[0], apart[1])]
     for state, device_state in zip(on_host, on_device, strict=True):
         pairs += [(state[key], device_state[key]) for key in state]

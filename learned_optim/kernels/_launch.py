@@ -30,7 +30,7 @@ _Value = TypeVar("_Value")
 
 
 class _Cache(dict[Hashable, _Value], Generic[_Value]):
-    """Tables on the device, which kernels in flight may still read when it is full."""
+    """Tables on the device; emptied after running kernels, which may read them, have ended."""
 
     def make_room(self, most: int) -> None:
         if len(self) >= most:
@@ -41,7 +41,7 @@ class _Cache(dict[Hashable, _Value], Generic[_Value]):
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """What shapes, dtypes and device alone determine of a call.
+    """The part of a call that shapes, dtypes and device determine.
 
     Attributes:
         numels: sizes of all tensors in the order of the call.
@@ -63,7 +63,7 @@ class _Layout:
 
 _layouts = _Cache[_Layout]()
 _tables = _Cache[tuple[Tensor, bool] | None]()
-_captured: list[_Layout] = []  # graphs read their tables for as long as they are replayed
+_captured: list[_Layout] = []  # kept for good: a graph reads its tables at every replay
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _make_layout(
 ) -> _Layout:
     m = len(shapes)
     sizes = [math.prod(shape) for shape in shapes]
-    # An empty tensor has a chunk, too, which counts its step.
+    # An empty tensor also has a chunk, which counts its step.
     chunks = _host([max(1, -(-size // CHUNK)) for size in sizes])
     integers = torch.stack((_host(sizes), chunks.cumsum(0) - chunks, chunks), 1)
     constants = _host(_cpu.constants_of(shapes), torch.float64).reshape(m, 3)
@@ -147,7 +147,7 @@ def _make_layout(
         bytes=_host(per_tensor),
         types=(dtypes[0], dtypes[2 * m]),
     )
-    if not INTERPRETED:  # other streams will read it
+    if not INTERPRETED:  # other streams may read it
         torch.cuda.current_stream(device).synchronize()
     return layout
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from learned_optim._warn import warn
 from learned_optim.kernels import _build
 
-#: Addresses and constants per tensor, settings per call, entries of ``stats``, inputs and most
-#: hidden units of the network: what Python and C have to agree on.
+#: Numbers that Python and C must agree on: addresses and constants per tensor, settings per call,
+#: entries of ``stats``, inputs of the network, and its largest number of hidden units.
 SIZES = (13, 3, 6, 14, 23, 1024)
 REMEDY = (
     "Build it with `python -m learned_optim.kernels` or reinstall the package, with a C++ compiler "
@@ -20,7 +20,7 @@ REMEDY = (
 
 
 def load(path: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
-    """The library, or ``None``; and where it is, or why it is not used."""
+    """The library and its path; or ``None`` and why it is not used."""
     path = _build.LIBRARY if path is None else path
     if _build.switched_off():
         return None, f"off: {_build.SWITCH}=0"
@@ -49,16 +49,16 @@ def loaded() -> tuple[ctypes.CDLL | None, str]:
     library, where = load()
     if library is not None:
         share_threads(library)
-        if hasattr(os, "register_at_fork"):  # OpenMP's threads stay with the parent
+        if hasattr(os, "register_at_fork"):  # a child process has none of OpenMP's threads
             os.register_at_fork(after_in_child=lambda: library.lo_use_openmp(None))
     return library, where
 
 
 def share_threads(library: ctypes.CDLL) -> None:
-    """Let the library run on the threads of torch's OpenMP, where that has GNU's entry point."""
+    """Let the library use the threads of torch's OpenMP, if that is GNU's."""
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel
-    except (OSError, AttributeError, TypeError):  # another runtime; no such name space (Windows)
+    except (OSError, AttributeError, TypeError):  # another runtime; or Windows
         return
     library.lo_use_openmp(ctypes.cast(parallel, ctypes.c_void_p))
 

@@ -15,14 +15,13 @@ from learned_optim.kernels._library import library
 def lstm_step_(
     x: Tensor, hidden: Tensor, cell: Tensor, weights: Sequence[Tensor], layers: int
 ) -> bool:
-    """One step of a stack of LSTM layers in place; false, and nothing done, where it cannot.
+    """One step of a stack of LSTM layers in place; false, and nothing done, if refused.
 
     Args:
         x: features of ``n`` rows, ``(n, inputs)``, float32, any strides.
-        hidden: hidden states of all layers side by side, ``(n, layers * units)``, float32, with
-            the rows of a column or the columns of a row one after the other. Fastest if each
-            column is contiguous.
-        cell: the same of the cells.
+        hidden: hidden states of all layers side by side, ``(n, layers * units)``, float32, whose
+            rows or columns do not interleave in memory. Fastest with contiguous columns.
+        cell: cell states, in the same form.
         weights: ``weight_ih, weight_hh, bias_ih, bias_hh`` of each layer, as ``nn.LSTM`` has them.
         layers: number of layers.
     """

@@ -37,7 +37,7 @@ def _step_(
     total_steps: float,
 ) -> None:
     rate = float(lr)
-    if rate == 0:  # known here alone; nothing may change
+    if rate == 0:  # the graph could not know it; nothing may change
         for update in updates:
             update.zero_()
         return
@@ -90,7 +90,7 @@ def step_(call: _cpu.StepCall) -> bool:
         return False
     if not _cpu.takes_network(m, [weight.shape for weight in network]) or not _usable():
         return False
-    if not isinstance(lr, Tensor):  # one graph for all of them
+    if not isinstance(lr, Tensor):  # a tensor: one graph serves all learning rates
         lr = torch.ones((), dtype=torch.float64, device="cpu") * lr
     places = list(updates or ())
     rotated = [index for index, update in enumerate(places) if update is not None]

@@ -1,13 +1,13 @@
 # mypy: ignore-errors
 # ruff: noqa: RET505, SIM300 (Triton reads the branches of a constant condition its own way)
-"""The Triton kernels of the rule ``horizon``: what ``step.cpp`` does, on a GPU.
+"""The step of the rule ``horizon`` in Triton: the computation of ``step.cpp`` on a GPU.
 
 Two launches. :func:`gains_kernel`, one program per tensor: inputs from the statistics of the step
 before, the network, gains. :func:`update_kernel`, one program per chunk of a tensor: moments,
-parameters and sums. The last chunk of a tensor to finish adds up the sums of all of them, always in
-the same order, and writes the statistics: results do not depend on which chunk that is.
+parameters and sums. The chunk of a tensor that finishes last adds up the sums of all its chunks and
+writes the statistics. It adds in a fixed order, so results do not depend on which chunk is last.
 
-What is computed per tensor is float64, per coordinate float32, as in ``step.cpp``.
+Numbers per tensor are float64, per coordinate float32, as in ``step.cpp``.
 """
 
 import math
@@ -131,9 +131,9 @@ def sanitized(grad, sign, PARAM_TYPE: tl.constexpr):
 
 @triton.jit
 def decayed(param, grad, decay, PARAM_TYPE: tl.constexpr):
-    """The parameter after weight decay, which spares coordinates without a gradient, not rounded.
+    """The parameter after weight decay, which spares coordinates without a gradient.
 
-    float64 stays so, others widen: decay and update together are one rounding.
+    It is float64 or float32, so decay and update together round once.
     """
     WIDE: tl.constexpr = tl.float64 if PARAM_TYPE == tl.float64 else tl.float32
     return param.to(WIDE) * tl.where(grad != 0.0, decay, 1.0).to(WIDE)
@@ -337,7 +337,7 @@ def _finish(stats, step, partials, first, count, size, KNOWN: tl.constexpr):
         chunk = begin + tl.arange(0, ROWS)
         at = (first + chunk)[:, None] * ROW + q[None, :]
         mask = (chunk[:, None] < count) & (q[None, :] < 13)
-        # Past the first cache, which knows nothing of what other processors have written.
+        # Past the first cache, which does not see what other processors have written.
         part = tl.load(partials + at, mask=mask, other=0.0, cache_modifier=".cg")
         sums += tl.sum(part.to(tl.float64), axis=0)
     mean = sums / tl.maximum(size, 1).to(tl.float64)
@@ -365,7 +365,7 @@ def _finish(stats, step, partials, first, count, size, KNOWN: tl.constexpr):
     growth = tl.where(t > 0, level.to(tl.float32) - pick(z, 3), 0.0)
     mean = pick(new, 10) / correction(LOG_LONG, t.to(tl.float64) + 1.0)
     new = tl.where(q == 13, _next_confidence(z, agreement, mean, growth, t, KNOWN), new)
-    new = tl.where(square > 0, new, z)  # nothing to tell where there never was a gradient
+    new = tl.where(square > 0, new, z)  # statistics of gradients begin with the first gradient
     new = tl.where(q == 1, rms, new)
     new = tl.where(q == 0, tl.where(t > 0, z, rms), new)
     tl.store(stats + q, new.to(tl.float32), mask=q < 14)
@@ -402,7 +402,7 @@ def _update_chunk(
     PARAM_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Moments, parameters and sums of one chunk; ``WHOLE``: it does not reach beyond the end."""
+    """Moments, parameters and sums of one chunk; ``WHOLE``: it ends within the tensor."""
     WIDE: tl.constexpr = tl.float64 if PARAM_TYPE == tl.float64 else tl.float32
     param_at = pointer(addresses, tensor, PARAM, PARAM_TYPE)
     grad_at = pointer(addresses, tensor, GRAD, PARAM_TYPE)
@@ -493,7 +493,7 @@ def update_kernel(
     PARAM_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one tensor; the tensor's last one to finish writes its statistics."""
+    """One chunk of one tensor; the chunk that finishes last writes the tensor's statistics."""
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_tensor + chunk)
     size = tl.load(integers + tensor * INTEGERS + SIZE)
@@ -513,8 +513,8 @@ def update_kernel(
                 addresses, tensor, begin, size, row, sums, sign,
                 PARAM_TYPE, STATE_TYPE, CHUNK, BLOCK, False, ALIGNED,
             )  # fmt: skip
-        # All threads have stored their sums before one of them counts this chunk, and who counts
-        # last sees what the others have stored: release and acquire, for the whole device.
+        # All threads store their sums before one of them counts this chunk. The count releases
+        # and acquires on the whole device, so the last program sees the sums of all others.
         tl.debug_barrier()
         done = tl.atomic_add(counters + tensor, 1, sem="acq_rel", scope="gpu")
         if done == count - 1:

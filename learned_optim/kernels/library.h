@@ -1,5 +1,5 @@
-// What the parts of the library share: how functions are declared, what a call returns, threads,
-// and the check that memory which is written is nobody else's.
+// Shared by the parts of the library: declarations, return codes, threads, and the check that
+// written memory does not overlap other memory.
 
 #ifndef LEARNED_OPTIM_LIBRARY_H
 #define LEARNED_OPTIM_LIBRARY_H
@@ -25,9 +25,9 @@
 #define LO_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// Runs a function on as many threads: what compilers turn `#pragma omp parallel` into.
+// The function that compilers call for `#pragma omp parallel`: runs a function on some threads.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
-// That of the process's OpenMP runtime, if the caller has found one.
+// The function of the process's OpenMP runtime, if the caller has found one.
 inline std::atomic<Parallel> openmp_parallel{nullptr};
 
 namespace {
@@ -40,7 +40,7 @@ struct Range {
   bool written;
 };
 
-// Whether anything written is also read or written elsewhere: order would matter then.
+// True if written memory is also read or written by another range: order would matter then.
 inline bool overlapping(std::vector<Range>& ranges) {
   std::sort(ranges.begin(), ranges.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
@@ -54,9 +54,9 @@ inline bool overlapping(std::vector<Range>& ranges) {
 }
 
 // Runs `work`, which does not throw, on this thread and on up to `helpers` others; returns when all
-// have ended. The threads are those of torch's OpenMP, which still spin after the backward pass and
-// would keep others from their cores. Without it they start anew in every call: a pool of our own
-// would not outlive fork.
+// have ended. It uses the threads of torch's OpenMP: they still spin after the backward pass, and
+// other threads would wait for their cores. Without OpenMP each call starts new threads, because a
+// pool would not survive fork.
 template <class Work>
 void in_parallel(int64_t helpers, const Work& work) {
   if (const Parallel parallel = openmp_parallel.load(); parallel != nullptr && helpers > 0) {
@@ -67,7 +67,7 @@ void in_parallel(int64_t helpers, const Work& work) {
   try {
     if (helpers > 0) pool.reserve(size_t(helpers));
     for (int64_t i = 0; i < helpers; ++i) pool.emplace_back(work);
-  } catch (...) {  // no further thread to be had: the others do its work
+  } catch (...) {  // no more threads: those that have started do the work
   }
   work();
   for (std::thread& thread : pool) thread.join();

@@ -1,9 +1,9 @@
 // One step of a stack of LSTM layers for n rows, in place. Rows are coordinates, or tensors, each
-// with a state of its own; all share the weights. The sequence of rules/_lstm.py is what this must equal.
+// with a state of its own; all share the weights. It must equal LSTMStack.sequence of
+// rules/_lstm.py.
 //
-// The rows of a tile are the lanes of a few vectors. The four gates of one unit for all of them are
-// summed up in registers, where a weight that was loaded once serves the whole tile; all that a tile
-// needs besides its state stays in the nearest cache.
+// The rows of a tile are the lanes of a few vectors. The sums of one unit's four gates stay in
+// registers, so that each weight is loaded once per tile. A tile's buffers fit into the first cache.
 
 #include "library.h"
 
@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int kMostLstmUnits = 1024, kMostLayers = 64;
-// A thread costs tens of microseconds to start; this many multiplications take several times that.
+// Least number of multiplications per thread: several times the tens of microseconds of its start.
 constexpr double kProductsPerThread = 8e6;
 
 enum Entry { kFeatures, kHiddenState, kCellState, kEntries };           // with a row per row
@@ -42,8 +42,8 @@ struct Stack {
 
 #ifdef LO_LSTM
 
-// Unit by unit, the four biases, then the four weights of each input and of each hidden unit. Gates
-// enter expm1 alone: the signs and the factor 2 that sigmoid and tanh want are put in here.
+// Packs, unit by unit, the four biases, then the four weights of each input and hidden unit. Weights
+// take up the signs of sigmoid and the factor 2 of tanh, so that gates are passed to expm1 directly.
 void pack(Stack& stack, const float* const* weights) {
   constexpr float kFactors[4] = {-1, -1, 2, -1};  // input, forget, candidate, output
   const int units = stack.units;
@@ -69,9 +69,9 @@ struct Lanes {
   typedef uint32_t Int __attribute__((vector_size(4 * N)));
 };
 
-// x becomes exp(x) - 1, with a relative error below 3e-7; beyond 40, where sigmoid and tanh have
-// arrived long before, that of 40: products of two of them are finite. By reference: vectors as
-// values would be passed differently for each instruction set.
+// Replaces x by exp(x) - 1, with a relative error below 3e-7. It clamps x to [-40, 40], so that
+// products of two results are finite; sigmoid and tanh are constant far earlier. By reference,
+// because each instruction set passes vectors by value in another way.
 template <int N>
 LO_INLINE void expm1(typename Lanes<N>::Float& x) {
   using Float = typename Lanes<N>::Float;
@@ -94,7 +94,7 @@ LO_INLINE void expm1(typename Lanes<N>::Float& x) {
   x = power * p + (power - 1.0f);
 }
 
-// `count` of the tile's T rows of a column; the other ones are 0.
+// Loads `count` of the tile's T rows of a column; the other rows are 0.
 template <int T>
 LO_INLINE void load(const Matrix& from, int64_t row, int64_t column, int64_t count, float* to) {
   const float* data = from.data + row * from.row_stride + column * from.column_stride;
@@ -116,7 +116,7 @@ LO_INLINE void store(const float* from, const Matrix& to, int64_t row, int64_t c
   for (int64_t i = 0; i < count; ++i) data[i * to.row_stride] = from[i];
 }
 
-// What enters the four gates of one unit, for a tile of V vectors of N lanes: gate by gate.
+// Inputs of the four gates of one unit, gate by gate, for a tile of V vectors of N lanes.
 template <int N, int V>
 LO_INLINE void gates_of_unit(int inputs, const float* LO_RESTRICT weights,
                              const float* LO_RESTRICT x, float* LO_RESTRICT gates) {
@@ -147,7 +147,7 @@ LO_INLINE void activate(const float* LO_RESTRICT gates, float* LO_RESTRICT cell,
   }
   const Float in = gate[0], forget = gate[1], candidate = gate[2], out = gate[3];
   // sigmoid(z) = 1 / (2 + expm1(-z)) and tanh(z) = e / (2 + e) with e = expm1(2z). Divisions are
-  // dear, so that one serves each product of two such factors.
+  // slow, so each product of two such factors takes one.
   std::memcpy(&c, cell, sizeof c);
   c = c / (forget + 2.0f) + candidate / ((in + 2.0f) * (candidate + 2.0f));
   Float squashed = c * 2.0f;
@@ -174,7 +174,7 @@ LO_INLINE void run_rows(const Stack& stack, int64_t first, int64_t last, float* 
       const int inputs = stack.inputs_of(layer), column = layer * units;
       for (int u = 0; u < units; ++u)
         load<T>(stack.entries[kHiddenState], row, column + u, count, x + (inputs + u) * T);
-      // Apart from the activations, whose constants would push the sums out of registers.
+      // In a loop of its own: the activations' constants would push the sums out of registers.
       for (int u = 0; u < units; ++u, weights += 4 * (1 + inputs + units))
         gates_of_unit<N, V>(inputs + units, weights, x, gates + 4 * u * T);
       for (int u = 0; u < units; ++u) {
@@ -198,7 +198,7 @@ struct Variant {
   bool usable;
 };
 
-// Tiles are as large as registers allow: 4 V accumulators and some more, of 32 or 16.
+// The largest tiles that fit into 32 or 16 registers, with 4 V sums and a few more values.
 #define LO_VARIANT(NAME, TARGET, N, V)                                                \
   TARGET void NAME(const Stack& stack, int64_t first, int64_t last, float* buffer) { \
     run_rows<N, V>(stack, first, last, buffer);                                      \
@@ -216,7 +216,7 @@ constexpr int kBaselineTile = 8;
 #endif
 #undef LO_VARIANT
 
-// The best first; the last one always is usable.
+// The fastest first; the last one is always usable.
 std::vector<Variant> variants() {
   return {
 #if defined(__x86_64__) && !defined(LO_NO_CLONES)
@@ -231,7 +231,7 @@ void run(const Stack& stack, const Variant& variant, int32_t threads) {
   const double products = double(stack.rows) * double(stack.packed.size());
   const int64_t useful = std::min(tiles, int64_t(std::min(products / kProductsPerThread, 1e6)));
   const int64_t helpers = std::max<int64_t>(std::min<int64_t>(threads, useful) - 1, 0);
-  // A few portions for each thread, in case one of them is held up.
+  // Several portions per thread, in case another process delays one.
   const int64_t portion = tile * ((tiles + 4 * helpers) / (4 * helpers + 1));
   constexpr int64_t kLine = 16;  // floats of a line of the cache
   const int64_t size = stack.floats() * tile + kLine;
@@ -258,7 +258,7 @@ int check(const Stack& stack, const float* const* weights) {
     const Matrix& m = stack.entries[entry];
     const int64_t columns = entry == kFeatures ? stack.inputs : width;
     if (m.row_stride < 0 || m.column_stride < 0) return kBadType;
-    // Distinct elements where they are written: rows within columns, or the other way round.
+    // Written elements must be distinct: rows lie within columns, or columns within rows.
     const bool by_column = m.row_stride > 0 && m.column_stride >= stack.rows * m.row_stride;
     const bool by_row = m.column_stride > 0 && m.row_stride >= columns * m.column_stride;
     if (entry != kFeatures && !by_column && !by_row) return kOverlap;

@@ -1,7 +1,7 @@
 // One step of the rule `horizon` for m tensors on the CPU. Per tensor: inputs from the statistics of
 // the step before, a small network, gains; then one pass over the coordinates, which updates moments
-// and parameter and sums what the next step will read. The pure form, rules/horizon.py, is what
-// this must equal.
+// and parameter and sums what the next step will read. It must equal the pure form,
+// rules/horizon.py.
 //
 // A plain C interface without torch's headers: one library serves every version of Python and torch.
 // No result depends on the number of threads: sums are taken per block, in a fixed order. Built
@@ -13,8 +13,8 @@
 #include <cstring>
 
 // The loops over coordinates are compiled for several instruction sets, of which the loader picks
-// one. That takes indirect functions: glibc on x86-64, and GCC. Elsewhere the baseline has to do.
-// Named by features or levels: "arch=haswell" would mean that processor, and no other maker's.
+// one. That takes indirect functions: glibc on x86-64, and GCC. Elsewhere only the baseline exists.
+// Targets are features or levels: "arch=haswell" would exclude processors of other makers.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
     !defined(LO_NO_CLONES)
 #if __GNUC__ >= 12
@@ -30,14 +30,14 @@
 #error "kernels/_build.py defines the constants of kernels/constants.py"
 #endif
 
-// Says from which source the library was built, so that a stale one is not used.
+// Hash of the sources, so that a library built from other sources is not used.
 #ifndef LO_SOURCE
 #define LO_SOURCE "unknown"
 #endif
 
 namespace {
 
-// The network's inputs, in the order of HorizonRule._inputs.
+// The network's inputs, in the order of network_inputs in rules/_history.py.
 enum Input {
   kRms,             // log root mean square of the parameters, in initial scales
   kFanIn,           // log fan-in
@@ -46,8 +46,8 @@ enum Input {
   kLogStep,         // log number of earlier updates
   kStart,           // 1 at the first step, fading over tens of them
   kHorizonKnown,    // 1 where the length of the run is known; else this and the next three are 0
-  kProgress,        // share of the run behind us
-  kLogRemaining,    // log of the share before us
+  kProgress,        // share of the run that is done
+  kLogRemaining,    // log of the share that remains
   kLogHorizon,      // log length of the run
   kFastShare,       // log mean square of the fast momentum over that of the gradient
   kSlowShare,       // the same of the slow momentum
@@ -67,7 +67,7 @@ enum Input {
 
 enum Output { kStepSize, kFastGain, kSlowGain, kGradGain, kCautiousGain, kOutputs };
 
-// Entries of the state `stats`, as in rules/horizon.py.
+// Entries of the state `stats`, explained in rules/_history.py.
 enum Stat {
   kStatFirstRms,
   kStatRms,
@@ -104,7 +104,7 @@ enum Sum {
   kSums
 };
 
-// What a caller passes: addresses and constants per tensor, numbers per call.
+// Arguments of a call: addresses and constants per tensor, settings per call.
 enum Pointer {
   kParam,
   kGrad,
@@ -137,14 +137,14 @@ constexpr float kTiny2 = float(LO_TINY * LO_TINY);
 constexpr float kLargestGrad = float(LO_LARGEST_GRAD), kLargestRatio = float(LO_LARGEST_RATIO);
 constexpr double kPi = 3.14159265358979323846;
 
-// Sums run in float32 within a block and in float64 beyond it: even without vector instructions
-// their errors stay near 1e-6, whatever the size of the tensor.
+// Sums are float32 within a block and float64 across blocks. So their relative errors stay near
+// 1e-6 for tensors of any size.
 constexpr int64_t kBlock = 1024;
-// Coordinates that a thread takes at a time; their sums are kept apart, so that the order of
-// additions does not depend on who took what.
+// Coordinates that a thread takes at a time. Each chunk has its own sums, so that the order of
+// additions does not depend on the threads.
 constexpr int64_t kChunk = 32 * kBlock;
-// Coordinates that are worth a thread. To start one costs tens of microseconds, to wake one of
-// OpenMP's some.
+// Least number of coordinates per thread. Starting a thread costs tens of microseconds, waking one
+// of OpenMP's a few.
 constexpr int64_t kPerNewThread = 4 * kChunk, kPerThread = kChunk;
 
 struct BFloat16 {
@@ -171,8 +171,8 @@ LO_INLINE double widen(double x) { return x; }
 LO_INLINE float widen(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
 
 LO_INLINE float widen(Float16 x) {
-  // Without a branch or a float32 denormal, so that it becomes vector code and a processor that
-  // flushes denormals gives the same.
+  // Without branches, so that it becomes vector code; without float32 denormals, so that
+  // processors that flush them give the same result.
   const uint32_t moved = uint32_t(x.bits & 0x7fff) << 13, exponent = moved & 0x0f800000;
   const uint32_t normal = moved + (uint32_t(127 - 15) << 23);
   const uint32_t special = normal + (uint32_t(128 - 16) << 23);  // infinite or NaN
@@ -216,7 +216,7 @@ LO_INLINE Float16 narrow<Float16, float>(float x) {
   return {uint16_t(magnitude | sign >> 16)};
 }
 
-// What the loop over coordinates needs to know of a tensor.
+// Numbers of a tensor that the loop over its coordinates reads.
 struct Gains {
   float sign;
   float fast_rate, slow_rate, square_rate;  // 1 - beta
@@ -261,9 +261,9 @@ LO_INLINE float sanitized(P grad, W sign, W largest) {
   return float(std::min(std::max(wide, -largest), largest));
 }
 
-// One block of coordinates of parameter type P and state type S. The pragma permits additions in
-// as many lanes as the processor has, which nothing but -ffast-math otherwise would. With `kApart`
-// the update is written to `update`, and the parameter only decays.
+// One block of coordinates of parameter type P and state type S. The pragma permits sums in as many
+// lanes as the processor has; otherwise only -ffast-math would. With `kApart` the update is written
+// to `update`, and the parameter only decays.
 template <bool kApart, class P, class S>
 LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
                      float* LO_RESTRICT update, S* LO_RESTRICT fast, S* LO_RESTRICT slow, S* LO_RESTRICT square,
@@ -340,7 +340,7 @@ LO_INLINE double param_squares(int64_t n, const P* LO_RESTRICT param, const P* L
 using BlockFunction = void (*)(int64_t, const Tensor&, int64_t, const Gains&, double*);
 using SquaresFunction = double (*)(int64_t, const Tensor&, int64_t, const Gains&);
 
-// Attributes for several instruction sets do not go with templates: plain functions per type.
+// Templates cannot have LO_CLONES: a plain function per type.
 #define LO_BLOCK(NAME, P, S)                                                                      \
   LO_CLONES void NAME(int64_t n, const Tensor& t, int64_t at, const Gains& gains, double* sums) { \
     P* const param = static_cast<P*>(t.param) + at;                                               \
@@ -391,7 +391,7 @@ constexpr int kTypes = 8;
 
 void run_chunk(Chunk& chunk) {
   const BlockFunction run = kBlockOf[chunk.tensor->type];
-  double sums[kSums] = {};  // not those of the chunk: neighbours may share a line of the cache
+  double sums[kSums] = {};  // not chunk.sums, whose line of the cache other threads may write
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock)
     run(std::min(kBlock, chunk.end - at), *chunk.tensor, at, *chunk.gains, sums);
   std::copy(sums, sums + kSums, chunk.sums);
@@ -497,7 +497,7 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double confidence = tensor.stats[kStatConfidence];
   Gains k;
   k.decay = 1 - settings[kDecay] * lr * std::pow(rate, LO_DECAY_POWER) * std::exp(confidence);
-  // At the first step both are measured, before it.
+  // At the first step both are measured now.
   const double at_first = t > 0 ? tensor.stats[kStatFirstRms] : first_rms(tensor, k);
   const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
   inputs_of(tensor, settings[kTotalSteps], rms, at_first, x);
@@ -555,7 +555,7 @@ void update_stats(const Tensor& tensor, bool known, const double* sums) {
   };
   z[kStatRms] = float(std::sqrt(mean[kSumParam2]));
   if (!started) z[kStatFirstRms] = z[kStatRms];
-  if (mean[kSumSquare] > 0) {  // nothing to tell where there never was a gradient
+  if (mean[kSumSquare] > 0) {  // statistics of gradients begin with the first gradient
     const double level = std::log(mean[kSumSquare] + kTiny2);
     const double growth = started ? float(level) - z[kStatMeanLevel] : 0.0f;
     z[kStatLevel] = float(level);
@@ -618,7 +618,7 @@ int check(const std::vector<Tensor>& tensors, int units) {
 
 LO_EXPORT const char* lo_source() { return LO_SOURCE; }
 
-// Sizes that a caller has to agree with.
+// Sizes that must equal SIZES in kernels/_library.py.
 LO_EXPORT void lo_sizes(int32_t* out) {
   out[0] = kPointers;
   out[1] = kConstants;
@@ -628,7 +628,7 @@ LO_EXPORT void lo_sizes(int32_t* out) {
   out[5] = kMostUnits;
 }
 
-// Threads for calls from now on: the address of GOMP_parallel, or null for threads of their own.
+// Sets the address of GOMP_parallel for later calls; null: each call starts its own threads.
 LO_EXPORT void lo_use_openmp(void* parallel) {
   openmp_parallel.store(reinterpret_cast<Parallel>(parallel));
 }

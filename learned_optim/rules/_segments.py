@@ -52,7 +52,6 @@ class Segments:
         shard_groups: tuple[Any, ...] = (),
     ) -> None:
         numel = [math.prod(shape) for shape in shapes]
-        self.shapes = tuple(shapes)
         self.sizes = list(numel if sizes is None else sizes)
         self.shard_groups = shard_groups
         values = [
@@ -120,7 +119,6 @@ class Segments:
     def piece(self, first: int, last: int, size: int | None = None) -> Segments:
         """Tensors ``first`` to ``last - 1``, or ``size`` coordinates of the first."""
         part = copy.copy(self)
-        part.shapes = self.shapes[first:last]
         part.sizes = self.sizes[first:last] if size is None else [size]
         part.columns = self.columns[:, first:last]
         part._ids = None

@@ -75,15 +75,6 @@ def test_state_dtype_is_used_for_coordinates_and_kept(rule: UpdateRule, dtype) -
         assert value.dtype is (torch.float32 if per_tensor else dtype), key
 
 
-def test_bfloat16_state_stays_close() -> None:
-    results = []
-    for dtype in (None, torch.bfloat16):
-        model = small_net()
-        opt = LearnedOptimizer(model.parameters(), descending_lstm(), state_dtype=dtype)
-        results.append(train(model, opt, 30)[-1])
-    assert results[1] == pytest.approx(results[0], rel=0.02)
-
-
 def test_a_chosen_state_dtype_wins_over_the_saved_one() -> None:
     model = small_net()
     opt = LearnedOptimizer(model.parameters(), descending_lstm())
