@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Callable
-from itertools import zip_longest
+from itertools import chain, repeat
 from typing import Any, overload
 
 import torch
@@ -240,8 +240,8 @@ class LearnedOptimizer(Optimizer):
             factor of warm-up and annealing; of rules with momenta ``signal_share``, mean square of
             the fast momentum over that of the gradient; and for each direction of the rule
             ``gain/*``, positive downhill, and ``part/*``, the root mean square of its part of the
-            step at ``lr=1``, in the eigenbasis for rotated matrices. Frozen tensors and tensors
-            without a gradient are left out.
+            step at ``lr=1`` without warm-up. Rotated matrices have gains in their eigenbasis.
+            Frozen tensors and tensors without a gradient are left out.
 
         Raises:
             RuntimeError: nothing has been recorded.
@@ -276,7 +276,8 @@ class LearnedOptimizer(Optimizer):
             ValueError: the state belongs to another update rule, or to other parameter groups.
         """
         given: list[Any] = []  # lengths of the run that this optimizer was given, by group
-        for group, loaded in zip_longest(self.param_groups, self._loaded_total_steps):
+        earlier = chain(self._loaded_total_steps, repeat(None))
+        for group, loaded in zip(self.param_groups, earlier, strict=False):
             given.append(None if group["total_steps"] == loaded else group["total_steps"])
         final: dict[str, Any] = {}
 

@@ -10,7 +10,7 @@ import torch
 from conftest import random_rule
 from test_kernels import needs_kernel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import BaseTorchFunctionMode
 
 from learned_optim import LearnedOptimizer, kernels
 from learned_optim.rules import UpdateRule
@@ -154,17 +154,12 @@ def test_a_rule_with_a_step_of_its_own_is_not_stepped_past(where: str) -> None:
     assert steps == [1, 1, 1]
 
 
-class Mode(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 def test_no_bound_step_is_made_under_a_mode(bound_steps: list[bool]) -> None:
     param = nn.Parameter(torch.ones(3))
     opt = LearnedOptimizer([param], random_rule("horizon"))
     param.grad = torch.ones(3)
     opt.step()
-    with Mode():
+    with BaseTorchFunctionMode():
         opt.step()
     assert bound_steps == [True, False]
     assert opt.state[param]["step"] == 2

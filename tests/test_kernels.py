@@ -431,6 +431,8 @@ def test_refuses_networks_and_lengths_of_runs() -> None:
     rule = HorizonRule(HorizonConfig(hidden_size=1024))
     for total in (0, -1.0, math.nan, math.inf, torch.tensor(5.0)):
         assert not kernel_step_(rule, params, grads, states, total_steps=total)
+    with pytest.raises(ValueError, match="1 parameters, 2 gradients and 1 states"):
+        kernel_step_(rule, params, grads * 2, states)
     assert kernel_step_(rule, params, grads, states)
 
 

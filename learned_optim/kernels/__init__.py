@@ -81,7 +81,10 @@ def step_(
     if isinstance(total_steps, Tensor) or not (total_steps is None or 0 < total_steps < math.inf):
         return False
     if len(grads) != m or len(states) != m:
-        raise ValueError(f"{m} parameters need as many gradients and states")
+        raise ValueError(
+            f"a step takes a gradient and a state of each parameter, got {m} parameters, "
+            f"{len(grads)} gradients and {len(states)} states"
+        )
     # No warning on devices without a kernel: it is optional there.
     if compiling:
         kernel = _operator.step_
