@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from learned_optim.evaluation.baselines import make_baseline
 from learned_optim.evaluation.figures import final_loss
-from learned_optim.evaluation.protocol import optimizer_maker
-from learned_optim.evaluation.runs import train
+from learned_optim.evaluation.runs import learned_optimizer, train
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks import field_horizon, field_tasks
 
@@ -42,9 +42,13 @@ def finish(runs: dict[Key, dict[str, Any]], key: Key) -> None:
     """Makes a run that is missing, and logs it."""
     task, optimizer, lr, phase, seed = key
     if key not in runs:
-        name = optimizer if lr is None else f"baseline:{optimizer}@{lr}"
-        steps, make = field_horizon(task).quick, optimizer_maker(name)
-        done = train(task, make, phase, seed, steps, DataOptions())
+
+        def make(params: list[torch.Tensor], total_steps: int) -> torch.optim.Optimizer:
+            if lr is None:
+                return learned_optimizer(params, optimizer, total_steps)
+            return make_baseline(optimizer, params, lr, total_steps)
+
+        done = train(task, make, phase, seed, field_horizon(task).quick, DataOptions())
         names = ("task", "optimizer", "lr", "phase", "seed")
         runs[key] = {
             **dict(zip(names, key, strict=True)),

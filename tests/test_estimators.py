@@ -1,14 +1,12 @@
 """Meta-gradients: estimators against exact gradients, finite differences and each other."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from conftest import random_rule
-from noisy_quadratic import ExactGradients, NoisyQuadratic, TwoRates, exact_gradients
 from test_trainer import SMALL
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
@@ -22,9 +20,17 @@ from learned_optim.meta import (
     Optimizees,
     build_tasks,
 )
-from learned_optim.meta.seeding import global_generator_seeded, seeded
-from learned_optim.meta.tasks import Params
-from learned_optim.rules import UpdateRule, rule_class, rule_names
+from learned_optim.meta.seeding import seeded
+from learned_optim.meta.tasks import Batch, Params, Task
+from learned_optim.rules import (
+    RuleConfig,
+    Segments,
+    State,
+    StepContext,
+    UpdateRule,
+    rule_class,
+    rule_names,
+)
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
 REPLAYED = [name for name in rule_names() if rule_class(name).rows != "none"]
@@ -38,19 +44,15 @@ def estimate(
     *,
     warm_up: int = 0,
     optimizees: int = 3,
-    coordinates: int | None = None,
-    seed: int = 0,
-    sampling: Literal["uniform", "stratified"] = "uniform",
-    dtype: torch.dtype = torch.float64,
+    **options: Any,
 ) -> tuple[MetaGradient, Optimizees]:
     family = build_tasks(task)
     generators = [seeded("estimators", i) for i in range(optimizees)]
     tasks = [family.sample(generator) for generator in generators]
-    batch = Optimizees(rule, tasks, generators, dtype)
+    batch = Optimizees(rule, tasks, generators, rule.dtype)
     for _ in range(warm_up):
         batch.advance(rule)
-    options = EstimatorOptions(coordinates, torch.Generator().manual_seed(seed), sampling)
-    return ESTIMATORS[estimator](rule, batch, steps, options), batch
+    return ESTIMATORS[estimator](rule, batch, steps, EstimatorOptions(**options)), batch
 
 
 @pytest.mark.parametrize("name", REPLAYED)
@@ -104,7 +106,7 @@ def test_full_equals_finite_differences(name: str) -> None:
 def test_full_in_float32_where_gradients_are_exactly_zero(name: str) -> None:
     """As of pixels that are always black: derivatives there must not overflow and meet a zero."""
     rule = random_rule(name)
-    single, _ = estimate(rule, "digits", "full", 4, optimizees=1, dtype=torch.float32)
+    single, _ = estimate(rule, "digits", "full", 4, optimizees=1)
     exact, _ = estimate(rule.double(), "digits", "full", 4, optimizees=1)
     for a, b in zip(single.grads, exact.grads, strict=True):
         assert (a.double() - b).norm() <= 1e-2 * b.norm(), name
@@ -120,12 +122,11 @@ def test_sampled_coordinates_are_unbiased(
     """Averaged over draws, few coordinates give the gradient of all."""
     rule = random_rule(name, torch.float64)
     exact, _ = estimate(rule, task, "replay", 5, optimizees=2)
-    draws = [
-        estimate(
-            rule, task, "replay", 5, optimizees=2, coordinates=count, seed=s, sampling=sampling
-        )[0].grads
-        for s in range(30)
-    ]
+    draws = []
+    for seed in range(30):
+        options = {"generator": Generator().manual_seed(seed), "sampling": sampling}
+        found, _ = estimate(rule, task, "replay", 5, optimizees=2, coordinates=count, **options)
+        draws.append(found.grads)
     for index, reference in enumerate(exact.grads):
         sample = torch.stack([d[index] for d in draws])
         error = (sample.mean(0) - reference).norm()
@@ -150,91 +151,98 @@ def test_optimizees_do_not_see_each_other() -> None:
         torch.testing.assert_close(grad, mean, rtol=1e-9, atol=1e-12)
 
 
-# ---- against a problem whose gradients are known
+# ---- against gradients in plain code
 
-RATES, UNROLLS, STEPS = (0.1, 0.1), 3, 3
-TASK = NoisyQuadratic(copies=100)
-EXACT = exact_gradients(TASK, RATES, UNROLLS, STEPS)
+RATES, UNROLLS, STEPS, BETA = (0.1, 0.1), 3, 3, 0.9
+CURVATURES = torch.tensor([1.0, 0.3, 0.05], dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class FromOnes(NoisyQuadratic):
-    """One run of it is the expectation over runs from a normal start, for want of noise."""
+class Quadratic(Task):
+    """The loss ``sum_i h_i theta_i^2 / 2``, from ones."""
 
     def init(self, generator: Generator) -> Params:
-        return {"theta": torch.ones(1, len(self.curvatures), dtype=torch.float64)}
+        return {"theta": torch.ones_like(CURVATURES)}
+
+    def batch(self, generator: Generator) -> Batch:
+        return ()
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        return (0.5 * CURVATURES * params["theta"].square()).sum()
+
+
+class TwoRates(UpdateRule):
+    """``update = -(w_0 grad + w_1 momentum)``; ``momentum`` averages gradients with decay 0.9."""
+
+    rows = "tensors"
+
+    def __init__(self) -> None:
+        super().__init__(RuleConfig())
+        self.rates = nn.Parameter(torch.tensor(RATES, dtype=torch.float64))
+
+    def init_state(self, param: Tensor) -> State:
+        return {"momentum": torch.zeros_like(param).unsqueeze(-1)}
+
+    def moments(self, grad: Tensor, state: State) -> State:
+        return {"momentum": state["momentum"].lerp(grad.unsqueeze(-1), 1 - BETA)}
+
+    def tensor_features(
+        self, means: Tensor, segments: Segments, context: StepContext
+    ) -> tuple[Tensor, None]:
+        return means.new_zeros(len(segments), 1), None
+
+    def coordinate_features(
+        self, grad: Tensor, state: State, param: Tensor, stats: Tensor | None
+    ) -> tuple[None, Tensor]:
+        return None, -torch.cat([grad.unsqueeze(-1), state["momentum"]], 1)
+
+    def respond(self, features: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.rates.expand(*features.shape[:2], 2), {}
+
+
+def exact(unrolls: int = UNROLLS, steps: int = STEPS, first_order: bool = False) -> Tensor:
+    """The gradient of a run's summed loss, truncated at the beginning of each unroll, ``(2,)``."""
+    rates = torch.tensor(RATES, dtype=torch.float64, requires_grad=True)
+    theta, momentum, total = torch.ones_like(CURVATURES), torch.zeros_like(CURVATURES), 0.0
+    for _ in range(unrolls):
+        theta, momentum = theta.detach(), momentum.detach()
+        for _ in range(steps):
+            total = total + (0.5 * CURVATURES * theta.square()).sum()
+            grad = CURVATURES * theta
+            grad = grad.detach() if first_order else grad
+            momentum = BETA * momentum + (1 - BETA) * grad
+            theta = theta - rates[0] * grad - rates[1] * momentum
+    return torch.autograd.grad(total, rates)[0]
 
 
 def run(
-    name: str,
-    *,
-    task: NoisyQuadratic = TASK,
-    unrolls: int = UNROLLS,
-    steps: int = STEPS,
-    rates: tuple[float, float] = RATES,
-    seed: int = 0,
-    **options: object,
+    name: str, unrolls: int = UNROLLS, steps: int = STEPS, seed: int = 0, **options: Any
 ) -> Tensor:
-    """The estimate of a run's gradient per copy, summed over its unrolls, ``(2,)``."""
-    rule = TwoRates(rates)
-    optimizees = Optimizees(rule, [task], [seeded("run", seed)], torch.float64)
-    given = EstimatorOptions(generator=seeded("perturbations", seed), **options)  # type: ignore[arg-type]
-    total = torch.zeros(2, dtype=torch.float64)
-    for _ in range(unrolls):
-        total += ESTIMATORS[name](rule, optimizees, steps, given).grads[0]
-    return total / task.copies
-
-
-def standard_errors(estimates: Tensor, target: Tensor) -> float:
-    """By how many standard errors of the mean a coordinate is off its target at most."""
-    error = estimates.std(0) / len(estimates) ** 0.5
-    return ((estimates.mean(0) - target) / error).abs().max().item()
+    """The estimate of a run's gradient, summed over its unrolls, ``(2,)``."""
+    rule = TwoRates()
+    optimizees = Optimizees(rule, [Quadratic()], [seeded("run")], torch.float64)
+    given = EstimatorOptions(generator=seeded("perturbations", seed), **options)
+    estimates = [ESTIMATORS[name](rule, optimizees, steps, given) for _ in range(unrolls)]
+    return torch.stack([meta.grads[0] for meta in estimates]).sum(0)
 
 
 @pytest.mark.parametrize(
-    ("name", "unrolls", "target"),
-    [
-        ("autograd", 3, lambda exact: exact.first_order),
-        ("replay", 3, lambda exact: exact.first_order),
-        ("full", 3, lambda exact: exact.truncated),
-        ("full", 1, lambda exact: exact.whole),
-    ],
+    ("name", "unrolls"), [("autograd", 3), ("replay", 3), ("full", 3), ("full", 1)]
 )
-def test_backpropagation_is_exact(
-    name: str, unrolls: int, target: Callable[[ExactGradients], Tensor]
-) -> None:
-    """Without noise one run has the expected gradient, to the digits of float64."""
-    exact = exact_gradients(NoisyQuadratic(copies=1, noise=0.0), RATES, 3, 4)
-    found = run(name, task=FromOnes(noise=0.0, copies=1), unrolls=unrolls, steps=12 // unrolls)
-    torch.testing.assert_close(found, target(exact), rtol=1e-11, atol=0)
+def test_backpropagation_is_exact(name: str, unrolls: int) -> None:
+    found = run(name, unrolls, 12 // unrolls)
+    target = exact(unrolls, 12 // unrolls, first_order=name != "full")
+    torch.testing.assert_close(found, target, rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "target", "other"),
-    [
-        ("es", EXACT.truncated, EXACT.whole),
-        ("pes", EXACT.whole, EXACT.truncated),
-    ],
-)
-def test_evolution_strategies_are_unbiased_for_their_own_target(
-    name: str, target: Tensor, other: Tensor
-) -> None:
+@pytest.mark.parametrize("name", ["es", "pes"])
+def test_evolution_strategies_are_unbiased_for_their_own_target(name: str) -> None:
     """The unrolls' gradient is a third of the whole run's, which only `pes` can see."""
+    truncated, whole = exact(), exact(1, UNROLLS * STEPS)
+    target, other = (truncated, whole) if name == "es" else (whole, truncated)
     estimates = torch.stack([run(name, seed=s, pairs=24, sigma=1e-3) for s in range(16)])
-    assert standard_errors(estimates, target) < 4
-    assert standard_errors(estimates, other) > 6
-
-
-def on_quadratic(
-    rule: UpdateRule, name: str, options: EstimatorOptions, steps: int = 4, unrolls: int = 1
-) -> tuple[MetaGradient, Optimizees]:
-    family = build_tasks("quadratic")
-    generators = [seeded("antithetic", i) for i in range(3)]
-    tasks = [family.sample(generator) for generator in generators]
-    optimizees = Optimizees(rule, tasks, generators, rule.dtype)
-    for _ in range(unrolls):
-        meta = ESTIMATORS[name](rule, optimizees, steps, options)
-    return meta, optimizees
+    error = estimates.std(0) / len(estimates) ** 0.5
+    assert ((estimates.mean(0) - target) / error).abs().max() < 4
+    assert ((estimates.mean(0) - other) / error).abs().max() > 6
 
 
 @pytest.mark.parametrize("name", ["es", "pes"])
@@ -243,9 +251,11 @@ def test_optimizees_go_on_under_the_weights_themselves(name: str, rule: str) -> 
     """As under replay, to the bit: particles share no state with them, nor their batches."""
     learned = random_rule(rule)
     before = [weight.clone() for weight in learned.parameters()]
-    reference, there = on_quadratic(learned, "replay", EstimatorOptions(), unrolls=2)
     options = EstimatorOptions(generator=Generator(), sigma=0.1)
-    found, here = on_quadratic(learned, name, options, unrolls=2)
+    _, there = estimate(learned, "quadratic", "replay", 4)
+    _, here = estimate(learned, "quadratic", name, 4, generator=Generator(), sigma=0.1)
+    reference = ESTIMATORS["replay"](learned, there, 4, options)
+    found = ESTIMATORS[name](learned, here, 4, options)
     assert torch.equal(found.losses, reference.losses)
     assert torch.equal(here.packed, there.packed)
     assert all(torch.equal(here.state[key], there.state[key]) for key in here.state)
@@ -254,71 +264,27 @@ def test_optimizees_go_on_under_the_weights_themselves(name: str, rule: str) -> 
         assert torch.equal(weight, old)
 
 
-def test_particles_begin_anew_with_every_run() -> None:
-    """The first unroll of a run is that of plain evolution strategies."""
-    rule = random_rule("lstm", torch.float64)
-    first = {}
-    for name in ("es", "pes"):
-        options = EstimatorOptions(generator=Generator().manual_seed(3))
-        first[name], optimizees = on_quadratic(rule, name, options)
-        assert (optimizees.carry is None) == (name == "es")
-    for a, b in zip(first["es"].grads, first["pes"].grads, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_a_pair_sees_one_dropout() -> None:
+def test_a_pair_shares_dropout_masks_and_no_buffers() -> None:
     """The first loss comes before the first update: its difference is zero unless masks differ."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:  # reads the buffers, too
+        x, y = batch
+        return F.mse_loss(model.train()(x), y) + F.mse_loss(model.eval()(x), y)
+
+    layers = nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)
     task = ModuleTask(
-        lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 1)),
+        lambda: nn.Sequential(nn.Linear(8, 8), *layers),
         lambda g: (torch.randn(4, 8, generator=g), torch.ones(4, 1)),
-        nn.functional.mse_loss,
+        loss=loss,
     )
     rule, generator = random_rule("lstm"), seeded("dropout")
     found = []
     for name in ("replay", "es"):
-        optimizees = Optimizees(rule, [task], [generator.manual_seed(0)])
-        with global_generator_seeded("dropout"):
-            options = EstimatorOptions(generator=Generator())
-            found += [ESTIMATORS[name](rule, optimizees, steps, options) for steps in (1, 1, 3)]
+        optimizees = Optimizees(rule, [task], [generator.manual_seed(0)], stacked=False)
+        options = EstimatorOptions(generator=Generator(), sigma=0.1)
+        found += [ESTIMATORS[name](rule, optimizees, steps, options) for steps in (1, 1, 3)]
     assert all(not g.any() for meta in found[3:5] for g in meta.grads)
     assert all(torch.equal(a.losses, b.losses) for a, b in zip(found[:3], found[3:], strict=True))
-
-
-def test_copies_of_optimizees_with_buffers_and_dropout_are_apart() -> None:
-    """In turns on the same batches, two copies have the losses that one alone has."""
-    layers = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)
-    inputs = torch.randn(32, 3, generator=seeded("inputs"))
-
-    def batch(generator: Generator) -> tuple[Tensor, Tensor]:
-        index = torch.randint(32, (8,), generator=generator)
-        return inputs[index], (inputs[index, 0] > 0).long()
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:  # reads the buffers, too
-        x, y = batch
-        return F.cross_entropy(model.train()(x), y) + F.cross_entropy(model.eval()(x), y)
-
-    task = ModuleTask(lambda: nn.Sequential(nn.Linear(3, 4), *layers), batch, loss=loss)
-    rule, other = random_rule("lstm"), random_rule("lstm")
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.mul_(1.5)
-
-    def losses(together: bool) -> Tensor:
-        optimizees = Optimizees(rule, [task, task], [seeded(1), seeded(2)], stacked=False)
-        optimizees.advance(rule)
-        twin, found = optimizees.copy(), []
-        for _ in range(4):
-            batches = optimizees.next_batch()
-            if together:
-                twin.advance(other, batches)
-            found.append(optimizees.advance(rule, batches))
-        if together:
-            last = optimizees.next_batch()
-            own = optimizees.losses(optimizees.packed, last)
-            assert not torch.equal(twin.losses(twin.packed, last), own)
-        return torch.stack(found)
-
-    assert torch.equal(losses(together=True), losses(together=False))
 
 
 def test_every_rank_needs_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,19 @@
 """The field: its tasks, and pinned final losses."""
 
 import math
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_rule
 
-from learned_optim import save_rule
-from learned_optim.evaluation import measure
-from learned_optim.evaluation.runs import STRETCHES
+from learned_optim.evaluation import make_baseline
+from learned_optim.evaluation.figures import final_loss
+from learned_optim.evaluation.runs import STRETCHES, train
 from learned_optim.meta import DataOptions
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import (
     TaskOptions,
     build_tasks,
-    field_horizon,
     field_tasks,
     finetuning,
 )
@@ -158,32 +154,19 @@ def test_adapters_start_as_the_network_they_adapt() -> None:
 # ---- pinned: a tier of seconds
 
 PINNED = {
-    ("regression", "adamw-cosine", 0): 0.45446,
-    ("matrix-factorization", "adamw-cosine", 0): 1.06624,
-    ("physics-informed", "adamw-cosine", 0): 4.40511,
-    ("tabular-cancer", "adamw-cosine", 0): 0.05652,
+    "regression": 0.45446,
+    "matrix-factorization": 1.06624,
+    "physics-informed": 4.40511,
+    "tabular-cancer": 0.05652,
 }
 
 
-def test_pinned_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_figures() -> None:
     """Final losses after fifty steps; another processor may differ in the last digits."""
-    short = {name: replace(found, quick=50) for name, found in field_tasks().items()}
-    monkeypatch.setattr("learned_optim.meta.tasks._registry.field_tasks", lambda: short)
-    found = measure({"adamw-cosine": "baseline:adamw-cosine@0.01"}, [task for task, _, _ in PINNED])
-    assert found == {key: pytest.approx(value, rel=1e-2) for key, value in PINNED.items()}
 
+    def adamw(params: list[torch.Tensor], steps: int) -> torch.optim.Optimizer:
+        return make_baseline("adamw-cosine", params, 0.01, steps)
 
-def test_measure_takes_checkpoints_functions_and_names(tmp_path: Path) -> None:
-    path = tmp_path / "rule.safetensors"
-    save_rule(random_rule("lstm"), path)
-    told: list[int] = []
-
-    def made(params: list[torch.Tensor], total_steps: int) -> torch.optim.Optimizer:
-        told.append(total_steps)
-        return torch.optim.SGD(params, lr=0.01)
-
-    found = measure({"file": str(path), "mine": made}, ["regression"])
-    assert set(found) == {("regression", "file", 0), ("regression", "mine", 0)}
-    assert told == [field_horizon("regression").quick]
-    with pytest.raises(ValueError, match="has no learning rate of its own: say adamw@LR"):
-        measure({"x": "baseline:adamw"}, ["regression"])
+    for task, value in PINNED.items():
+        found = final_loss(train(task, adamw, "test", 0, 50, DataOptions()))
+        assert found == pytest.approx(value, rel=1e-2), task

@@ -1,4 +1,4 @@
-"""Recipes: shipped ones, files, the schema of these, and what is said of their faults."""
+"""Recipes: those that ship, files, the JSON schema, and errors about faults."""
 
 import functools
 import json

@@ -25,7 +25,7 @@ THESIS = {
 
 
 def test_names() -> None:
-    names = {"quadratic", "svhn", "digits", *THESIS, *(f"{name}-torch" for name in THESIS)}
+    names = {"quadratic", "digits", *THESIS, *(f"{name}-torch" for name in THESIS)}
     assert names <= set(task_names())
     with pytest.raises(ValueError, match=r"unknown task 'mnits'; known: .*mnist-2layer"):
         build_tasks("mnits")
@@ -124,7 +124,7 @@ def test_meta_training_and_evaluation_images_are_disjoint(
 @pytest.mark.parametrize(
     "name",
     [
-        "fashion", "emnist-letters", "cifar10", "svhn", "fashion-torch", "fashion-deep",
+        "fashion", "emnist-letters", "cifar10", "fashion-torch", "fashion-deep",
         "cifar10-cnn", "cifar10-cnn-bn",
     ],
 )  # fmt: skip
@@ -145,39 +145,6 @@ def test_missing_data_names_folder_variable_and_option(
         build_tasks("mnist", options)
     for part in (str(tmp_path), "downloading is switched off", "--data-dir", f"${DATA_VARIABLE}"):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="unknown image set 'imagenet'; known: mnist"):
-        load_images("imagenet", True, DataOptions())
-
-
-def test_svhn_is_read_from_its_own_format(tmp_path: Path) -> None:
-    """The real set is a MATLAB file of images (32, 32, 3, N) and labels in which 10 means 0."""
-    import hashlib
-
-    import numpy as np
-    from scipy.io import savemat
-    from torchvision import datasets
-
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
-    labels = np.array([[1], [10], [3], [9], [10]], dtype=np.uint8)
-    for split in ("train", "test"):
-        name = datasets.SVHN.split_list[split][1]
-        savemat(tmp_path / name, {"X": pixels, "y": labels})
-    checksums = {
-        split: [url, name, hashlib.md5((tmp_path / name).read_bytes()).hexdigest()]
-        for split, (url, name, _) in datasets.SVHN.split_list.items()
-        if split != "extra"
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.SVHN, "split_list", {**datasets.SVHN.split_list, **checksums})
-        options = DataOptions(tmp_path, download=False)
-        images = load_images("svhn", True, options)
-        task = build_tasks("svhn", TaskOptions(data=options)).sample(seeded(0))
-    assert images.labels.tolist() == [1, 0, 3, 9, 0]
-    expected = torch.from_numpy(pixels).permute(3, 2, 0, 1)
-    assert torch.equal(images.pixels, expected)
-    params = task.init(seeded(1))
-    assert params["1.weight"].shape == (20, 3072)
-    assert task.loss(params, task.batch(seeded(2))).item() == pytest.approx(2.3026, abs=0.01)
 
 
 # ---- what users train
@@ -269,8 +236,6 @@ def test_mixture_of_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", task_names())
 def test_splits_differ_or_are_refused(name: str, image_data: DataOptions) -> None:
     """No family gives meta-training what evaluation will see."""
-    if name.startswith("svhn"):
-        pytest.skip("SVHN's images are not in the folder; its refusal is tested without them")
     halved = ("mnist", "digits", "quadratic", "small-tasks", *transfer.FAMILIES)
     if not name.startswith(halved):
         with pytest.raises(ValueError, match="for evaluation only"):

@@ -85,7 +85,7 @@ def test_runs_of_one_task_share_a_rate(tmp_path: Path) -> None:
     MetaTrainer(recipe, tmp_path, family=mixture).train()
     assert {reference.task for reference in read_references(tmp_path)} == {"task 0", "task 1"}
     rows = [("a", (3.0, 2.0)), ("a", (3.0, 5.0)), ("b", (4.0, 1.0))]
-    found = [Reference(i, task, 6, False, scores) for i, (task, scores) in enumerate(rows)]
+    found = [Reference(i, task, scores) for i, (task, scores) in enumerate(rows)]
     assert tuned_sums(found).tolist() == [3.0, 3.0, 1.0]
     assert tuned_sums([replace(found[0], scores=(math.inf, 7.0))]).tolist() == [7.0]
 

@@ -18,8 +18,8 @@ from learned_optim.cli._arguments import take
 
 __all__ = ["main"]
 
-#: Help of the commands. Their modules are imported when they are given: help of all commands does
-#: not wait for torch.
+#: Help of the commands. The module of a command is imported when the command is given: the help of
+#: all commands does not wait for torch.
 COMMANDS = {
     "list": "Print the shipped checkpoints, update rules, tasks, recipes and baselines.",
     "show": "Print what a checkpoint is and how it was trained.",
@@ -31,7 +31,7 @@ COMMANDS = {
 #: Modules of the commands' classes.
 MODULES = {"list": "_inspect", "show": "_inspect", "explain": "_inspect", "evaluate": "_evaluate"}
 
-#: Packages that a command uses after hours of computing; it looks for them before.
+#: Packages that a command needs after hours of computing. It looks for them before.
 NEEDS = {
     "train": ("tqdm", "filelock"),
     "evaluate": ("tqdm", "scipy", "matplotlib"),

@@ -1,4 +1,4 @@
-"""Arguments that are read before tyro's, because they decide which options there are."""
+"""Options that decide which other options exist; they are read before tyro's."""
 
 from collections.abc import Sequence
 

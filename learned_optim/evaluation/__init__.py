@@ -2,7 +2,7 @@
 
 from learned_optim.evaluation.baselines import BASELINES, Baseline, make_baseline
 from learned_optim.evaluation.compare import compare
-from learned_optim.evaluation.protocol import EvaluateConfig, Evaluation, measure
+from learned_optim.evaluation.protocol import EvaluateConfig, Evaluation
 from learned_optim.evaluation.statistics import worth
 from learned_optim.summary import brief, markdown, plot_worth, write_report
 
@@ -15,7 +15,6 @@ __all__ = [
     "compare",
     "make_baseline",
     "markdown",
-    "measure",
     "plot_worth",
     "worth",
     "write_report",

@@ -26,20 +26,16 @@ from learned_optim.evaluation.baselines import (
     BASELINES,
     LR_GRID,
     baseline,
-    make_baseline,
     why_missing,
 )
 from learned_optim.evaluation.figures import Figures, final_loss, summarize
 from learned_optim.evaluation.runs import (
-    MakeOptimizer,
     OptimizerSpec,
     Progress,
     RunLog,
     RunSpec,
-    learned_optimizer,
     performer,
     run_missing,
-    train,
 )
 from learned_optim.evaluation.statistics import worth_by_group
 from learned_optim.meta import provenance
@@ -91,8 +87,6 @@ class EvaluateConfig:
     """Seeds on which learning rates are chosen, never those of the test; 3, or 1, if 0."""
     lrs: tuple[float, ...] = ()
     """Learning rates of tuned rivals; thirteen in 1e-5 to 10, or seven in 1e-4 to 1e-1."""
-    tune_by: Literal["", "final", "sum"] = ""
-    """The loss that decides: summed in short runs, final in the field, if not given."""
     output: Path = Path("evaluation")
     """Folder for the runs, the tables and the plots."""
     workers: int = 1
@@ -118,7 +112,6 @@ class EvaluateConfig:
                 "seeds": 10,
                 "tuning_seeds": 3,
                 "lrs": LR_GRID,
-                "tune_by": "sum",
             }
         else:
             left_out = NOT_QUICK if self.quick else ()
@@ -128,9 +121,13 @@ class EvaluateConfig:
                 "seeds": 2 if self.quick else 3,
                 "tuning_seeds": 1,
                 "lrs": FIELD_LRS,
-                "tune_by": "final",
             }
         return replace(self, **{k: v for k, v in usual.items() if not getattr(self, k)})
+
+    @property
+    def tune_by(self) -> Literal["final", "sum"]:
+        """The loss that chooses learning rates: summed in short runs, final in the field."""
+        return "sum" if self.suite == "short" else "final"
 
     def steps_of(self, task: str) -> int:
         """Steps of a run of a task.
@@ -374,51 +371,3 @@ def _check_given(tasks: Mapping[str, TaskFamily], config: EvaluateConfig) -> Non
         check_family(family, name)
     if config.workers > 1:
         check_picklable(tasks, config.workers)
-
-
-def measure(
-    optimizers: Mapping[str, MakeOptimizer | str],
-    tasks: Sequence[str] | None = None,
-    seeds: Sequence[int] = (0,),
-    quick: bool = True,
-    data: DataOptions | None = None,
-) -> dict[tuple[str, str, int], float]:
-    """Final training losses of optimizers on the field, in this process, without a log.
-
-    For trying things out; :class:`Evaluation` is the protocol.
-
-    Args:
-        optimizers: by label, functions ``(parameters, total steps) -> optimizer``, or one of
-            ``"baseline:NAME"``, ``"baseline:NAME@LR"`` and a checkpoint's name or file.
-        tasks: names of the field; all of them if not given.
-        seeds: test seeds.
-        quick: take the quick tier's steps.
-        data: where images and texts are.
-
-    Returns:
-        By task, label and seed; infinite for a run that diverged.
-    """
-    config, data = EvaluateConfig(suite="field", quick=quick), data or DataOptions()
-    makers = {
-        label: optimizer_maker(made) if isinstance(made, str) else made
-        for label, made in optimizers.items()
-    }
-    return {
-        (task, label, seed): final_loss(
-            train(task, make, "test", seed, config.steps_of(task), data)
-        )
-        for task in tasks or field_tasks()
-        for label, make in makers.items()
-        for seed in seeds
-    }
-
-
-def optimizer_maker(text: str) -> MakeOptimizer:
-    """The function that :func:`measure` understands by a name."""
-    if not text.startswith("baseline:"):
-        return lambda params, total_steps: learned_optimizer(params, text, total_steps)
-    name, _, given = text.removeprefix("baseline:").partition("@")
-    lr = float(given) if given else baseline(name).lr
-    if lr is None:
-        raise ValueError(f"the baseline {name!r} has no learning rate of its own: say {name}@LR")
-    return lambda params, total_steps: make_baseline(name, params, lr, total_steps)

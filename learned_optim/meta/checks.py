@@ -185,7 +185,7 @@ def _check_finite(grads: Mapping[str, Tensor | None], name: str) -> None:
 
 
 def _check_state(task: Task, batch: Batch, name: str) -> None:
-    """Compute the loss twice from one initialization, and all that once more."""
+    """Compute two losses from one initialization, and the same two again: they must agree."""
 
     def twice() -> list[float]:
         params = _parameters(task, name)

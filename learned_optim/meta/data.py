@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learned_optim._extras import how_to_install
+from learned_optim._extras import import_extra
 
 DATA_VARIABLE = "LEARNED_OPTIM_DATA"
 
@@ -27,7 +27,7 @@ class DataOptions:
     """Text file for the character language models; otherwise a module of Python's own library."""
 
     def root(self) -> Path:
-        """The folder in force."""
+        """The folder that is read."""
         if self.data_dir is not None:
             return Path(self.data_dir).expanduser()
         if os.environ.get(DATA_VARIABLE):
@@ -72,30 +72,24 @@ class Images:
 def halves(images: Images) -> tuple[Images, Images]:
     """A fixed random split: the half that meta-trains and the half that evaluates.
 
-    The permutation depends on the number of images alone, and so is the same in every process.
+    The permutation depends on the number of images alone: it is the same in every process.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     middle = len(images) // 2
     return images.subset(order[:middle]), images.subset(order[middle:])
 
 
-IMAGE_SETS = ("mnist", "fashion", "emnist-letters", "cifar10", "svhn", "digits")
-
-
 def load_images(name: str, train: bool, options: DataOptions) -> Images:
     """An image set by name, from disk, cached in memory for the process.
 
     Args:
-        name: one of :data:`IMAGE_SETS`.
+        name: ``mnist``, ``fashion``, ``emnist-letters``, ``cifar10`` or ``digits``.
         train: the training images, otherwise the test images.
         options: where to look, and whether to download.
 
     Raises:
-        ValueError: unknown name.
         FileNotFoundError: the set is not there and was not or could not be downloaded.
     """
-    if name not in IMAGE_SETS:
-        raise ValueError(f"unknown image set {name!r}; known: {', '.join(IMAGE_SETS)}")
     if name == "digits":
         return _load_digits(train)
     return _load_torchvision(name, train, options.root(), options.download)
@@ -103,13 +97,7 @@ def load_images(name: str, train: bool, options: DataOptions) -> Images:
 
 @lru_cache(maxsize=4)
 def _load_digits(train: bool) -> Images:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            f"the digits set comes with scikit-learn: {how_to_install('meta')}"
-        ) from error
-    bunch = load_digits()
+    bunch = import_extra("sklearn.datasets").load_digits()
     pixels = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)  # (1797, 1, 8, 8), 0..16
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     index = order[360:] if train else order[:360]
@@ -118,27 +106,20 @@ def _load_digits(train: bool) -> Images:
 
 @lru_cache(maxsize=8)
 def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Images:
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"the image set {name!r} is read through torchvision: {how_to_install('meta')}"
-        ) from error
-    split = "train" if train else "test"
+    datasets = import_extra("torchvision.datasets")
     builders = {
-        "mnist": partial(datasets.MNIST, train=train),
-        "fashion": partial(datasets.FashionMNIST, train=train),
-        "emnist-letters": partial(datasets.EMNIST, split="letters", train=train),
-        "cifar10": partial(datasets.CIFAR10, train=train),
-        "svhn": partial(datasets.SVHN, split=split),
+        "mnist": datasets.MNIST,
+        "fashion": datasets.FashionMNIST,
+        "emnist-letters": partial(datasets.EMNIST, split="letters"),
+        "cifar10": datasets.CIFAR10,
     }
     try:
         try:
-            found = builders[name](root, download=False)
+            found = builders[name](root, train=train, download=False)
         except RuntimeError:  # torchvision's "Dataset not found"
             if not download:
                 raise
-            found = builders[name](root, download=True)
+            found = builders[name](root, train=train, download=True)
     except (RuntimeError, OSError) as error:
         attempt = "downloading it failed" if download else "downloading is switched off"
         raise FileNotFoundError(
@@ -146,13 +127,9 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
             f"${DATA_VARIABLE} at a folder in torchvision's layout, or run once with --download "
             f"on a machine with network access"
         ) from error
-    # torchvision's layouts: (N, H, W), (N, H, W, 3) of CIFAR-10, and (N, 3, H, W) of SVHN.
-    pixels = torch.as_tensor(found.data)
-    if name == "cifar10":
-        pixels = pixels.permute(0, 3, 1, 2).contiguous()
-    elif name != "svhn":
-        pixels = pixels.unsqueeze(1)
-    labels = torch.as_tensor(found.labels if name == "svhn" else found.targets).long()
+    pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
+    # torchvision's layouts: (N, 32, 32, 3) of CIFAR-10, (N, 28, 28) of the others.
+    pixels = pixels.permute(0, 3, 1, 2).contiguous() if name == "cifar10" else pixels.unsqueeze(1)
     if name == "emnist-letters":  # labels 1 to 26
         return Images(pixels, labels - 1, 26)
     return Images(pixels, labels, 10)

@@ -38,16 +38,17 @@ class EstimatorOptions:
 
     Attributes:
         coordinates: of ``replay``: sample this many coordinates (unbiased); ``None``: all.
-        generator: draws the sample, or the perturbations of ``es`` and ``pes``, for which it must
-            be seeded alike on all ranks.
-        sampling: ``"uniform"`` over all coordinates, or ``"stratified"``: as many of every tensor,
-            and all of those that have fewer. A small tensor, such as an output layer, can carry
-            most of the meta-gradient, and a uniform sample of a large network rarely contains it.
+        generator: draws the sample, or the perturbations of ``es`` and ``pes``; for these it must
+            have the same seed on all ranks.
+        sampling: ``"uniform"`` over all coordinates, or ``"stratified"``: the same number from
+            every tensor, and all coordinates of tensors that have fewer. A small tensor, such as an
+            output layer, can carry most of the meta-gradient, and a uniform sample of a large
+            network rarely contains it.
         pairs: pairs of opposite perturbations, of ``es`` and ``pes``; the same in all unrolls of a
             run.
         sigma: standard deviation of the perturbations of each weight.
         rank: number of this process.
-        world: number of processes that share the pairs. More than 1 need a process group.
+        world: number of processes that share the pairs; several need a process group.
     """
 
     coordinates: int | None = None
@@ -228,8 +229,8 @@ class Particles:
 
     Attributes:
         runs: the two runs of each pair of this rank, by the pair's number.
-        directions: sums of the perturbations of all ranks' pairs so far, in units of sigma; shape
-            ``(pairs, weights)``.
+        directions: each pair's perturbations summed over the unrolls so far, in units of sigma;
+            of all ranks, shape ``(pairs, weights)``.
     """
 
     runs: dict[int, tuple[Optimizees, Optimizees]]

@@ -48,13 +48,14 @@ from learned_optim.meta.tasks import (
 from learned_optim.meta.validation import ADAMW_LRS, Reference
 from learned_optim.rules import UpdateRule, rule_for
 
-#: Seeds of the validation tasks: training never has one of them, see :func:`training_seed`.
+#: Seeds of the validation tasks; :func:`training_seed` skips them.
 VALIDATION_SEEDS = range(10_000_000, 10_100_000)
-# Steps that validation runs of a mixture have at least, where they are not too costly for that.
+# Least number of steps of a mixture's validation runs, unless they are too costly.
 _SHORTEST_VALIDATION = 150
-# Fitness differences, in log loss, are cut off at the first, and compressed beyond the second.
+# Fitness differences, in log loss, are cut off at `_LARGEST_DIFFERENCE` and compressed by asinh
+# beyond `_UNIT`.
 _LARGEST_DIFFERENCE, _UNIT = 3.0, 0.02
-# Errors of a single task or of its weights: the task is left out, and counted.
+# Errors of a single task or of its weights: the task is skipped and counted.
 _RUN_ERRORS = (ArithmeticError, RuntimeError, ValueError)
 
 
@@ -170,7 +171,7 @@ class Runs:
         Args:
             seed: of the run.
             large: of mixtures: take sizes from the upper part of their ranges.
-            shortest: of mixtures: steps at least.
+            shortest: of mixtures: least number of steps.
         """
         recipe, family = self.recipe, self.family
         if family is None:
@@ -218,7 +219,7 @@ class Runs:
         run, seed = self._validation_run(index)
         rates = MIXTURE_LRS if self.family is None else ADAMW_LRS
         final = scores(roll_adamw(rates, run, seed))[0]
-        return Reference(index, run.task.name, run.steps, run.known, tuple(final.tolist()))
+        return Reference(index, run.task.name, tuple(final.tolist()))
 
     def _validation_run(self, index: int) -> tuple[Draw, int]:
         seed = VALIDATION_SEEDS.start + index
@@ -238,7 +239,7 @@ def perturbations(seed: int, pairs: int, count: int) -> Tensor:
 def meta_gradient(
     results: Sequence[TaskResult], pairs: int, count: int
 ) -> tuple[Tensor, list[TaskResult]]:
-    """The gradient of the weights, up to its length, from the fitness of perturbed weights.
+    """The meta-gradient, up to its length, from the fitness of perturbed weights.
 
     Args:
         results: one per task.
@@ -246,8 +247,8 @@ def meta_gradient(
         count: number of weights.
 
     Returns:
-        ``(gradient, used)``: shape ``(count,)``, uphill in fitness and so in loss; and the results
-        behind it, without those whose fitness is missing or not finite.
+        ``(gradient, used)``: the gradient of the fitness, a log loss, of shape ``(count,)``; and
+            the results with finite fitness, from which it follows.
     """
     total, used = torch.zeros(count), []
     for result in results:

@@ -19,7 +19,7 @@ class MetaOptimizer:
     Args:
         rule: the rule to train.
         meta_lr: Adam's learning rate.
-        meta_lr_final: the same after the last meta-step, by a cosine; constant if ``None``.
+        meta_lr_final: learning rate after the last meta-step, by a cosine; constant if ``None``.
         average: decay of the moving average. The first ``1 / (1 - average)`` weights, those before
             training included, have equal shares.
         betas: Adam's decays.

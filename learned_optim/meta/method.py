@@ -26,7 +26,7 @@ class Validation:
     """Results of the validation runs.
 
     Attributes:
-        value: the lower the better; infinite if it is not finite.
+        value: the lower the better; infinite in the place of nan.
         ratio_to_adamw: the same relative to tuned AdamW on these runs; ``None`` if unknown.
         figures: further ones, for the record.
     """
@@ -70,7 +70,7 @@ class Method(ABC):
         rank: number of this process.
         world: number of processes.
         runs_per_round: units of progress in a round.
-        runs_done: units of progress of the present round.
+        runs_done: units of progress done in the present round.
     """
 
     #: Name of a round.

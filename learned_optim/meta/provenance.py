@@ -41,8 +41,8 @@ def conditions(tasks: Sequence[str], data: DataOptions) -> dict[str, str]:
 def conditions_of_given(name: str, family: TaskFamily) -> dict[str, str]:
     """:func:`conditions` of tasks without a registered name: shapes, first losses and gradients.
 
-    Not their source, which may lie in a script of which other lines change, and does not tell the
-    data. Numbers have four digits, because another processor may round differently.
+    A digest of their source would not do: other lines of the script may change, and the source does
+    not determine the data. Numbers have four digits, because processors round differently.
     """
     if isinstance(family, TaskMixture):
         shares = {f"share of {n}": f"{share:.4g}" for n, share in family.shares.items()}
@@ -79,7 +79,7 @@ def conditions_of_classes(*classes: type) -> dict[str, str]:
         - {"__main__"}
     )
     for cls in classes:
-        # The script or notebook itself may change between two runs, the class may not.
+        # Other lines of the script or notebook may change between two runs.
         if cls.__module__ == "__main__":
             with suppress(OSError, TypeError):  # typed into an interpreter
                 found[f"source of {cls.__qualname__}"] = _digest(inspect.getsource(cls).encode())

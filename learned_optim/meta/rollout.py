@@ -54,7 +54,7 @@ class Optimizees:
         segments: which coordinate belongs to which tensor.
         state: of the rule, entries ``(n, k)`` or ``(m, k)``.
         step: number of inner steps taken.
-        carry: what an estimator keeps from unroll to unroll of these runs.
+        carry: state of an estimator between the unrolls of these runs.
     """
 
     def __init__(

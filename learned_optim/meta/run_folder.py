@@ -43,7 +43,7 @@ class RunFolder:
 
     @staticmethod
     def is_one(path: Path) -> bool:
-        """Whether a training has ever begun in ``path``."""
+        """Whether ``path`` holds files of a training."""
         return any((path / name).exists() for name in (RESUME, METRICS, BEST_FILE, LOCK))
 
     def check(self, recipe: AnyRecipe, conditions: dict[str, str]) -> dict[str, str]:
@@ -97,7 +97,7 @@ class RunFolder:
         """Lock the folder against other processes.
 
         Raises:
-            ValueError: another process does, or has gone on with the run since it was read.
+            ValueError: another process holds the lock, or went on with the run since it was read.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:

@@ -70,7 +70,7 @@ class Metrics:
 
 
 class MetaTrainer:
-    """Runs a recipe in a folder; a second trainer on the same folder goes on where it stopped.
+    """Runs a recipe in a folder; a second trainer on the same folder resumes.
 
     The folder holds ``recipe.json``, ``protocol.json`` (versions, and the source of a task or rule
     of one's own), ``metrics.jsonl`` (one line per round), ``references.json`` (tuned AdamW on the
@@ -88,8 +88,8 @@ class MetaTrainer:
         workers: processes of a training by evolution strategies.
         family: the tasks, if ``recipe.task`` is no registered name: see
             :func:`~learned_optim.meta.meta_train`.
-        test_family: those for the figures in the checkpoint; if not given, ``recipe.test_task``'s
-            or, without one, ``family``.
+        test_family: tasks for the test figures in the checkpoint; if not given, those of
+            ``recipe.test_task`` or, without it, ``family``.
         against_adamw: tune AdamW on the validation runs before training, and report validation as
             a ratio to it. Evolution strategies always do.
 

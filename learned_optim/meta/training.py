@@ -73,7 +73,7 @@ def meta_train(
     progress: bool = True,
     **changes: Any,
 ) -> MetaTrained:
-    """Meta-train an update rule on tasks of one's own; called again, it goes on where it stopped.
+    """Meta-train an update rule on tasks of one's own; a second call resumes.
 
     Example:
         >>> task = ModuleTask(MyNetwork, loader, nn.functional.cross_entropy)
@@ -89,17 +89,17 @@ def meta_train(
     perturbed weights, in ``workers`` processes. The shipped default was trained by one.
 
     Args:
-        tasks: a task, usually a :class:`ModuleTask`, a family of tasks, or the name of a registered
-            one; or several, as a sequence or by names of one's own.
-        recipe: a recipe, of which all but the tasks counts, or the name or file of one; ``quick``
-            if not given: about 30,000 inner steps, on a small network some minutes of one core. A
-            recipe of evolution strategies needs a ``horizon`` if its own tasks are a mixture.
+        tasks: a task (usually a :class:`ModuleTask`), a family of tasks, or the name of a
+            registered one; or several, in a sequence or a dict with names.
+        recipe: a recipe, or the name or file of one; ``tasks`` replace its own. ``quick`` if not
+            given: about 30,000 inner steps, on a small network some minutes of one core. A recipe
+            of evolution strategies needs a ``horizon`` if its own tasks are a mixture.
         folder: the run folder, created if needed.
-        weights: of several tasks, in which proportion they are drawn; equal if not given.
+        weights: proportions in which several tasks are drawn; equal if not given.
         test_tasks: like ``tasks``, for the test figures in the record, for example the same losses
             on other data. If not given, the evaluation split of registered tasks and fresh runs of
-            all others. Recipes of evolution strategies take none: they select nothing by their
-            validation runs, which therefore are the test.
+            all others. Recipes of evolution strategies take none: validation selects nothing, and
+            so is the test.
         output: where the finished checkpoint goes; into the run folder if not given.
         data: where registered tasks find their image sets.
         against_adamw: tune AdamW on the validation runs before training, and report validation as a

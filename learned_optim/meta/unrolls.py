@@ -38,7 +38,7 @@ from learned_optim.meta.validation import (
 )
 from learned_optim.rules import UpdateRule
 
-# Meta-gradients are divided by no smaller loss: below it a task is solved.
+# Least divisor of a meta-gradient with `relative_loss`: a task of smaller loss is solved.
 SMALLEST_LOSS = 1e-3
 
 
@@ -60,17 +60,17 @@ def plan_of_run(recipe: Recipe, generator: Generator) -> list[tuple[int, bool]]:
 
 
 class Unrolls(Method):
-    """Epochs of runs; the best validation chooses the weights, which are tested on fresh runs.
+    """Epochs of runs; the weights with the best validation are tested on fresh runs.
 
     Ranks share the tasks of a run, or, where the estimator perturbs the weights, the pairs of
     perturbed runs of all tasks.
 
     Args:
-        recipe: how.
+        recipe: what to train, and how.
         data: where image sets are looked for.
         folder: the run folder.
         family: the tasks, if they have no registered name.
-        test_family: those of the test runs, if others than the recipe's ``test_task`` or ``task``.
+        test_family: tasks of the test runs, if not those of the recipe's ``test_task`` or ``task``.
         against_adamw: tune AdamW on the validation runs.
     """
 
@@ -282,15 +282,12 @@ class Unrolls(Method):
         return self._mean(tuned_sums(found))
 
     def _blank_references(self) -> list[Reference]:
-        """One per validation run; those for which the family gives one object share a task."""
+        """References without scores; runs whose task is one object share its name."""
         tasks = [self.family.sample(seeded(*seed)) for seed in self._seeds]
         labels: dict[int, str] = {}
         for task in tasks:
             labels.setdefault(id(task), f"task {len(labels)}")
-        return [
-            Reference(index, labels[id(task)], self._validation_horizon, known=False)
-            for index, task in enumerate(tasks)
-        ]
+        return [Reference(index, labels[id(task)]) for index, task in enumerate(tasks)]
 
     def test(self, rule: UpdateRule, report: Report) -> dict[str, Any]:
         seeds: list[Seed] = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]

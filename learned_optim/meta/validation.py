@@ -1,6 +1,6 @@
 """Validation runs of a meta-training, and tuned AdamW on them.
 
-AdamW runs once, before training, and its scores are kept in the run folder.
+AdamW runs once, before training. The run folder keeps its scores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REFERENCES = "references.json"
 #: hundred steps, and the best rate must not lie at the end of the grid.
 ADAMW_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
-#: What :func:`seeded` makes a run's generator from.
+#: Arguments of :func:`seeded` for the generator of a run.
 Seed: TypeAlias = tuple[object, ...]
 
 
@@ -40,18 +40,14 @@ class Reference:
     """AdamW on a validation run.
 
     Attributes:
-        index: of the validation run.
+        index: number of the validation run.
         task: name of the task; runs of one task share a learning rate.
-        steps: length of the run.
-        known: whether the rule knows the length, and AdamW follows a cosine.
-        scores: the lower the better, by learning rate: the log of the final over the first loss in
-            trainings by evolution strategies, the summed loss in those by backpropagation.
+        scores: by learning rate, the lower the better. Evolution strategies score the log of the
+            final over the first loss, trainings on unrolls the summed loss.
     """
 
     index: int
     task: str
-    steps: int
-    known: bool
     scores: tuple[float, ...] = ()
 
     @property
@@ -79,13 +75,13 @@ def read_references(folder: Path) -> list[Reference]:
 
 
 def write_references(folder: Path, references: Sequence[Reference]) -> None:
-    """Write them into the run folder, one a line."""
+    """Write the references into the run folder, one a line."""
     lines = [json.dumps(asdict(reference)) for reference in references]
     write_text(folder / REFERENCES, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def mean_of(sums: Tensor, geometric: bool) -> float:
-    """Mean of summed losses, ``(runs,)``; infinite if it is not finite, or not real."""
+    """Mean of summed losses, ``(runs,)``; infinite if it is not finite."""
     mean = (sums.log() if geometric else sums).sum().item() / len(sums)
     if not math.isfinite(mean):
         return math.inf
@@ -93,7 +89,7 @@ def mean_of(sums: Tensor, geometric: bool) -> float:
 
 
 def tuned_sums(references: Sequence[Reference]) -> Tensor:
-    """Every run's summed loss at the best learning rate for the runs of its task, ``(runs,)``."""
+    """Summed loss of every run at the best learning rate of its task, ``(runs,)``."""
     rates: dict[str, int] = {}
     for task in {reference.task for reference in references}:
         rows = torch.tensor([r.scores for r in references if r.task == task], dtype=torch.float64)
@@ -138,7 +134,7 @@ def adamw_sums(
     together: int = 8,
     on_runs: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """:func:`summed_losses` under AdamW at a constant rate: rules do not know the length either."""
+    """:func:`summed_losses` under AdamW; its rate is constant, as rules do not know the length."""
     sums = []
     for optimizees in _together(SGDRule(), family, seeds, together, on_runs):
         # AdamW is coordinatewise: one packed tensor trains as its parts would.
@@ -160,7 +156,7 @@ def _together(
     together: int,
     on_runs: Callable[[int], None],
 ) -> Iterator[Optimizees]:
-    """Optimizees of the seeds, some at a time, at their initial parameters."""
+    """Optimizees of the seeds at their initial parameters, ``together`` at a time."""
     for low in range(0, len(seeds), together):
         generators = [seeded(*parts) for parts in seeds[low : low + together]]
         tasks = [family.sample(generator) for generator in generators]

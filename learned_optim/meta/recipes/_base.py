@@ -77,7 +77,7 @@ class Recipe(_Checked):
     coordinates: int | None = None
     """Coordinates sampled per replay; all of them if not given."""
     sampling: Literal["uniform", "stratified"] = "uniform"
-    """How coordinates are drawn: from all alike, or as many from every tensor."""
+    """How coordinates are drawn: from all tensors together, or the same number from each."""
     pairs: int = 4
     """Pairs of opposite perturbations of the weights, of `es` and `pes`."""
     sigma: float = 0.01

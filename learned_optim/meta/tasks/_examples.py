@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Generator, Tensor
 
-from learned_optim._extras import how_to_install
 from learned_optim.meta.data import DataOptions, load_images
 from learned_optim.meta.tasks._base import Batch
 
@@ -61,16 +59,3 @@ def standardized(x: Tensor) -> Tensor:
 def draws(seed: int) -> Generator:
     """The generator of a data set that is made up: the same in every process."""
     return Generator().manual_seed(seed)
-
-
-def sklearn_datasets() -> ModuleType:
-    """scikit-learn's bundled data sets and generators.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(f"the data comes with scikit-learn: {how_to_install('meta')}") from error
-    return datasets

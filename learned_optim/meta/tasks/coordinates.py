@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learned_optim._extras import import_extra
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import ModuleTask
-from learned_optim.meta.tasks._examples import Examples, draws, sklearn_datasets
+from learned_optim.meta.tasks._examples import Examples, draws
 from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
 
 BATCH_SIZE = 512
@@ -65,7 +66,7 @@ def fourier_network() -> nn.Module:
 @lru_cache(maxsize=1)
 def _pixels() -> Examples:
     """Positions in [-1, 1]^2 and colours in [-1, 1]^3 of the photograph."""
-    photograph = sklearn_datasets().load_sample_image("china.jpg")
+    photograph = import_extra("sklearn.datasets").load_sample_image("china.jpg")
     image = torch.tensor(photograph).float() / 127.5 - 1.0  # (427, 640, 3)
     image = F.avg_pool2d(image.permute(2, 0, 1), 4).permute(1, 2, 0)  # (106, 160, 3)
     axes = [torch.linspace(-1.0, 1.0, size) for size in image.shape[:2]]

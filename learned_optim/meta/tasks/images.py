@@ -131,7 +131,6 @@ _THESIS: dict[str, tuple[str, tuple[int, ...], type[nn.Module]]] = {
     "fashion": ("fashion", (20,), nn.Sigmoid),
     "emnist-letters": ("emnist-letters", (20,), nn.Sigmoid),
     "cifar10": ("cifar10", (20,), nn.Sigmoid),
-    "svhn": ("svhn", (20,), nn.Sigmoid),
     "digits": ("digits", (20,), nn.Sigmoid),
 }
 _OTHER: dict[str, tuple[tuple[int, ...], int]] = {

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learned_optim._extras import import_extra
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import ModuleTask
-from learned_optim.meta.tasks._examples import Examples, sklearn_datasets, standardized
+from learned_optim.meta.tasks._examples import Examples, standardized
 from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
 
 BATCH_SIZE = 64
@@ -45,7 +46,7 @@ def tabular_network(columns: int, outputs: int, width: int = 64) -> nn.Module:
 @lru_cache(maxsize=4)
 def _table(name: str) -> tuple[Examples, int]:
     """A table and the number of its classes, 0 for regression."""
-    datasets = sklearn_datasets()
+    datasets = import_extra("sklearn.datasets")
     if name in ("friedman", "diabetes"):
         if name == "friedman":
             x, y = datasets.make_friedman1(4000, n_features=10, noise=1.0, random_state=0)
