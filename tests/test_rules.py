@@ -179,13 +179,6 @@ def test_coordinatewise_rules_ignore_order_and_tensor_boundaries(name: str) -> N
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-14)
 
 
-@every_rule
-def test_zero_history_gives_zero_update_where_promised(name: str, config: int) -> None:
-    rule, param = random_rule(name, config=config), torch.randn(9)
-    updates = trajectory(rule, torch.zeros(20, 9), param)
-    assert not rule.zero_preserving or torch.count_nonzero(updates) == 0
-
-
 @pytest.mark.parametrize(("name", "config"), RECURRENT)
 def test_response_to_a_sequence_equals_the_steps(name: str, config: int) -> None:
     """What replay differentiates is what the rollout did; and the in-place form of one step."""

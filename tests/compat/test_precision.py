@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import fresh_states, trajectory
+from conftest import trajectory
 from torch import nn
 from torch.nn import Parameter
 from torch.testing import assert_close
@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 
-from .common import descending_lstm, flat, make_rule, small_batch, small_net, train
+from .common import descending_lstm, flat, small_batch, small_net, train
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -42,22 +42,6 @@ def test_the_update_is_rounded_once(rule: UpdateRule, dtype) -> None:
     expected = (start.to(torch.promote_types(dtype, torch.float32)) + 0.5 * update).to(dtype)
     # The in-place path may differ from the pure form in the last bits of float32.
     assert_close(param.detach(), expected, rtol=1e-6 if dtype.itemsize > 2 else 0, atol=1e-6)
-
-
-def test_a_double_rule_computes_in_double() -> None:
-    """float64 weights make the whole path float64: a rule and its float32 twin differ."""
-    rule = make_rule("lstm").double()
-    param = Parameter(torch.randn(5, dtype=torch.float64))
-    opt = LearnedOptimizer([param], rule)
-    for seed in range(4):
-        param.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed)).double()
-        opt.step()
-    assert opt.state[param]["hidden"].dtype is torch.float64
-    grads = [torch.randn(5, generator=torch.Generator().manual_seed(s)).double() for s in range(4)]
-    states = fresh_states(rule, [torch.zeros(5).double()])
-    for grad in grads:
-        rule.step_([torch.zeros(5).double()], [grad], states)
-    assert_close(opt.state[param]["hidden"], states[0]["hidden"], rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
