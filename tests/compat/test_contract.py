@@ -167,6 +167,16 @@ def test_add_param_group_takes_part_from_then_on() -> None:
         opt.add_param_group({"params": [Parameter(torch.ones(1))], "lr": -2.0})
 
 
+def test_a_loaded_group_can_be_removed() -> None:
+    first, second = Parameter(torch.ones(3)), Parameter(torch.ones(2))
+    opt = LearnedOptimizer([{"params": [first]}, {"params": [second]}])
+    opt.load_state_dict(opt.state_dict())
+    del opt.param_groups[1]
+    opt.load_state_dict(opt.state_dict())
+    step_with_random_grads(opt)
+    assert [*opt.state] == [first]
+
+
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_tensor_lr_equals_float_lr(rule: UpdateRule, shape) -> None:
     results = []
