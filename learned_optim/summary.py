@@ -119,7 +119,7 @@ def worth_table(summary: dict[str, Any]) -> str:
             for group, found in groups.items():
                 last = {end: found[end][-1] for end in ("mean", "low", "high")}
                 row = [_name(summary, name), rival, group, str(found["tasks"])]
-                rows.append([*row, _equals(found), ratio_text(last)])
+                rows.append([*row, _equals(found), ratio_text(last).strip("*")])
     head = ["one run of", "rival", "tasks", "number", "equals the best of", "best of all over it"]
     return table(head, rows)
 
