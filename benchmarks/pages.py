@@ -321,10 +321,11 @@ python -m benchmarks pages            # writes this page
 {step}
 
 The step is compiled C++ that is built when the package is installed. Without a compiler the same
-rule runs in PyTorch; the last column is its cost on one thread. On the small network a third of
-the step is the compiled library; the rest is what torch puts around every optimizer's step, and
-checks that parameters, gradients and states are the tensors of the step before. On large tensors
-memory bounds the step: it reads and writes one number per parameter more than Adam.
+rule runs in PyTorch; those columns are its cost on one thread. A step of `diagonal` is bound by
+memory on large tensors: it reads and writes one number per parameter more than Adam. A step of
+`eigenbasis` is bound by matrix products, three per side, and by QR decompositions at refreshes,
+which are frequent in a first hundred steps: in long runs it is shorter than here. A side over 1,024
+is not rotated, so the largest tensor costs least per parameter.
 
 {graph}The shipped checkpoints on a million parameters in one tensor:
 

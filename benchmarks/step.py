@@ -27,6 +27,7 @@ from benchmarks.common import (
     shipped,
 )
 from learned_optim import LearnedOptimizer, kernels
+from learned_optim.pretrained import ALIASES
 from learned_optim.summary import table
 
 OUTPUT = PERFORMANCE / "step.json"
@@ -114,7 +115,7 @@ def checkpoint_times() -> dict[str, Any]:
 
 def measure() -> dict[str, Any]:
     """Returns all figures of the page."""
-    names = [shipped()[0]]
+    names = [ALIASES["default"], ALIASES["default-fast"]]
     idle = os.getloadavg()[0] < 0.5 * (os.cpu_count() or 1)
     rows = times(list(NETWORKS), names)
     if idle:  # on a busy machine two threads wait for each other
@@ -122,7 +123,6 @@ def measure() -> dict[str, Any]:
     return {
         "machine": machine(),
         "kernel": kernels.status().partition(":")[0],
-        "checkpoint": names[0],
         "rows": rows,
         "pure": pure_times(names),
         "graph": graph_times(names[0]),
@@ -132,20 +132,19 @@ def measure() -> dict[str, Any]:
 
 def step_table(found: dict[str, Any]) -> str:
     """Returns the table of steps, Markdown."""
-    name, pure = found["checkpoint"], {row["network"]: row for row in found["pure"]}
-    rows = [
-        [
-            row["network"],
-            str(row["threads"]),
-            f"{1e6 * row['adam']:,.0f}",
-            f"{row[name] / row['adam']:.2f}",
-            f"{pure[row['network']][name] / pure[row['network']]['adam']:.0f}"
-            if row["threads"] == 1
-            else "",
-        ]
-        for row in found["rows"]
-    ]
-    head = ["", "threads", "Adam, µs", f"`{name}` / Adam", "without kernel / Adam"]
+    names = [key for key in found["rows"][0] if key not in ("network", "threads", "adam")]
+    pure = {(row["network"], 1): row for row in found["pure"]}
+    rows = []
+    for row in found["rows"]:
+        without = pure.get((row["network"], row["threads"]))
+        cells = [row["network"], str(row["threads"]), f"{1e6 * row['adam']:,.0f}"]
+        for name in names:
+            cells.append(f"{row[name] / row['adam']:.2f}")
+            cells.append(f"{without[name] / without['adam']:.0f}" if without else "")
+        rows.append(cells)
+    head = ["", "threads", "Adam, µs"]
+    for name in names:
+        head += [f"`{name}` / Adam", "without kernel"]
     return table(head, rows)
 
 
