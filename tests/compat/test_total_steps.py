@@ -7,11 +7,17 @@ import math
 import warnings
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import Parameter
 
 from learned_optim import LearnedOptimizer
@@ -145,18 +151,43 @@ def test_a_decay_of_the_users_stays(given: float, settings: dict[str, Any]) -> N
 # ---- loading
 
 
+def by_distributed_checkpoint(
+    saved: LearnedOptimizer, target: LearnedOptimizer, folder: Path
+) -> None:
+    models = []
+    for opt in (saved, target):
+        model = torch.nn.Module()
+        model.weight = opt.param_groups[0]["params"][0]
+        models.append(model)
+    written = {"optimizer": get_optimizer_state_dict(models[0], saved)}
+    dcp.save(written, checkpoint_id=folder / "dcp", no_dist=True)
+    read = {"optimizer": get_optimizer_state_dict(models[1], target)}
+    dcp.load(read, checkpoint_id=folder / "dcp", no_dist=True)
+    set_optimizer_state_dict(models[1], target, read["optimizer"])
+
+
+@pytest.mark.filterwarnings("ignore:.*(torch.distributed|single process|TypedStorage)")
+@pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize(
     ("saved", "told", "counts", "decay"),
-    [(4, 8, 8, 1.0), (None, 8, 8, 1.0), (8, None, 8, 1.0), (None, None, None, 0.0)],
+    [(4, 8, 8, 1.0), (8, 4, 4, 2.0), (None, 8, 8, 1.0), (8, None, 8, 1.0), (None, None, None, 0.0)],
 )
 def test_the_length_that_was_told_wins_over_the_saved_one(
-    saved: int | None, told: int | None, counts: int | None, decay: float
+    distributed: bool,
+    saved: int | None,
+    told: int | None,
+    counts: int | None,
+    decay: float,
+    tmp_path: Path,
 ) -> None:
     opt = updates(Annealed(), 2, total_steps=saved)[1]
     fresh = LearnedOptimizer([Parameter(torch.ones(1))], Annealed(), total_steps=told)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
+        if distributed:
+            by_distributed_checkpoint(opt, fresh, tmp_path)
+        else:
+            fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
     said = [str(w.message) for w in caught if "of the loaded state is not" in str(w.message)]
     assert len(said) == (told is not None and told != saved)
     assert fresh.param_groups[0]["total_steps"] == counts
