@@ -112,9 +112,10 @@ def task_ratio(task: dict[str, Any], name: str, rival: str, held_out: bool = Fal
     return mine / theirs if mine is not None and theirs is not None else None
 
 
-def mean_ratio(summary: dict[str, Any], name: str, rival: str, held_out: bool = False) -> str:
-    """Returns the geometric mean over tasks of ratios, cut off at 1/10 and 10, as text."""
-    ratios = [task_ratio(task, name, rival, held_out) for task in summary["tasks"].values()]
+def held_out_ratio(summary: dict[str, Any], rival: str) -> str:
+    """Returns the geometric mean of held-out ratios over tasks, cut off at 1/10 and 10."""
+    name = learned_name(summary)
+    ratios = [task_ratio(task, name, rival, held_out=True) for task in summary["tasks"].values()]
     return interval_text(geometric_mean([cut_off(r) for r in ratios if r is not None]))
 
 
@@ -128,7 +129,7 @@ def rivals_table(summary: dict[str, Any], rivals: list[str]) -> str:
         row = [f"{rival}, tuned" if rival in summary["protocol"]["tuned"] else rival]
         row.append(interval_text(summary["untuned_pairs"][name][rival]))
         row.append(f"{median([r for r in ratios if r is not None]):.2f}")
-        row += [f"{ahead} of {len(ratios)}", mean_ratio(summary, name, rival, held_out=True)]
+        row += [f"{ahead} of {len(ratios)}", held_out_ratio(summary, rival)]
         rows.append([*row, f"{summary['overall'][rival]['optimizer_milliseconds']:.2f}"])
     own = f"{summary['overall'][name]['optimizer_milliseconds']:.2f}"
     head = ["rival", "mean ratio [95 %]", "median", "ahead or level on", "held out"]
@@ -187,7 +188,7 @@ def draw_field(summary: dict[str, Any], path: Path) -> None:
 
 
 def results_page() -> str:
-    """Returns docs/results.md; draws its figure."""
+    """Returns docs/results.md."""
     whole, short = load(RESULTS / "field.json"), load(RESULTS / "field-quick.json")
     if whole is None:
         return f"# Results\n\n{NOT_MEASURED}\n"

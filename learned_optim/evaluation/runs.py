@@ -82,12 +82,12 @@ class OptimizerSpec:
 
 
 def learned_optimizer(
-    params: Iterable[Tensor], rule: str | UpdateRule, total_steps: int | None, lr: float = 1.0
+    params: Iterable[Tensor], rule: UpdateRule, total_steps: int | None, lr: float = 1.0
 ) -> Optimizer:
     """A learned optimizer at its defaults, told the length of the run if its rule reads it."""
-    loaded = load_rule(rule) if isinstance(rule, str) else rule
-    horizon = total_steps if loaded.reads_horizon else None
-    return LearnedOptimizer(params, loaded, lr=lr, total_steps=horizon)
+    return LearnedOptimizer(
+        params, rule, lr=lr, total_steps=total_steps if rule.reads_horizon else None
+    )
 
 
 def optimizer_specs(
