@@ -6,8 +6,8 @@ from typing import Any
 #: Import names of the packages of an extra.
 EXTRAS = {
     "meta": (
-        "filelock", "matplotlib", "numpy", "pydantic", "scipy", "sklearn", "tomli", "torchvision",
-        "tqdm", "tyro",
+        "filelock", "matplotlib", "numpy", "scipy", "sklearn", "tomli", "torchvision", "tqdm",
+        "tyro",
     ),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from learned_optim._progress import ProgressBar
 from learned_optim.cli import main
 from learned_optim.evaluation.baselines import BASELINES
 from learned_optim.meta import DataOptions, MetaTrainer, load_recipe
-from learned_optim.meta.recipes import recipe_schema, recipes
+from learned_optim.meta.recipes import recipes
 from learned_optim.meta.tasks import task_names
 from learned_optim.rules import rule_names
 from learned_optim.rules._config import RULES
@@ -390,8 +390,3 @@ def test_public_names_are_imported_when_first_used() -> None:
     subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
     with pytest.raises(AttributeError, match="module 'learned_optim' has no attribute 'Adam'"):
         learned_optim.Adam  # noqa: B018
-
-
-def test_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--schema"]) == 0
-    assert json.loads(capsys.readouterr().out) == recipe_schema()

@@ -1,13 +1,10 @@
 """Meta-gradients: estimators against exact gradients, finite differences and each other."""
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from conftest import random_rule
-from test_trainer import SMALL
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +12,6 @@ from learned_optim.meta import (
     ESTIMATORS,
     EstimatorOptions,
     MetaGradient,
-    MetaTrainer,
     ModuleTask,
     Optimizees,
     build_tasks,
@@ -234,28 +230,25 @@ def test_backpropagation_is_exact(name: str, unrolls: int) -> None:
     torch.testing.assert_close(found, target, rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize("name", ["es", "pes"])
-def test_evolution_strategies_are_unbiased_for_their_own_target(name: str) -> None:
-    """The unrolls' gradient is a third of the whole run's, which only `pes` can see."""
+def test_persistent_evolution_strategies_are_unbiased_for_the_whole_run() -> None:
+    """The unrolls' own gradient is a third of it."""
     truncated, whole = exact(), exact(1, UNROLLS * STEPS)
-    target, other = (truncated, whole) if name == "es" else (whole, truncated)
-    estimates = torch.stack([run(name, seed=s, pairs=24, sigma=1e-3) for s in range(16)])
+    estimates = torch.stack([run("pes", seed=s, pairs=24, sigma=1e-3) for s in range(16)])
     error = estimates.std(0) / len(estimates) ** 0.5
-    assert ((estimates.mean(0) - target) / error).abs().max() < 4
-    assert ((estimates.mean(0) - other) / error).abs().max() > 6
+    assert ((estimates.mean(0) - whole) / error).abs().max() < 4
+    assert ((estimates.mean(0) - truncated) / error).abs().max() > 6
 
 
-@pytest.mark.parametrize("name", ["es", "pes"])
 @pytest.mark.parametrize("rule", ["lstm", "horizon"])
-def test_optimizees_go_on_under_the_weights_themselves(name: str, rule: str) -> None:
+def test_optimizees_go_on_under_the_weights_themselves(rule: str) -> None:
     """As under replay, to the bit: particles share no state with them, nor their batches."""
     learned = random_rule(rule)
     before = [weight.clone() for weight in learned.parameters()]
     options = EstimatorOptions(generator=Generator(), sigma=0.1)
     _, there = estimate(learned, "quadratic", "replay", 4)
-    _, here = estimate(learned, "quadratic", name, 4, generator=Generator(), sigma=0.1)
+    _, here = estimate(learned, "quadratic", "pes", 4, generator=Generator(), sigma=0.1)
     reference = ESTIMATORS["replay"](learned, there, 4, options)
-    found = ESTIMATORS[name](learned, here, 4, options)
+    found = ESTIMATORS["pes"](learned, here, 4, options)
     assert torch.equal(found.losses, reference.losses)
     assert torch.equal(here.packed, there.packed)
     assert all(torch.equal(here.state[key], there.state[key]) for key in here.state)
@@ -279,16 +272,9 @@ def test_a_pair_shares_dropout_masks_and_no_buffers() -> None:
     )
     rule, generator = random_rule("lstm"), seeded("dropout")
     found = []
-    for name in ("replay", "es"):
+    for name in ("replay", "pes"):
         optimizees = Optimizees(rule, [task], [generator.manual_seed(0)], stacked=False)
         options = EstimatorOptions(generator=Generator(), sigma=0.1)
         found += [ESTIMATORS[name](rule, optimizees, steps, options) for steps in (1, 1, 3)]
-    assert all(not g.any() for meta in found[3:5] for g in meta.grads)
+    assert all(not g.any() for g in found[3].grads)
     assert all(torch.equal(a.losses, b.losses) for a, b in zip(found[:3], found[3:], strict=True))
-
-
-def test_every_rank_needs_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 3)):
-        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
-    with pytest.raises(ValueError, match="pairs=2 leave some of 3 ranks nothing to do"):
-        MetaTrainer(replace(SMALL, estimator="es", pairs=2), tmp_path)

@@ -24,7 +24,6 @@ from learned_optim.meta import EvolutionRecipe, MetaTrainer, Recipe, estimators
 from learned_optim.meta.method import TrainingError, Validation
 from learned_optim.meta.recipes import AnyRecipe, recipe_from_json
 from learned_optim.meta.unrolls import Unrolls
-from learned_optim.meta.validation import ADAMW_LRS
 from learned_optim.rules.horizon import HorizonConfig
 from learned_optim.rules.lstm import LSTMConfig
 
@@ -54,21 +53,6 @@ def trained(folder: Path, **changes: Any) -> MetaTrainer:
 
 def bits(trainer: MetaTrainer) -> list[torch.Tensor]:
     return [*trainer.rule.state_dict().values(), *trainer.kept.state_dict().values()]
-
-
-class Stopped(Exception):
-    """Ends a training between two writes."""
-
-
-def stop_at(trainer: MetaTrainer, done: int) -> None:
-    """Train until so many runs, or meta-steps of evolution strategies, are done."""
-
-    def report(text: str) -> None:
-        if trainer.progress[0] == done:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        trainer.train(report)
 
 
 # ---- resuming
@@ -393,88 +377,58 @@ def test_full_disk_keeps_the_last_epoch(tmp_path: Path, monkeypatch: pytest.Monk
 
 # ---- several ranks
 
-# torchrun's agent, with ranks that are forked: each would import torch for seconds.
+# torchrun's agent, with ranks that are forked: each would import torch for seconds. Rank 1 kills
+# itself in the middle of the second epoch of the first attempt. A process group that outlives the
+# training keeps its threads, which can abort the process at its end.
 LAUNCH = """
-import json, os, signal, sys, weakref
+import os, signal, sys, weakref
 from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from learned_optim.cli import main
-{patch}
-config = LaunchConfig(
-    min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="ranks", rdzv_backend="c10d",
-    rdzv_endpoint="localhost:0", max_restarts=1, start_method="fork",
-)
-statuses = elastic_launch(config, main)(["train", "recipe.json", "--folder", "two"])
-sys.exit(0 if statuses == {{0: 0, 1: 0}} else str(statuses))
-"""
-# Rank 1 kills itself in the middle of the second epoch of the first attempt.
-DYING = """
 from learned_optim.meta.unrolls import Unrolls
-train_run, died = Unrolls.train_run, Path("died")
+
+train_run, destroy, died = Unrolls.train_run, dist.destroy_process_group, Path("died")
+
 def dying(self, optimizer, epoch, run):
     if self.rank == 1 and (epoch, run) == (2, 1) and not died.exists():
         died.write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
     return train_run(self, optimizer, epoch, run)
-Unrolls.train_run = dying
-"""
-# The sizes of what travels between ranks are written to a file. Whoever keeps the group keeps its
-# threads, which can abort the process at its end.
-WATCHED = """
-reduce, destroy, sizes = dist.all_reduce, dist.destroy_process_group, []
-def counting(tensor, *rest, **options):
-    sizes.append(tensor.numel())
-    Path(os.environ["RANK"]).write_text(json.dumps(sizes))
-    return reduce(tensor, *rest, **options)
+
 def destroy_for_good():
     group = weakref.ref(dist.group.WORLD)
     destroy()
     assert group() is None
-dist.all_reduce, dist.destroy_process_group = counting, destroy_for_good
+
+Unrolls.train_run, dist.destroy_process_group = dying, destroy_for_good
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="ranks", rdzv_backend="c10d",
+    rdzv_endpoint="localhost:0", max_restarts=1, start_method="fork",
+)
+statuses = elastic_launch(config, main)(["train", "recipe.json", "--folder", "two"])
+sys.exit(0 if statuses == {0: 0, 1: 0} else str(statuses))
 """
-
-
-def on_two_ranks_and_one(
-    recipe: Recipe, folder: Path, patch: str
-) -> tuple[MetaTrainer, MetaTrainer]:
-    (folder / "recipe.json").write_text(json.dumps(recipe.to_json()))
-    (folder / "launch.py").write_text(LAUNCH.format(patch=patch))
-    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
-    launched = subprocess.run(
-        [sys.executable, "launch.py"],
-        cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert launched.returncode == 0, launched.stderr
-    one, two = MetaTrainer(recipe, folder / "one"), MetaTrainer(recipe, folder / "two")
-    one.train()
-    assert two.round == recipe.epochs
-    return two, one
 
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_although_one_died(tmp_path: Path) -> None:
     """They share the tasks of each meta-step, and go on from the last epoch."""
     recipe = replace(SMALL, epochs=3, coordinates=None)
-    two, one = on_two_ranks_and_one(recipe, tmp_path, DYING)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    env = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+    launched = subprocess.run(
+        [sys.executable, "launch.py"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
     assert (tmp_path / "died").exists()
+    one, two = MetaTrainer(recipe, tmp_path / "one"), MetaTrainer(recipe, tmp_path / "two")
+    one.train()
+    assert two.round == recipe.epochs
     for a, b in zip(two.kept.parameters(), one.kept.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     for figure in ("validation", "ratio_to_adamw"):
         found = [[getattr(m, figure) for m in t.history] for t in (one, two)]
         assert found[0] == pytest.approx(found[1], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_pairs_of_evolution_strategies(tmp_path: Path) -> None:
-    """The same bits as of one rank, also of a number of pairs that is no multiple of the ranks."""
-    recipe = replace(SMALL, epochs=2, estimator="pes", pairs=3, tasks_per_meta_step=1)
-    two, one = on_two_ranks_and_one(recipe, tmp_path, WATCHED)
-    assert all(map(torch.equal, bits(two), bits(one)))
-    weights = sum(p.numel() for p in one.rule.parameters())
-    for rank in "01":
-        sizes = json.loads((tmp_path / rank).read_text())
-        # Of each unroll of 4, 4 and 2 steps, its losses and the fitness of two runs per pair; the
-        # sums of two validation runs after each epoch and of AdamW at each rate; 1 for meeting.
-        assert max(sizes) == 4 + 2 * 3 < weights
-        assert len([size for size in sizes if size > 1]) == 2 * 3 * 3 + 2 + len(ADAMW_LRS)

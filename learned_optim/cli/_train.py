@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from learned_optim.meta.recipes import (
     Recipe,
     load_recipe,
     recipe_descriptions,
-    recipe_schema,
     rule_config,
 )
 from learned_optim.meta.run_folder import RunFolder
@@ -32,16 +30,7 @@ DESCRIPTION = """Meta-train an update rule by a recipe, in a run folder.
 RECIPE is one of the names below, a TOML or JSON file, or a run folder. Every field of a recipe is
 an option, listed by "learned-optim train RECIPE --help". "--rule NAME" replaces the update rule;
 NAME may be "module:name", a rule of your own. Run again, the same command resumes an interrupted
-run. "learned-optim train --schema" prints the JSON Schema of recipe files."""
-
-
-@dataclass(frozen=True)
-class Schema:
-    """Print the JSON Schema of recipe files."""
-
-    def run(self) -> int:
-        print(json.dumps(recipe_schema(), indent=2))
-        return 0
+run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +92,6 @@ def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
     Raises:
         ValueError: no such recipe or update rule, or an option before the recipe.
     """
-    if list(args) == ["--schema"]:
-        return "train", {"f": Schema}, []
     if args and not args[0].startswith("-"):
         rules, rest = take(args[1:], "--rule")
         config = configuration(args[0], rules[-1] if rules else None)

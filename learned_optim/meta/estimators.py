@@ -8,8 +8,7 @@ with w_t = 1), averaged over the optimizees.
 ``autograd``   truncated backpropagation through time with d grad / d phi = 0: the thesis's.
 ``replay``     the same gradients from a rollout without a graph: see :func:`replay`.
 ``full``       second derivatives kept: exact for the unroll; the reference for the others.
-``es``         antithetic evolution strategies on the unroll, no derivatives: see :func:`es`.
-``pes``        the same without the bias of truncation: see :func:`pes`.
+``pes``        persistent evolution strategies, without derivatives or the bias of truncation.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
 import torch
-import torch.distributed as dist
 from torch import Generator, Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -38,17 +36,13 @@ class EstimatorOptions:
 
     Attributes:
         coordinates: of ``replay``: sample this many coordinates (unbiased); ``None``: all.
-        generator: draws the sample, or the perturbations of ``es`` and ``pes``; for these it must
-            have the same seed on all ranks.
+        generator: draws the sample of ``replay``, or the perturbations of ``pes``.
         sampling: ``"uniform"`` over all coordinates, or ``"stratified"``: the same number from
             every tensor, and all coordinates of tensors that have fewer. A small tensor, such as an
             output layer, can carry most of the meta-gradient, and a uniform sample of a large
             network rarely contains it.
-        pairs: pairs of opposite perturbations, of ``es`` and ``pes``; the same in all unrolls of a
-            run.
-        sigma: standard deviation of the perturbations of each weight.
-        rank: number of this process.
-        world: number of processes that share the pairs; several need a process group.
+        pairs: of ``pes``: pairs of opposite perturbations; the same in all unrolls of a run.
+        sigma: of ``pes``: standard deviation of the perturbations of each weight.
     """
 
     coordinates: int | None = None
@@ -56,8 +50,6 @@ class EstimatorOptions:
     sampling: Literal["uniform", "stratified"] = "uniform"
     pairs: int = 4
     sigma: float = 0.01
-    rank: int = 0
-    world: int = 1
 
 
 @dataclass(frozen=True)
@@ -220,41 +212,21 @@ def _fair_share(sizes: Sequence[int], count: int) -> int:
     return ordered[-1]
 
 
-# ---- evolution strategies
+# ---- persistent evolution strategies
 
 
 @dataclass
 class Particles:
-    """Pairs of runs under opposite perturbations.
+    """Pairs of runs under opposite perturbations of the weights.
 
     Attributes:
-        runs: the two runs of each pair of this rank, by the pair's number.
-        directions: each pair's perturbations summed over the unrolls so far, in units of sigma;
-            of all ranks, shape ``(pairs, weights)``.
+        pairs: the two runs of each pair.
+        directions: each pair's perturbations summed over the unrolls so far, in units of sigma,
+            shape ``(pairs, weights)``.
     """
 
-    runs: dict[int, tuple[Optimizees, Optimizees]]
+    pairs: list[tuple[Optimizees, Optimizees]]
     directions: Tensor | float = 0.0
-
-
-def es(
-    rule: UpdateRule, optimizees: Optimizees, steps: int, options: EstimatorOptions
-) -> MetaGradient:
-    """Antithetic evolution strategies on the unroll (Salimans et al. 2017, arXiv 1703.03864).
-
-    Pairs of opposite perturbations of the rule's weights phi train copies of the optimizees, on the
-    same batches and with the same random numbers, so that noise cancels in the difference of a
-    pair. With the fitness L of the unroll, which begins where the rule's own weights have led,
-
-        1 / (2 N sigma^2) * sum over i of e_i (L(phi + e_i) - L(phi - e_i)),  e_i ~ N(0, sigma^2 I)
-
-    estimates the gradient of L smoothed by the perturbations (Metz et al. 2019, arXiv 1810.10180),
-    with the truncation bias of backpropagation. Memory does not grow with the unroll's length.
-
-    Ranks draw the same perturbations, run a share of the pairs, and exchange fitness alone, a few
-    numbers per pair.
-    """
-    return _evolve(rule, optimizees, steps, options, _particles(optimizees, options))
 
 
 def pes(
@@ -262,37 +234,28 @@ def pes(
 ) -> MetaGradient:
     """Persistent evolution strategies (Vicol, Metz and Sohl-Dickstein 2021, algorithm 2).
 
-    As :func:`es`, but both runs of a pair go on from unroll to unroll, each from where its own
-    perturbations have led, and the difference of an unroll is credited to the sum of all
-    perturbations so far. Summed over the unrolls of a run, and if the weights do not change
-    meanwhile, this is an unbiased estimate of the gradient of the whole run's smoothed fitness. The
-    particles are kept in ``optimizees.carry``, and begin anew with every run.
+    Pairs of opposite perturbations of the rule's weights phi train copies of the optimizees, on the
+    same batches and with the same random numbers, so that noise cancels in the difference of a
+    pair. Both runs of a pair go on from unroll to unroll, each from where its own perturbations
+    have led. With the fitness L of an unroll under perturbations e_i ~ N(0, sigma^2 I), and the sum
+    E_i of all perturbations of the pair so far, the estimate is
+
+        1 / (2 N sigma^2) * sum over i of E_i (L(phi + e_i) - L(phi - e_i)).
+
+    Summed over the unrolls of a run, and if the weights do not change meanwhile, it is unbiased for
+    the gradient of the whole run's smoothed fitness. Memory does not grow with the unroll's length.
+    The particles are kept in ``optimizees.carry`` and begin anew with every run.
     """
     if optimizees.carry is None:
-        optimizees.carry = _particles(optimizees, options)
-    return _evolve(rule, optimizees, steps, options, cast(Particles, optimizees.carry))
-
-
-def _particles(optimizees: Optimizees, options: EstimatorOptions) -> Particles:
-    share = range(options.rank, options.pairs, options.world)
-    return Particles({pair: (optimizees.copy(), optimizees.copy()) for pair in share})
-
-
-def _evolve(
-    rule: UpdateRule,
-    optimizees: Optimizees,
-    steps: int,
-    options: EstimatorOptions,
-    particles: Particles,
-) -> MetaGradient:
-    """Perturb the weights, advance all runs side by side, and weight the directions."""
+        copies = [(optimizees.copy(), optimizees.copy()) for _ in range(options.pairs)]
+        optimizees.carry = Particles(copies)
+    particles = cast(Particles, optimizees.carry)
     weights = list(rule.parameters())
     sizes = [weight.numel() for weight in weights]
     fresh = torch.randn(options.pairs, sum(sizes), generator=options.generator, dtype=rule.dtype)
     particles.directions = particles.directions + fresh
     runs: list[tuple[UpdateRule, Optimizees]] = []
-    for pair, (plus, minus) in particles.runs.items():
-        change = options.sigma * fresh[pair]
+    for change, (plus, minus) in zip(options.sigma * fresh, particles.pairs, strict=True):
         runs += [(_perturbed(rule, change), plus), (_perturbed(rule, -change), minus)]
     runs.append((rule, optimizees))
     rows = []
@@ -301,27 +264,13 @@ def _evolve(
         for perturbed, run in runs:
             torch.set_rng_state(dropout)
             rows.append(run.advance(perturbed, batch))
-    stacked = torch.stack(rows).unflatten(0, (steps, len(runs)))  # (steps, runs, B)
-    losses, fitness = stacked[:, -1], torch.zeros(options.pairs, 2, len(optimizees)).double()
-    if particles.runs:
-        # In float64: the difference within a pair is much smaller than the losses.
-        sums = stacked[:, :-1].double().sum(0)  # (runs of pairs, B)
-        fitness[list(particles.runs)] = sums.unflatten(0, (-1, 2))
-    if options.world > 1:
-        # Each entry comes from one rank and is zero on all others, so nothing is rounded. Losses
-        # are those of rank 0: ranks must agree to the bit on whether to drop an unroll.
-        ours = losses.double() if options.rank == 0 else torch.zeros_like(losses).double()
-        packed = torch.cat([ours.flatten(), fitness.flatten()])
-        dist.all_reduce(packed)
-        first, rest = packed.split([losses.numel(), fitness.numel()])
-        losses, fitness = first.view_as(losses).to(losses.dtype), rest.view_as(fitness)
-    slopes = (fitness[:, 0] - fitness[:, 1]).mean(1) / (2 * options.sigma)  # (pairs,)
-    # Pair after pair, so that the sum's bits do not depend on how a matrix product is split.
-    flat = torch.zeros_like(particles.directions[0])
-    for slope, direction in zip(slopes.tolist(), particles.directions, strict=True):
-        flat += slope / options.pairs * direction
+    losses = torch.stack(rows).unflatten(0, (steps, len(runs)))  # (steps, runs, B)
+    # In float64: the difference within a pair is much smaller than the losses.
+    fitness = losses[:, :-1].double().sum(0).mean(1).view(-1, 2)  # (pairs, 2)
+    slopes = (fitness[:, 0] - fitness[:, 1]) / (2 * options.sigma)
+    flat = (slopes.to(rule.dtype).unsqueeze(1) * particles.directions).mean(0)
     grads = [part.view_as(w) for part, w in zip(flat.split(sizes), weights, strict=True)]
-    return MetaGradient(losses, grads)
+    return MetaGradient(losses[:, -1], grads)
 
 
 def _perturbed(rule: UpdateRule, change: Tensor) -> UpdateRule:
@@ -337,6 +286,5 @@ ESTIMATORS: dict[str, Estimator] = {
     "autograd": autograd,
     "replay": replay,
     "full": full,
-    "es": es,
     "pes": pes,
 }

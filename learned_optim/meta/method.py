@@ -77,8 +77,6 @@ class Method(ABC):
     unit: ClassVar[str]
     #: Whether the finished checkpoint has the weights of the best validation, or the last ones.
     keeps_best: ClassVar[bool]
-    #: Whether each process draws its own sample of coordinates.
-    draws_by_rank: bool = False
     #: A remark for the user before training begins.
     note: str = ""
     task: str

@@ -78,8 +78,7 @@ class MetaTrainer:
     most the current round, and a resumed run gives the same bits as an uninterrupted one.
 
     Under ``torchrun``, ranks share the tasks of every meta-step and average their meta-gradients.
-    With the estimators ``es`` and ``pes`` they share the pairs of perturbations. Recipes of
-    evolution strategies share the tasks of a meta-step among ``workers`` instead.
+    Recipes of evolution strategies share the tasks of a meta-step among ``workers`` instead.
 
     Args:
         recipe: what to train.
@@ -205,22 +204,15 @@ class MetaTrainer:
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.history = [Metrics(**line) for line in saved["history"]]
-            ranks = saved["ranks"]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise self.files.damaged(error) from error
-        if ranks != self.method.world and self.method.draws_by_rank:
-            raise ValueError(
-                f"{self.folder} holds a run of {ranks} ranks, and each draws its own sample of "
-                f"coordinates: resume it with as many, not {self.method.world}"
-            )
 
     def _save(self) -> None:
         """Best checkpoint first, resume state last: a kill in between repeats the round."""
         if self.best is self.history[-1]:
             save_rule(self.kept, self.files.best, self.record())
         history = [asdict(line) for line in self.history]
-        optimizer, ranks = self.optimizer.state_dict(), self.method.world
-        self.files.write_state({"optimizer": optimizer, "ranks": ranks, "history": history})
+        self.files.write_state({"optimizer": self.optimizer.state_dict(), "history": history})
 
     def record(self) -> dict[str, Any]:
         """How the kept weights were made, for the checkpoint's header."""

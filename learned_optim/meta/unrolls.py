@@ -62,8 +62,7 @@ def plan_of_run(recipe: Recipe, generator: Generator) -> list[tuple[int, bool]]:
 class Unrolls(Method):
     """Epochs of runs; the weights with the best validation are tested on fresh runs.
 
-    Ranks share the tasks of a run, or, where the estimator perturbs the weights, the pairs of
-    perturbed runs of all tasks.
+    Ranks share the tasks of a run.
 
     Args:
         recipe: what to train, and how.
@@ -92,14 +91,7 @@ class Unrolls(Method):
         self.average, self.clip_norm = recipe.average, recipe.clip_norm
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.draws_by_rank = recipe.coordinates is not None and not recipe.perturbs
-        self._first, self._stride = (0, 1) if recipe.perturbs else (self.rank, self.world)
-        if recipe.perturbs and recipe.pairs < self.world:
-            raise ValueError(
-                f"pairs={recipe.pairs} leave some of {self.world} ranks nothing to do: give each "
-                f"one at least"
-            )
-        if recipe.tasks_per_meta_step % self._stride:
+        if recipe.tasks_per_meta_step % self.world:
             raise ValueError(
                 f"tasks_per_meta_step={recipe.tasks_per_meta_step} cannot be shared evenly by "
                 f"{self.world} ranks: make it a multiple"
@@ -123,7 +115,7 @@ class Unrolls(Method):
         self._folder, self._against_adamw = folder, against_adamw
         self._adamw: float | None = None  # its validation
         alone = None if self.family.stackable else self.family.alone_because
-        if alone and recipe.tasks_per_meta_step > self._stride:
+        if alone and recipe.tasks_per_meta_step > self.world:
             self.note = f"forward passes one optimizee after another: {alone}"
 
     def barrier(self) -> None:
@@ -148,7 +140,7 @@ class Unrolls(Method):
     def train_round(self, number: int, optimizer: MetaOptimizer, report: Report) -> Round:
         runs, finite = self.recipe.runs_per_epoch, []
         for run in range(runs):
-            with global_generator_seeded(self.recipe.seed, "forward", number, run, self._first):
+            with global_generator_seeded(self.recipe.seed, "forward", number, run, self.rank):
                 loss = self.train_run(optimizer, number, run)
             if math.isfinite(loss):
                 finite.append(loss)
@@ -175,18 +167,16 @@ class Unrolls(Method):
             gradient of an unroll was not finite: the unroll is dropped, and the run ends there.
         """
         recipe, rule = self.recipe, optimizer.rule
-        share = range(self._first, recipe.tasks_per_meta_step, self._stride)
+        share = range(self.rank, recipe.tasks_per_meta_step, self.world)
         generators = [seeded(recipe.seed, "train", epoch, run, task) for task in share]
         tasks = [self.family.sample(generator) for generator in generators]
         optimizees = Optimizees(rule, tasks, generators, stacked=self.family.stackable)
         options = EstimatorOptions(
             coordinates=recipe.coordinates,
-            generator=seeded(recipe.seed, "coordinates", epoch, run, self._first),
+            generator=seeded(recipe.seed, "coordinates", epoch, run, self.rank),
             sampling=recipe.sampling,
             pairs=recipe.pairs,
             sigma=recipe.sigma,
-            rank=self.rank,
-            world=self.world,
         )
         plan = plan_of_run(recipe, seeded(recipe.seed, "plan", epoch, run))
         total, done = 0.0, 0
@@ -199,9 +189,9 @@ class Unrolls(Method):
                 continue
             meta = ESTIMATORS[recipe.estimator](rule, optimizees, steps, options)
             packed = torch.cat([*map(torch.flatten, meta.grads), meta.losses.mean(1).sum()[None]])
-            if self._stride > 1:
+            if self.world > 1:
                 dist.all_reduce(packed)
-                packed /= self._stride
+                packed /= self.world
             if not torch.isfinite(packed).all():
                 # Averaging it in would poison the weights, and the optimizee will not recover.
                 return math.inf

@@ -12,7 +12,6 @@ from learned_optim.meta.recipes._files import (
     load_recipe,
     recipe_descriptions,
     recipe_from_json,
-    recipe_schema,
     recipes,
     rule_config,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "load_recipe",
     "recipe_descriptions",
     "recipe_from_json",
-    "recipe_schema",
     "recipes",
     "rule_config",
 ]

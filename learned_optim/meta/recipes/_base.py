@@ -72,14 +72,14 @@ class Recipe(_Checked):
     """Inner steps per unroll of the longer runs; ``truncation`` if not given."""
     unrolls_per_run: int | None = None
     """Longer runs learn from this many of their unrolls, drawn at random; from all if not given."""
-    estimator: Literal["replay", "autograd", "full", "es", "pes"] = "replay"
-    """How meta-gradients are computed: by backpropagation, or by evolution strategies."""
+    estimator: Literal["replay", "autograd", "full", "pes"] = "replay"
+    """Meta-gradients by backpropagation, or by persistent evolution strategies."""
     coordinates: int | None = None
     """Coordinates sampled per replay; all of them if not given."""
     sampling: Literal["uniform", "stratified"] = "uniform"
     """How coordinates are drawn: from all tensors together, or the same number from each."""
     pairs: int = 4
-    """Pairs of opposite perturbations of the weights, of `es` and `pes`."""
+    """Pairs of opposite perturbations of the weights, of `pes`."""
     sigma: float = 0.01
     """Standard deviation of the perturbations."""
     meta_lr_final: float | None = None
@@ -131,11 +131,6 @@ class Recipe(_Checked):
                 f"estimator='pes' learns from every unroll of a run, because its particles go "
                 f"through all of them: leave out unrolls_per_run={self.unrolls_per_run}"
             )
-
-    @property
-    def perturbs(self) -> bool:
-        """Whether the estimator perturbs the weights."""
-        return self.estimator in ("es", "pes")
 
     @property
     def longest_run(self) -> int:

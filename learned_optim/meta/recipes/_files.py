@@ -1,4 +1,4 @@
-"""Recipes by name and in files, and the JSON Schema of these."""
+"""Recipes by name and in files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from learned_optim._discovery import did_you_mean, import_submodules, unknown_name
 from learned_optim.meta.recipes._base import METHOD, AnyRecipe, EvolutionRecipe, Recipe
-from learned_optim.rules import RuleConfig, build_rule, rule_class, rule_names
+from learned_optim.rules import RuleConfig, build_rule, rule_class
 
 
 def rule_config(name: str, values: dict[str, Any] | None = None) -> RuleConfig:
@@ -150,64 +150,3 @@ def _parsed(path: Path) -> Any:
     else:
         import tomli as tomllib
     return tomllib.loads(path.read_text(encoding="utf-8"))
-
-
-# ---- the schema
-
-# A rule of the user's own, "module:name".
-_FOREIGN = {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:.+$"}
-
-
-def recipe_schema() -> dict[str, Any]:
-    """The schema (draft 2020-12) of what :func:`recipe_from_json` reads.
-
-    It has the fields, types and choices of recipes and of the registered update rules. Bounds and
-    conditions between fields are checked when a recipe is read.
-    """
-    definitions: dict[str, Any] = {}
-    for name, kind in (("backpropagation", Recipe), ("evolution", EvolutionRecipe)):
-        schema = _schema(kind)
-        definitions |= schema.pop("$defs")
-        schema["properties"]["rule"] = _rule()
-        definitions[name] = schema
-    evolution = definitions["evolution"]
-    evolution["properties"]["method"] = {"const": METHOD}
-    evolution["required"].append("method")
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "A meta-training recipe of learned_optim",
-        "if": {"type": "object", "required": ["method"]},
-        "then": {"$ref": "#/$defs/evolution"},
-        "else": {"$ref": "#/$defs/backpropagation"},
-        "$defs": definitions,
-    }
-
-
-def _schema(kind: type) -> dict[str, Any]:
-    """The schema of a dataclass."""
-    from pydantic import ConfigDict, TypeAdapter, with_config
-
-    config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    return TypeAdapter(with_config(config)(kind)).json_schema()
-
-
-def _rule() -> dict[str, Any]:
-    """An update rule: a name, or a table with a name and fields of its configuration."""
-    classes = {name: rule_class(name) for name in rule_names()}
-    own = {n: c.Config for n, c in classes.items() if c.__module__.startswith("learned_optim.")}
-    tables = [({"const": name}, _schema(config)) for name, config in own.items()]
-    return {
-        "anyOf": [
-            {"enum": list(own)},
-            _FOREIGN,
-            *(
-                {
-                    "type": "object",
-                    "properties": {"name": name, "config": config},
-                    "required": ["name"],
-                    "additionalProperties": False,
-                }
-                for name, config in [*tables, (_FOREIGN, {"type": "object"})]
-            ),
-        ]
-    }
