@@ -30,7 +30,8 @@ def main() -> None:
             help=module.__doc__.splitlines()[0],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_options(command)
+        if hasattr(module, "add_options"):
+            module.add_options(command)
         command.set_defaults(run=module.run)
     options = parser.parse_args()
     options.run(options)

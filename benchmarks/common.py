@@ -21,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PERFORMANCE = DOCS / "performance"
 RESULTS = DOCS / "results"
-NOT_MEASURED = "Not measured yet."
 
 
 def shipped() -> list[str]:
@@ -73,16 +72,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(path: Path, figures: dict[str, Any]) -> None:
-    """Writes figures as JSON, one line per entry of the outer object."""
+def save(path: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """Writes figures as JSON, one line per entry of the outer object; returns them as read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}"
         for key, value in figures.items()
     ]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    path.write_text(text)
+    return json.loads(text)
 
 
-def load(path: Path) -> dict[str, Any] | None:
-    """Returns saved figures, or ``None`` if there are none."""
-    return json.loads(path.read_text()) if path.exists() else None
+def load(path: Path) -> dict[str, Any]:
+    """Returns saved figures."""
+    return json.loads(path.read_text())

@@ -155,7 +155,7 @@ def passes(test: Captured, make: Make, steps: int, seconds: float) -> bool:
 
 def measure(names: Sequence[str], steps: int, seconds: float) -> None:
     """Runs what the file of results lacks, and writes the file after every test."""
-    found = load(OUTPUT) or {"tests": {}, "errors": {}}
+    found = load(OUTPUT) if OUTPUT.exists() else {"tests": {}, "errors": {}}
     protocol = {
         "version": importlib.metadata.version("lightbench"), "steps": steps, "seconds": seconds
     }  # fmt: skip

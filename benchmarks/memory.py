@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import PERFORMANCE, load, save, shipped
+from benchmarks.common import PERFORMANCE, save, shipped
 from learned_optim import load_rule
 from learned_optim.rules import UpdateRule
 from learned_optim.summary import table
@@ -151,13 +151,6 @@ def memory_table(found: dict[str, Any]) -> str:
     return table(["bytes per parameter", *head], rows)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command: none."""
-
-
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
-    save(OUTPUT, measure())
-    found = load(OUTPUT)
-    assert found is not None
-    print(memory_table(found))
+    print(memory_table(save(OUTPUT, measure())))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from benchmarks.common import PERFORMANCE, load, machine, save
+from benchmarks.common import PERFORMANCE, machine, save
 from learned_optim.meta import ModuleTask, meta_train
 from learned_optim.summary import table
 
@@ -93,14 +93,7 @@ def rate_table(found: dict[str, Any]) -> str:
     return table(["inner steps per processor second", *SIZES], rows)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command: none."""
-
-
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     torch.set_num_threads(1)
-    save(OUTPUT, measure())
-    found = load(OUTPUT)
-    assert found is not None
-    print(rate_table(found))
+    print(rate_table(save(OUTPUT, measure())))

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import light_bench, memory, meta_training, results, step
-from benchmarks.common import DOCS, NOT_MEASURED, RESULTS, load
+from benchmarks.common import DOCS, RESULTS, load
 from learned_optim.evaluation.baselines import MATRIX_LRS
 from learned_optim.evaluation.statistics import cut_off, geometric_mean
 from learned_optim.summary import plot_worth, table, value_text, worth_table
@@ -71,6 +71,8 @@ number of steps and runs at `lr=1`.
 The same tasks for 300 to 1,000 steps; every rival of this table is tuned for each task.
 
 {short}
+
+Against the best of them on each task: {best}.
 
 ## By task
 
@@ -190,8 +192,6 @@ def draw_field(summary: dict[str, Any], path: Path) -> None:
 def results_page() -> str:
     """Returns docs/results.md."""
     whole, short = load(RESULTS / "field.json"), load(RESULTS / "field-quick.json")
-    if whole is None:
-        return f"# Results\n\n{NOT_MEASURED}\n"
     name, protocol = learned_name(whole), whole["protocol"]
     rivals = [n for n in (*protocol["tuned"], *protocol["untuned"]) if n != name]
     text = RESULTS_PAGE.format(
@@ -202,20 +202,13 @@ def results_page() -> str:
         matrix_rates=", ".join(f"{lr:g}" for lr in MATRIX_LRS),
         worth=worth_table(whole),
         whole=rivals_table(whole, rivals),
-        short=_short_table(short) if short else NOT_MEASURED,
+        short=rivals_table(short, short["protocol"]["tuned"]),
+        best=interval_text(short["overall"][learned_name(short)]["ratio"]),
         tasks=tasks_table(whole),
     )
     if whole["overall"][name]["diverged"]:
         text = text.replace("It never diverged in these runs.", "It diverged in some runs.")
     return text
-
-
-def _short_table(short: dict[str, Any]) -> str:
-    best = short["overall"][learned_name(short)]["ratio"]
-    return (
-        rivals_table(short, short["protocol"]["tuned"])
-        + f"\n\nAgainst the best of them on each task: {interval_text(best)}."
-    )
 
 
 # ---- docs/results-appendix.md
@@ -258,8 +251,8 @@ def groups_table() -> str:
     """Returns mean ratios of summed losses by group and checkpoint."""
     found, names = [], []
     for group in results.GROUPS:
-        summary = load(RESULTS / f"{group}.json")
-        if summary is not None and summary["protocol"]["suite"] == "short":
+        path = RESULTS / f"{group}.json"
+        if path.exists() and (summary := load(path))["protocol"]["suite"] == "short":
             names += [n for n in summary["protocol"]["checkpoints"] if n not in names]
             found.append((group.removesuffix("-200"), summary))
     body = []
@@ -276,10 +269,7 @@ def thesis_table() -> str:
     rows = []
     for task, published in THESIS.items():
         group, lstm = ("quadratic", "quadratic") if task == "quadratic" else ("thesis", "mnist")
-        summary = load(RESULTS / f"{group}.json")
-        if summary is None:
-            continue
-        cell = summary["tasks"][task]
+        cell = load(RESULTS / f"{group}.json")["tasks"][task]
         best = cell["best_tuned"]
         sums = {n: value_text(cell["optimizers"][n]["sum"]) for n in (best, lstm, "coordinatewise")}
         rows.append(
@@ -292,13 +282,12 @@ def thesis_table() -> str:
 def appendix() -> str:
     """Returns docs/results-appendix.md."""
     found = load(light_bench.OUTPUT)
-    protocol = found["protocol"] if found else {"version": "", "steps": 0, "seconds": 0}
     return APPENDIX.format(
         groups=groups_table(),
         thesis=thesis_table(),
-        tests=len(found["tests"]) if found else 0,
-        lightbench=light_bench.results_table(found) if found else NOT_MEASURED,
-        **protocol,
+        tests=len(found["tests"]),
+        lightbench=light_bench.results_table(found),
+        **found["protocol"],
     )
 
 
@@ -328,7 +317,9 @@ memory on large tensors: it reads and writes one number per parameter more than 
 which are frequent in a first hundred steps: in long runs it is shorter than here. A side over 1,024
 is not rotated, so the largest tensor costs least per parameter.
 
-{graph}The shipped checkpoints on a million parameters in one tensor:
+Under `torch.compile` a step of the small network takes {graph} times the eager one.
+
+The shipped checkpoints on a million parameters in one tensor:
 
 {checkpoints}
 
@@ -354,10 +345,8 @@ networks that train side by side count. {meta_machine}
 """
 
 
-def machine_text(found: dict[str, Any] | None) -> str:
+def machine_text(found: dict[str, Any]) -> str:
     """Returns where and when figures were measured."""
-    if found is None:
-        return ""
     m = found["machine"]
     return (
         f"{m['processor']}, {m['cores']} cores, torch {m['torch']}, {m['date']}, "
@@ -368,18 +357,15 @@ def machine_text(found: dict[str, Any] | None) -> str:
 def performance_page() -> str:
     """Returns docs/performance.md."""
     steps, bytes_, rates = map(load, (step.OUTPUT, memory.OUTPUT, meta_training.OUTPUT))
-    graph = steps and steps.get("graph")
+    graph = steps["graph"]
     return PERFORMANCE_PAGE.format(
         machine=machine_text(steps),
-        step=step.step_table(steps) if steps else NOT_MEASURED,
-        graph=f"Under `torch.compile` a step of the small network takes "
-        f"{graph['compiled'] / graph['eager']:.1f} times the eager one.\n\n"
-        if graph
-        else "",
-        checkpoints=step.checkpoint_table(steps) if steps else NOT_MEASURED,
-        memory=memory.memory_table(bytes_) if bytes_ else NOT_MEASURED,
+        step=step.step_table(steps),
+        graph=f"{graph['compiled'] / graph['eager']:.1f}",
+        checkpoints=step.checkpoint_table(steps),
+        memory=memory.memory_table(bytes_),
         meta_machine=machine_text(rates),
-        meta=meta_training.rate_table(rates) if rates else NOT_MEASURED,
+        meta=meta_training.rate_table(rates),
     )
 
 
@@ -405,7 +391,7 @@ def run(options: argparse.Namespace) -> None:
         return
     for path, page in PAGES.items():
         path.write_text(page())
-    if (whole := load(RESULTS / "field.json")) is not None:
-        draw_field(whole, RESULTS / "field.png")
-        plot_worth(whole["worth"], RESULTS / "worth.png")
+    whole = load(RESULTS / "field.json")
+    draw_field(whole, RESULTS / "field.png")
+    plot_worth(whole["worth"], RESULTS / "worth.png")
     print(*(path.relative_to(DOCS.parent) for path in PAGES), sep="\n")

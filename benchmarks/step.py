@@ -20,7 +20,6 @@ from benchmarks.common import (
     PERFORMANCE,
     ROOT,
     best_seconds,
-    load,
     machine,
     parameters,
     save,
@@ -173,7 +172,5 @@ def run(options: argparse.Namespace) -> None:
         for row in times([SMALL], shipped()):
             print({name: round(row[name] / row["adam"], 2) for name in shipped()}, "x Adam, fused")
     else:
-        save(OUTPUT, measure())
-        found = load(OUTPUT)
-        assert found is not None
+        found = save(OUTPUT, measure())
         print(step_table(found), checkpoint_table(found), found["graph"], sep="\n\n")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import random_rule
 
-from learned_optim import LearnedOptimizer, load_rule, save_rule
+from learned_optim import LearnedOptimizer, save_rule
 from learned_optim.evaluation import (
     BASELINES,
     EvaluateConfig,
@@ -27,7 +27,7 @@ from learned_optim.evaluation import (
 from learned_optim.evaluation.baselines import LR_GRID, MATRIX_LRS
 from learned_optim.evaluation.figures import Figures, final_loss, ratio, summarize
 from learned_optim.evaluation.protocol import FIELD_LRS
-from learned_optim.evaluation.runs import OptimizerSpec, Run, RunSpec, learned_optimizer
+from learned_optim.evaluation.runs import OptimizerSpec, Run, RunSpec
 from learned_optim.evaluation.statistics import (
     best_of,
     curve,
@@ -39,7 +39,7 @@ from learned_optim.evaluation.statistics import (
     smooth,
 )
 from learned_optim.meta import DataOptions
-from learned_optim.meta.tasks import Batch, Params, Task, field_horizon, field_tasks
+from learned_optim.meta.tasks import Batch, Params, Task, field_steps, field_tasks
 from learned_optim.rules._config import RULES
 from learned_optim.rules.classical import AdamConfig, AdamRule
 
@@ -164,19 +164,18 @@ def test_summary_by_hand() -> None:
     found = summarize({"t": everybody}, ["rival"], ["fast", "stuck", "gone"])
     rows = found["tasks"]["t"]["optimizers"]
     assert found["tasks"]["t"]["best_tuned"] == "rival"
-    assert found["tasks"]["t"]["best_untuned"] == "fast"
     # The last 5 % of twenty stretches are one; its mean is the final loss.
     assert final_loss(Run([3.0] * 19 + [1.0], 1.0, {})) == 1.0
     assert rows["fast"]["ratio"]["mean"] == 0.5
     assert rows["fast"]["sum"]["mean"] == pytest.approx(100 * (5 * 2.0 + 15 * 0.5) / 20)
-    assert (rows["rival"]["steps_to_target"], rows["fast"]["steps_to_target"]) == (55.0, 30.0)
-    assert rows["stuck"]["steps_to_target"] is None
     assert (rows["stuck"]["stalled"], rows["stuck"]["diverged"]) == (1, 0)
     assert (rows["gone"]["stalled"], rows["gone"]["diverged"]) == (0, 1)
     overall = found["overall"]
     assert overall["gone"]["ratio"]["mean"] == pytest.approx(10.0)
     assert (overall["gone"]["diverged"], overall["stuck"]["stalled"]) == (1.0, 1.0)
+    assert overall["rival"]["step_share_to_target"] == pytest.approx(0.55)
     assert overall["fast"]["step_share_to_target"] == pytest.approx(0.3)
+    assert overall["stuck"]["step_share_to_target"] is None
     assert found["untuned_pairs"]["stuck"]["fast"]["mean"] == pytest.approx(3.9)
     json.dumps(found, allow_nan=False)
 
@@ -224,27 +223,24 @@ def test_everybody_sees_the_same(rule_file: Path) -> None:
     assert len({found[0][1].sum().item() for found in groups.values()}) == 4
 
 
-def test_a_learned_optimizer_runs_as_its_users_run_it() -> None:
+@pytest.mark.parametrize(
+    ("name", "told", "length"),
+    [("quadratic", True, None), ("default", True, 700), ("default", False, None)],
+)
+def test_a_learned_optimizer_runs_as_its_users_run_it(
+    name: str, told: bool, length: int | None
+) -> None:
     """With the defaults of the class, its warm-up included; told the steps if its rule asks."""
-    for name in ("lstm", "horizon"):
-        rule = random_rule(name)
-        made = learned_optimizer([torch.zeros(1)], rule, 700).param_groups[0]
-        told = 700 if rule.reads_horizon else None
-        users = LearnedOptimizer([torch.zeros(1)], rule, total_steps=told).param_groups[0]
-        assert {k: made[k] for k in made if k != "params"} == {
-            k: users[k] for k in users if k != "params"
-        }
-    assert not load_rule("quadratic").reads_horizon
-
-
-def test_a_learned_optimizer_need_not_be_told_the_length() -> None:
-    told, untold = (runs.optimizer_specs(["default"], [], told=told)[0] for told in (True, False))
-    assert told.identity != untold.identity
-    lengths = [
-        spec.make([torch.zeros(1)], 1.0, 700).param_groups[0]["total_steps"]
-        for spec in (told, untold)
-    ]
-    assert lengths == [700, None]
+    (spec,) = runs.optimizer_specs([name], [], told)
+    assert spec.identity.endswith("without total_steps") != told
+    made, users = (
+        {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        for optimizer in (
+            spec.make([torch.zeros(1)], 1.0, 700),
+            LearnedOptimizer([torch.zeros(1)], name, total_steps=length),
+        )
+    )
+    assert made == users
 
 
 def test_the_same_optimizer_twice(monkeypatch: pytest.MonkeyPatch, adam_checkpoint: Path) -> None:
@@ -299,7 +295,9 @@ def test_protocol_of_the_field(scripted: Callable[[Losses], list[RunSpec]], tmp_
     assert tasks["matrix-factorization"]["optimizers"]["adamw-cosine"]["lr"] == 0.01
     assert tasks["regression"]["optimizers"]["adamw-cosine"]["lr"] == 0.003
     assert tasks["regression"]["optimizers"]["adam-1e-3"]["ratio"]["mean"] == 1 / 0.8
-    assert {s.steps for s in asked if s.task == "regression"} == {field_horizon("regression").quick}
+    assert {s.steps for s in asked if s.task == "regression"} == {
+        field_steps("regression", quick=True)
+    }
     tuning = [s for s in asked if s.phase == "tune"]
     assert sorted({s.lr for s in tuning}) == sorted(FIELD_LRS)
     assert len(tuning) == 2 * len(FIELD_LRS)
@@ -317,17 +315,15 @@ def test_protocol_of_the_field(scripted: Callable[[Losses], list[RunSpec]], tmp_
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
-def test_long_runs_are_kept_short(tmp_path: Path) -> None:
-    evaluation = Evaluation(replace(FIELD, tasks=("regression",), output=tmp_path))
-    adam = next(o for o in evaluation.optimizers if o.label == "adam-1e-3")
-
-    def make(params: list[torch.Tensor], steps: int) -> torch.optim.Optimizer:
-        return adam.make(params, 1e-3, steps)
-
-    long = runs.train("regression", make, "test", 0, 300, DataOptions())
-    short = runs.run(RunSpec("regression", adam, 1e-3, "test", 0, 300), DataOptions())
-    assert (len(long.losses), len(short.losses)) == (300, runs.STRETCHES)
-    assert sum(long.losses) / 300 == pytest.approx(sum(short.losses) / runs.STRETCHES)
+def test_long_runs_are_kept_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    (adam,) = runs.optimizer_specs([], ["adam-1e-3"])
+    spec = RunSpec("regression", adam, 1e-3, "test", 0, 300)
+    short = runs.run(spec, DataOptions())
+    assert len(short.losses) == 100
+    monkeypatch.setattr(runs, "STRETCHES", 300)
+    long = runs.run(spec, DataOptions())
+    assert len(long.losses) == 300
+    assert sum(long.losses) / 300 == pytest.approx(sum(short.losses) / 100)
     assert 0.0 < short.optimizer_seconds < short.seconds
     assert short.state_bytes == 2 * 4 * 385 + 4 * 4
 

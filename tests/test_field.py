@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from learned_optim.evaluation import make_baseline
 from learned_optim.evaluation.figures import final_loss
-from learned_optim.evaluation.runs import STRETCHES, train
+from learned_optim.evaluation.runs import STRETCHES, RunSpec, optimizer_specs, run
 from learned_optim.meta import DataOptions
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.tasks import (
@@ -163,10 +162,7 @@ PINNED = {
 
 def test_pinned_figures() -> None:
     """Final losses after fifty steps; another processor may differ in the last digits."""
-
-    def adamw(params: list[torch.Tensor], steps: int) -> torch.optim.Optimizer:
-        return make_baseline("adamw-cosine", params, 0.01, steps)
-
+    (adamw,) = optimizer_specs([], ["adamw-cosine"])
     for task, value in PINNED.items():
-        found = final_loss(train(task, adamw, "test", 0, 50, DataOptions()))
-        assert found == pytest.approx(value, rel=1e-2), task
+        found = run(RunSpec(task, adamw, 0.01, "test", 0, 50), DataOptions())
+        assert final_loss(found) == pytest.approx(value, rel=1e-2), task

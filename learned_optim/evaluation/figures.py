@@ -126,11 +126,9 @@ def summarize(
     for task, entries in figures.items():
         best = _best([entries[label] for label in tuned], by)
         best_tuned.append(best)
-        rival = _best([entries[label] for label in untuned], by)
         tasks[task] = {
             "steps": next(iter(entries.values())).steps,
             "best_tuned": best.optimizer.label if best else None,
-            "best_untuned": rival.optimizer.label if rival else None,
             "optimizers": {label: _row(entry, best) for label, entry in entries.items()},
         }
     overall = {
@@ -177,7 +175,6 @@ def _row(entry: Figures, best: Figures | None) -> dict[str, Any]:
     }
     if best is not None:
         row["ratio"] = ratio_interval(entry.final, best.final)
-        row["steps_to_target"] = finite(median(entry.steps_to(best.final)))
     return row
 
 

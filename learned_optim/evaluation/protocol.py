@@ -22,16 +22,13 @@ import torch
 
 from learned_optim.checkpoint import write_text
 from learned_optim.evaluation import runs
-from learned_optim.evaluation.baselines import (
-    BASELINES,
-    LR_GRID,
-    baseline,
-    why_missing,
-)
+from learned_optim.evaluation.baselines import BASELINES, LR_GRID, baseline, why_missing
 from learned_optim.evaluation.figures import Figures, final_loss, summarize
 from learned_optim.evaluation.runs import (
     OptimizerSpec,
+    Phase,
     Progress,
+    Run,
     RunLog,
     RunSpec,
     performer,
@@ -48,7 +45,7 @@ from learned_optim.meta.tasks import (
     TaskOptions,
     as_family,
     build_tasks,
-    field_horizon,
+    field_steps,
     field_tasks,
 )
 from learned_optim.pretrained import load_record
@@ -135,10 +132,7 @@ class EvaluateConfig:
         Raises:
             ValueError: it has no stated number of steps.
         """
-        if self.steps:
-            return self.steps
-        horizon = field_horizon(task)
-        return horizon.quick if self.quick else horizon.steps
+        return self.steps or field_steps(task, self.quick)
 
 
 class Evaluation:
@@ -169,7 +163,12 @@ class Evaluation:
         config = config.filled()
         self._show = progress or (lambda done, total, what: None)
         self._given = {name: as_family(task) for name, task in (tasks or {}).items()}
-        _check_given(self._given, config)
+        if idle := set(self._given) - set(config.tasks):
+            raise ValueError(f"tasks has {', '.join(idle)}, which config.tasks does not name")
+        for name, family in self._given.items():
+            check_family(family, name)
+        if config.workers > 1:
+            check_picklable(self._given, config.workers)
         missing = {name: why_missing(name) for name in config.baselines}
         #: Why rivals and tasks do not take part, by name.
         self.skipped = {name: why for name, why in missing.items() if why}
@@ -209,9 +208,12 @@ class Evaluation:
         provenance.remember(config.output, self._conditions)
         perform = partial(runs.run, data=config.data, families=self._given)
         with performer(perform, config.workers) as outcomes:
-            run_missing(self._log, self._specs(), outcomes, self._show)
+            first = self._specs("test", tuned=False) + self._specs("tune", tuned=True)
+            run_missing(self._log, first, outcomes, self._show)
             # Where a tuned learning rate diverges, the next best one is tested too.
-            while self._log.lacks(tests := self._tests()):
+            while self._log.lacks(
+                tests := self._specs("test", tuned=False) + self._specs("test", tuned=True)
+            ):
                 run_missing(self._log, tests, outcomes, self._show)
         summary = self.summary()
         write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -220,18 +222,12 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Every figure of the finished runs."""
         config = self.config
-        figures = {
-            task: {
-                optimizer.label: Figures.of(
-                    optimizer,
-                    lr := self._lr(task, optimizer),
-                    self.steps[task],
-                    [self._log.runs[s.key] for s in self._runs(task, optimizer, lr, "test")],
-                )
-                for optimizer in self.optimizers
-            }
-            for task in config.tasks
-        }
+        figures: dict[str, dict[str, Figures]] = {task: {} for task in config.tasks}
+        for task, row in figures.items():
+            for optimizer in self.optimizers:
+                lr = self._lr(task, optimizer)
+                done = self._done(task, optimizer, lr, "test")
+                row[optimizer.label] = Figures.of(optimizer, lr, self.steps[task], done)
         tuned = [o.label for o in self.optimizers if o.tuned]
         untuned = [o.label for o in self.optimizers if not o.tuned]
         protocol = {
@@ -261,52 +257,34 @@ class Evaluation:
             for rival in self.optimizers
             if rival.tuned
         }
-        found = {}
-        for optimizer in self.optimizers:
-            if optimizer.kind == "learned":
-                mine = {task: row[optimizer.label].final for task, row in figures.items()}
-                losses = {task: final.mean().item() for task, final in mine.items()}
-                found[optimizer.label] = {
-                    rival: worth_by_group(losses, rows) for rival, rows in tuning.items()
-                }
-        return found
+        learned = [o.label for o in self.optimizers if o.kind == "learned"]
+        mine = {
+            name: {task: row[name].final.mean().item() for task, row in figures.items()}
+            for name in learned
+        }
+        return {
+            name: {rival: worth_by_group(losses, rows) for rival, rows in tuning.items()}
+            for name, losses in mine.items()
+        }
 
     # ---- which runs
 
-    def _specs(self) -> list[RunSpec]:
-        """What can be run at once: tuning runs, and tests of everything untuned.
+    def _specs(self, phase: Phase, tuned: bool) -> list[RunSpec]:
+        """Runs of the tuned or of the untuned; tests are at the learning rates that lead now.
 
         The first run of every task comes before the second of any: what is wrong shows early.
         """
-        tests = [
-            self._runs(task, optimizer, self._lr(task, optimizer), "test")[seed]
-            for seed in range(self.config.seeds)
-            for optimizer in self.optimizers
-            if not optimizer.tuned
-            for task in self.config.tasks
-        ]
-        tuning = [
+        specs = [
             spec
             for optimizer in self.optimizers
-            if optimizer.tuned
-            for lr in self._lrs(optimizer)
+            if optimizer.tuned == tuned
             for task in self.config.tasks
-            for spec in self._runs(task, optimizer, lr, "tune")
+            for lr in (self._lrs(optimizer) if phase == "tune" else [self._lr(task, optimizer)])
+            for spec in self._runs(task, optimizer, lr, phase)
         ]
-        return tests + tuning
+        return sorted(specs, key=lambda spec: spec.seed)
 
-    def _tests(self) -> list[RunSpec]:
-        """All test runs at the learning rates that are chosen now."""
-        return [
-            spec
-            for optimizer in self.optimizers
-            for task in self.config.tasks
-            for spec in self._runs(task, optimizer, self._lr(task, optimizer), "test")
-        ]
-
-    def _runs(
-        self, task: str, optimizer: OptimizerSpec, lr: float, phase: Literal["tune", "test"]
-    ) -> list[RunSpec]:
+    def _runs(self, task: str, optimizer: OptimizerSpec, lr: float, phase: Phase) -> list[RunSpec]:
         seeds = self.config.seeds if phase == "test" else self.config.tuning_seeds
         steps = self.steps[task]
         return [RunSpec(task, optimizer, lr, phase, seed, steps) for seed in range(seeds)]
@@ -316,11 +294,16 @@ class Evaluation:
         own = baseline(optimizer.source).lrs if self.config.suite == "field" else ()
         return tuple(lr for lr in self.config.lrs if lr in own) or self.config.lrs
 
+    def _done(self, task: str, optimizer: OptimizerSpec, lr: float, phase: Phase) -> list[Run]:
+        """Those of the runs that are finished."""
+        keys = [spec.key for spec in self._runs(task, optimizer, lr, phase)]
+        return [self._log.runs[key] for key in keys if key in self._log.runs]
+
     def _tuned_loss(
         self, task: str, optimizer: OptimizerSpec, lr: float, by: str = "final"
     ) -> float:
         """Mean loss of the tuning runs at a learning rate."""
-        done = [self._log.runs[s.key] for s in self._runs(task, optimizer, lr, "tune")]
+        done = self._done(task, optimizer, lr, "tune")
         losses = [final_loss(r) if by == "final" else sum(r.losses) / len(r.losses) for r in done]
         return sum(losses) / len(losses)
 
@@ -332,14 +315,12 @@ class Evaluation:
             return own
 
         def diverges(lr: float) -> bool:
-            specs = self._runs(task, optimizer, lr, "test")
-            done = [self._log.runs[s.key] for s in specs if s.key in self._log.runs]
-            return any(math.isinf(run.losses[-1]) for run in done)
+            return any(math.isinf(r.losses[-1]) for r in self._done(task, optimizer, lr, "test"))
 
-        by = self.config.tune_by
-        ranked = sorted(
-            self._lrs(optimizer), key=lambda lr: self._tuned_loss(task, optimizer, lr, by)
-        )
+        def loss(lr: float) -> float:
+            return self._tuned_loss(task, optimizer, lr, self.config.tune_by)
+
+        ranked = sorted(self._lrs(optimizer), key=loss)
         return next((lr for lr in ranked if not diverges(lr)), ranked[0])
 
 
@@ -361,13 +342,3 @@ def check_blind(checkpoints: Sequence[str], tasks: Sequence[str], data: DataOpti
                     f"and the task {name!r} draws on all of them: leave it out, or "
                     f"evaluate on '{shared[0]}-half', whose images it has not seen"
                 )
-
-
-def _check_given(tasks: Mapping[str, TaskFamily], config: EvaluateConfig) -> None:
-    idle = [name for name in tasks if name not in config.tasks]
-    if idle:
-        raise ValueError(f"tasks has {', '.join(idle)}, which config.tasks does not name")
-    for name, family in tasks.items():
-        check_family(family, name)
-    if config.workers > 1:
-        check_picklable(tasks, config.workers)

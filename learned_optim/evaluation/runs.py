@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -31,12 +31,13 @@ from learned_optim.meta.seeding import seeded, torch_threads
 from learned_optim.meta.tasks import Params, TaskFamily, TaskOptions, build_tasks
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.pretrained import checkpoint_path, load_rule
-from learned_optim.rules import UpdateRule, rule_class, rule_names
+from learned_optim.rules import rule_class, rule_names
 
-#: A run's losses are kept as means over at most this many equal stretches of its steps.
+#: Most stretches of a run's steps over which losses are averaged.
 STRETCHES = 100
 
 Progress = Callable[[int, int, str], None]
+Phase = Literal["tune", "test"]
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,8 @@ class OptimizerSpec:
                 f"{rule.fingerprint()}, no longer {self.identity}. Start again; finished runs are "
                 f"kept, and those of the new file are done afresh"
             )
-        return learned_optimizer(params, rule, total_steps if self.told else None, lr)
-
-
-def learned_optimizer(
-    params: Iterable[Tensor], rule: UpdateRule, total_steps: int | None, lr: float = 1.0
-) -> Optimizer:
-    """A learned optimizer at its defaults, told the length of the run if its rule reads it."""
-    return LearnedOptimizer(
-        params, rule, lr=lr, total_steps=total_steps if rule.reads_horizon else None
-    )
+        told = total_steps if self.told and rule.reads_horizon else None
+        return LearnedOptimizer(params, rule, lr=lr, total_steps=told)
 
 
 def optimizer_specs(
@@ -140,7 +133,7 @@ class RunSpec:
     task: str
     optimizer: OptimizerSpec
     lr: float
-    phase: Literal["tune", "test"]
+    phase: Phase
     seed: int
     steps: int
 
@@ -157,8 +150,8 @@ class Run:
     """The outcome of a :class:`RunSpec`.
 
     Attributes:
-        losses: training loss before each step, ``steps`` numbers; inf from divergence on. Those
-            in a log are means over at most :data:`STRETCHES` stretches.
+        losses: training losses before each step, as means over at most :data:`STRETCHES` equal
+            stretches; inf from divergence on.
         seconds: processor seconds of forward, backward and optimizer steps; drawing batches is
             not counted. Infinite for a run that diverged.
         test: held-out figures after the last step.
@@ -173,7 +166,6 @@ class Run:
     state_bytes: int = 0
 
 
-MakeOptimizer = Callable[[list[Tensor], int], Optimizer]
 #: Does runs and yields them with their outcomes.
 Performer = Callable[[Sequence[RunSpec]], Iterator[tuple[RunSpec, Run]]]
 
@@ -184,43 +176,19 @@ def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | N
     Args:
         families: tasks that have no registered name, by the name that ``spec`` has for them.
     """
-
-    def make(params: list[Tensor], total_steps: int) -> Optimizer:
-        return spec.optimizer.make(params, spec.lr, total_steps)
-
-    family = (families or {}).get(spec.task)
-    finished = train(spec.task, make, spec.phase, spec.seed, spec.steps, data, family)
-    return replace(finished, losses=pooled(finished.losses, STRETCHES))
-
-
-def train(
-    name: str,
-    make: MakeOptimizer,
-    phase: str,
-    seed: int,
-    steps: int,
-    data: DataOptions,
-    family: TaskFamily | None = None,
-) -> Run:
-    """Train the task ``name`` from one seed, on one thread of torch.
-
-    Args:
-        make: ``(parameters, total steps) -> optimizer``.
-        phase: ``"tune"`` or ``"test"``.
-        family: the task, if ``name`` is no registered one.
-    """
-    family = family or build_tasks(name, TaskOptions("evaluation", data))
+    given = (families or {}).get(spec.task)
+    family = given or build_tasks(spec.task, TaskOptions("evaluation", data))
     # Initial parameters and batches follow from task, phase and seed alone: the same for everybody.
-    generator = seeded(phase, name, seed)
+    generator = seeded(spec.phase, spec.task, spec.seed)
     task = family.sample(generator)
     params: Params = {n: torch.nn.Parameter(p) for n, p in task.init(generator).items()}
     mark_outer(params, getattr(task, "module", None))
-    optimizer = make(list(params.values()), steps)
+    optimizer = spec.optimizer.make(params.values(), spec.lr, spec.steps)
     losses: list[float] = []
     seconds = optimizer_seconds = 0.0
     with torch_threads(1), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # for tasks whose forward pass is random (dropout)
-        for _ in range(steps):
+        torch.manual_seed(spec.seed)  # for tasks whose forward pass is random (dropout)
+        for step in range(spec.steps):
             batch = task.batch(generator)
             started = time.process_time()
             optimizer.zero_grad()
@@ -232,13 +200,13 @@ def train(
             losses.append(loss.item())
             seconds += time.process_time() - started
             if not math.isfinite(losses[-1]):
-                good = losses[:-1]
-                return Run(good + [math.inf] * (steps - len(good)), math.inf, {})
+                losses[-1:] = [math.inf] * (spec.steps - step)
+                return Run(pooled(losses, STRETCHES), math.inf, {})
         size = state_bytes(optimizer)
         if hasattr(optimizer, "eval"):  # schedule-free methods evaluate at their averaged weights
             optimizer.eval()
         test = task.test({n: p.detach() for n, p in params.items()})
-    return Run(losses, seconds, test, optimizer_seconds, size)
+    return Run(pooled(losses, STRETCHES), seconds, test, optimizer_seconds, size)
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -298,8 +266,8 @@ class RunLog:
             [_number(x) for x in entry["losses"]],
             _number(entry["seconds"]),
             {name: math.nan if x is None else x for name, x in entry["test"].items()},
-            _number(entry.get("optimizer_seconds")),
-            entry.get("state_bytes", 0),
+            _number(entry["optimizer_seconds"]),
+            entry["state_bytes"],
         )
 
 

@@ -37,8 +37,9 @@ class UnusableTaskError(ValueError):
 class Population(ABC):
     """One training problem, for any number of copies at once.
 
-    The constructor of a subclass, ``Family(draw, data)``, draws data, sizes and initialization. A
-    subclass defines :meth:`init`, :meth:`batch` and :meth:`loss`; callers use :meth:`initial`,
+    The constructor of a subclass, ``Family(draw, data)``, draws data, sizes and initialization;
+    synthetic data ignores ``data``. A subclass defines :meth:`batch` and :meth:`loss`, and
+    :meth:`init` unless its parameters are those of ``net``. Callers use :meth:`initial`,
     :meth:`batch` and :meth:`losses`, which add scales.
 
     Attributes:
@@ -54,10 +55,12 @@ class Population(ABC):
     longest_run: ClassVar[int] = 2000
     scales: dict[str, float] | None = None
     jitter: float = 0.0
+    net: Any  # a Perceptron
 
-    @abstractmethod
     def init(self, generator: Generator) -> Params:
         """Initial parameters of one copy, in the task's own units."""
+        params: Params = self.net.init(generator)
+        return params
 
     @abstractmethod
     def batch(self, generator: Generator) -> Batch:

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions, halves, load_images
 
+CLASSES = 10  # of the images
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "tanh": torch.tanh,
@@ -61,16 +62,15 @@ def linear_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def layer_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """Layer normalization over the last dimension of ``(B, ..., features)``."""
-    shape = (gain.shape[0],) + (1,) * (x.dim() - 2) + (gain.shape[-1],)
-    return F.layer_norm(x, (x.shape[-1],)) * gain.view(shape) + shift.view(shape)
+    """Layer normalization over the last dimension; gain and shift broadcast with ``x``."""
+    return F.layer_norm(x, (x.shape[-1],)) * gain + shift
 
 
-def batch_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """Batch normalization of ``(B, N, features)`` by each copy's own batch statistics."""
-    mean = x.mean(1, keepdim=True)
-    variance = x.var(1, unbiased=False, keepdim=True)
-    return (x - mean) * torch.rsqrt(variance + 1e-5) * gain.unsqueeze(1) + shift.unsqueeze(1)
+def batch_norm(x: Tensor, gain: Tensor, shift: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Batch normalization by statistics over ``dims``; gain and shift broadcast with ``x``."""
+    mean = x.mean(dims, keepdim=True)
+    variance = x.var(dims, unbiased=False, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + 1e-5) * gain + shift
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool) -> Tensor:

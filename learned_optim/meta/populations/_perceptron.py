@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -28,7 +29,7 @@ class Perceptron:
     Args:
         inputs, outputs: features of both ends.
         hidden: widths of the hidden layers.
-        activation: a key of :data:`ACTIVATIONS`.
+        activation: a key of :data:`ACTIVATIONS`, or a function.
         init: how weights begin, see :func:`init_weight`.
         norm: ``none``, ``layer`` or ``batch``, before every activation.
         residual: add a hidden layer's input to its output where their shapes are the same.
@@ -42,7 +43,7 @@ class Perceptron:
         inputs: int,
         outputs: int,
         hidden: Sequence[int],
-        activation: str,
+        activation: str | Callable[[Tensor], Tensor],
         init: str,
         norm: str = "none",
         residual: bool = False,
@@ -51,7 +52,8 @@ class Perceptron:
         prefix: str = "",
     ) -> None:
         self.sizes = [inputs, *hidden, outputs]
-        self.activation, self.init_kind, self.norm = activation, init, norm
+        self.activate = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.init_kind, self.norm = init, norm
         self.residual, self.output_init = residual, output_init or init
         self.dropout, self.prefix = dropout, prefix
         self.layers = len(self.sizes) - 1
@@ -89,9 +91,10 @@ class Perceptron:
             if layer == self.layers - 1:
                 break
             if self.norm != "none":
-                normalize = layer_norm if self.norm == "layer" else batch_norm
-                out = normalize(out, params[f"{pre}gain{layer}"], params[f"{pre}shift{layer}"])
-            out = ACTIVATIONS[self.activation](out)
+                gain, shift = params[f"{pre}gain{layer}"], params[f"{pre}shift{layer}"]
+                normalize = layer_norm if self.norm == "layer" else partial(batch_norm, dims=1)
+                out = normalize(out, gain.unsqueeze(1), shift.unsqueeze(1))
+            out = self.activate(out)
             if masks is not None:
                 out = out * masks[layer]
             skip = self.residual and hidden.dim() == 3 and hidden.shape == out.shape

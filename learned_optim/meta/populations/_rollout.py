@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,12 +27,6 @@ _TIMES = 20
 _RISE_WINDOW = 5
 # Shares of the final and of the mean loss in the fitness, of runs with known and unknown length.
 _SHARES_KNOWN, _SHARES_UNKNOWN = (0.8, 0.2), (0.5, 0.5)
-
-
-class _Optimizer(Protocol):
-    params: Params
-
-    def step(self, grads: Sequence[Tensor]) -> None: ...
 
 
 def roll(rule: UpdateRule, weights: Tensor, run: Draw, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -62,7 +55,7 @@ def roll_adamw(lrs: Sequence[float], run: Draw, seed: int) -> Tensor:
 
 
 def _roll(
-    optimizer_of: Callable[[Params], _Optimizer], run: Draw, seed: int
+    optimizer_of: Callable[[Params], CopiesOptimizer | _AdamW], run: Draw, seed: int
 ) -> tuple[Tensor, Tensor | None]:
     task = run.task
     generator, jitter = run_generators(seed)

@@ -23,7 +23,6 @@ class BoundaryValue(Population):
     """
 
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
-        del data  # synthetic
         width = draw.log_integer(12, 48)
         self.depth = draw.choice([1, 2], [1, 2])
         self.batch_size = draw.log_integer(32, 256)
@@ -33,9 +32,6 @@ class BoundaryValue(Population):
         self.input_scale = draw.uniform(1, 4)
         init = draw.choice(["torch", "xavier"])
         self.net = Perceptron(1, 1, [width] * self.depth, "tanh", init)
-
-    def init(self, generator: Generator) -> Params:
-        return self.net.init(generator)
 
     def batch(self, generator: Generator) -> Batch:
         return (torch.rand(self.batch_size, 1, generator=generator),)

@@ -13,11 +13,9 @@ from learned_optim.meta.populations._base import (
     UnusableTaskError,
     draw_index,
 )
-from learned_optim.meta.populations._layers import cross_entropy, meta_images
+from learned_optim.meta.populations._layers import CLASSES, cross_entropy, meta_images
 from learned_optim.meta.populations._perceptron import Perceptron, draw_perceptron
 from learned_optim.meta.sampler import Sampler
-
-CLASSES = 10
 
 
 def wrong_labels(labels: Tensor, share: float, generator: Generator) -> Tensor:
@@ -55,9 +53,6 @@ class Classification(Population):
         # Rare classes: a class is drawn the less, the larger its label.
         rare = draw.chance(0.1)
         self.example_weights = 1 / (1 + self.labels.float()) ** 2 if rare else None
-
-    def init(self, generator: Generator) -> Params:
-        return self.net.init(generator)
 
     def batch(self, generator: Generator) -> Batch:
         size = self.batch_size

@@ -10,12 +10,14 @@ from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations._base import Batch, Params, Population
 from learned_optim.meta.populations._layers import (
     ACTIVATIONS,
+    CLASSES,
+    batch_norm,
     cross_entropy,
     init_weight,
     linear,
     meta_images,
 )
-from learned_optim.meta.populations.classification import CLASSES, wrong_labels
+from learned_optim.meta.populations.classification import wrong_labels
 from learned_optim.meta.sampler import Sampler
 
 # Rows of matrix products that an image counts for in the cost of a step.
@@ -85,17 +87,12 @@ class ConvNet(Population):
                 groups=copies,
             )
             if self.normalized:
-                out = _batch_norm_channels(out, params[f"gain{layer}"], params[f"shift{layer}"])
+                channels = (
+                    params[f"{name}{layer}"].reshape(1, -1, 1, 1) for name in ("gain", "shift")
+                )
+                out = batch_norm(out, *channels, dims=(0, 2, 3))
             out = ACTIVATIONS[self.activation](out)
             hidden = hidden + out if self.residual and layer > 0 else out
         features = hidden.unflatten(1, (copies, self.channels)).transpose(0, 1)  # (B, N, c, s, s)
         features = features.mean((3, 4)) if self.pooled else features.flatten(2)
         return cross_entropy(linear(features, params["head"], params["head_bias"]), labels)
-
-
-def _batch_norm_channels(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """Batch normalization of ``(N, B * channels, h, w)`` by ``(B, channels)``."""
-    mean = x.mean((0, 2, 3), keepdim=True)
-    variance = x.var((0, 2, 3), unbiased=False, keepdim=True)
-    scaled = (x - mean) * torch.rsqrt(variance + 1e-5) * gain.reshape(1, -1, 1, 1)
-    return scaled + shift.reshape(1, -1, 1, 1)

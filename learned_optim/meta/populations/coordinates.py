@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations._base import Batch, Params, Population
-from learned_optim.meta.populations._layers import linear
 from learned_optim.meta.populations._perceptron import Perceptron
 from learned_optim.meta.sampler import Sampler
 
@@ -24,7 +24,6 @@ class Coordinates(Population):
     """
 
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
-        del data  # synthetic
         generator = draw.generator
         self.dimensions = draw.choice([1, 2], [2, 1])
         self.sine = draw.chance(0.6)
@@ -40,17 +39,20 @@ class Coordinates(Population):
         self.amplitudes = torch.rand(waves, generator=generator) + 0.2
         self.phases = torch.rand(waves, generator=generator) * 6.3
         self.batch_size = draw.log_integer(64, 512)
-        self.sizes = [self.dimensions, *[width] * depth, 1]
-        if not self.sine:
+        hidden = [width] * depth
+        if self.sine:
+            sine = lambda x: torch.sin(self.omega * x)  # noqa: E731
+            self.net = Perceptron(self.dimensions, 1, hidden, sine, "torch")
+        else:
             projection = torch.randn(self.dimensions, FOURIER_FEATURES, generator=generator)
             self.projection = projection * highest / 3
-            self.net = Perceptron(2 * FOURIER_FEATURES, 1, [width] * depth, "relu", "torch")
+            self.net = Perceptron(2 * FOURIER_FEATURES, 1, hidden, "relu", "torch")
 
     def init(self, generator: Generator) -> Params:
         if not self.sine:
-            return self.net.init(generator)
+            return super().init(generator)
         params: Params = {}
-        for layer, (fan_in, size) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
+        for layer, (fan_in, size) in enumerate(pairwise(self.net.sizes)):
             bound = 1 / fan_in if layer == 0 else math.sqrt(6 / fan_in) / self.omega
             weight = torch.rand(size, fan_in, generator=generator) * 2 - 1
             params[f"weight{layer}"] = weight * bound
@@ -64,15 +66,8 @@ class Coordinates(Population):
         return places, waves.sum(1, keepdim=True)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        places, signal = batch  # (N, d), (N, 1)
-        if self.sine:
-            out = places
-            last = len(self.sizes) - 2
-            for layer in range(last + 1):
-                out = linear(out, params[f"weight{layer}"], params[f"bias{layer}"])
-                if layer < last:
-                    out = torch.sin(self.omega * out)
-        else:
-            angles = places @ self.projection
-            out = self.net(params, torch.cat((torch.sin(angles), torch.cos(angles)), 1))
-        return (out - signal).square().mean((1, 2))
+        inputs, signal = batch  # (N, d), (N, 1)
+        if not self.sine:
+            angles = inputs @ self.projection
+            inputs = torch.cat((torch.sin(angles), torch.cos(angles)), 1)
+        return (self.net(params, inputs) - signal).square().mean((1, 2))

@@ -23,7 +23,6 @@ class MatrixFactorization(Population):
     """
 
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
-        del data  # synthetic
         generator = draw.generator
         self.users, self.items = draw.log_integer(40, 600), draw.log_integer(40, 600)
         rank = draw.integer(2, 6)
@@ -82,7 +81,6 @@ class SkipGram(Population):
     longest_run = 1000
 
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
-        del data  # synthetic
         self.words = draw.log_integer(60, 800)
         self.width = draw.choice([8, 16, 32])
         self.batch_size = draw.log_integer(32, 256)

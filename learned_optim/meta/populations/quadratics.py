@@ -17,7 +17,6 @@ class Quadratic(Population):
     """
 
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
-        del data  # synthetic
         generator = draw.generator
         self.size = draw.log_integer(4, 100)
         self.kind = draw.choice(["random", "ill-conditioned", "rosenbrock"], [2, 3, 1])

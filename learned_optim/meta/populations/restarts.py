@@ -8,14 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import (
-    Batch,
-    Params,
-    Population,
-    UnusableTaskError,
-)
-from learned_optim.meta.populations._layers import init_weight
-from learned_optim.meta.populations.classification import CLASSES, Classification
+from learned_optim.meta.populations._base import Batch, Params, Population, UnusableTaskError
+from learned_optim.meta.populations._layers import CLASSES, init_weight
+from learned_optim.meta.populations.classification import Classification
 from learned_optim.meta.populations.convolutions import ConvNet
 from learned_optim.meta.populations.sequences import Sequences
 from learned_optim.meta.populations.tabular import Teacher

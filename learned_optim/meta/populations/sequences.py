@@ -7,13 +7,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations._base import (
-    Batch,
-    Params,
-    Population,
-    UnusableTaskError,
-)
+from learned_optim.meta.populations._base import Batch, Params, Population, UnusableTaskError
 from learned_optim.meta.populations._layers import (
+    CLASSES,
     attention,
     cross_entropy,
     init_weight,
@@ -24,7 +20,6 @@ from learned_optim.meta.populations._layers import (
 )
 from learned_optim.meta.sampler import Sampler
 
-CLASSES = 10
 # Texts of the grammar and their length.
 TEXTS, TEXT_LENGTH = 64, 80
 
@@ -80,7 +75,12 @@ class Sequences(Population):
             table = torch.randn(self.tokens, width, generator=generator)
             params["embedding"] = table * self.deviation
             if self.kind == "attention":
-                params["position"] = self._init_position(generator)
+                shape = (self.length, width)
+                params["position"] = (
+                    torch.zeros(shape)
+                    if self.deviation == 0.1
+                    else 0.02 * torch.randn(shape, generator=generator)
+                )
         if self.is_transformer:
             for layer in range(self.depth):
                 params |= self._init_block(f"{layer}.", generator)
@@ -97,11 +97,6 @@ class Sequences(Population):
             params["head"] = init_weight((outputs, width), "torch", generator)
             params["head_bias"] = torch.zeros(outputs)
         return params
-
-    def _init_position(self, generator: Generator) -> Tensor:
-        if self.deviation == 0.1:
-            return torch.zeros(self.length, self.width)
-        return torch.randn(self.length, self.width, generator=generator) * 0.02
 
     def _init_block(self, prefix: str, generator: Generator) -> Params:
         width, inner, params = self.width, self.expansion * self.width, Params()
@@ -137,17 +132,12 @@ class Sequences(Population):
             for layer in range(self.depth):
                 hidden = self._block(params, hidden, f"{layer}.")
             if not self.post_norm:
-                hidden = layer_norm(hidden, params["norm.gain"], params["norm.shift"])
+                hidden = _norm(params, hidden, "norm")
         else:
             hidden = self._recur(params, hidden)
-        if self.kind == "rows":
-            logits = linear(hidden[:, :, 0], params["head"], params["head_bias"])
-            return cross_entropy(logits, targets)
-        flat = hidden.flatten(1, 2)
-        if self.tied:
-            return cross_entropy(linear(flat, params["embedding"]), targets.flatten())
-        logits = linear(flat, params["head"], params["head_bias"])
-        return cross_entropy(logits, targets.flatten())
+        hidden = hidden[:, :, 0] if self.kind == "rows" else hidden.flatten(1, 2)
+        weight = params.get("head", params["embedding"])  # tied models have no head
+        return cross_entropy(linear(hidden, weight, params.get("head_bias")), targets.flatten())
 
     def _embed(self, params: Params, inputs: Tensor) -> Tensor:
         if self.kind != "rows":
@@ -165,9 +155,6 @@ class Sequences(Population):
             weight, bias = params[f"{prefix}{name}"], params[f"{prefix}{name}_bias"]
             return linear_tokens(x, weight, bias)
 
-        def norm(x: Tensor, name: str) -> Tensor:
-            return layer_norm(x, params[f"{prefix}{name}.gain"], params[f"{prefix}{name}.shift"])
-
         def attend(x: Tensor) -> Tensor:
             query, key, value = dense(x, "qkv").chunk(3, -1)
             causal = self.kind == "attention"
@@ -176,11 +163,12 @@ class Sequences(Population):
         def mlp(x: Tensor) -> Tensor:
             return dense(F.gelu(dense(x, "up")), "down")
 
-        if self.post_norm:
-            hidden = norm(hidden + attend(hidden), "attention")
-            return norm(hidden + mlp(hidden), "mlp")
-        hidden = hidden + attend(norm(hidden, "attention"))
-        return hidden + mlp(norm(hidden, "mlp"))
+        for part, name in ((attend, "attention"), (mlp, "mlp")):
+            if self.post_norm:
+                hidden = _norm(params, hidden + part(hidden), f"{prefix}{name}")
+            else:
+                hidden = hidden + part(_norm(params, hidden, f"{prefix}{name}"))
+        return hidden
 
     def _recur(self, params: Params, hidden: Tensor) -> Tensor:
         copies, count = hidden.shape[:2]
@@ -215,6 +203,12 @@ class DeepSequences(Sequences):
         self.width = draw.choice([32, 48, 64, 96], [3, 3, 2, 0.5])
         self.depth = draw.choice([3, 4, 6, 8], [3, 3, 2, 0.5])
         self.batch_size = min(self.batch_size, 8)
+
+
+def _norm(params: Params, x: Tensor, name: str) -> Tensor:
+    """Layer normalization of ``(B, N, length, width)`` by ``(B, width)``."""
+    gain, shift = (params[f"{name}.{part}"][:, None, None] for part in ("gain", "shift"))
+    return layer_norm(x, gain, shift)
 
 
 def _grammar_text(draw: Sampler, tokens: int) -> Tensor:

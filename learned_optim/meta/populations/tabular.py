@@ -30,7 +30,6 @@ class Teacher(Population):
     longest_run = 3000
 
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
-        del data  # synthetic
         generator = draw.generator
         columns = draw.log_integer(2, 64)
         self.classifies = draw.chance(0.4)
@@ -69,9 +68,6 @@ class Teacher(Population):
 
     def reset(self) -> None:
         self._step = 0
-
-    def init(self, generator: Generator) -> Params:
-        return self.net.init(generator)
 
     def batch(self, generator: Generator) -> Batch:
         index = torch.randint(len(self.examples), (self.batch_size,), generator=generator)

@@ -16,7 +16,7 @@ from learned_optim.meta.tasks._registry import (
     GIVEN,
     build_tasks,
     described_families,
-    field_horizon,
+    field_steps,
     field_tasks,
     task_names,
 )
@@ -34,7 +34,7 @@ __all__ = [
     "as_family",
     "build_tasks",
     "described_families",
-    "field_horizon",
+    "field_steps",
     "field_tasks",
     "obstacle_to_stacking",
     "task_names",

@@ -18,62 +18,35 @@ Builder = Callable[[TaskOptions], TaskFamily]
 
 
 @dataclass(frozen=True)
-class Horizon:
-    """For how many steps a task of the field is trained."""
-
-    steps: int
-    """In the whole field: what its users would take."""
-    quick: int
-    """In the quick tier: a few seconds of one core."""
-
-
-@dataclass(frozen=True)
 class EvaluationTask:
-    """A task that never meta-trains.
+    """A builder of a task that never meta-trains.
 
     Attributes:
-        make: builds it; called once per :func:`build_tasks`.
-        horizon: its numbers of steps, if it belongs to the field.
+        make: makes the task.
+        steps: length of its runs in the field, which its users would take; 0 outside of the field.
+        quick: length of its runs in the field's quick tier, a few seconds of one core.
         data_set: the image set of which it reads all training images.
     """
 
     make: Callable[[DataOptions], Task]
-    horizon: Horizon | None = None
+    steps: int = 0
+    quick: int = 0
     data_set: str | None = None
 
-
-def evaluation_tables(
-    tasks: dict[str, EvaluationTask],
-) -> tuple[dict[str, Builder], dict[str, Horizon]]:
-    """The tables ``FAMILIES`` and ``FIELD`` of a module, from its tasks by name."""
-
-    def builder(name: str, found: EvaluationTask) -> Builder:
-        def build(options: TaskOptions) -> TaskFamily:
-            if options.split == "meta":
-                raise ValueError(
-                    f"{name!r} is for evaluation only: meta-training on it would leak the "
-                    f"evaluation. To meta-train on your own data, write a family of your own"
-                )
-            family = FixedTask(found.make(options.data), stackable=False)
-            if found.data_set is not None:
-                family.data_sets, family.halved = (found.data_set,), False
-            return family
-
-        return build
-
-    horizons = {name: found.horizon for name, found in tasks.items()}
-    return (
-        {name: builder(name, found) for name, found in tasks.items()},
-        {name: horizon for name, horizon in horizons.items() if horizon is not None},
-    )
+    def __call__(self, options: TaskOptions) -> TaskFamily:
+        family = FixedTask(self.make(options.data), stackable=False)
+        if self.data_set is not None:
+            family.data_sets, family.halved = (self.data_set,), False
+        return family
 
 
-def field_tasks() -> dict[str, Horizon]:
-    """The field: tasks that people recognise, by name, from the ``FIELD`` table of every module."""
-    found: dict[str, Horizon] = {}
-    for module in import_submodules("learned_optim.meta.tasks"):
-        found.update(getattr(module, "FIELD", {}))
-    return found
+def field_tasks() -> dict[str, EvaluationTask]:
+    """The field: tasks that people recognise, by name."""
+    return {
+        name: task
+        for name, task in _families().items()
+        if isinstance(task, EvaluationTask) and task.steps
+    }
 
 
 def described_families() -> dict[str, list[str]]:
@@ -119,7 +92,13 @@ def build_tasks(name: str, options: TaskOptions | None = None) -> TaskFamily:
     families = _families_of(module) if module else _families()
     if own not in families:
         raise unknown_name("task", name, [f"{module}:{n}" if module else n for n in families])
-    return families[own](options or TaskOptions())
+    build, options = families[own], options or TaskOptions()
+    if options.split == "meta" and isinstance(build, EvaluationTask):
+        raise ValueError(
+            f"{name!r} is for evaluation only: meta-training on it would leak the evaluation. To "
+            f"meta-train on your own data, write a family of your own"
+        )
+    return build(options)
 
 
 def _families_of(module: str) -> dict[str, Any]:
@@ -134,16 +113,16 @@ def _families_of(module: str) -> dict[str, Any]:
     return found
 
 
-def field_horizon(name: str) -> Horizon:
-    """For how many steps a task of the field is trained.
+def field_steps(name: str, quick: bool = False) -> int:
+    """Length of a run of a task of the field, or of its quick tier.
 
     Raises:
         ValueError: the task is not of the field.
     """
-    horizons = field_tasks()
-    if name not in horizons:
+    field = field_tasks()
+    if name not in field:
         raise ValueError(
             f"the task {name!r} is not of the field, which states a number of steps for each of "
-            f"its tasks: give steps. Of it are: {', '.join(sorted(horizons))}"
+            f"its tasks: give steps. Of it are: {', '.join(sorted(field))}"
         )
-    return horizons[name]
+    return field[name].quick if quick else field[name].steps

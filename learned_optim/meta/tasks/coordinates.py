@@ -19,7 +19,7 @@ from learned_optim._extras import import_extra
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import ModuleTask
 from learned_optim.meta.tasks._examples import Examples, draws
-from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks._registry import EvaluationTask
 
 BATCH_SIZE = 512
 FREQUENCY = 30.0  # omega_0 of Sitzmann et al.
@@ -79,9 +79,7 @@ def _photograph(build: Callable[[], nn.Module], data: DataOptions) -> ModuleTask
     return ModuleTask(build, train.batches(BATCH_SIZE), F.mse_loss, tests=held_out.all)
 
 
-FAMILIES, FIELD = evaluation_tables(
-    {
-        f"coordinates-{name}": EvaluationTask(partial(_photograph, network), Horizon(4000, 1000))
-        for name, network in (("sine", sine_network), ("fourier", fourier_network))
-    }
-)
+FAMILIES = {
+    f"coordinates-{name}": EvaluationTask(partial(_photograph, network), steps=4000, quick=1000)
+    for name, network in (("sine", sine_network), ("fourier", fourier_network))
+}

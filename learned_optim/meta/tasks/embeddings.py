@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import Batch, ModuleTask
 from learned_optim.meta.tasks._examples import Examples, draws
-from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks._registry import EvaluationTask
 from learned_optim.meta.tasks.language import text_of
 
 USERS, ITEMS, FACTORS = 300, 400, 4
@@ -82,12 +82,9 @@ def _word_pairs(path: Path | None) -> tuple[Tensor, int]:
     common = [word for word, _ in Counter(words).most_common(VOCABULARY)]
     index = {word: rank for rank, word in enumerate(common)}
     ranks = torch.tensor([index[word] for word in words if word in index])
-    pairs = [
-        torch.stack((ranks[: len(ranks) - shift], ranks[shift:]), 1)
-        for shift in range(1, WINDOW + 1)
-    ]
-    both = torch.cat(pairs)
-    return torch.cat((both, both.flip(1))), len(common)
+    shifts = range(1, WINDOW + 1)
+    pairs = torch.cat([torch.stack((ranks[:-shift], ranks[shift:]), 1) for shift in shifts])
+    return torch.cat((pairs, pairs.flip(1))), len(common)
 
 
 def _skip_gram(data: DataOptions) -> ModuleTask:
@@ -103,21 +100,16 @@ def _skip_gram(data: DataOptions) -> ModuleTask:
         labels[:, 0] = 1.0
         return torch.cat((positive, drawn.view(-1, NEGATIVES)), 1), labels
 
-    def draw(generator: Generator) -> Batch:
-        index = torch.randint(len(train), (256,), generator=generator)
-        return with_negatives(train.inputs[index], generator)
-
+    positives = train.batches(256)
     return ModuleTask(
         lambda: SkipGram(words),
-        draw,
+        lambda generator: with_negatives(positives(generator)[0], generator),
         F.binary_cross_entropy_with_logits,
         tests=lambda: with_negatives(held_out.inputs[:4000], draws(0)),
     )
 
 
-FAMILIES, FIELD = evaluation_tables(
-    {
-        "matrix-factorization": EvaluationTask(_factorization, Horizon(5000, 1000)),
-        "skip-gram": EvaluationTask(_skip_gram, Horizon(5000, 1000)),
-    }
-)
+FAMILIES = {
+    "matrix-factorization": EvaluationTask(_factorization, steps=5000, quick=1000),
+    "skip-gram": EvaluationTask(_skip_gram, steps=5000, quick=1000),
+}

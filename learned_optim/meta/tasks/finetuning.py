@@ -13,20 +13,19 @@ import argparse
 import copy
 import inspect
 import math
-from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from learned_optim.meta.data import DataOptions, load_images
+from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import torch_threads
-from learned_optim.meta.tasks._base import ModuleTask, Params, TaskOptions
+from learned_optim.meta.tasks._base import ModuleTask, Params
 from learned_optim.meta.tasks._examples import Examples, first_images
-from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks._registry import EvaluationTask
 from learned_optim.meta.tasks.image_networks import convnet
-from learned_optim.meta.tasks.images import image_batches
+from learned_optim.meta.tasks.images import image_task
 from learned_optim.meta.tasks.language import Transformer, next_character_task
 
 RANK, ALPHA = 4, 8.0
@@ -42,8 +41,8 @@ def texts() -> tuple[str, str]:
     return inspect.getsource(argparse), inspect.getsource(inspect)
 
 
-def pretrained(task: ModuleTask, steps: int, lr: float = 1e-3) -> dict[str, Tensor]:
-    """Weights of a task's module after AdamW's steps from a fixed seed, under a cosine."""
+def pretrained(task: ModuleTask, steps: int, lr: float = 1e-3) -> nn.Module:
+    """A task's module after AdamW's steps from a fixed seed, under a cosine."""
     generator = Generator().manual_seed(0)
     params: Params = {n: nn.Parameter(p) for n, p in task.init(generator).items()}
     optimizer = torch.optim.AdamW(params.values(), lr)
@@ -54,7 +53,8 @@ def pretrained(task: ModuleTask, steps: int, lr: float = 1e-3) -> dict[str, Tens
             task.loss(params, task.batch(generator)).backward()
             optimizer.step()
             schedule.step()
-    return {name: p.detach() for name, p in params.items()}
+    task.module.load_state_dict(params)
+    return task.module
 
 
 class LowRank(nn.Module):
@@ -93,12 +93,7 @@ def with_adapters(network: nn.Module) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _trained_convnet(data: DataOptions) -> nn.Module:
-    images = load_images("fashion", True, data)
-    build = partial(convnet, images.shape, images.classes)
-    network = build()
-    batches = image_batches("fashion", TaskOptions(data=data), 64)
-    network.load_state_dict(pretrained(ModuleTask(build, batches), 600))
-    return network
+    return pretrained(image_task("fashion", convnet, data, batch_size=64), 600)
 
 
 def _finetune_convnet(data: DataOptions) -> ModuleTask:
@@ -106,16 +101,11 @@ def _finetune_convnet(data: DataOptions) -> ModuleTask:
         examples = first_images("fashion", train, data, count)
         return Examples(0.6 * examples.inputs + 0.2, examples.targets)
 
-    network = _trained_convnet(data)
     return ModuleTask(
-        lambda: copy.deepcopy(network),
+        _trained_convnet(data),
         faded(True, FINETUNE_IMAGES).batches(32),
         tests=faded(False, HELD_OUT).all,
     )
-
-
-def _text_task(text: str, build: Callable[[], nn.Module]) -> ModuleTask:
-    return next_character_task(text, ALPHABET, build, LENGTH)
 
 
 def _small_transformer() -> nn.Module:
@@ -124,25 +114,20 @@ def _small_transformer() -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _trained_transformer() -> nn.Module:
-    network = _small_transformer()
-    task = _text_task(texts()[0], _small_transformer)
-    network.load_state_dict(pretrained(task, 600, lr=3e-3))
-    return network
+    task = next_character_task(texts()[0], ALPHABET, _small_transformer, LENGTH)
+    return pretrained(task, 600, lr=3e-3)
 
 
 def _language_model(adapters: bool, data: DataOptions) -> ModuleTask:
     network = _trained_transformer()
-
-    def build() -> nn.Module:
-        return with_adapters(network) if adapters else copy.deepcopy(network)
-
-    return _text_task(texts()[1], build)
+    build = partial(with_adapters if adapters else copy.deepcopy, network)
+    return next_character_task(texts()[1], ALPHABET, build, LENGTH)
 
 
-FAMILIES, FIELD = evaluation_tables(
-    {
-        "finetune-convnet": EvaluationTask(_finetune_convnet, Horizon(1000, 400), "fashion"),
-        "finetune-lm": EvaluationTask(partial(_language_model, False), Horizon(1500, 400)),
-        "lora-lm": EvaluationTask(partial(_language_model, True), Horizon(1500, 400)),
-    }
-)
+FAMILIES = {
+    "finetune-convnet": EvaluationTask(
+        _finetune_convnet, steps=1000, quick=400, data_set="fashion"
+    ),
+    "finetune-lm": EvaluationTask(partial(_language_model, False), steps=1500, quick=400),
+    "lora-lm": EvaluationTask(partial(_language_model, True), steps=1500, quick=400),
+}

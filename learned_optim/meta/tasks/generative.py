@@ -15,24 +15,23 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import Batch, ModuleTask
+from learned_optim.meta.tasks._base import ModuleTask
 from learned_optim.meta.tasks._examples import Examples, draws, first_images
-from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks._registry import EvaluationTask
 
 BATCH_SIZE = 64
 HELD_OUT = 2000
 
 
-def _pooled(data: DataOptions, train: bool, count: int) -> Examples:
-    """The first ``count`` FashionMNIST images, ``(count, 196)`` in [0, 1]; each its own target."""
-    pooled = F.avg_pool2d(first_images("fashion", train, data, count).inputs, 2).flatten(1)
-    return Examples(pooled, pooled)
-
-
 def _reconstruction(
     build: Callable[[], nn.Module], criterion: Callable[[Tensor, Tensor], Tensor], data: DataOptions
 ) -> ModuleTask:
-    train, held_out = _pooled(data, True, 20_000), _pooled(data, False, HELD_OUT)
+    def pooled(train: bool, count: int) -> Examples:
+        images = first_images("fashion", train, data, count).inputs
+        pixels = F.avg_pool2d(images, 2).flatten(1)  # (count, 196) in [0, 1]
+        return Examples(pixels, pixels)
+
+    train, held_out = pooled(True, 20_000), pooled(False, HELD_OUT)
     return ModuleTask(build, train.batches(BATCH_SIZE), criterion, tests=held_out.all)
 
 
@@ -93,21 +92,21 @@ def _denoiser(data: DataOptions) -> ModuleTask:
     def digits(train: bool) -> Tensor:
         return 2.0 * first_images("digits", train, data).inputs.flatten(1) - 1.0
 
-    train, held_out = digits(True), digits(False)
-
-    def draw(generator: Generator) -> Batch:
-        index = torch.randint(len(train), (BATCH_SIZE,), generator=generator)
-        return noisy(train[index], generator)
-
-    return ModuleTask(denoising_network, draw, F.mse_loss, tests=lambda: noisy(held_out, draws(0)))
+    train, held_out = Examples(digits(True), digits(True)).batches(BATCH_SIZE), digits(False)
+    return ModuleTask(
+        denoising_network,
+        lambda generator: noisy(train(generator)[0], generator),
+        F.mse_loss,
+        tests=lambda: noisy(held_out, draws(0)),
+    )
 
 
 _plain = partial(_reconstruction, autoencoder, F.binary_cross_entropy_with_logits)
 _variational = partial(_reconstruction, VariationalAutoencoder, negative_evidence)
-FAMILIES, FIELD = evaluation_tables(
-    {
-        "autoencoder": EvaluationTask(_plain, Horizon(5000, 1000), "fashion"),
-        "variational-autoencoder": EvaluationTask(_variational, Horizon(5000, 1000), "fashion"),
-        "denoiser": EvaluationTask(_denoiser, Horizon(5000, 1000)),
-    }
-)
+FAMILIES = {
+    "autoencoder": EvaluationTask(_plain, steps=5000, quick=1000, data_set="fashion"),
+    "variational-autoencoder": EvaluationTask(
+        _variational, steps=5000, quick=1000, data_set="fashion"
+    ),
+    "denoiser": EvaluationTask(_denoiser, steps=5000, quick=1000),
+}

@@ -15,7 +15,7 @@ from torch import nn
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import ModuleTask
 from learned_optim.meta.tasks._examples import Examples, draws, first_images
-from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks._registry import EvaluationTask
 from learned_optim.meta.tasks.images import mlp
 
 BATCH_SIZE = 64
@@ -69,10 +69,8 @@ def _rare_classes(data: DataOptions) -> ModuleTask:
     )
 
 
-FAMILIES, FIELD = evaluation_tables(
-    {
-        "noisy-labels": EvaluationTask(_noisy_labels, Horizon(4000, 1000), "fashion"),
-        "heavy-tails": EvaluationTask(_heavy_tails, Horizon(4000, 1000)),
-        "rare-classes": EvaluationTask(_rare_classes, Horizon(5000, 1000)),
-    }
-)
+FAMILIES = {
+    "noisy-labels": EvaluationTask(_noisy_labels, steps=4000, quick=1000, data_set="fashion"),
+    "heavy-tails": EvaluationTask(_heavy_tails, steps=4000, quick=1000),
+    "rare-classes": EvaluationTask(_rare_classes, steps=5000, quick=1000),
+}

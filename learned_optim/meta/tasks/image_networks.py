@@ -7,6 +7,7 @@ and used in its test. The residual network (He et al. 2016, 90,000 parameters) a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -14,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learned_optim.meta.tasks._registry import Horizon
-from learned_optim.meta.tasks.images import Shape, image_family
+from learned_optim.meta.tasks._registry import EvaluationTask
+from learned_optim.meta.tasks.images import Shape, image_family, image_task
 from learned_optim.meta.tasks.language import Block
 
 BATCH_SIZE = 32
@@ -93,18 +94,17 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(tokens).mean(1))
 
 
-_small = partial(image_family, batch_size=BATCH_SIZE, held_out=HELD_OUT, stackable=False)
+def _small(image_set: str, network: Callable[[Shape, int], nn.Module]) -> EvaluationTask:
+    make = partial(image_task, image_set, network, batch_size=BATCH_SIZE, held_out=HELD_OUT)
+    return EvaluationTask(make, steps=2000, quick=400, data_set=image_set)
+
+
 _normed = partial(convnet, batch_norm=True)
 FAMILIES = {
     "mnist-cnn": partial(image_family, "mnist", convnet),
     "mnist-cnn-bn": partial(image_family, "mnist", _normed, stackable=False),
     "cifar10-cnn": partial(image_family, "cifar10", convnet),
     "cifar10-cnn-bn": partial(image_family, "cifar10", _normed, stackable=False),
-    **{f"{name}-resnet": partial(_small, name, ResNet) for name in ("cifar10", "fashion")},
-    **{f"{name}-vit": partial(_small, name, VisionTransformer) for name in ("cifar10", "fashion")},
-}
-FIELD = {
-    f"{name}-{network}": Horizon(2000, 400)
-    for network in ("resnet", "vit")
-    for name in ("cifar10", "fashion")
+    **{f"{name}-resnet": _small(name, ResNet) for name in ("cifar10", "fashion")},
+    **{f"{name}-vit": _small(name, VisionTransformer) for name in ("cifar10", "fashion")},
 }

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import Batch, ModuleTask
-from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks._registry import EvaluationTask
 
 LENGTH = 64
 BATCH_SIZE = 16
@@ -169,13 +169,11 @@ def _gpt(data: DataOptions) -> ModuleTask:
     )
 
 
-FAMILIES, FIELD = evaluation_tables(
-    {
-        "char-lm-gru": EvaluationTask(partial(_char_lm, GRUModel), Horizon(1500, 300)),
-        "char-lm-transformer": EvaluationTask(partial(_char_lm, Transformer)),
-        "char-lm-gpt": EvaluationTask(_gpt),
-        "char-lm-tied": EvaluationTask(
-            partial(_char_lm, partial(Transformer, tied=True)), Horizon(1500, 300)
-        ),
-    }
-)
+FAMILIES = {
+    "char-lm-gru": EvaluationTask(partial(_char_lm, GRUModel), steps=1500, quick=300),
+    "char-lm-transformer": EvaluationTask(partial(_char_lm, Transformer)),
+    "char-lm-gpt": EvaluationTask(_gpt),
+    "char-lm-tied": EvaluationTask(
+        partial(_char_lm, partial(Transformer, tied=True)), steps=1500, quick=300
+    ),
+}

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.tasks._base import Batch, ModuleTask, Params
-from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks._registry import EvaluationTask
 
 INTERIOR, BOUNDARY = 128, 64
 DIFFUSION, BOUNDARY_WEIGHT = 0.1, 10.0
@@ -78,6 +78,4 @@ def _points(generator: Generator) -> Batch:
     return inside, border
 
 
-FAMILIES, FIELD = evaluation_tables(
-    {"physics-informed": EvaluationTask(lambda _: HeatEquation(), Horizon(4000, 800))}
-)
+FAMILIES = {"physics-informed": EvaluationTask(lambda _: HeatEquation(), steps=4000, quick=800)}

@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 
 from learned_optim.meta.tasks._base import Batch, ModuleTask, Params
 from learned_optim.meta.tasks._examples import draws
-from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks._registry import EvaluationTask
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -185,9 +185,7 @@ def _points(generator: Generator, count: int = BATCH_SIZE) -> Batch:
     return real, torch.randn(count, NOISE, generator=generator)
 
 
-FAMILIES, FIELD = evaluation_tables(
-    {
-        "policy-gradient": EvaluationTask(lambda _: Pendulum(), Horizon(1000, 300)),
-        "adversarial-pair": EvaluationTask(lambda _: Adversaries(), Horizon(4000, 1000)),
-    }
-)
+FAMILIES = {
+    "policy-gradient": EvaluationTask(lambda _: Pendulum(), steps=1000, quick=300),
+    "adversarial-pair": EvaluationTask(lambda _: Adversaries(), steps=4000, quick=1000),
+}

@@ -7,6 +7,7 @@ A fifth of the rows is held out; columns are standardized.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -17,7 +18,7 @@ from learned_optim._extras import import_extra
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import ModuleTask
 from learned_optim.meta.tasks._examples import Examples, standardized
-from learned_optim.meta.tasks._registry import EvaluationTask, Horizon, evaluation_tables
+from learned_optim.meta.tasks._registry import EvaluationTask
 
 BATCH_SIZE = 64
 
@@ -43,54 +44,48 @@ def tabular_network(columns: int, outputs: int, width: int = 64) -> nn.Module:
     return nn.Sequential(nn.Linear(columns, width), *blocks, *head)
 
 
+def tanh_network(columns: int, outputs: int) -> nn.Module:
+    """A tanh layer of 32 units and a linear layer."""
+    return nn.Sequential(nn.Linear(columns, 32), nn.Tanh(), nn.Linear(32, outputs))
+
+
 @lru_cache(maxsize=4)
 def _table(name: str) -> tuple[Examples, int]:
     """A table and the number of its classes, 0 for regression."""
     datasets = import_extra("sklearn.datasets")
-    if name in ("friedman", "diabetes"):
-        if name == "friedman":
-            x, y = datasets.make_friedman1(4000, n_features=10, noise=1.0, random_state=0)
-        else:
-            x, y = datasets.load_diabetes(return_X_y=True)
-        target = standardized(torch.tensor(y).float().unsqueeze(1))
-        return Examples(standardized(torch.tensor(x).float()), target), 0
-    if name == "cancer":
-        x, y = datasets.load_breast_cancer(return_X_y=True)
-        classes = 2
-    else:
+    if name == "friedman":
+        x, y = datasets.make_friedman1(4000, n_features=10, noise=1.0, random_state=0)
+    elif name == "classes":
         x, y = datasets.make_classification(
             6000, n_features=40, n_informative=12, n_redundant=8, n_classes=5,
             n_clusters_per_class=3, class_sep=1.5, flip_y=0.02, random_state=0,
         )  # fmt: skip
-        classes = 5
-    return Examples(standardized(torch.tensor(x).float()), torch.tensor(y).long()), classes
+    else:
+        x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    classes = {"breast_cancer": 2, "classes": 5}.get(name, 0)
+    targets = torch.tensor(y)
+    targets = targets.long() if classes else standardized(targets.float().unsqueeze(1))
+    return Examples(standardized(torch.tensor(x).float()), targets), classes
 
 
-def _tabular(name: str, data: DataOptions) -> ModuleTask:
+def _tabular(
+    name: str, data: DataOptions, build: Callable[[int, int], nn.Module] = tabular_network
+) -> ModuleTask:
     examples, classes = _table(name)
     train, held_out = examples.split()
     return ModuleTask(
-        build=lambda: tabular_network(examples.inputs.shape[1], classes or 1),
+        build=partial(build, examples.inputs.shape[1], classes or 1),
         batches=train.batches(BATCH_SIZE),
         criterion=F.cross_entropy if classes else F.mse_loss,
         tests=held_out.all,
     )
 
 
-def _regression(data: DataOptions) -> ModuleTask:
-    train, held_out = _table("diabetes")[0].split()
-
-    def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 1))
-
-    return ModuleTask(build, train.batches(BATCH_SIZE), F.mse_loss, tests=held_out.all)
-
-
-FAMILIES, FIELD = evaluation_tables(
-    {
-        "tabular-friedman": EvaluationTask(partial(_tabular, "friedman"), Horizon(4000, 800)),
-        "tabular-classes": EvaluationTask(partial(_tabular, "classes"), Horizon(4000, 800)),
-        "tabular-cancer": EvaluationTask(partial(_tabular, "cancer"), Horizon(1000, 500)),
-        "regression": EvaluationTask(_regression, Horizon(1000, 500)),
-    }
-)
+FAMILIES = {
+    "tabular-friedman": EvaluationTask(partial(_tabular, "friedman"), steps=4000, quick=800),
+    "tabular-classes": EvaluationTask(partial(_tabular, "classes"), steps=4000, quick=800),
+    "tabular-cancer": EvaluationTask(partial(_tabular, "breast_cancer"), steps=1000, quick=500),
+    "regression": EvaluationTask(
+        partial(_tabular, "diabetes", build=tanh_network), steps=1000, quick=500
+    ),
+}
