@@ -317,7 +317,7 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["show", "nonesuch"], "unknown checkpoint 'nonesuch'; known: "),
         (["show", "gone.safetensors"], "no checkpoint file at gone.safetensors"),
         (["train", "nonesuch"], f"known: {', '.join(sorted(recipes()))}"),
-        (["train", "gone.toml"], "no recipe file at gone.toml"),
+        (["train", "gone.toml"], "no recipe file or run folder at gone.toml"),
         (["train", "runs/gone"], "no recipe file or run folder at runs/gone"),
         (["train", "--epochs", "2", "quadratic"], "learned-optim train RECIPE --epochs ..."),
         (["train", "quadratic", "--task", "fashion"], "'fashion' is for evaluation only"),

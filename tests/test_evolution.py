@@ -41,6 +41,7 @@ from learned_optim.rules.classical import AdamConfig
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
 SMALL = EvolutionRecipe(
+    task="populations-2",
     rule=HorizonConfig(hidden_size=3),
     meta_steps=3,
     meta_lr=1e-2,
@@ -185,7 +186,7 @@ def test_bad_trainings_are_refused(tmp_path: Path) -> None:
     refused(SMALL, tmp_path, "against_adamw=False does not apply", against_adamw=False)
     MetaTrainer(SMALL, tmp_path)
     gradient = Recipe(task="quadratic", rule=SMALL.rule, epochs=1, meta_lr=1e-3)
-    refused(gradient, tmp_path, "a recipe of another method: choose another folder")
+    refused(gradient, tmp_path, r"another recipe \(.*method: evolution there, None here")
 
 
 def test_training_never_has_a_validation_seed(

@@ -19,7 +19,7 @@ from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
 SHORT: dict[str, Any] = {
     "rule": HorizonConfig(hidden_size=3),
-    "start": "",
+    "start": None,
     "horizon": 8,
     "meta_steps": 3,
     "tasks_per_meta_step": 2,

@@ -58,7 +58,7 @@ def test_recipes_in_toml_and_json(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("epochs", "epoch", r"unknown field 'epoch' of a recipe\. Did you mean 'epochs'\?"),
-        ("meta_lr", "learning_rate", r"unknown field 'learning_rate' .*\. Fields: task, rule, epo"),
+        ("meta_lr", "learning_rate", r"unknown field 'learning_rate' .*\. Fields: task, rule, met"),
         (
             "hidden_size",
             "hidden_sizes",
@@ -88,9 +88,9 @@ def test_faults_of_a_recipe_file_are_named(
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"test_runs": 1}, "test_runs must be at least 2, got 1"),
         ({"meta_lr": float("nan")}, "meta_lr must be positive, got nan"),
-        ({"long_fraction": 1.5}, r"long_fraction must lie in \[0, 1\], got 1.5"),
+        ({"long_fraction": 1.5}, r"long_fraction must be in \[0, 1\], got 1.5"),
         ({"long_fraction": 0.5}, "long_fraction=0.5 needs a long_horizon of at least horizon=10"),
-        ({"average": 1.0}, r"average must lie in \[0, 1\), got 1.0"),
+        ({"average": 1.0}, r"average must be in \[0, 1\), got 1.0"),
         ({"estimator": "pes", "unrolls_per_run": 2}, "leave out unrolls_per_run=2"),
         ({"validation_mean": "median"}, "validation_mean must be one of 'arithmetic', 'geometric'"),
         ({"patience": 1.5}, r"patience must be int \| None, got 1.5"),

@@ -15,9 +15,9 @@ from learned_optim.meta.seeding import seeded
 from learned_optim.meta.validation import (
     ADAMW_LRS,
     Reference,
-    adamw_sums,
     mean_of,
     read_references,
+    summed_losses,
     tuned_sums,
 )
 
@@ -44,7 +44,7 @@ def test_adamw_is_torchs(stackable: bool) -> None:
     task = module_task()
     family = FixedTask(task, stackable=stackable)
     seeds: list[tuple[object, ...]] = [("run", 0), ("run", 1), ("run", 2)]
-    found = adamw_sums(0.03, family, 5, seeds, together=2 if stackable else 1)
+    found = summed_losses(0.03, family, 5, seeds, together=2 if stackable else 1)
     for seed, total in zip(seeds, found.tolist(), strict=True):
         generator = seeded(*seed)
         params = {n: nn.Parameter(p) for n, p in task.init(generator).items()}

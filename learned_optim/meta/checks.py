@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from learned_optim.meta.rollout import floating
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import (
     Batch,
@@ -38,7 +39,7 @@ def check_family(family: TaskFamily, name: str) -> None:
         return
     for index in range(2):
         task = family.sample(seeded("check", index))
-        _check_task(task, name)
+        _check_task(task.separate(), name)
         obstacle = obstacle_to_stacking(task) if family.stackable else None
         if obstacle is not None:
             raise ValueError(
@@ -49,12 +50,9 @@ def check_family(family: TaskFamily, name: str) -> None:
 
 
 def _check_task(task: Task, name: str) -> None:
-    task = task.separate()
-    params = _parameters(task, name)
-    batch = _batch(task, name)
+    params, batch = _parameters(task, name), _batch(task, name)
     loss = _loss(task, params, batch, name)
-    _check_scalar(loss, name)
-    _check_gradients(loss, params, name)
+    _check_gradients(loss, params, name, all_used=True)
     _check_state(task, batch, name)
 
 
@@ -70,8 +68,7 @@ def check_finite(task: Task, name: str) -> None:
     generator = seeded("check", name)
     params = {key: value.requires_grad_() for key, value in task.init(generator).items()}
     loss = _loss(task, params, task.batch(generator), name)
-    _check_scalar(loss, name)
-    _check_finite(_gradients(loss, params), name)
+    _check_gradients(loss, params, name, all_used=False)
 
 
 def check_picklable(tasks: object, workers: int) -> None:
@@ -120,19 +117,16 @@ def _batch(task: Task, name: str) -> Batch:
         else:
             found = f"a {type(batch).__name__}: return (x,) for a single tensor"
         raise ValueError(f"task {name!r}: a batch must be a tuple of tensors, and is {found}")
-    return tuple(part.float() if part.is_floating_point() else part for part in batch)
+    return floating(tuple(batch))
 
 
 def _loss(task: Task, params: Params, batch: Batch, name: str) -> Tensor:
     try:
         with torch.enable_grad(), global_generator_seeded("check", "forward"):
-            return task.loss(params, batch)
+            loss = task.loss(params, batch)
     except Exception as error:  # whatever a loss of the user's raises
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"task {name!r}: the loss cannot be computed: {cause}") from error
-
-
-def _check_scalar(loss: Tensor, name: str) -> None:
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"task {name!r}: the loss must be a tensor of shape (), and is a "
@@ -149,34 +143,25 @@ def _check_scalar(loss: Tensor, name: str) -> None:
             f"optimizer can begin: look for a logarithm or a division of zero, or for data or "
             f"initial values that are too large"
         )
+    return loss
 
 
-def _check_gradients(loss: Tensor, params: Params, name: str) -> None:
-    grads = _gradients(loss, params)
-    unused = [key for key, grad in grads.items() if grad is None]
-    if len(unused) == len(params):
+def _check_gradients(loss: Tensor, params: Params, name: str, all_used: bool) -> None:
+    grads: Sequence[Tensor | None] = [None] * len(params)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    unused = [key for key, grad in zip(params, grads, strict=True) if grad is None]
+    if all_used and len(unused) == len(params):
         raise ValueError(
             f"task {name!r}: the loss does not depend on the parameters: it must be computed from "
             f"those that loss() is given, without detach(), item() or torch.no_grad()"
         )
-    if unused:
+    if all_used and unused:
         raise ValueError(
             f"task {name!r}: the loss does not use the parameters {', '.join(unused)}: leave them "
             f"out of init(), or freeze them with requires_grad_(False)"
         )
-    _check_finite(grads, name)
-
-
-def _gradients(loss: Tensor, params: Params) -> dict[str, Tensor | None]:
-    """By name; ``None`` of parameters that the loss does not use."""
-    if not loss.requires_grad:
-        return dict.fromkeys(params)
-    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-    return dict(zip(params, grads, strict=True))
-
-
-def _check_finite(grads: Mapping[str, Tensor | None], name: str) -> None:
-    for key, grad in grads.items():
+    for key, grad in zip(params, grads, strict=True):
         if grad is not None and not torch.isfinite(grad).all():
             raise ValueError(
                 f"task {name!r}: the gradient of {key!r} is not finite at the initial parameters, "

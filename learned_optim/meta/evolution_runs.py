@@ -36,6 +36,7 @@ from learned_optim.meta.populations import (
 )
 from learned_optim.meta.populations._mixture import SHORTEST_RUN, UNKNOWN_SHARE
 from learned_optim.meta.recipes import EvolutionRecipe
+from learned_optim.meta.rollout import floating
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import (
     ModuleTask,
@@ -89,8 +90,7 @@ class TaskPopulation(Population):
         return {name: value.detach().float() for name, value in initial.items()}
 
     def batch(self, generator: Generator) -> Batch:
-        drawn = self._task.batch(generator)
-        return tuple(part.float() if part.is_floating_point() else part for part in drawn)
+        return floating(self._task.batch(generator))
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         if self._stacked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -61,6 +61,7 @@ class Method(ABC):
     Attributes:
         task: the recipe's name of the tasks.
         given: the tasks, if they were handed over in Python.
+        registered: names of registered tasks that the run depends on.
         family: the tasks; ``None`` if they are a mixture of populations.
         rounds: number of rounds.
         longest_run: inner steps of the longest runs.
@@ -68,7 +69,6 @@ class Method(ABC):
         betas: Adam's decays.
         clip_norm: largest norm of a meta-gradient.
         rank: number of this process.
-        world: number of processes.
         runs_per_round: units of progress in a round.
         runs_done: units of progress done in the present round.
     """
@@ -81,6 +81,7 @@ class Method(ABC):
     note: str = ""
     task: str
     given: TaskFamily | None
+    registered: Sequence[str]
     family: TaskFamily | None
     rounds: int
     longest_run: int
@@ -88,7 +89,6 @@ class Method(ABC):
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = None
     rank: int = 0
-    world: int = 1
     runs_per_round: int = 1
     runs_done: int = 0
 
@@ -124,10 +124,6 @@ class Method(ABC):
             data = provenance.conditions_of_given(self.task, self.given)
         assert self.family is not None
         return {"data": data, "data_sets": list(self.family.data_sets)}
-
-    def task_names(self) -> list[str]:
-        """Registered tasks that the run depends on."""
-        return [self.task] if self.family is not None and self.given is None else []
 
     @abstractmethod
     def summary(self, record: dict[str, Any]) -> str:

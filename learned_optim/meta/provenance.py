@@ -20,6 +20,7 @@ import torch
 
 from learned_optim.checkpoint import write_text
 from learned_optim.meta.data import DataOptions
+from learned_optim.meta.rollout import floating
 from learned_optim.meta.seeding import global_generator_seeded, seeded
 from learned_optim.meta.tasks import Task, TaskFamily, TaskMixture, embeddings, finetuning, language
 
@@ -58,8 +59,7 @@ def _computed(family: TaskFamily, index: int) -> str:
     task: Task = family.sample(generator).separate()
     initial = task.init(generator)  # of any dtype; optimizees are trained in float32
     params = {name: p.detach().float().requires_grad_() for name, p in initial.items()}
-    drawn = task.batch(generator)
-    batch = tuple(part.float() if part.is_floating_point() else part for part in drawn)
+    batch = floating(task.batch(generator))
     with torch.enable_grad(), global_generator_seeded("identity", index, "forward"):
         loss = task.loss(params, batch)
     grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)

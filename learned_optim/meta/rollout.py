@@ -126,18 +126,16 @@ class Optimizees:
         pairs = zip(self._tasks, self._generators, strict=True)
         drawn = [task.batch(generator) for task, generator in pairs]
         if not self._stacked:
-            return [tuple(map(self._converted, batch)) for batch in drawn]
+            return [floating(batch, self._dtype) for batch in drawn]
         try:
-            return [tuple(self._converted(torch.stack(x)) for x in zip(*drawn, strict=True))]
+            together = tuple(map(torch.stack, zip(*drawn, strict=True)))
         except RuntimeError as error:
             shapes = "; ".join(str([tuple(x.shape) for x in batch]) for batch in drawn)
             raise ValueError(
                 f"the batches of optimizees side by side differ in shape ({shapes}): drop the "
                 f"smaller ones, or declare the task with FixedTask(task, stackable=False)"
             ) from error
-
-    def _converted(self, part: Tensor) -> Tensor:
-        return part.to(self._dtype) if part.is_floating_point() else part
+        return [floating(together, self._dtype)]
 
     def losses(self, packed: Tensor, batch: list[Batch]) -> Tensor:
         """Loss of every optimizee, shape ``(B,)``: the same for every call within a step."""
@@ -173,8 +171,7 @@ class Optimizees:
             (grad,) = torch.autograd.grad(losses.sum(), packed, create_graph=create_graph)
         return losses, grad
 
-    def context(self, rule: UpdateRule, losses: Tensor) -> StepContext:
-        """The rule's context of the present step."""
+    def _context(self, rule: UpdateRule, losses: Tensor) -> StepContext:
         step = torch.full((len(self.segments),), float(self.step), dtype=self._dtype)
         loss = losses[self._owners] if rule.needs_loss else None
         return StepContext(step, loss)
@@ -183,7 +180,7 @@ class Optimizees:
         self, rule: UpdateRule, grad: Tensor, packed: Tensor, losses: Tensor
     ) -> tuple[Tensor, State]:
         """The rule's update and new state, differentiable in its weights."""
-        context = self.context(rule, losses)
+        context = self._context(rule, losses)
         return rule(grad, self.state, packed, self.segments, context)
 
     @torch.no_grad()
@@ -191,29 +188,24 @@ class Optimizees:
         """One inner step without a graph; returns the losses before it, ``(B,)``, detached.
 
         Args:
+            rule: the update rule.
             batch: of :meth:`next_batch`, which is called if none is given.
         """
-        batch = self.next_batch() if batch is None else batch
-        losses, grad = self.losses_and_grad(self.packed, batch)
-        losses = losses.detach()
-        if rule.rows == "none":
-            update, new = self.forward(rule, grad, self.packed, losses)
-            self.state = {**self.state, **new}
-            self.packed = self.packed + update
-            self.step += 1
-        else:
-            self._respond(rule, losses, grad)
-        return losses
+        if rule.rows != "none":
+            return self.advance_recorded(rule, batch).losses
+        losses, grad = self.losses_and_grad(self.packed, batch or self.next_batch())
+        update, new = self.forward(rule, grad, self.packed, losses.detach())
+        self.state = {**self.state, **new}
+        self.packed = self.packed + update
+        self.step += 1
+        return losses.detach()
 
     @torch.no_grad()
-    def advance_recorded(self, rule: UpdateRule) -> StepRecord:
-        """:meth:`advance`; returns the record of the step."""
-        losses, grad = self.losses_and_grad(self.packed, self.next_batch())
-        return self._respond(rule, losses.detach(), grad)
-
-    def _respond(self, rule: UpdateRule, losses: Tensor, grad: Tensor) -> StepRecord:
-        """Compute features, run the network in place, block by block, and update."""
-        context = self.context(rule, losses)
+    def advance_recorded(self, rule: UpdateRule, batch: list[Batch] | None = None) -> StepRecord:
+        """:meth:`advance`, block by block and the network in place; returns its record."""
+        losses, grad = self.losses_and_grad(self.packed, batch or self.next_batch())
+        losses = losses.detach()
+        context = self._context(rule, losses)
         features, directions, new = rule.observe(
             grad, self.state, self.packed, self.segments, context
         )
@@ -227,6 +219,11 @@ class Optimizees:
         self.packed = self.packed + rule.mix(directions, torch.cat(gains), self.segments)
         self.step += 1
         return StepRecord(losses, grad, features, directions)
+
+
+def floating(batch: Batch, dtype: torch.dtype = torch.float32) -> Batch:
+    """The batch with its floating tensors in ``dtype``."""
+    return tuple(part.to(dtype) if part.is_floating_point() else part for part in batch)
 
 
 def _pack_states(rule: UpdateRule, states: Sequence[State]) -> State:

@@ -7,7 +7,6 @@ import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from learned_optim.checkpoint import BEST_FILE, remove_leftovers, write_atomically, write_text
 from learned_optim.meta import provenance
-from learned_optim.meta.recipes import AnyRecipe, Recipe, recipe_from_json
+from learned_optim.meta.recipes import AnyRecipe, Recipe, read_recipe
 
 RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
@@ -57,28 +56,14 @@ class RunFolder:
         """
         file = self.path / RECIPE
         if file.exists():
-            try:
-                found = recipe_from_json(json.loads(file.read_text()))
-            except ValueError as error:
-                raise ValueError(
-                    f"{file} is damaged ({error}): delete it, and it is written anew from the "
-                    f"recipe given here. Nothing else of the run is lost"
-                ) from error
             # A run may stop earlier or later, unless its schedule depends on the end.
             free = {"patience", "test_runs"}
             if isinstance(recipe, Recipe) and recipe.meta_lr_final is None:
                 free.add("epochs")
-            if type(found) is not type(recipe):
-                raise ValueError(
-                    f"{self.path} holds a run of a recipe of another method: choose another "
-                    f"folder, or delete it"
-                )
-            names = sorted(f.name for f in fields(recipe) if f.name not in free)
-            differing = [n for n in names if getattr(found, n) != getattr(recipe, n)]
-            if differing:
-                listing = "; ".join(
-                    f"{n}: {getattr(found, n)} there, {getattr(recipe, n)} here" for n in differing
-                )
+            there, here = read_recipe(file).to_json(), recipe.to_json()
+            names = [n for n in sorted({*there, *here} - free) if there.get(n) != here.get(n)]
+            if names:
+                listing = "; ".join(f"{n}: {there.get(n)} there, {here.get(n)} here" for n in names)
                 raise ValueError(
                     f"{self.path} holds a run of another recipe ({listing}): choose another "
                     f"folder, or delete it"

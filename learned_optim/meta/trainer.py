@@ -192,7 +192,7 @@ class MetaTrainer:
 
     def _conditions(self) -> dict[str, str]:
         """What the run depends on besides the recipe."""
-        found = provenance.conditions(self.method.task_names(), self.data)
+        found = provenance.conditions(self.method.registered, self.data)
         found |= provenance.conditions_of_classes(type(self.rule), type(self.recipe.rule))
         if self.method.given is not None:
             found |= provenance.conditions_of_given(self.recipe.task, self.method.given)

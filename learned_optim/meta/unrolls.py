@@ -29,7 +29,6 @@ from learned_optim.meta.validation import (
     ADAMW_LRS,
     Reference,
     Seed,
-    adamw_sums,
     mean_of,
     read_references,
     summed_losses,
@@ -87,7 +86,8 @@ class Unrolls(Method):
     ) -> None:
         self.recipe, self.task, self.given = recipe, recipe.task, family
         self.rounds, self.runs_per_round = recipe.epochs, recipe.runs_per_epoch
-        self.longest_run = recipe.longest_run
+        longest = recipe.long_horizon if recipe.long_fraction else None
+        self.longest_run = longest or recipe.horizon
         self.average, self.clip_norm = recipe.average, recipe.clip_norm
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -99,15 +99,17 @@ class Unrolls(Method):
         if self.rank > 0:
             self.barrier()  # rank 0 downloads what is missing, alone
         self.family = family or build_tasks(recipe.task, TaskOptions("meta", data))
-        self._test_task = recipe.test_task or recipe.task
-        self._tests_by_name = test_family is None and (family is None or bool(recipe.test_task))
-        if self._tests_by_name:
-            test_family = build_tasks(self._test_task, TaskOptions("evaluation", data))
-        self._test_family = test_family or self.family
+        self._test_task, self._test_family = recipe.test_task or recipe.task, self.family
+        tests_by_name = test_family is None and (family is None or recipe.test_task is not None)
+        if tests_by_name:
+            self._test_family = build_tasks(self._test_task, TaskOptions("evaluation", data))
+        elif test_family is not None:
+            check_family(test_family, f"{recipe.task} (test)")
+            self._test_family = test_family
         if self.rank == 0:
             self.barrier()
-        if not self._tests_by_name and self._test_family is not family:
-            check_family(self._test_family, f"{recipe.task} (test)")
+        named = [] if family else [recipe.task]
+        self.registered = list(dict.fromkeys(named + [self._test_task] * tests_by_name))
         self._validation_horizon = recipe.validation_horizon or recipe.horizon
         self._seeds: list[Seed] = [
             (recipe.seed, "validation", run) for run in range(recipe.validation_runs)
@@ -210,9 +212,7 @@ class Unrolls(Method):
     @torch.no_grad()
     def validate(self, rule: UpdateRule, report: Report) -> Validation:
         """Mean summed loss over the validation runs, infinite if it is not finite."""
-        sums = self._shared(
-            lambda seeds: self._summed(rule, self.family, seeds, "validation", report)
-        )
+        sums = self._validation_sums(rule, _counter(report, "validation", len(self._seeds)))
         value, adamw, ratio = self._mean(sums), self._adamw, None
         if adamw is not None and math.isfinite(adamw) and adamw > 0 and math.isfinite(value):
             ratio = value / adamw
@@ -221,25 +221,24 @@ class Unrolls(Method):
     def _mean(self, sums: Tensor) -> float:
         return mean_of(sums, self.recipe.validation_mean == "geometric")
 
-    def _summed(
-        self, rule: UpdateRule, family: TaskFamily, seeds: Sequence[Seed], what: str, report: Report
+    def _sums(
+        self,
+        optimizer: UpdateRule | float,
+        family: TaskFamily,
+        seeds: Sequence[Seed],
+        on_runs: Callable[[int], None],
     ) -> Tensor:
-        """Loss summed over the horizon of the runs of these seeds, ``(seeds,)``."""
+        """Summed losses of the runs of these seeds, ``(seeds,)``."""
+        width = max(8, self.recipe.tasks_per_meta_step) if family.stackable else 1
+        return summed_losses(optimizer, family, self._validation_horizon, seeds, width, on_runs)
 
-        def on_runs(done: int) -> None:
-            report(f"{what} {done}/{len(seeds)}")
-
-        width = self._side_by_side(family)
-        return summed_losses(rule, family, self._validation_horizon, seeds, width, on_runs)
-
-    def _side_by_side(self, family: TaskFamily) -> int:
-        return max(8, self.recipe.tasks_per_meta_step) if family.stackable else 1
-
-    def _shared(self, run: Callable[[Sequence[Seed]], Tensor]) -> Tensor:
-        """Sums of all validation runs, float64; each rank computes a part of them."""
+    def _validation_sums(
+        self, optimizer: UpdateRule | float, on_runs: Callable[[int], None]
+    ) -> Tensor:
+        """Summed losses of all validation runs, float64; each rank computes a part of them."""
         sums, ours = torch.zeros(len(self._seeds)).double(), slice(self.rank, None, self.world)
         if self._seeds[ours]:
-            sums[ours] = run(self._seeds[ours]).double()
+            sums[ours] = self._sums(optimizer, self.family, self._seeds[ours], on_runs).double()
         if self.world > 1:
             dist.all_reduce(sums)
         return sums
@@ -252,20 +251,13 @@ class Unrolls(Method):
         Raises:
             ValueError: the file is damaged.
         """
-        found, count = read_references(self._folder) or self._blank_references(), len(self._seeds)
+        found, runs = read_references(self._folder) or self._blank_references(), len(self._seeds)
         for index in range(min(len(r.scores) for r in found), len(ADAMW_LRS)):
-
-            def on_runs(done: int, before: int = index * count) -> None:
-                report(f"AdamW {before + done}/{len(ADAMW_LRS) * count}")
-
-            def run(seeds: Sequence[Seed], lr: float = ADAMW_LRS[index]) -> Tensor:
-                family, horizon = self.family, self._validation_horizon
-                return adamw_sums(lr, family, horizon, seeds, self._side_by_side(family), on_runs)
-
-            scores = self._shared(run).nan_to_num(nan=math.inf).tolist()
+            on_runs = _counter(report, "AdamW", len(ADAMW_LRS) * runs, index * runs)
+            scores = self._validation_sums(ADAMW_LRS[index], on_runs).nan_to_num(nan=math.inf)
             found = [
                 replace(reference, scores=(*reference.scores[:index], score))
-                for reference, score in zip(found, scores, strict=True)
+                for reference, score in zip(found, scores.tolist(), strict=True)
             ]
             if self.rank == 0:
                 write_references(self._folder, found)
@@ -281,7 +273,7 @@ class Unrolls(Method):
 
     def test(self, rule: UpdateRule, report: Report) -> dict[str, Any]:
         seeds: list[Seed] = [(self.recipe.seed, "test", i) for i in range(self.recipe.test_runs)]
-        sums = self._summed(rule, self._test_family, seeds, "test", report)
+        sums = self._sums(rule, self._test_family, seeds, _counter(report, "test", len(seeds)))
         figures = {
             "mean": sums.mean().item(),
             "std": sums.std().item(),
@@ -292,10 +284,6 @@ class Unrolls(Method):
         return {"test": figures}
 
     # ---- the record
-
-    def task_names(self) -> list[str]:
-        tested = [self._test_task] if self._tests_by_name else []
-        return list(dict.fromkeys([*super().task_names(), *tested]))
 
     def summary(self, record: dict[str, Any]) -> str:
         recipe, test = self.recipe, record["test"]
@@ -311,6 +299,11 @@ class Unrolls(Method):
             f"{_number(record['validation'])} ({against}best epoch {record['epoch']} of "
             f"{record['rounds']}), test on {test['runs']} fresh runs{of} {tested}"
         )
+
+
+def _counter(report: Report, what: str, total: int, before: int = 0) -> Callable[[int], None]:
+    """Reports the number of runs done."""
+    return lambda done: report(f"{what} {before + done}/{total}")
 
 
 def _number(value: float | None) -> str:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -102,65 +103,49 @@ def tuned_sums(references: Sequence[Reference]) -> Tensor:
 
 
 def summed_losses(
-    rule: UpdateRule,
+    optimizer: UpdateRule | float,
     family: TaskFamily,
     horizon: int,
     seeds: Sequence[Seed],
     together: int = 8,
     on_runs: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Loss summed over ``horizon`` steps of frozen-rule runs, one per seed; shape ``(seeds,)``.
+    """Losses summed over the steps of runs, shape ``(seeds,)``.
 
     Args:
-        rule: trains the optimizees.
+        optimizer: a frozen rule, or the constant learning rate of AdamW: rules do not know the
+            length of these runs.
         family: of the optimizees.
         horizon: inner steps.
         seeds: of the runs.
         together: runs side by side.
         on_runs: takes the number of runs done.
     """
-    sums = [
-        torch.stack([optimizees.advance(rule) for _ in range(horizon)]).sum(0)
-        for optimizees in _together(rule, family, seeds, together, on_runs)
-    ]
-    return torch.cat(sums)
-
-
-def adamw_sums(
-    lr: float,
-    family: TaskFamily,
-    horizon: int,
-    seeds: Sequence[Seed],
-    together: int = 8,
-    on_runs: Callable[[int], None] = lambda done: None,
-) -> Tensor:
-    """:func:`summed_losses` under AdamW; its rate is constant, as rules do not know the length."""
+    rule = optimizer if isinstance(optimizer, UpdateRule) else SGDRule()
     sums = []
-    for optimizees in _together(SGDRule(), family, seeds, together, on_runs):
-        # AdamW is coordinatewise: one packed tensor trains as its parts would.
-        weights = nn.Parameter(optimizees.packed)
-        adamw, total = torch.optim.AdamW([weights], lr=lr), torch.zeros(len(optimizees))
-        for _ in range(horizon):
-            losses, weights.grad = optimizees.losses_and_grad(weights, optimizees.next_batch())
-            adamw.step()
-            optimizees.step += 1
-            total += losses.detach()
-        sums.append(total)
-    return torch.cat(sums)
-
-
-def _together(
-    rule: UpdateRule,
-    family: TaskFamily,
-    seeds: Sequence[Seed],
-    together: int,
-    on_runs: Callable[[int], None],
-) -> Iterator[Optimizees]:
-    """Optimizees of the seeds at their initial parameters, ``together`` at a time."""
     for low in range(0, len(seeds), together):
         generators = [seeded(*parts) for parts in seeds[low : low + together]]
         tasks = [family.sample(generator) for generator in generators]
         optimizees = Optimizees(rule, tasks, generators, stacked=family.stackable)
+        advance: Callable[[], Tensor] = partial(optimizees.advance, rule)
+        if not isinstance(optimizer, UpdateRule):
+            advance = _adamw(optimizees, optimizer)
         with global_generator_seeded(*seeds[low], "forward"):
-            yield optimizees
+            sums.append(torch.stack([advance() for _ in range(horizon)]).sum(0))
         on_runs(min(low + together, len(seeds)))
+    return torch.cat(sums)
+
+
+def _adamw(optimizees: Optimizees, lr: float) -> Callable[[], Tensor]:
+    """A function that takes an inner step of AdamW and returns the losses before it, ``(B,)``."""
+    # AdamW is coordinatewise: one packed tensor trains as its parts would.
+    weights = nn.Parameter(optimizees.packed)
+    adamw = torch.optim.AdamW([weights], lr=lr)
+
+    def advance() -> Tensor:
+        losses, weights.grad = optimizees.losses_and_grad(weights, optimizees.next_batch())
+        adamw.step()
+        optimizees.step += 1
+        return losses.detach()
+
+    return advance

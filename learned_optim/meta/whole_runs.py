@@ -75,6 +75,7 @@ class WholeRuns(Method):
         self.task, self.given, self.rounds = recipe.task, family, recipe.meta_steps
         self.runs = Runs(recipe, data, family)
         self.family, self.longest_run = self.runs.family, self.runs.longest_run
+        self.registered = [] if family else [recipe.task]
         self._map: RunMap = self._map_here
 
     def _map_here(self, method: Callable[[Runs, Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:

@@ -1,15 +1,14 @@
 """Meta-training recipes, one file each, found by being there."""
 
-from learned_optim.meta.recipes._base import (
+from learned_optim.meta.recipes._recipe import (
     MIXTURE_NAMES,
     AnyRecipe,
     EvolutionRecipe,
     Recipe,
-)
-from learned_optim.meta.recipes._files import (
     check_names,
     import_rules,
     load_recipe,
+    read_recipe,
     recipe_descriptions,
     recipe_from_json,
     recipes,
@@ -24,6 +23,7 @@ __all__ = [
     "check_names",
     "import_rules",
     "load_recipe",
+    "read_recipe",
     "recipe_descriptions",
     "recipe_from_json",
     "recipes",

@@ -5,7 +5,7 @@ tasks of your own: `meta_train(task, "quick-evolution", folder=...)`.
 """
 
 from learned_optim.meta.recipes import diagonal
-from learned_optim.meta.recipes._base import EvolutionRecipe
+from learned_optim.meta.recipes._recipe import EvolutionRecipe
 
 RECIPE = EvolutionRecipe(
     rule=diagonal.RECIPE.rule,
