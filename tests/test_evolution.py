@@ -14,16 +14,8 @@ from torch.nn.utils import parameters_to_vector
 from learned_optim import load_rule
 from learned_optim.cli import main
 from learned_optim.hub import model_card
-from learned_optim.meta import MetaTrainer, evolution_runs, whole_runs
+from learned_optim.meta import MetaTrainer, whole_runs
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.evolution_runs import (
-    VALIDATION_SEEDS,
-    Runs,
-    TaskResult,
-    meta_gradient,
-    perturbations,
-    training_seed,
-)
 from learned_optim.meta.meta_optimizer import MetaOptimizer
 from learned_optim.meta.populations import MIXTURES, TRAINED_FOR, Draw, draw
 from learned_optim.meta.populations._base import UnusableTaskError
@@ -36,6 +28,14 @@ from learned_optim.meta.recipes import (
 )
 from learned_optim.meta.sampler import Sampler
 from learned_optim.meta.validation import read_references
+from learned_optim.meta.whole_runs import (
+    VALIDATION_SEEDS,
+    Runs,
+    TaskResult,
+    meta_gradient,
+    perturbations,
+    training_seed,
+)
 from learned_optim.pretrained import load_record
 from learned_optim.rules.classical import AdamConfig
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
@@ -63,7 +63,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
         sampler = Sampler(torch.Generator().manual_seed(seed))
         return Draw(Quadratic(sampler, data), steps=8, known=seed % 2 == 0)
 
-    monkeypatch.setattr(evolution_runs, "draw", draw)
+    monkeypatch.setattr(whole_runs, "draw", draw)
     monkeypatch.setattr(whole_runs, "load_images", lambda *_: None)
     return drawn
 
@@ -160,14 +160,14 @@ def test_tasks_grow_from_the_meta_step_that_is_named(
 
 
 def test_tasks_that_fail_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = evolution_runs.draw
+    good = whole_runs.draw
 
     def draw(seed: int, *rest: Any, **options: Any) -> Draw:
         if seed % 2 and seed not in VALIDATION_SEEDS:
             raise ValueError("no usable task")
         return good(seed, *rest, **options)
 
-    monkeypatch.setattr(evolution_runs, "draw", draw)
+    monkeypatch.setattr(whole_runs, "draw", draw)
     trainer = MetaTrainer(replace(SMALL, meta_steps=2), tmp_path)
     trainer.train()
     skipped = [line.details["skipped"] for line in trainer.history]

@@ -56,41 +56,25 @@ class Round:
 
 
 class Method(ABC):
-    """Where meta-gradients come from, and how weights are validated.
+    """Where meta-gradients come from, and how weights are validated."""
 
-    Attributes:
-        task: the recipe's name of the tasks.
-        given: the tasks, if they were handed over in Python.
-        registered: names of registered tasks that the run depends on.
-        family: the tasks; ``None`` if they are a mixture of populations.
-        rounds: number of rounds.
-        longest_run: inner steps of the longest runs.
-        average: decay of the moving average of the weights.
-        betas: Adam's decays.
-        clip_norm: largest norm of a meta-gradient.
-        rank: number of this process.
-        runs_per_round: units of progress in a round.
-        runs_done: units of progress done in the present round.
-    """
-
-    #: Name of a round.
-    unit: ClassVar[str]
-    #: Whether the finished checkpoint has the weights of the best validation, or the last ones.
-    keeps_best: ClassVar[bool]
-    #: A remark for the user before training begins.
-    note: str = ""
-    task: str
-    given: TaskFamily | None
-    registered: Sequence[str]
-    family: TaskFamily | None
-    rounds: int
-    longest_run: int
-    average: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = None
-    rank: int = 0
-    runs_per_round: int = 1
-    runs_done: int = 0
+    unit: ClassVar[str]  # name of a round
+    keeps_best: ClassVar[
+        bool
+    ]  # the finished checkpoint is that of the best validation, not the last
+    task: str  # the recipe's name of the tasks
+    given: TaskFamily | None  # the tasks, if they were handed over in Python
+    family: TaskFamily | None  # the tasks; None if they are a mixture of populations
+    registered: Sequence[str]  # names of the registered tasks that the run depends on
+    longest_run: int  # inner steps of the longest runs
+    average: float  # decay of the moving average of the weights
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's decays
+    clip_norm: float | None = None  # largest norm of a meta-gradient
+    rank: int = 0  # number of this process
+    rounds: int  # of the whole training
+    runs_per_round: int = 1  # units of progress in a round
+    runs_done: int = 0  # units of progress done in the present round
+    note: str = ""  # a remark for the user before training begins
 
     @abstractmethod
     def check_rule(self, rule: UpdateRule) -> None:

@@ -69,11 +69,13 @@ class Optimizees:
         self._tasks = [task.separate() for task in tasks]
         self._generators, self._dtype, self._stacked = generators, dtype, stacked
         initial = [task.init(g) for task, g in zip(self._tasks, generators, strict=True)]
-        self._shapes = [{name: p.shape for name, p in params.items()} for params in initial]
         if stacked:
-            order = [(b, name) for name in self._shapes[0] for b in range(len(initial))]
+            order = [(b, name) for name in initial[0] for b in range(len(initial))]
+            named = {n: torch.Size((len(initial), *p.shape)) for n, p in initial[0].items()}
+            self._shapes = [named]
         else:
-            order = [(b, name) for b, shapes in enumerate(self._shapes) for name in shapes]
+            order = [(b, name) for b, params in enumerate(initial) for name in params]
+            self._shapes = [{name: p.shape for name, p in params.items()} for params in initial]
         tensors = [initial[b][name].to(dtype) for b, name in order]
         self._owners = torch.tensor([b for b, _ in order])  # (m,)
         self.packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -99,17 +101,8 @@ class Optimizees:
         twin.carry = None
         return twin
 
-    def _unpack(self, packed: Tensor) -> Params:
-        """Packed values of stacked optimizees by name, each ``(B, *shape)``, as views."""
-        shapes, count = self._shapes[0], len(self)
-        parts = packed.split([count * shape.numel() for shape in shapes.values()])
-        return {
-            name: part.view(count, *shape)
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
-        }
-
-    def _unpack_each(self, packed: Tensor) -> list[Params]:
-        """Packed values of optimizees that are not stacked, by each one's names, as views."""
+    def _unpack(self, packed: Tensor) -> list[Params]:
+        """Views of packed values by name: of each optimizee, or once ``(B, *shape)`` if stacked."""
         sizes = [shape.numel() for shapes in self._shapes for shape in shapes.values()]
         parts = iter(packed.split(sizes))
         return [
@@ -141,7 +134,7 @@ class Optimizees:
         """Loss of every optimizee, shape ``(B,)``: the same for every call within a step."""
         if not self._stacked:
             return self._losses_one_by_one(packed, batch)
-        loss, named, (stack,) = self._tasks[0].loss, self._unpack(packed), batch
+        loss, (named,), (stack,) = self._tasks[0].loss, self._unpack(packed), batch
         if len(self) == 1:  # vmap costs more than the whole step of a small network
             return loss({n: p[0] for n, p in named.items()}, tuple(b[0] for b in stack))[None]
         return torch.vmap(loss)(named, stack)
@@ -150,7 +143,7 @@ class Optimizees:
         if self.step > self._buffered:
             self._buffers, self._buffered = self._updated, self.step
         losses, updated = [], []
-        each = zip(self._tasks, self._generators, self._unpack_each(packed), batches, strict=True)
+        each = zip(self._tasks, self._generators, self._unpack(packed), batches, strict=True)
         for index, (task, generator, params, batch) in enumerate(each):
             # Clones, because forward passes update buffers in place.
             task.load_buffers({name: b.clone() for name, b in self._buffers[index].items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,37 +110,32 @@ class RunFolder:
             return None
         return status.st_mtime_ns, status.st_ino
 
-    def read_state(self) -> dict[str, Any] | None:
-        """The state that :meth:`write_state` wrote; ``None`` if there is none.
+    def resume(self, load: Callable[[dict[str, Any]], None]) -> None:
+        """Call ``load`` with the state that :meth:`write_state` wrote, if there is one.
 
         Raises:
-            ValueError: the file is damaged; the message says what to do.
+            ValueError: the file is damaged, or ``load`` fails; the message says what to do.
             OSError: it cannot be read.
         """
         self._seen = self._stamp()
         try:
             content = (self.path / RESUME).read_bytes()
         except FileNotFoundError:
-            return None
+            return
         try:
             # torch.save stores checksums and torch.load does not look at them.
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
-            state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+            load(torch.load(io.BytesIO(content), weights_only=True))
         except Exception as error:  # a damaged archive raises nearly anything
-            raise self.damaged(error) from error
-        return state
-
-    def damaged(self, error: Exception) -> ValueError:
-        """The error for a state that cannot be resumed from."""
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return ValueError(
-            f"{self.path / RESUME} is damaged ({cause}): put back a copy of it, or delete it, and "
-            f"the run begins again. {BEST_FILE} holds the best weights so far: copy "
-            f"it elsewhere first if you want to keep them"
-        )
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{self.path / RESUME} is damaged ({cause}): put back a copy of it, or delete it, "
+                f"and the run begins again. {BEST_FILE} holds the best weights so far: copy it "
+                f"elsewhere first if you want to keep them"
+            ) from error
 
     def write_state(self, state: dict[str, Any]) -> None:
         """Write the metrics and the resume state; a kill in between repeats the round."""

@@ -135,9 +135,7 @@ class MetaTrainer:
         )  # fmt: skip
         self.history: list[Metrics] = []
         conditions = self.files.check(recipe, self._conditions())
-        saved = self.files.read_state()
-        if saved is not None:
-            self._load(saved)
+        self.files.resume(self._load)
         if self.method.rank == 0:
             self.files.begin(recipe, conditions)
 
@@ -201,11 +199,8 @@ class MetaTrainer:
         return found
 
     def _load(self, saved: dict[str, Any]) -> None:
-        try:
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.history = [Metrics(**line) for line in saved["history"]]
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise self.files.damaged(error) from error
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.history = [Metrics(**line) for line in saved["history"]]
 
     def _save(self) -> None:
         """Best checkpoint first, resume state last: a kill in between repeats the round."""
@@ -250,20 +245,20 @@ class MetaTrainer:
                 f"none of the {self.round} {self.method.unit}s in {self.folder} has a finite "
                 f"validation: there are no weights worth keeping. {ADVICE}"
             )
-        rule, record = self._best_rule() if self.method.keeps_best else (self.kept, self.record())
+        rule, record = self.kept, self.record()
+        if self.method.keeps_best:
+            try:
+                rule, record = read_checkpoint(self.files.best)
+            except (CheckpointError, FileNotFoundError) as error:
+                raise CheckpointError(
+                    f"{error}. To train again from the beginning, delete the run folder "
+                    f"{self.folder}"
+                ) from error
         record |= {"recipe": self.recipe.to_json(), "rounds": self.round}
         record |= self.method.test(rule, self._teller(report))
         path = output or self.files.finished
         save_rule(rule, path, record)
         return path
-
-    def _best_rule(self) -> tuple[UpdateRule, dict[str, Any]]:
-        try:
-            return read_checkpoint(self.files.best)
-        except (CheckpointError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"{error}. To train again from the beginning, delete the run folder {self.folder}"
-            ) from error
 
     # ---- training
 

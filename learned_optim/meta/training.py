@@ -98,8 +98,8 @@ def meta_train(
         weights: proportions in which several tasks are drawn; equal if not given.
         test_tasks: like ``tasks``, for the test figures in the record, for example the same losses
             on other data. If not given, the evaluation split of registered tasks and fresh runs of
-            all others. Recipes of evolution strategies take none: validation selects nothing, and
-            so is the test.
+            all others. Recipes of evolution strategies take none: their validation selects
+            nothing, so it is the test as well.
         output: where the finished checkpoint goes; into the run folder if not given.
         data: where registered tasks find their image sets.
         against_adamw: tune AdamW on the validation runs before training, and report validation as a
@@ -112,8 +112,8 @@ def meta_train(
         progress: show a progress bar and the results on standard error.
         **changes: fields of the recipe, other than its tasks, that differ from ``recipe``'s.
             ``rule`` may be a configuration or a name; with ``start`` alone, the rule is that of the
-            checkpoint. A new ``meta_lr`` takes ``meta_lr_final`` along, and a rule that cannot be
-            replayed its estimator, unless they are given as well.
+            checkpoint. A new ``meta_lr`` scales ``meta_lr_final``, and a rule that cannot be
+            replayed sets ``estimator="autograd"``, unless these are given as well.
 
     Returns:
         The checkpoint's path, the rule, its record, and the metrics of the epochs.

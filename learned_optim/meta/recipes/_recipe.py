@@ -48,7 +48,7 @@ class _Recipe:
     rule: RuleConfig
     """Configuration of the update rule; its type says which rule."""
     meta_lr: float
-    """Learning rate of the meta-optimizer, Adam, at the first meta-step."""
+    """Learning rate of the meta-optimizer, Adam."""
     start: str | None = None
     """Checkpoint whose weights training begins with, of a rule of the same kind and size; untrained
     weights if not given."""
