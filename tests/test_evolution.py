@@ -105,7 +105,7 @@ def test_meta_optimizer_is_adam_with_a_cosine_and_an_average() -> None:
         adam.step()
         seen.append(optimizer.weights.clone())
         torch.testing.assert_close(seen[-1], param.detach())
-    kept = parameters_to_vector(optimizer.kept.parameters())
+    kept = parameters_to_vector(optimizer.ema_rule.parameters())
     torch.testing.assert_close(kept, torch.stack(seen).mean(0), rtol=1e-3, atol=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_validation_is_against_tuned_adamw(tmp_path: Path) -> None:
     references = read_references(tmp_path)
     assert [reference.index for reference in references] == [0, 1]
     assert all(len(reference.scores) == 6 for reference in references)
-    weights = parameters_to_vector(trainer.kept.parameters()).detach()
+    weights = parameters_to_vector(trainer.ema_rule.parameters()).detach()
     runs = Runs(SMALL, DataOptions(), None)
     excess = [runs.validate((i, weights)) - min(references[i].scores) for i in range(2)]
     found = trainer.record()["behind_adamw"]["average"]
@@ -141,7 +141,7 @@ def test_finished_checkpoint(tmp_path: Path) -> None:
     path = trainer.run()
     assert path == tmp_path / "run" / "run.safetensors"
     rule, record = load_rule(path), load_record(path)
-    assert rule.fingerprint() == trainer.kept.fingerprint()
+    assert rule.fingerprint() == trainer.ema_rule.fingerprint()
     assert (rule.warmup_steps, rule.trained_steps) == (0, 3000)
     assert recipe_from_json(record["recipe"]) == SMALL
     assert (record["meta_steps"], record["dropped"]) == (3, 0)

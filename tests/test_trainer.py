@@ -52,7 +52,7 @@ def trained(folder: Path, **changes: Any) -> MetaTrainer:
 
 
 def bits(trainer: MetaTrainer) -> list[torch.Tensor]:
-    return [*trainer.rule.state_dict().values(), *trainer.kept.state_dict().values()]
+    return [*trainer.rule.state_dict().values(), *trainer.ema_rule.state_dict().values()]
 
 
 # ---- resuming
@@ -246,7 +246,7 @@ def test_training_starts_from_a_checkpoint(tmp_path: Path) -> None:
     fingerprint = load_rule(start).fingerprint()
     recipe = replace(SMALL, start=str(start), epochs=1, seed=1)
     second = MetaTrainer(recipe, tmp_path / "second")
-    assert [rule.fingerprint() for rule in (second.rule, second.kept)] == [fingerprint] * 2
+    assert [rule.fingerprint() for rule in (second.rule, second.ema_rule)] == [fingerprint] * 2
     record = load_record(second.run())
     assert second.rule.fingerprint() != fingerprint
     assert record["start"] == fingerprint
@@ -277,7 +277,7 @@ def test_early_stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_but_dropped_unrolls_is_an_error(tmp_path: Path) -> None:
     """A task that explodes after its first steps, whatever the rule does."""
     trainer = MetaTrainer(SMALL, tmp_path)
-    for weight in (*trainer.rule.parameters(), *trainer.kept.parameters()):
+    for weight in (*trainer.rule.parameters(), *trainer.ema_rule.parameters()):
         weight.data.fill_(1e30)
     with pytest.raises(TrainingError, match=r"epoch 1 taught nothing: all of its 3 unrolls .*--me"):
         trainer.train()
@@ -427,7 +427,7 @@ def test_two_ranks_equal_one_although_one_died(tmp_path: Path) -> None:
     one, two = MetaTrainer(recipe, tmp_path / "one"), MetaTrainer(recipe, tmp_path / "two")
     one.train()
     assert two.round == recipe.epochs
-    for a, b in zip(two.kept.parameters(), one.kept.parameters(), strict=True):
+    for a, b in zip(two.ema_rule.parameters(), one.ema_rule.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     for figure in ("validation", "ratio_to_adamw"):
         found = [[getattr(m, figure) for m in t.history] for t in (one, two)]

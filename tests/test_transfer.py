@@ -93,7 +93,7 @@ def test_record_says_what_was_trained_on_and_tested_on(
     assert record["test"]["task"] == "mnist"
     family = build_tasks("mnist")
     seeds = [(recipe.seed, "test", i) for i in range(2)]
-    sums = summed_losses(trainer.kept, family, recipe.horizon, seeds)
+    sums = summed_losses(trainer.ema_rule, family, recipe.horizon, seeds)
     assert record["test"]["mean"] == pytest.approx(sums.mean().item(), rel=1e-6)
 
 

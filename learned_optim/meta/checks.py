@@ -1,4 +1,4 @@
-"""Checks that a task can be meta-trained on, before hours are spent on it."""
+"""Checks of tasks, before hours of meta-training are spent on them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from learned_optim.meta.tasks import (
 
 
 def check_family(family: TaskFamily, name: str) -> None:
-    """Draw two tasks of a family, or of all members of a mixture, and try a step of each.
+    """Try a step of two tasks of a family.
 
     Args:
-        family: the family.
+        family: the family; of a mixture, all members are checked.
         name: its name in errors.
 
     Raises:
@@ -57,7 +57,7 @@ def _check_task(task: Task, name: str) -> None:
 
 
 def check_finite(task: Task, name: str) -> None:
-    """Take the first gradient of a task that is trained, but not meta-trained on.
+    """Check the first gradient of a task that only evaluates.
 
     Unlike under :func:`check_family`, the loss may leave parameters unused, keep state, or draw at
     random.
@@ -170,7 +170,7 @@ def _check_gradients(loss: Tensor, params: Params, name: str, all_used: bool) ->
 
 
 def _check_state(task: Task, batch: Batch, name: str) -> None:
-    """Compute two losses from one initialization, and the same two again: they must agree."""
+    """Two losses from one initialization, computed twice, must agree."""
 
     def twice() -> list[float]:
         params = _parameters(task, name)

@@ -1,4 +1,4 @@
-"""Image sets in memory: torchvision's files and scikit-learn's bundled digits, as plain tensors."""
+"""Image sets in memory: torchvision's files and scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Images:
 
 
 def halves(images: Images) -> tuple[Images, Images]:
-    """A fixed random split: the half that meta-trains and the half that evaluates.
+    """A fixed random split: one half meta-trains, the other evaluates.
 
     The permutation depends on the number of images alone: it is the same in every process.
     """
@@ -80,7 +80,7 @@ def halves(images: Images) -> tuple[Images, Images]:
 
 
 def load_images(name: str, train: bool, options: DataOptions) -> Images:
-    """An image set by name, from disk, cached in memory for the process.
+    """An image set by name, from disk; cached for the process.
 
     Args:
         name: ``mnist``, ``fashion``, ``emnist-letters``, ``cifar10`` or ``digits``.

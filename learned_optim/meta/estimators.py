@@ -1,4 +1,4 @@
-"""Meta-gradients: how the loss over an unroll depends on the update rule's weights.
+"""Meta-gradients: of an unroll's losses, in the weights of the update rule.
 
 All estimators share one signature, ``estimator(rule, optimizees, steps, options) ->
 MetaGradient``, and leave ``optimizees`` where the unroll ended, detached. The meta-loss of an
@@ -182,7 +182,7 @@ def _backpropagate_gains(
 
 
 def _sample_coordinates(sizes: Sequence[int], options: EstimatorOptions) -> tuple[Tensor, Tensor]:
-    """Sorted indices of sampled coordinates and their weights; ``sizes`` are those of tensors."""
+    """Sorted indices and weights of a sample of coordinates of tensors of these sizes."""
     total, count = sum(sizes), options.coordinates
     if count is None or count >= total:
         return torch.arange(total), torch.ones(total, dtype=torch.float64)
@@ -202,7 +202,7 @@ def _sample_coordinates(sizes: Sequence[int], options: EstimatorOptions) -> tupl
 
 
 def _fair_share(sizes: Sequence[int], count: int) -> int:
-    """The largest sample per tensor such that all samples together are ``count``, or at least 1."""
+    """The largest sample per tensor, at least 1, for ``count`` coordinates in all."""
     ordered = sorted(sizes)
     for i, size in enumerate(ordered):
         share = count // (len(ordered) - i)

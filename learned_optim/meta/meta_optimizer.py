@@ -1,4 +1,4 @@
-"""The meta-optimizer: Adam on the weights of a rule, and their moving average."""
+"""The meta-optimizer: Adam, and a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class MetaOptimizer:
         return rate
 
     @property
-    def kept(self) -> UpdateRule:
+    def ema_rule(self) -> UpdateRule:
         """The rule with the average of the weights."""
         return cast(UpdateRule, self._averaged.module)
 

@@ -59,9 +59,7 @@ class Method(ABC):
     """Where meta-gradients come from, and how weights are validated."""
 
     unit: ClassVar[str]  # name of a round
-    keeps_best: ClassVar[
-        bool
-    ]  # the finished checkpoint is that of the best validation, not the last
+    keeps_best: ClassVar[bool]  # the best validation is finished, not the last round
     task: str  # the recipe's name of the tasks
     given: TaskFamily | None  # the tasks, if they were handed over in Python
     family: TaskFamily | None  # the tasks; None if they are a mixture of populations

@@ -28,7 +28,7 @@ FILE = "protocol.json"
 
 
 def conditions(tasks: Sequence[str], data: DataOptions) -> dict[str, str]:
-    """Conditions of the tasks with these names: versions, texts, and sources of modules."""
+    """Conditions of registered tasks: versions, texts, and sources of modules."""
     from learned_optim import __version__
 
     found = {"torch": torch.__version__.split("+")[0], "learned_optim": __version__}
@@ -137,7 +137,7 @@ def _digest(content: bytes) -> str:
 
 
 def source_version() -> str:
-    """The commit of the source tree this package is run from, or the installed version."""
+    """The commit of the source tree in use, or the installed version."""
     from learned_optim import __version__
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Optimizees during their training: B runs of one task family, advanced side by side."""
+"""Optimizees in training: B runs of a task family, side by side."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Optimizees:
         return twin
 
     def _unpack(self, packed: Tensor) -> list[Params]:
-        """Views of packed values by name: of each optimizee, or once ``(B, *shape)`` if stacked."""
+        """Views by name: of each optimizee, or once, ``(B, *shape)``, if they are stacked."""
         sizes = [shape.numel() for shapes in self._shapes for shape in shapes.values()]
         parts = iter(packed.split(sizes))
         return [
@@ -111,7 +111,7 @@ class Optimizees:
         ]
 
     def next_batch(self) -> list[Batch]:
-        """The next batch of every optimizee; one of tensors ``(B, ...)`` if they are stacked.
+        """The next batch of each optimizee, or one of tensors ``(B, ...)`` if stacked.
 
         Raises:
             ValueError: batches of stacked optimizees differ in shape.
@@ -131,7 +131,7 @@ class Optimizees:
         return [floating(together, self._dtype)]
 
     def losses(self, packed: Tensor, batch: list[Batch]) -> Tensor:
-        """Loss of every optimizee, shape ``(B,)``: the same for every call within a step."""
+        """Loss of every optimizee, ``(B,)``; repeated calls within a step agree."""
         if not self._stacked:
             return self._losses_one_by_one(packed, batch)
         loss, (named,), (stack,) = self._tasks[0].loss, self._unpack(packed), batch
@@ -178,7 +178,7 @@ class Optimizees:
 
     @torch.no_grad()
     def advance(self, rule: UpdateRule, batch: list[Batch] | None = None) -> Tensor:
-        """One inner step without a graph; returns the losses before it, ``(B,)``, detached.
+        """One inner step without a graph; returns the losses before it, ``(B,)``.
 
         Args:
             rule: the update rule.
@@ -220,7 +220,7 @@ def floating(batch: Batch, dtype: torch.dtype = torch.float32) -> Batch:
 
 
 def _pack_states(rule: UpdateRule, states: Sequence[State]) -> State:
-    """States of single tensors as one packed state, each column contiguous in memory."""
+    """States of single tensors as one packed state of contiguous columns."""
     packed = {}
     for key in states[0]:
         if key in rule.tensor_state:

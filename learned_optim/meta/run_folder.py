@@ -1,4 +1,4 @@
-"""The files of one meta-training: whole after any kill, and never written by two at once."""
+"""The files of a meta-training: intact after a kill, written by one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """A run folder: its recipe, its metrics, its best checkpoint, and the state to resume from.
+    """Recipe, metrics, best checkpoint and resume state of a run.
 
     Args:
         path: the folder; it appears with the first file written.

@@ -13,13 +13,13 @@ from torch import Generator
 
 
 def seeded(*parts: object) -> Generator:
-    """A CPU generator seeded by a hash of ``parts``: the same in every process and version."""
+    """A CPU generator whose seed is a hash of ``parts``, the same in every process."""
     return Generator().manual_seed(_seed_of(*parts))
 
 
 @contextmanager
 def global_generator_seeded(*parts: object) -> Iterator[None]:
-    """Seed torch's global generator by a hash of ``parts`` inside, and restore it afterwards.
+    """Seed torch's global generator by a hash of ``parts`` inside the context.
 
     Dropout and the like draw from the global generator; everything else has its own generator.
     """
@@ -74,7 +74,7 @@ def _seed_of(*parts: object) -> int:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Compute on ``count`` threads of torch inside: sums depend on how threads split them."""
+    """Set torch's threads inside the context: sums depend on how threads split them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -48,7 +48,7 @@ class Metrics:
         dropped: unrolls or tasks left out because something in them was not finite.
         seconds: duration of the round without validation.
         runs_per_second: optimizee runs trained per second.
-        validation: of the kept weights, the lower the better; ``None`` in rounds without one.
+        validation: of the averaged weights, the lower the better; ``None`` in rounds without one.
         ratio_to_adamw: validation relative to tuned AdamW on the same runs; ``None`` if unknown.
         validation_seconds: duration of the validation.
         seconds_left: of the remaining rounds, if they take as long as those before.
@@ -70,7 +70,7 @@ class Metrics:
 
 
 class MetaTrainer:
-    """Runs a recipe in a folder; a second trainer on the same folder resumes.
+    """Trains by a recipe in a run folder; a second trainer resumes.
 
     The folder holds ``recipe.json``, ``protocol.json`` (versions, and the source of a task or rule
     of one's own), ``metrics.jsonl`` (one line per round), ``references.json`` (tuned AdamW on the
@@ -99,7 +99,7 @@ class MetaTrainer:
 
     Attributes:
         rule: the rule in training.
-        kept: the moving average of its weights, which is validated and saved.
+        ema_rule: the moving average of its weights, which is validated and saved.
         history: the metrics of each round.
     """
 
@@ -161,8 +161,8 @@ class MetaTrainer:
         return WholeRuns(self.recipe, self.data, self.folder, workers, family)
 
     @property
-    def kept(self) -> UpdateRule:
-        return self.optimizer.kept
+    def ema_rule(self) -> UpdateRule:
+        return self.optimizer.ema_rule
 
     @property
     def round(self) -> int:
@@ -203,14 +203,14 @@ class MetaTrainer:
         self.history = [Metrics(**line) for line in saved["history"]]
 
     def _save(self) -> None:
-        """Best checkpoint first, resume state last: a kill in between repeats the round."""
+        """Write the best checkpoint, then the state: a kill in between repeats the round."""
         if self.best is self.history[-1]:
-            save_rule(self.kept, self.files.best, self.record())
+            save_rule(self.ema_rule, self.files.best, self.record())
         history = [asdict(line) for line in self.history]
         self.files.write_state({"optimizer": self.optimizer.state_dict(), "history": history})
 
     def record(self) -> dict[str, Any]:
-        """How the kept weights were made, for the checkpoint's header."""
+        """How the averaged weights were made, for the checkpoint's header."""
         last = self.history[-1] if self.history else None
         return {
             "recipe": self.recipe.to_json(),
@@ -245,7 +245,7 @@ class MetaTrainer:
                 f"none of the {self.round} {self.method.unit}s in {self.folder} has a finite "
                 f"validation: there are no weights worth keeping. {ADVICE}"
             )
-        rule, record = self.kept, self.record()
+        rule, record = self.ema_rule, self.record()
         if self.method.keeps_best:
             try:
                 rule, record = read_checkpoint(self.files.best)
@@ -319,7 +319,7 @@ class MetaTrainer:
         seconds = time.perf_counter() - started
         validation, details = None, done.details
         if self.method.validates_after(number):
-            validation = self.method.validate(self.kept, tell)
+            validation = self.method.validate(self.ema_rule, tell)
             details = {**details, "validation": validation.figures}
         if not math.isfinite(done.meta_loss) and not (
             validation and math.isfinite(validation.value)
@@ -351,8 +351,8 @@ class MetaTrainer:
         return self.round >= self.method.rounds
 
     def validate(self, rule: UpdateRule | None = None) -> float:
-        """:meth:`Method.validate` of the kept weights, unless a rule is given."""
-        return self.method.validate(rule or self.kept, lambda _: None).value
+        """:meth:`Method.validate` of the averaged weights, or of another rule."""
+        return self.method.validate(rule or self.ema_rule, lambda _: None).value
 
     # ---- progress
 

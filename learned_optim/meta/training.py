@@ -73,7 +73,7 @@ def meta_train(
     progress: bool = True,
     **changes: Any,
 ) -> MetaTrained:
-    """Meta-train an update rule on tasks of one's own; a second call resumes.
+    """Meta-train an update rule on your own tasks; a second call resumes.
 
     Example:
         >>> task = ModuleTask(MyNetwork, loader, nn.functional.cross_entropy)
@@ -194,7 +194,7 @@ def _rule(rule: Any) -> RuleConfig:
 def _family(
     tasks: Tasks, weights: Sequence[float] | Mapping[str, float] | None, options: TaskOptions
 ) -> tuple[str, TaskFamily | None]:
-    """The recipe's name for tasks, and their family: ``None`` for one registered task."""
+    """The recipe's name of the tasks, and their family unless they are one registered name."""
     named = _named(tasks)
     if isinstance(tasks, (str, Task, TaskFamily)):
         if weights is not None:
@@ -214,7 +214,7 @@ def _family(
 
 
 def _named(tasks: Tasks) -> dict[str, AnyTask]:
-    """Tasks by the names of a mapping, or by their classes, numbered where these repeat."""
+    """Tasks by their names in a mapping, or by class, with numbers against repetition."""
     if isinstance(tasks, Mapping):
         return dict(tasks)
     several = isinstance(tasks, Sequence) and not isinstance(tasks, str)

@@ -1,4 +1,4 @@
-"""Meta-training by unrolls: epochs of optimizee runs, cut into unrolls of a meta-step each."""
+"""Meta-training by unrolls: every unroll of an optimizee run is a meta-step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SMALLEST_LOSS = 1e-3
 
 
 def plan_of_run(recipe: Recipe, generator: Generator) -> list[tuple[int, bool]]:
-    """The inner steps of each unroll of a run, and whether it ends in a meta-step.
+    """Inner steps of each unroll of a run, and whether a meta-step follows.
 
     Steps after the last meta-step are left out: nothing is learned from them.
     """
@@ -59,7 +59,7 @@ def plan_of_run(recipe: Recipe, generator: Generator) -> list[tuple[int, bool]]:
 
 
 class Unrolls(Method):
-    """Epochs of runs; the weights with the best validation are tested on fresh runs.
+    """Epochs of runs; the best validation selects the weights, which fresh runs test.
 
     Ranks share the tasks of a run.
 
@@ -211,7 +211,7 @@ class Unrolls(Method):
 
     @torch.no_grad()
     def validate(self, rule: UpdateRule, report: Report) -> Validation:
-        """Mean summed loss over the validation runs, infinite if it is not finite."""
+        """Mean of the summed losses of the validation runs; infinite if not finite."""
         sums = self._validation_sums(rule, _counter(report, "validation", len(self._seeds)))
         value, adamw, ratio = self._mean(sums), self._adamw, None
         if adamw is not None and math.isfinite(adamw) and adamw > 0 and math.isfinite(value):
@@ -235,7 +235,7 @@ class Unrolls(Method):
     def _validation_sums(
         self, optimizer: UpdateRule | float, on_runs: Callable[[int], None]
     ) -> Tensor:
-        """Summed losses of all validation runs, float64; each rank computes a part of them."""
+        """Summed losses of all validation runs, float64; ranks share the runs."""
         sums, ours = torch.zeros(len(self._seeds)).double(), slice(self.rank, None, self.world)
         if self._seeds[ours]:
             sums[ours] = self._sums(optimizer, self.family, self._seeds[ours], on_runs).double()
@@ -244,9 +244,10 @@ class Unrolls(Method):
         return sums
 
     def _tuned_adamw(self, report: Report) -> float:
-        """Validation of AdamW, tuned on the validation runs; runs the rates that are missing.
+        """Validation of AdamW, tuned on the validation runs.
 
-        All ranks must take part. Scores are kept in ``references.json`` after each rate.
+        All ranks must take part. Each rate's scores are saved in ``references.json``, and only
+        missing rates run.
 
         Raises:
             ValueError: the file is damaged.

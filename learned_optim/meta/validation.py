@@ -58,7 +58,7 @@ class Reference:
 
 
 def read_references(folder: Path) -> list[Reference]:
-    """The references in the run folder; an empty list if there are none.
+    """The references in the run folder; empty if there are none.
 
     Raises:
         ValueError: the file is damaged.
@@ -90,7 +90,7 @@ def mean_of(sums: Tensor, geometric: bool) -> float:
 
 
 def tuned_sums(references: Sequence[Reference]) -> Tensor:
-    """Summed loss of every run at the best learning rate of its task, ``(runs,)``."""
+    """Summed losses of runs at the best rates of their tasks, ``(runs,)``."""
     rates: dict[str, int] = {}
     for task in {reference.task for reference in references}:
         rows = torch.tensor([r.scores for r in references if r.task == task], dtype=torch.float64)
@@ -137,7 +137,7 @@ def summed_losses(
 
 
 def _adamw(optimizees: Optimizees, lr: float) -> Callable[[], Tensor]:
-    """A function that takes an inner step of AdamW and returns the losses before it, ``(B,)``."""
+    """Inner steps of AdamW, a call each; a call returns the losses before it, ``(B,)``."""
     # AdamW is coordinatewise: one packed tensor trains as its parts would.
     weights = nn.Parameter(optimizees.packed)
     adamw = torch.optim.AdamW([weights], lr=lr)

@@ -78,12 +78,12 @@ RunMap: TypeAlias = Callable[[Callable[["Runs", Any], Any], Iterable[Any]], Iter
 
 
 class WholeRuns(Method):
-    """Meta-steps on whole runs; validation tells how far runs end behind tuned AdamW.
+    """Meta-steps on whole runs; validation compares final losses with tuned AdamW's.
 
     Args:
         recipe: what to train, and how.
         data: where images are looked for.
-        folder: the run folder, where AdamW's scores are kept.
+        folder: the run folder, which holds AdamW's scores.
         workers: processes that share the tasks of a meta-step.
         family: the tasks, if they have no registered name.
     """
@@ -170,7 +170,7 @@ class WholeRuns(Method):
         return number % self.recipe.validation_every == 0 or number == self.rounds
 
     def validate(self, rule: UpdateRule, report: Report) -> Validation:
-        """Log of the final loss minus that of tuned AdamW on the same runs.
+        """Log of the ratio of the final loss to that of tuned AdamW.
 
         Figures are the ``mean`` over tasks, each counting at most 1.5, and ``share_ahead``, the
         share of tasks on which the rule ends below AdamW.
@@ -188,7 +188,7 @@ class WholeRuns(Method):
         return Validation(value, ratio, {"behind_adamw": {"average": figures}})
 
     def references(self, report: Report) -> list[Reference]:
-        """Tuned AdamW on the validation tasks; references that the folder lacks are run.
+        """Tuned AdamW on the validation tasks; runs those that the folder lacks.
 
         Raises:
             ValueError: ``references.json`` is damaged.
@@ -242,7 +242,7 @@ class TaskResult:
 
 
 def training_seed(number: int) -> int:
-    """The seed of a training task by its number; different numbers have different seeds."""
+    """The seed of the training task with this number; it is no validation seed."""
     return number if number < VALIDATION_SEEDS.start else number + len(VALIDATION_SEEDS)
 
 
@@ -326,7 +326,7 @@ class Runs:
         return Draw(TaskPopulation(task, stacked), recipe.horizon, known=chance >= UNKNOWN_SHARE)
 
     def train(self, job: tuple[int, Tensor, bool]) -> TaskResult:
-        """Run a task under all perturbed weights, side by side on the same batches.
+        """Run a task under all perturbed weights on the same batches.
 
         Args:
             job: seed, weights of shape ``(n,)``, and whether the task is a large one.
@@ -368,7 +368,7 @@ class Runs:
 
 
 class TaskPopulation(Population):
-    """Copies of one optimizee of a task, which differ in the rule's weights alone.
+    """Copies of one optimizee under different weights of the rule.
 
     All copies see the same batches, and the same random numbers in their forward passes. Buffers,
     such as batch norm's statistics, are each copy's own.

@@ -1,4 +1,4 @@
-"""Recipes: everything that determines a meta-training run, as data; by name and in files."""
+"""Recipes: everything that determines a meta-training, as data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Recipe:
-    """Fields of both methods, the check of all values, and the JSON form."""
+    """Fields of both methods, checks of all fields, and the JSON form."""
 
     task: str
     """Registered task family, whose meta-training split is used; of evolution strategies, also a
@@ -109,7 +109,7 @@ class Recipe(_Recipe):
     relative_loss: bool = False
     """Divide every meta-gradient by its unroll's mean loss: tasks of all scales count alike."""
     average: float = 0.0
-    """Decay of the moving average of weights that is validated and kept; 0 keeps the last."""
+    """Decay of the moving average of the weights, which is validated and saved."""
     validation_runs: int = 20
     """Fresh optimizee runs, the same after every epoch, that choose the best epoch."""
     validation_horizon: int | None = None
@@ -210,7 +210,7 @@ def rule_config(name: str, values: dict[str, Any] | None = None) -> RuleConfig:
 
 
 def check_names(names: Iterable[str], known: Sequence[str], what: str) -> None:
-    """Raise ``ValueError`` for a name that is not ``known``; it says the nearest that is."""
+    """Raise ``ValueError`` for an unknown name; the message has the nearest known."""
     for name in names:
         if name not in known:
             near = did_you_mean(name, known) or f". Fields: {', '.join(known) or 'none'}"
@@ -232,7 +232,7 @@ def import_rules(module: str) -> None:
 
 
 def recipe_from_json(data: dict[str, Any]) -> AnyRecipe:
-    """A recipe from the data of a recipe file, the inverse of :meth:`Recipe.to_json`.
+    """A recipe from JSON data, the inverse of :meth:`Recipe.to_json`.
 
     ``method = "evolution"`` selects :class:`EvolutionRecipe`. ``rule`` is a table of ``name`` and
     ``config``, or the name alone.
@@ -282,7 +282,10 @@ def _modules() -> dict[str, ModuleType]:
 
 
 def load_recipe(source: str) -> AnyRecipe:
-    """A recipe by shipped name, from a TOML or JSON file, or from a run folder.
+    """A recipe by name, from a file, or from a run folder.
+
+    Args:
+        source: a shipped name, a TOML or JSON file, or a run folder.
 
     Raises:
         ValueError: neither a shipped name nor a readable recipe file; the message names the file.
@@ -301,7 +304,7 @@ def load_recipe(source: str) -> AnyRecipe:
 
 
 def read_recipe(path: Path) -> AnyRecipe:
-    """A recipe from a TOML or JSON file; see :func:`load_recipe` for its errors."""
+    """A recipe from a file; the errors are those of :func:`load_recipe`."""
     if path.suffix not in (".json", ".toml") or not path.is_file():
         raise FileNotFoundError(f"no recipe file or run folder at {path}")
     try:
