@@ -42,7 +42,7 @@ void run(int round) {
   std::vector<double> constants;
   for (int64_t i = 0; i < m; ++i) {
     const int64_t size = sizes_of[below(round % 20 == 0 ? 13 : 10)];
-    const int type = int(below(kTypes));
+    const int type = int(below(kTypeCount));
     sizes.push_back(size);
     types.push_back(uint8_t(type));
     constants.insert(constants.end(), {0.05, 3.0, double(below(2))});
@@ -50,10 +50,10 @@ void run(int round) {
     const auto put = [&](Pointer row, int64_t bytes, bool any_bits) {
       pointers[size_t(row * m + i)] = filled(memory, bytes, any_bits);
     };
-    put(kParam, size * kParamSize[type], wild);
-    put(kGrad, size * kParamSize[type], true);
+    put(kParam, size * kTypes[type].param_bytes, wild);
+    put(kGrad, size * kTypes[type].param_bytes, true);
     if (below(2)) put(kUpdate, size * 4, true);
-    for (Pointer row : {kFast, kSlow, kSquare}) put(row, size * kStateSize[type], wild);
+    for (Pointer row : {kFast, kSlow, kSquare}) put(row, size * kTypes[type].state_bytes, wild);
     put(kStatsOf, kStats * 4, wild);
     put(kStepOf, 4, false);
     put(kHidden, units * kInputs * 4, wild);
@@ -88,9 +88,9 @@ void run(int round) {
     update = pointers[size_t(kParam * m) + last];
     expect(step() != kOk, "an update that is the parameter");
     update = place;
-    types[last] += kTypes;
+    types[last] += kTypeCount;
     expect(step() == kBadType, "an unknown type");
-    types[last] -= kTypes;
+    types[last] -= kTypeCount;
   }
   sizes[0] = -sizes[0] - 1;
   expect(step() == kBadType, "a negative size");

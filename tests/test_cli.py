@@ -21,7 +21,7 @@ from learned_optim.meta import DataOptions, MetaTrainer, load_recipe
 from learned_optim.meta.recipes import recipes
 from learned_optim.meta.tasks import task_names
 from learned_optim.rules import rule_names
-from learned_optim.rules._config import RULES
+from learned_optim.rules._base import RULES
 from learned_optim.rules.classical import AdamRule
 
 COMMANDS = ("list", "show", "train", "evaluate", "explain")

@@ -13,7 +13,7 @@ import pytest
 
 from learned_optim.cli import main
 from learned_optim.meta import load_recipe
-from learned_optim.rules import _config, rule_names
+from learned_optim.rules import _base, rule_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,7 +39,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(tmp_path)
     # Rules that a page defines are not to be found by the tests that come after it.
     rule_names()
-    monkeypatch.setattr(_config, "RULES", dict(_config.RULES))
+    monkeypatch.setattr(_base, "RULES", dict(_base.RULES))
     text = page.read_text()
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page, "python"):

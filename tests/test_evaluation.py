@@ -40,7 +40,7 @@ from learned_optim.evaluation.statistics import (
 )
 from learned_optim.meta import DataOptions
 from learned_optim.meta.tasks import Batch, Params, Task, field_steps, field_tasks
-from learned_optim.rules._config import RULES
+from learned_optim.rules._base import RULES
 from learned_optim.rules.classical import AdamConfig, AdamRule
 
 NOTHING_LEARNED = EvaluateConfig(

@@ -29,7 +29,7 @@ from learned_optim.meta.recipes import recipe_from_json
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.unrolls import Unrolls
 from learned_optim.rules import RuleConfig, Segments, State, StepContext, UpdateRule
-from learned_optim.rules._config import RULES
+from learned_optim.rules._base import RULES
 from learned_optim.rules.classical import SGDRule
 from learned_optim.rules.equivariant import EquivariantConfig
 

@@ -11,7 +11,7 @@ from test_trainer import SMALL
 from learned_optim.meta import MetaTrainer, Recipe, load_recipe, recipes
 from learned_optim.meta.recipes import recipe_from_json
 from learned_optim.rules import RuleConfig
-from learned_optim.rules._config import RULES
+from learned_optim.rules._base import RULES
 from learned_optim.rules.classical import SGDRule
 from learned_optim.rules.equivariant import EquivariantConfig
 from learned_optim.rules.lstm import LSTMConfig

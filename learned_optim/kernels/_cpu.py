@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from learned_optim._tensors import fan_in, init_scale
-from learned_optim.kernels._library import SIZES, library
-from learned_optim.kernels.constants import DECAY_UNIT, LARGEST_SCALE
+from learned_optim.kernels import constants as c
+from learned_optim.kernels._library import library
 
-*_, STATS, INPUTS, MOST_UNITS = SIZES
 OUTPUTS = 5
 #: Entries of a tensor's state, in the order of a call.
-STATE_KEYS = ("fast", "slow", "square", "stats", "step")
+MOMENTS = ("fast", "slow", "square")
+STATE_KEYS = (*MOMENTS, "stats", "step")
 # Type codes: of the parameter, plus that of the moments.
 _PARAM_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_CODES = {torch.float32: 0, torch.bfloat16: 4}
@@ -115,9 +115,9 @@ def takes_dtypes(m: int, dtypes: Sequence[torch.dtype]) -> bool:
 def takes_network(m: int, network: Sequence[torch.Size]) -> bool:
     """True if the weights' shapes make one network, shared or with a leading ``m``."""
     lead, units = network[0][:-2], network[1][-1]
-    parts = [(units, INPUTS), (units,), (OUTPUTS, units), (OUTPUTS,), (OUTPUTS, INPUTS)]
+    parts = [(units, c.NUM_INPUTS), (units,), (OUTPUTS, units), (OUTPUTS,), (OUTPUTS, c.NUM_INPUTS)]
     return (
-        1 <= units <= MOST_UNITS
+        1 <= units <= c.MOST_UNITS
         and lead in ((), (m,))
         and tuple(network) == tuple(torch.Size((*lead, *part)) for part in parts)
     )
@@ -127,7 +127,7 @@ def constants_of(shapes: Sequence[torch.Size]) -> list[float]:
     """Three numbers per parameter: initial scale, log fan-in, is-vector."""
     constants: list[float] = []
     for shape in shapes:
-        scale = min(init_scale(shape), LARGEST_SCALE)
+        scale = min(init_scale(shape), c.LARGEST_SCALE)
         constants += [scale, math.log(fan_in(shape)), float(len(shape) < 2)]
     return constants
 
@@ -253,7 +253,7 @@ class BoundStep:
         numbers = array(
             "d",
             (
-                -1.0 if settings.maximize else 1.0, float(lr), DECAY_UNIT * settings.weight_decay,
+                -1.0 if settings.maximize else 1.0, float(lr), c.DECAY_UNIT * settings.weight_decay,
                 settings.total_steps or 0.0, settings.warmup, layout.units,
             ),
         )  # fmt: skip
@@ -339,7 +339,7 @@ def _layout(
     return _Layout(
         varying_dtypes=[*params * 2],
         varying_numels=[*sizes * 2],
-        fixed_numels=[*sizes * 3, *[STATS] * m, *[1] * m, *map(math.prod, network)],
+        fixed_numels=[*sizes * 3, *[c.NUM_STATS] * m, *[1] * m, *map(math.prod, network)],
         units=units,
         network_strides=[4 * math.prod(part) if lead else 0 for part in parts],
         constants=array("d", constants_of(shapes)),

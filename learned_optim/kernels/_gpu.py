@@ -15,6 +15,7 @@ from torch import Tensor
 
 from learned_optim._warn import warn
 from learned_optim.kernels import _build, _cpu, _launch, _library
+from learned_optim.kernels import constants as c
 
 _failure = ""
 _passed: dict[Hashable, bool] = {}
@@ -167,7 +168,7 @@ def _try(
     tolerance = 5e-2 if {torch.bfloat16, torch.float16} & {*types} else 1e-4
     pairs = [*zip(host, own, strict=True), (apart[0], apart[1])]
     for state, device_state in zip(on_host, on_device, strict=True):
-        pairs += [(state[key], device_state[key]) for key in state]
+        pairs += zip(state.values(), device_state.values(), strict=True)
     for want, got in pairs:
         got = got.to("cpu")
         unit = want.double().abs().clamp(min=1)
@@ -177,9 +178,6 @@ def _try(
 
 
 def _fresh_state(shape: torch.Size, dtype: torch.dtype) -> dict[str, Tensor]:
-    keys, like = ("fast", "slow", "square"), torch.zeros((*shape, 1), dtype=dtype, device="cpu")
-    own = {"stats": (_cpu.STATS,), "step": ()}
-    return {
-        **{key: like.clone() for key in keys},
-        **{key: torch.zeros(size, device="cpu") for key, size in own.items()},
-    }
+    moments = {key: torch.zeros((*shape, 1), dtype=dtype, device="cpu") for key in _cpu.MOMENTS}
+    stats, step = torch.zeros(c.NUM_STATS, device="cpu"), torch.zeros((), device="cpu")
+    return {**moments, "stats": stats, "step": step}

@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learned_optim.kernels import _cpu
-from learned_optim.kernels.constants import DECAY_UNIT
+from learned_optim.kernels import constants as c
 
 # Coordinates of a program, and of one pass of its loop.
 CHUNK, BLOCK = 4096, 512
@@ -25,18 +25,6 @@ _ROW = 16  # of gains and of sums
 # In the interpreter a kernel runs on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 is_here = _cpu.is_cpu if INTERPRETED else _cpu.is_cuda
-
-_Value = TypeVar("_Value")
-
-
-class _Cache(dict[Hashable, _Value], Generic[_Value]):
-    """Tables on the device; emptied after running kernels, which may read them, have ended."""
-
-    def make_room(self, most: int) -> None:
-        if len(self) >= most:
-            if not INTERPRETED:
-                torch.cuda.synchronize()
-            self.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +49,17 @@ class _Layout:
     types: tuple[torch.dtype, torch.dtype]
 
 
-_layouts = _Cache[_Layout]()
-_tables = _Cache[tuple[Tensor, bool] | None]()
+_layouts: dict[Hashable, _Layout] = {}
+_tables: dict[Hashable, tuple[Tensor, bool] | None] = {}
 _captured: list[_Layout] = []  # kept for good: a graph reads its tables at every replay
+
+
+def _make_room(cache: dict[Hashable, Any], most: int) -> None:
+    """Empty a full cache of tables after running kernels, which may read them, have ended."""
+    if len(cache) >= most:
+        if not INTERPRETED:
+            torch.cuda.synchronize()
+        cache.clear()
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def prepare(call: _cpu.StepCall) -> Launches | None:
     if layout is None:
         if capturing or not _cpu.takes_dtypes(m, dtypes) or not _cpu.takes_network(m, weights):
             return None
-        _layouts.make_room(256)
+        _make_room(_layouts, 256)
         layout = _layouts[key] = _make_layout(shapes, dtypes, weights, device)
     if [tensor.numel() for tensor in tensors] != layout.numels:
         return None
@@ -118,7 +114,7 @@ def prepare(call: _cpu.StepCall) -> Launches | None:
     stream = 0 if INTERPRETED else torch.cuda.current_stream(device).cuda_stream
     where = layout, (*addresses[: 7 * m], *places), stream
     if where not in _tables:
-        _tables.make_room(1024)
+        _make_room(_tables, 1024)
         usable, aligned = _memory(rows, layout)
         _tables[where] = (_upload(_host(rows), device), aligned) if usable else None
     table = _tables[where]
@@ -138,13 +134,12 @@ def _make_layout(
     integers = torch.stack((_host(sizes), chunks.cumsum(0) - chunks, chunks), 1)
     constants = _host(_cpu.constants_of(shapes), torch.float64).reshape(m, 3)
     items = [dtypes[i * m].itemsize for i in range(5)]
-    per_tensor = [[*(size * item for item in items), 4 * _cpu.STATS, 4, 4 * size] for size in sizes]
     layout = _Layout(
-        numels=[*sizes * 5, *[_cpu.STATS] * m, *[1] * m, *map(math.prod, weights)],
+        numels=[*sizes * 5, *[c.NUM_STATS] * m, *[1] * m, *map(math.prod, weights)],
         integers=_upload(integers, device),
         constants=_upload(constants, device),
         chunk_tensor=_upload(_host(range(m), torch.int32).repeat_interleave(chunks), device),
-        bytes=_host(per_tensor),
+        bytes=_host([[*(n * i for i in items), 4 * c.NUM_STATS, 4, 4 * n] for n in sizes]),
         types=(dtypes[0], dtypes[2 * m]),
     )
     if not INTERPRETED:  # other streams may read it
@@ -205,7 +200,7 @@ def launch(kernels: ModuleType, launches: Launches, settings: _cpu.StepSettings)
         kernels.gains_kernel[(m,)](
             addresses, layout.integers, layout.constants, *launches.network,
             lr if on_device else gains, gains, counters, 0.0 if on_device else float(lr),
-            DECAY_UNIT * settings.weight_decay, float(total_steps or 0.0), float(settings.warmup),
+            c.DECAY_UNIT * settings.weight_decay, float(total_steps or 0.0), float(settings.warmup),
             PARAM_TYPE=_triton_type(layout.types[0]), UNITS=bias.shape[-1],
             OWN_NETWORKS=bias.dim() - 1, LR_ON_DEVICE=on_device, BLOCK=_MEASURE_BLOCK,
         )  # fmt: skip

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: RET505, SIM300 (Triton reads the branches of a constant condition its own way)
+# ruff: noqa: F821, RET505, SIM300 (constants; Triton reads branches of a constant condition)
 """The step of the rule ``horizon`` in Triton: the computation of ``step.cpp`` on a GPU.
 
 Two launches. :func:`gains_kernel`, one program per tensor: inputs from the statistics of the step
@@ -17,53 +17,23 @@ import triton.language as tl
 
 from learned_optim.kernels import constants as c
 
-# Columns of the addresses, of the layout's integers and of its constants.
-PARAM, GRAD, FAST, SLOW, SQUARE, STATS, STEP, UPDATE = map(tl.constexpr, range(8))
-ADDRESSES: tl.constexpr = tl.constexpr(8)
-SIZE, FIRST_CHUNK, CHUNKS = map(tl.constexpr, range(3))
-INTEGERS: tl.constexpr = tl.constexpr(3)
-INIT_SCALE, LOG_FAN_IN, IS_VECTOR = map(tl.constexpr, range(3))
-CONSTANTS: tl.constexpr = tl.constexpr(3)
-# A row of gains or of sums, the last entries unused.
-ROW: tl.constexpr = tl.constexpr(16)
+# Kernels read global names that are constexpr. Those of constants.py keep their names.
+globals().update({name: tl.constexpr(x) for name, x in vars(c).items() if name.isupper()})
+TINY2 = tl.constexpr(c.TINY**2)
+FAST_RATE, SLOW_RATE, SQUARE_RATE, LOG_FAST, LOG_SLOW, LOG_SQUARE, LOG_SHORT, LOG_LONG = (
+    tl.constexpr(value)
+    for value in (
+        *(1.0 - beta for beta in (c.FAST_BETA, c.SLOW_BETA, c.SQUARE_BETA)),
+        *map(math.log, (c.FAST_BETA, c.SLOW_BETA, c.SQUARE_BETA, c.SHORT_BETA, c.LONG_BETA)),
+    )
+)
+INFINITY, PI = tl.constexpr(math.inf), tl.constexpr(math.pi)
 
-# Constants of the rule.
-TINY2: tl.constexpr = tl.constexpr(c.TINY**2)
-LOG_FAST: tl.constexpr = tl.constexpr(math.log(c.FAST_BETA))
-LOG_SLOW: tl.constexpr = tl.constexpr(math.log(c.SLOW_BETA))
-LOG_SQUARE: tl.constexpr = tl.constexpr(math.log(c.SQUARE_BETA))
-LOG_SHORT: tl.constexpr = tl.constexpr(math.log(c.SHORT_BETA))
-LOG_LONG: tl.constexpr = tl.constexpr(math.log(c.LONG_BETA))
-INFINITY: tl.constexpr = tl.constexpr(float("inf"))
-LARGEST_GRAD: tl.constexpr = tl.constexpr(c.LARGEST_GRAD)
-LARGEST_COUNT: tl.constexpr = tl.constexpr(c.LARGEST_COUNT)
-STEP_BOUND: tl.constexpr = tl.constexpr(c.STEP_BOUND)
-MIX_BOUND: tl.constexpr = tl.constexpr(c.MIX_BOUND)
-BASE_STEP: tl.constexpr = tl.constexpr(c.BASE_STEP)
-LARGEST_SCALE: tl.constexpr = tl.constexpr(c.LARGEST_SCALE)
-SMALLEST_SHARE: tl.constexpr = tl.constexpr(c.SMALLEST_SHARE)
-SINGLE_SHARE: tl.constexpr = tl.constexpr(c.SINGLE_SHARE)
-DECAY_POWER: tl.constexpr = tl.constexpr(c.DECAY_POWER)
-LAST_RATE: tl.constexpr = tl.constexpr(c.LAST_RATE)
-WARMUP_SHARE: tl.constexpr = tl.constexpr(c.WARMUP_SHARE)
-WARMUP_STEPS: tl.constexpr = tl.constexpr(c.WARMUP_STEPS)
-SHORTEST_WARMUP: tl.constexpr = tl.constexpr(c.SHORTEST_WARMUP)
-LONGEST_WARMUP: tl.constexpr = tl.constexpr(c.LONGEST_WARMUP)
-INPUTS: tl.constexpr = tl.constexpr(23)
-PI: tl.constexpr = tl.constexpr(3.141592653589793)
-FAST_RATE: tl.constexpr = tl.constexpr(1.0 - c.FAST_BETA)
-SLOW_RATE: tl.constexpr = tl.constexpr(1.0 - c.SLOW_BETA)
-SQUARE_RATE: tl.constexpr = tl.constexpr(1.0 - c.SQUARE_BETA)
-LARGEST_RATIO: tl.constexpr = tl.constexpr(c.LARGEST_RATIO)
-SHORT: tl.constexpr = tl.constexpr(c.SHORT_BETA)
-LONG: tl.constexpr = tl.constexpr(c.LONG_BETA)
-CONFIDENCE_START: tl.constexpr = tl.constexpr(c.CONFIDENCE_START)
-CONFIDENCE_GAIN: tl.constexpr = tl.constexpr(c.CONFIDENCE_GAIN)
-UNKNOWN_GAIN: tl.constexpr = tl.constexpr(c.UNKNOWN_GAIN)
-KNOWN_GAIN: tl.constexpr = tl.constexpr(c.KNOWN_GAIN)
-GROWTH_LOSS: tl.constexpr = tl.constexpr(c.GROWTH_LOSS)
-LEAST_GROWTH: tl.constexpr = tl.constexpr(c.LEAST_GROWTH)
-LEAST_OPPOSITION: tl.constexpr = tl.constexpr(c.LEAST_OPPOSITION)
+# Columns of the addresses, of the layout's integers and of its constants.
+PARAM, GRAD, FAST, SLOW, SQUARE, STATS, STEP, UPDATE, ADDRESSES = map(tl.constexpr, range(9))
+SIZE, FIRST_CHUNK, CHUNKS, INTEGERS = map(tl.constexpr, range(4))
+INIT_SCALE, LOG_FAN_IN, IS_VECTOR, CONSTANTS = map(tl.constexpr, range(4))
+ROW = tl.constexpr(16)  # of gains or of sums, the last entries unused
 
 
 @triton.jit(
@@ -199,15 +169,15 @@ def _respond(
     """The network's five outputs, ``(8,)``; a block of hidden units at a time."""
     BLOCK: tl.constexpr = 16
     i, o = tl.arange(0, WIDTH), tl.arange(0, 8)
-    used = (o[:, None] < 5) & (i[None, :] < INPUTS)
-    direct_weight = tl.load(direct + o[:, None] * INPUTS + i[None, :], mask=used, other=0.0)
+    used = (o[:, None] < 5) & (i[None, :] < NUM_INPUTS)
+    direct_weight = tl.load(direct + o[:, None] * NUM_INPUTS + i[None, :], mask=used, other=0.0)
     out = tl.sum(direct_weight.to(tl.float64) * x[None, :], axis=1)
     out += tl.load(readout_bias + o, mask=o < 5, other=0.0).to(tl.float64)
     for begin in range(0, UNITS, BLOCK):
         u = begin + tl.arange(0, BLOCK)
-        into = (u[:, None] < UNITS) & (i[None, :] < INPUTS)
+        into = (u[:, None] < UNITS) & (i[None, :] < NUM_INPUTS)
         out_of = (o[:, None] < 5) & (u[None, :] < UNITS)
-        weight = tl.load(hidden + u[:, None] * INPUTS + i[None, :], mask=into, other=0.0)
+        weight = tl.load(hidden + u[:, None] * NUM_INPUTS + i[None, :], mask=into, other=0.0)
         bias = tl.load(hidden_bias + u, mask=u < UNITS, other=0.0).to(tl.float64)
         h = tanh(bias + tl.sum(weight.to(tl.float64) * x[None, :], axis=1))
         back = tl.load(readout + o[:, None] * UNITS + u[None, :], mask=out_of, other=0.0)
@@ -249,7 +219,7 @@ def gains_kernel(
     size = tl.load(integers + tensor * INTEGERS + SIZE)
     q = tl.arange(0, ROW)
     stats = pointer(addresses, tensor, STATS, tl.float32)
-    z = tl.load(stats + q, mask=q < 14, other=0.0).to(tl.float64)
+    z = tl.load(stats + q, mask=q < NUM_STATS, other=0.0).to(tl.float64)
     t = tl.load(pointer(addresses, tensor, STEP, tl.float32)).to(tl.float64)
     total = tl.full((), 0.0, tl.float64) + total_steps
     rate = _schedule(t, total)
@@ -274,8 +244,8 @@ def gains_kernel(
     x = _inputs(z, t, rms, first, natural, log_fan_in, is_vector, size, total, rotated, WIDTH)
     own = tensor * OWN_NETWORKS  # 0 where all tensors share a network
     out = _respond(
-        x, hidden + own * UNITS * INPUTS, hidden_bias + own * UNITS, readout + own * 5 * UNITS,
-        readout_bias + own * 5, direct + own * 5 * INPUTS, UNITS, WIDTH,
+        x, hidden + own * UNITS * NUM_INPUTS, hidden_bias + own * UNITS, readout + own * 5 * UNITS,
+        readout_bias + own * 5, direct + own * 5 * NUM_INPUTS, UNITS, WIDTH,
     )  # fmt: skip
     scale = tl.maximum(tl.minimum(rms, LARGEST_SCALE), natural * SMALLEST_SHARE)
     scale *= tl.where(size == 1, SINGLE_SHARE, 1.0)
@@ -341,7 +311,7 @@ def _finish(stats, step, partials, first, count, size, KNOWN: tl.constexpr):
         part = tl.load(partials + at, mask=mask, other=0.0, cache_modifier=".cg")
         sums += tl.sum(part.to(tl.float64), axis=0)
     mean = sums / tl.maximum(size, 1).to(tl.float64)
-    z = tl.load(stats + q, mask=q < 14, other=0.0).to(tl.float64)
+    z = tl.load(stats + q, mask=q < NUM_STATS, other=0.0).to(tl.float64)
     t = tl.load(step)
     rms = tl.sqrt(pick(mean, 0))
     square = pick(mean, 1)
@@ -351,16 +321,16 @@ def _finish(stats, step, partials, first, count, size, KNOWN: tl.constexpr):
     with_slow = pick(mean, 9) / tl.sqrt(ratio2 * pick(mean, 11) + 1e-20)
     r = pick(mean, 4)
     new = tl.where(q == 2, level, z)
-    new = tl.where(q == 3, tl.where(t > 0, _average(z, LONG, level), level), new)
+    new = tl.where(q == 3, tl.where(t > 0, _average(z, LONG_BETA, level), level), new)
     new = tl.where(q == 4, _ratio(pick(mean, 2), square), new)
     new = tl.where(q == 5, _ratio(pick(mean, 3), square), new)
     new = tl.where(q == 6, tl.log(pick(mean, 5) + 1e-4), new)
     new = tl.where(q == 7, tl.log(pick(mean, 6) + 1e-4), new)
     new = tl.where(q == 8, _ratio(r * r, square), new)
-    new = tl.where(q == 9, _average(z, SHORT, with_fast), new)
-    new = tl.where(q == 10, _average(z, LONG, with_fast), new)
-    new = tl.where(q == 11, _average(z, SHORT, with_slow), new)
-    new = tl.where(q == 12, _average(z, SHORT, pick(mean, 12)), new)
+    new = tl.where(q == 9, _average(z, SHORT_BETA, with_fast), new)
+    new = tl.where(q == 10, _average(z, LONG_BETA, with_fast), new)
+    new = tl.where(q == 11, _average(z, SHORT_BETA, with_slow), new)
+    new = tl.where(q == 12, _average(z, SHORT_BETA, pick(mean, 12)), new)
     agreement = clamp(with_fast / tl.sqrt(tl.maximum(pick(mean, 12), 1e-3)), -1.0, 1.0)
     growth = tl.where(t > 0, level.to(tl.float32) - pick(z, 3), 0.0)
     mean = pick(new, 10) / correction(LOG_LONG, t.to(tl.float64) + 1.0)
@@ -368,7 +338,7 @@ def _finish(stats, step, partials, first, count, size, KNOWN: tl.constexpr):
     new = tl.where(square > 0, new, z)  # statistics of gradients begin with the first gradient
     new = tl.where(q == 1, rms, new)
     new = tl.where(q == 0, tl.where(t > 0, z, rms), new)
-    tl.store(stats + q, new.to(tl.float32), mask=q < 14)
+    tl.store(stats + q, new.to(tl.float32), mask=q < NUM_STATS)
     tl.store(step, t + 1.0)
 
 

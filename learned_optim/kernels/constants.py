@@ -3,6 +3,11 @@
 Standard library alone: the build passes every upper-case number to the C++ compiler as ``LO_NAME``.
 """
 
+# ---- sizes
+NUM_STATS = 14  # entries of `stats`
+NUM_INPUTS = 23  # of the network
+MOST_UNITS = 1024  # of its hidden layer, in the kernels
+
 # ---- moments
 FAST_BETA = 0.9  # decay of the fast momentum
 SLOW_BETA = 0.99  # decay of the slow momentum
@@ -49,4 +54,4 @@ UNDIMINISHED_STEPS = 4000.0  # in longer runs weight decay is divided by length 
 
 def macros() -> list[str]:
     """Definitions for a C++ compiler."""
-    return [f"-DLO_{name}={float(value)!r}" for name, value in globals().items() if name.isupper()]
+    return [f"-DLO_{name}={value!r}" for name, value in globals().items() if name.isupper()]

@@ -1,5 +1,4 @@
-// Shared by the parts of the library: declarations, return codes, threads, and the check that
-// written memory does not overlap other memory.
+// Shared by the parts of the library: declarations, return codes, the check of memory, threads.
 
 #ifndef LEARNED_OPTIM_LIBRARY_H
 #define LEARNED_OPTIM_LIBRARY_H
@@ -39,6 +38,16 @@ struct Range {
   uint64_t begin, end;
   bool written;
 };
+
+// Adds `count` items of `bytes` each; false if the pointer is null or not aligned to an item.
+inline bool take(std::vector<Range>& ranges, const void* pointer, int64_t count, int64_t bytes,
+                 bool written) {
+  const auto at = uint64_t(reinterpret_cast<uintptr_t>(pointer));
+  if (count == 0) return true;
+  if (at == 0 || at % uint64_t(bytes) != 0) return false;
+  ranges.push_back({at, at + uint64_t(count * bytes), written});
+  return true;
+}
 
 // True if written memory is also read or written by another range: order would matter then.
 inline bool overlapping(std::vector<Range>& ranges) {

@@ -247,11 +247,8 @@ void run(const Stack& stack, const Variant& variant, int32_t threads) {
 
 int check(const Stack& stack, const float* const* weights) {
   std::vector<Range> ranges;
-  const auto take = [&](const float* data, int64_t floats, bool written) {
-    const auto at = uint64_t(reinterpret_cast<uintptr_t>(data));
-    if (at == 0 || at % sizeof(float) != 0) return false;
-    ranges.push_back({at, at + uint64_t(floats) * sizeof(float), written});
-    return true;
+  const auto take_floats = [&](const float* data, int64_t count, bool written) {
+    return take(ranges, data, count, sizeof(float), written);
   };
   const int64_t width = int64_t(stack.layers) * stack.units;
   for (int entry = 0; entry < kEntries; ++entry) {
@@ -263,13 +260,14 @@ int check(const Stack& stack, const float* const* weights) {
     const bool by_row = m.column_stride > 0 && m.row_stride >= columns * m.column_stride;
     if (entry != kFeatures && !by_column && !by_row) return kOverlap;
     const int64_t last = (stack.rows - 1) * m.row_stride + (columns - 1) * m.column_stride;
-    if (!take(m.data, last + 1, entry != kFeatures)) return kBadPointer;
+    if (!take_floats(m.data, last + 1, entry != kFeatures)) return kBadPointer;
   }
   for (int layer = 0; layer < stack.layers; ++layer, weights += kWeights) {
     const int64_t gates = 4 * stack.units;
-    if (!take(weights[kWeightX], gates * stack.inputs_of(layer), false) ||
-        !take(weights[kWeightHidden], gates * stack.units, false) ||
-        !take(weights[kBiasX], gates, false) || !take(weights[kBiasHidden], gates, false))
+    if (!take_floats(weights[kWeightX], gates * stack.inputs_of(layer), false) ||
+        !take_floats(weights[kWeightHidden], gates * stack.units, false) ||
+        !take_floats(weights[kBiasX], gates, false) ||
+        !take_floats(weights[kBiasHidden], gates, false))
       return kBadPointer;
   }
   return overlapping(ranges) ? kOverlap : kOk;

@@ -37,34 +37,6 @@
 
 namespace {
 
-// The network's inputs, in the order of network_inputs in rules/_history.py.
-enum Input {
-  kRms,             // log root mean square of the parameters, in initial scales
-  kFanIn,           // log fan-in
-  kSize,            // log number of coordinates
-  kIsVector,        // 1 for tensors of fewer than two dimensions
-  kLogStep,         // log number of earlier updates
-  kStart,           // 1 at the first step, fading over tens of them
-  kHorizonKnown,    // 1 where the length of the run is known; else this and the next three are 0
-  kProgress,        // share of the run that is done
-  kLogRemaining,    // log of the share that remains
-  kLogHorizon,      // log length of the run
-  kFastShare,       // log mean square of the fast momentum over that of the gradient
-  kSlowShare,       // the same of the slow momentum
-  kFastSignal,      // log mean square of the fast momentum in units of each coordinate's r
-  kSlowSignal,      // the same of the slow momentum
-  kInequality,      // log of the squared mean of r over the mean of its square
-  kFastCorrelation, // of the gradient with the fast momentum before it, over 10 steps
-  kMeanCorrelation, // the same over 100 steps
-  kSlowCorrelation, // with the slow momentum, over 10 steps
-  kLive,            // log share of coordinates whose gradient is not zero
-  kMoved,           // log root mean square of the parameters over that at the first step
-  kLevel,           // log mean square of the gradient over its average
-  kConfidence,      // log of the step confidence
-  kRotated,         // 1 for matrices in an eigenbasis
-  kInputs
-};
-
 enum Output { kStepSize, kFastGain, kSlowGain, kGradGain, kCautiousGain, kOutputs };
 
 // Entries of the state `stats`, explained in rules/_history.py.
@@ -85,6 +57,7 @@ enum Stat {
   kStatConfidence,
   kStats
 };
+static_assert(kStats == LO_NUM_STATS);
 
 // Sums over the coordinates of a tensor; "ratio": in units of the coordinate's r.
 enum Sum {
@@ -132,7 +105,7 @@ enum Setting {
   kSettings
 };
 
-constexpr int kMostUnits = 1024;
+constexpr int kInputs = LO_NUM_INPUTS, kMostUnits = LO_MOST_UNITS;
 constexpr float kTiny2 = float(LO_TINY * LO_TINY);
 constexpr float kLargestGrad = float(LO_LARGEST_GRAD), kLargestRatio = float(LO_LARGEST_RATIO);
 constexpr double kPi = 3.14159265358979323846;
@@ -184,28 +157,16 @@ LO_INLINE float widen(Float16 x) {
 }
 
 // Rounds to nearest, ties to even, as torch does.
-template <class T, class W>
-T narrow(W x);
+LO_INLINE void narrow(float x, float& to) { to = x; }
+LO_INLINE void narrow(double x, double& to) { to = x; }
 
-template <>
-LO_INLINE float narrow<float, float>(float x) {
-  return x;
-}
-
-template <>
-LO_INLINE double narrow<double, double>(double x) {
-  return x;
-}
-
-template <>
-LO_INLINE BFloat16 narrow<BFloat16, float>(float x) {
+LO_INLINE void narrow(float x, BFloat16& to) {
   const uint32_t bits = as_bits(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+  to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-template <>
-LO_INLINE Float16 narrow<Float16, float>(float x) {
+LO_INLINE void narrow(float x, Float16& to) {
   const uint32_t bits = as_bits(x), sign = bits & 0x80000000u, a = bits ^ sign;
   const uint32_t magic = uint32_t(127 - 15 + 23 - 10 + 1) << 23;  // rounds denormals by adding
   const uint32_t denormal = as_bits(as_float(a) + as_float(magic)) - magic;
@@ -213,7 +174,7 @@ LO_INLINE Float16 narrow<Float16, float>(float x) {
   const uint32_t special = a > 0x7f800000u ? 0x7e00 : 0x7c00;
   const uint32_t magnitude =
       a >= (uint32_t(127 + 16) << 23) ? special : (a < (uint32_t(113) << 23) ? denormal : normal);
-  return {uint16_t(magnitude | sign >> 16)};
+  to.bits = uint16_t(magnitude | sign >> 16);
 }
 
 // Numbers of a tensor that the loop over its coordinates reads.
@@ -229,13 +190,13 @@ struct Gains {
 struct Tensor {
   int64_t size;
   uint8_t type;
-  void* param;
-  const void* grad;
-  float* update;  // of a rotated matrix, else null
-  void *fast, *slow, *square;
-  float *stats, *step;
-  const float *hidden, *hidden_bias, *readout, *readout_bias, *direct;
+  void* pointers[kPointers];
   const double* constants;
+
+  template <class T = float>
+  LO_INLINE T* at(Pointer row, int64_t offset = 0) const {
+    return static_cast<T*>(pointers[row]) + offset;
+  }
 };
 
 // Coordinates begin..end of a tensor, and their sums.
@@ -283,9 +244,9 @@ LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
     const float fast_new = fast_old + (g - fast_old) * k.fast_rate;
     const float slow_new = slow_old + (g - slow_old) * k.slow_rate;
     const float square_new = square_old + (g * g - square_old) * k.square_rate;
-    fast[i] = narrow<S>(fast_new);
-    slow[i] = narrow<S>(slow_new);
-    square[i] = narrow<S>(square_new);
+    narrow(fast_new, fast[i]);
+    narrow(slow_new, slow[i]);
+    narrow(square_new, square[i]);
 
     const float v = square_new * k.square_correction, r = std::sqrt(v + kTiny2);
     const float inverse = 1.0f / r;
@@ -297,7 +258,7 @@ LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
     const float cautious = rf * g > 0.0f ? rf : 0.0f;
     const float step = k.fast * rf + k.slow * rs + k.grad * rg + k.cautious * cautious;
     const W before = decayed(param[i], g, decay);
-    param[i] = narrow<P>(kApart ? before : before + W(step));
+    narrow(kApart ? before : before + W(step), param[i]);
     if (kApart) update[i] = step;
     const float q = float(before);
 
@@ -337,60 +298,53 @@ LO_INLINE double param_squares(int64_t n, const P* LO_RESTRICT param, const P* L
   return sum;
 }
 
-using BlockFunction = void (*)(int64_t, const Tensor&, int64_t, const Gains&, double*);
-using SquaresFunction = double (*)(int64_t, const Tensor&, int64_t, const Gains&);
+// What depends on the types of a tensor's parameter and state.
+struct Type {
+  void (*block)(int64_t, const Tensor&, int64_t, const Gains&, double*);
+  double (*squares)(int64_t, const Tensor&, int64_t, const Gains&);
+  int64_t param_bytes, state_bytes;
+};
 
-// Templates cannot have LO_CLONES: a plain function per type.
-#define LO_BLOCK(NAME, P, S)                                                                      \
-  LO_CLONES void NAME(int64_t n, const Tensor& t, int64_t at, const Gains& gains, double* sums) { \
-    P* const param = static_cast<P*>(t.param) + at;                                               \
-    const P* const grad = static_cast<const P*>(t.grad) + at;                                     \
-    S* const fast = static_cast<S*>(t.fast) + at;                                                 \
-    S* const slow = static_cast<S*>(t.slow) + at;                                                 \
-    S* const square = static_cast<S*>(t.square) + at;                                             \
-    if (t.update != nullptr)                                                                      \
-      block<true, P, S>(n, param, grad, t.update + at, fast, slow, square, gains, sums);          \
-    else                                                                                          \
-      block<false, P, S>(n, param, grad, nullptr, fast, slow, square, gains, sums);               \
-  }
-LO_BLOCK(block_float32, float, float)
-LO_BLOCK(block_float64, double, float)
-LO_BLOCK(block_bfloat16, BFloat16, float)
-LO_BLOCK(block_float16, Float16, float)
-LO_BLOCK(block_float32_half_state, float, BFloat16)
-LO_BLOCK(block_float64_half_state, double, BFloat16)
-LO_BLOCK(block_bfloat16_half_state, BFloat16, BFloat16)
-LO_BLOCK(block_float16_half_state, Float16, BFloat16)
-#undef LO_BLOCK
+// Templates cannot have LO_CLONES: plain functions per pair of types.
+#define LO_TYPE(NAME, P, S)                                                                      \
+  LO_CLONES void block_##NAME(int64_t n, const Tensor& t, int64_t at, const Gains& gains,        \
+                              double* sums) {                                                    \
+    P* const param = t.at<P>(kParam, at);                                                        \
+    const P* const grad = t.at<P>(kGrad, at);                                                    \
+    S *const fast = t.at<S>(kFast, at), *const slow = t.at<S>(kSlow, at);                        \
+    S* const square = t.at<S>(kSquare, at);                                                      \
+    if (t.pointers[kUpdate] != nullptr)                                                          \
+      block<true>(n, param, grad, t.at(kUpdate, at), fast, slow, square, gains, sums);           \
+    else                                                                                         \
+      block<false>(n, param, grad, nullptr, fast, slow, square, gains, sums);                    \
+  }                                                                                              \
+  LO_CLONES double squares_##NAME(int64_t n, const Tensor& t, int64_t at, const Gains& gains) {  \
+    return param_squares(n, t.at<const P>(kParam, at), t.at<const P>(kGrad, at), gains);         \
+  }                                                                                              \
+  constexpr Type NAME = {block_##NAME, squares_##NAME, sizeof(P), sizeof(S)};
+LO_TYPE(float32, float, float)
+LO_TYPE(float64, double, float)
+LO_TYPE(bfloat16, BFloat16, float)
+LO_TYPE(float16, Float16, float)
+LO_TYPE(float32_half_state, float, BFloat16)
+LO_TYPE(float64_half_state, double, BFloat16)
+LO_TYPE(bfloat16_half_state, BFloat16, BFloat16)
+LO_TYPE(float16_half_state, Float16, BFloat16)
+#undef LO_TYPE
 
-#define LO_SQUARES(NAME, P)                                                       \
-  LO_CLONES double NAME(int64_t n, const Tensor& t, int64_t at, const Gains& gains) { \
-    return param_squares<P>(n, static_cast<const P*>(t.param) + at,               \
-                            static_cast<const P*>(t.grad) + at, gains);           \
-  }
-LO_SQUARES(squares_float32, float)
-LO_SQUARES(squares_float64, double)
-LO_SQUARES(squares_bfloat16, BFloat16)
-LO_SQUARES(squares_float16, Float16)
-#undef LO_SQUARES
-
-// Type codes: parameter float32, float64, bfloat16, float16; plus 4 where state is bfloat16.
-constexpr BlockFunction kBlockOf[] = {block_float32,
-                                      block_float64,
-                                      block_bfloat16,
-                                      block_float16,
-                                      block_float32_half_state,
-                                      block_float64_half_state,
-                                      block_bfloat16_half_state,
-                                      block_float16_half_state};
-constexpr SquaresFunction kSquaresOf[] = {squares_float32, squares_float64, squares_bfloat16,
-                                          squares_float16};
-constexpr int64_t kParamSize[] = {4, 8, 2, 2, 4, 8, 2, 2};
-constexpr int64_t kStateSize[] = {4, 4, 4, 4, 2, 2, 2, 2};
-constexpr int kTypes = 8;
+// By type code, see kernels/_cpu.py.
+constexpr Type kTypes[] = {float32,
+                           float64,
+                           bfloat16,
+                           float16,
+                           float32_half_state,
+                           float64_half_state,
+                           bfloat16_half_state,
+                           float16_half_state};
+constexpr int kTypeCount = sizeof kTypes / sizeof *kTypes;
 
 void run_chunk(Chunk& chunk) {
-  const BlockFunction run = kBlockOf[chunk.tensor->type];
+  const auto run = kTypes[chunk.tensor->type].block;
   double sums[kSums] = {};  // not chunk.sums, whose line of the cache other threads may write
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock)
     run(std::min(kBlock, chunk.end - at), *chunk.tensor, at, *chunk.gains, sums);
@@ -422,62 +376,67 @@ double bias_correction(double beta, double t) { return -std::expm1(t * std::log(
 
 double first_rms(const Tensor& tensor, const Gains& gains) {
   double total = 0;
-  const SquaresFunction squares = kSquaresOf[tensor.type % 4];
+  const auto squares = kTypes[tensor.type].squares;
   for (int64_t at = 0; at < tensor.size; at += kBlock)
     total += squares(std::min(kBlock, tensor.size - at), tensor, at, gains);
   return std::sqrt(total / double(std::max<int64_t>(1, tensor.size)));
 }
 
-// `rms` and `first` are root mean squares of the parameters: of the step before, and of the first.
+// The network's inputs, in the order of network_inputs in rules/_history.py. `rms` and `first` are
+// root mean squares of the parameters: of the step before, and of the first.
 void inputs_of(const Tensor& tensor, double total, double rms, double first, float* x) {
-  const float* z = tensor.stats;
-  const double t = *tensor.step;
+  const float* z = tensor.at(kStatsOf);
+  const double t = *tensor.at(kStepOf);
   const double natural = tensor.constants[kInitScale];
   const bool started = t > 0, known = total > 0;
   const double progress = known ? std::min(t / total, 1.0) : 0.0;
   const auto average = [&](Stat stat, double beta) {
     return started ? z[stat] / bias_correction(beta, t) : 0.0;
   };
-  const auto seen = [&](double value) { return started ? float(value) : 0.0f; };
-  std::fill(x, x + kInputs, 0.0f);
-  x[kRms] = float(std::log(std::max(rms / natural, std::exp(-8.0))) / 4);
-  x[kFanIn] = float(tensor.constants[kLogFanIn] / 4 - 1);
-  x[kSize] = float(std::log(double(std::max<int64_t>(1, tensor.size))) / 6 - 1);
-  x[kIsVector] = float(tensor.constants[kVector]);
-  x[kLogStep] = float(std::log(std::min(t, LO_LARGEST_COUNT) + 1) / 4 - 1);
-  x[kStart] = float(std::exp(-t / 10));
-  if (known) {
-    x[kHorizonKnown] = 1;
-    x[kProgress] = float(progress);
-    x[kLogRemaining] = float(std::log(1.02 - progress) / 2);
-    x[kLogHorizon] = float(std::log(std::min(total, LO_LARGEST_COUNT)) / 4 - 1.5);
-  }
-  x[kFastShare] = seen(z[kStatFastShare] / 4);
-  x[kSlowShare] = seen(z[kStatSlowShare] / 4);
-  x[kFastSignal] = seen(z[kStatFastSignal] / 4);
-  x[kSlowSignal] = seen(z[kStatSlowSignal] / 4);
-  x[kInequality] = seen(z[kStatInequality] / 4);
-  x[kFastCorrelation] = float(average(kStatFastCorrelation, LO_SHORT_BETA));
-  x[kMeanCorrelation] = float(average(kStatMeanCorrelation, LO_LONG_BETA));
-  x[kSlowCorrelation] = float(average(kStatSlowCorrelation, LO_SHORT_BETA));
-  x[kLive] = seen(std::log(average(kStatLive, LO_SHORT_BETA) + 1e-3) / 4);
-  x[kMoved] = float(std::log(std::max(rms, 1e-8) / std::max(first, 0.01 * natural)) / 2);
-  x[kLevel] = seen((double(z[kStatLevel]) - z[kStatMeanLevel]) / 4);
-  x[kConfidence] = z[kStatConfidence] / 4;
-  x[kRotated] = tensor.update != nullptr;
+  const auto seen = [&](double value) { return started ? value : 0.0; };
+  const auto told = [&](double value) { return known ? value : 0.0; };
+  const double inputs[] = {
+      std::log(std::max(rms / natural, std::exp(-8.0))) / 4,
+      tensor.constants[kLogFanIn] / 4 - 1,
+      std::log(double(std::max<int64_t>(1, tensor.size))) / 6 - 1,
+      tensor.constants[kVector],
+      std::log(std::min(t, LO_LARGEST_COUNT) + 1) / 4 - 1,
+      std::exp(-t / 10),
+      told(1),
+      progress,
+      told(std::log(1.02 - progress) / 2),
+      told(std::log(std::min(total, LO_LARGEST_COUNT)) / 4 - 1.5),
+      seen(z[kStatFastShare] / 4),
+      seen(z[kStatSlowShare] / 4),
+      seen(z[kStatFastSignal] / 4),
+      seen(z[kStatSlowSignal] / 4),
+      seen(z[kStatInequality] / 4),
+      average(kStatFastCorrelation, LO_SHORT_BETA),
+      average(kStatMeanCorrelation, LO_LONG_BETA),
+      average(kStatSlowCorrelation, LO_SHORT_BETA),
+      seen(std::log(average(kStatLive, LO_SHORT_BETA) + 1e-3) / 4),
+      std::log(std::max(rms, 1e-8) / std::max(first, 0.01 * natural)) / 2,
+      seen((double(z[kStatLevel]) - z[kStatMeanLevel]) / 4),
+      z[kStatConfidence] / 4,
+      tensor.pointers[kUpdate] != nullptr ? 1.0 : 0.0,  // of rotated matrices
+  };
+  static_assert(sizeof inputs == kInputs * sizeof(double));
+  for (int i = 0; i < kInputs; ++i) x[i] = float(inputs[i]);
 }
 
 void respond(const Tensor& tensor, int units, const float* x, float* outputs) {
+  const float *weight = tensor.at(kHidden), *bias = tensor.at(kHiddenBias);
+  const float *readout = tensor.at(kReadout), *direct = tensor.at(kDirect);
   float hidden[kMostUnits];
   for (int u = 0; u < units; ++u) {
-    float sum = tensor.hidden_bias[u];
-    for (int j = 0; j < kInputs; ++j) sum += tensor.hidden[u * kInputs + j] * x[j];
+    float sum = bias[u];
+    for (int j = 0; j < kInputs; ++j) sum += weight[u * kInputs + j] * x[j];
     hidden[u] = std::tanh(sum);
   }
   for (int o = 0; o < kOutputs; ++o) {
-    float sum = tensor.readout_bias[o];
-    for (int u = 0; u < units; ++u) sum += tensor.readout[o * units + u] * hidden[u];
-    for (int j = 0; j < kInputs; ++j) sum += tensor.direct[o * kInputs + j] * x[j];
+    float sum = tensor.at(kReadoutBias)[o];
+    for (int u = 0; u < units; ++u) sum += readout[o * units + u] * hidden[u];
+    for (int j = 0; j < kInputs; ++j) sum += direct[o * kInputs + j] * x[j];
     outputs[o] = sum;
   }
 }
@@ -492,14 +451,14 @@ double schedule(double t, double total) {
 
 Gains gains_of(const Tensor& tensor, const double* settings) {
   float x[kInputs], out[kOutputs];
-  const double t = *tensor.step, natural = tensor.constants[kInitScale], lr = settings[kLr];
-  const double rate = schedule(t, settings[kTotalSteps]);
-  const double confidence = tensor.stats[kStatConfidence];
+  const float* stats = tensor.at(kStatsOf);
+  const double t = *tensor.at(kStepOf), natural = tensor.constants[kInitScale], lr = settings[kLr];
+  const double rate = schedule(t, settings[kTotalSteps]), confidence = stats[kStatConfidence];
   Gains k;
   k.decay = 1 - settings[kDecay] * lr * std::pow(rate, LO_DECAY_POWER) * std::exp(confidence);
   // At the first step both are measured now.
-  const double at_first = t > 0 ? tensor.stats[kStatFirstRms] : first_rms(tensor, k);
-  const double rms = t > 0 ? tensor.stats[kStatRms] : at_first;
+  const double at_first = t > 0 ? stats[kStatFirstRms] : first_rms(tensor, k);
+  const double rms = t > 0 ? stats[kStatRms] : at_first;
   inputs_of(tensor, settings[kTotalSteps], rms, at_first, x);
   respond(tensor, int(settings[kUnits]), x, out);
   const double share = tensor.size == 1 ? LO_SINGLE_SHARE : 1.0;
@@ -545,8 +504,9 @@ float next_confidence(double log, double agreement, double mean_agreement, doubl
 }
 
 void update_stats(const Tensor& tensor, bool known, const double* sums) {
-  float* z = tensor.stats;
-  const bool started = *tensor.step > 0;
+  float *z = tensor.at(kStatsOf), *step = tensor.at(kStepOf);
+  const double t = *step;
+  const bool started = t > 0;
   const double n = double(std::max<int64_t>(1, tensor.size));
   double mean[kSums];
   for (int q = 0; q < kSums; ++q) mean[q] = sums[q] / n;
@@ -575,41 +535,32 @@ void update_stats(const Tensor& tensor, bool known, const double* sums) {
     average(kStatLive, LO_SHORT_BETA, mean[kSumLive]);
     const double agreement =
         clamp(with_fast / std::sqrt(std::max(mean[kSumLive], 1e-3)), -1, 1);
-    const double t = *tensor.step;
     const double mean_agreement = z[kStatMeanCorrelation] / bias_correction(LO_LONG_BETA, t + 1);
     z[kStatConfidence] =
         next_confidence(z[kStatConfidence], agreement, mean_agreement, growth, t, known);
   }
-  *tensor.step += 1;
+  *step += 1;
 }
 
-int check(const std::vector<Tensor>& tensors, int units) {
+int check(const std::vector<Tensor>& tensors, int64_t units) {
   std::vector<Range> ranges;
   ranges.reserve(kPointers * tensors.size());
-  const auto take = [&](const void* pointer, int64_t bytes, int64_t aligned, bool written) {
-    const auto at = uint64_t(reinterpret_cast<uintptr_t>(pointer));
-    if (bytes == 0) return true;
-    if (at == 0 || at % uint64_t(aligned) != 0) return false;
-    ranges.push_back({at, at + uint64_t(bytes), written});
-    return true;
-  };
-  constexpr int64_t kFloat = sizeof(float);
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
-    const int64_t p = kParamSize[t.type], s = kStateSize[t.type];
-    if (!take(t.param, t.size * p, p, true) || !take(t.grad, t.size * p, p, false) ||
-        (t.update != nullptr && !take(t.update, t.size * kFloat, kFloat, true)) ||
-        !take(t.fast, t.size * s, s, true) || !take(t.slow, t.size * s, s, true) ||
-        !take(t.square, t.size * s, s, true) || !take(t.stats, kStats * kFloat, kFloat, true) ||
-        !take(t.step, kFloat, kFloat, true))
-      return kBadPointer;
-    if (i > 0 && tensors[i - 1].hidden == t.hidden) continue;  // most tensors share a network
-    if (!take(t.hidden, units * kInputs * kFloat, kFloat, false) ||
-        !take(t.hidden_bias, units * kFloat, kFloat, false) ||
-        !take(t.readout, kOutputs * units * kFloat, kFloat, false) ||
-        !take(t.readout_bias, kOutputs * kFloat, kFloat, false) ||
-        !take(t.direct, kOutputs * kInputs * kFloat, kFloat, false))
-      return kBadPointer;
+    const int64_t n = t.size, p = kTypes[t.type].param_bytes, s = kTypes[t.type].state_bytes;
+    constexpr int64_t f = sizeof(float);
+    // By Pointer: how many numbers, and bytes of each.
+    const int64_t counts[kPointers] = {
+        n, n, n, n, n, n, kStats, 1, units * kInputs, units, kOutputs * units, kOutputs,
+        kOutputs * kInputs};
+    const int64_t items[kPointers] = {p, p, f, s, s, s, f, f, f, f, f, f, f};
+    // Most tensors share a network.
+    const bool checked = i > 0 && tensors[i - 1].pointers[kHidden] == t.pointers[kHidden];
+    for (int row = 0; row < (checked ? kHidden : kPointers); ++row) {
+      if (row == kUpdate && t.pointers[row] == nullptr) continue;
+      const bool written = row < kHidden && row != kGrad;
+      if (!take(ranges, t.pointers[row], counts[row], items[row], written)) return kBadPointer;
+    }
   }
   return overlapping(ranges) ? kOverlap : kOk;
 }
@@ -617,16 +568,6 @@ int check(const std::vector<Tensor>& tensors, int units) {
 }  // namespace
 
 LO_EXPORT const char* lo_source() { return LO_SOURCE; }
-
-// Sizes that must equal SIZES in kernels/_library.py.
-LO_EXPORT void lo_sizes(int32_t* out) {
-  out[0] = kPointers;
-  out[1] = kConstants;
-  out[2] = kSettings;
-  out[3] = kStats;
-  out[4] = kInputs;
-  out[5] = kMostUnits;
-}
 
 // Sets the address of GOMP_parallel for later calls; null: each call starts its own threads.
 LO_EXPORT void lo_use_openmp(void* parallel) {
@@ -645,19 +586,15 @@ LO_EXPORT int32_t lo_step(int64_t m, const int64_t* sizes, const uint8_t* types,
   tensors.reserve(size_t(m));
   int64_t coordinates = 0, chunk_count = 0;
   for (int64_t i = 0; i < m; ++i) {
-    if (types[i] >= kTypes || sizes[i] < 0) return kBadType;
-    const auto at = [&](Pointer row) {
-      return reinterpret_cast<void*>(uintptr_t(pointers[row * m + i]));
-    };
-    const auto floats = [&](Pointer row) { return static_cast<float*>(at(row)); };
-    tensors.push_back({sizes[i], types[i], at(kParam), at(kGrad), floats(kUpdate), at(kFast), at(kSlow),
-                       at(kSquare), floats(kStatsOf), floats(kStepOf), floats(kHidden),
-                       floats(kHiddenBias), floats(kReadout), floats(kReadoutBias),
-                       floats(kDirect), constants + kConstants * i});
+    if (types[i] >= kTypeCount || sizes[i] < 0) return kBadType;
+    Tensor tensor{sizes[i], types[i], {}, constants + kConstants * i};
+    for (int row = 0; row < kPointers; ++row)
+      tensor.pointers[row] = reinterpret_cast<void*>(uintptr_t(pointers[row * m + i]));
+    tensors.push_back(tensor);
     coordinates += sizes[i];
     chunk_count += (sizes[i] + kChunk - 1) / kChunk;
   }
-  if (const int code = check(tensors, int(units))) return code;
+  if (const int code = check(tensors, int64_t(units))) return code;
 
   std::vector<Gains> gains(static_cast<size_t>(m));
   std::vector<Chunk> chunks;

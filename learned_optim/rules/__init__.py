@@ -1,7 +1,6 @@
 """Update rules, one file each, registered by being there."""
 
-from learned_optim.rules._base import UpdateRule
-from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._base import RuleConfig, UpdateRule
 from learned_optim.rules._context import Shards, State, StepContext, StepSettings
 from learned_optim.rules._registry import (
     build_rule,

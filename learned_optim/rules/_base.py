@@ -6,14 +6,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from learned_optim._tensors import tensor_bytes
 from learned_optim.kernels.constants import DECAY_UNIT
-from learned_optim.rules._config import RuleConfig, register
 from learned_optim.rules._context import Shards, State, StepContext, StepFunction, StepSettings
 from learned_optim.rules._segments import Product, Segments
 from learned_optim.rules._step import (
@@ -27,7 +26,15 @@ from learned_optim.rules._step import (
     warmup_factor,
 )
 
-__all__ = ["State", "StepContext", "UpdateRule"]
+__all__ = ["RuleConfig", "State", "StepContext", "UpdateRule"]
+
+#: Registered rules by name.
+RULES: dict[str, type[UpdateRule]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleConfig:
+    """Base of every rule's configuration: frozen and JSON-serializable."""
 
 
 class UpdateRule(nn.Module):
@@ -54,8 +61,8 @@ class UpdateRule(nn.Module):
     (:func:`learned_optim.meta.estimators.replay`). A rule that does not split into these parts
     overrides :meth:`forward`.
 
-    A subclass sets ``name`` and ``Config``, a frozen, JSON-serializable dataclass. Defining it
-    registers it.
+    A subclass sets ``name`` and ``Config``. Defining it registers it; a name that another class has
+    is a ``ValueError``.
 
     Args:
         config: of type ``Config``; ``None`` for its defaults.
@@ -91,8 +98,15 @@ class UpdateRule(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name:
-            register(cls)
+        if not cls.name:
+            return
+        taken = RULES.get(cls.name, cls)
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"{cls.__qualname__} cannot be named {cls.name!r}: {taken.__qualname__} of "
+                f"{taken.__module__} is, and checkpoints know rules by name"
+            )
+        RULES[cls.name] = cls
 
     def __init__(self, config: RuleConfig | None = None) -> None:
         super().__init__()
@@ -366,9 +380,9 @@ class UpdateRule(nn.Module):
         by_parts = type(self).forward is UpdateRule.forward
         most_packed = MOST_PACKED if self.rows == "coordinates" else BLOCK
         pieces = pieces_of(wide, segments, most_packed, not by_parts and not self.coordinatewise)
+        tensors = _Tensors(self, wide, grads, states, settings.maximize)
         updates_of = _updates_by_parts if by_parts else _updates_by_forward
-        tensors = wide, grads, states
-        for piece, update in updates_of(self, pieces, *tensors, settings, segments, context):
+        for piece, update in updates_of(tensors, pieces, segments, context):
             if factor is not None:
                 update = update * piece.segments.expand(factor[piece.tensors])
             piece.add_(targets, update, lr)
@@ -444,31 +458,53 @@ def decayed(
         yield shrunk
 
 
+class _Tensors(NamedTuple):
+    """The tensors of a call, packed piece by piece in the rule's dtype."""
+
+    rule: UpdateRule
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[State]
+    maximize: bool
+
+    def load(self, piece: Piece, keys: Sequence[str]) -> tuple[Tensor, State, Tensor]:
+        """Gradient ``(n,)``, state entries, and parameter ``(n,)``; views where possible."""
+        dtype = self.rule.dtype
+        grad = sanitize_grad(piece.pack(self.grads), dtype, self.maximize)
+        return grad, self.state(piece, keys), piece.pack(self.params).to(dtype)
+
+    def state(self, piece: Piece, keys: Sequence[str]) -> State:
+        """State entries of a piece, ``(n, k)``, or ``(m, k)`` if they belong to tensors."""
+        dtype, own = self.rule.dtype, self.states[piece.tensors]
+        return {
+            key: torch.stack([state[key] for state in own]).to(dtype)
+            if key in self.rule.tensor_state
+            else piece.pack_rows(self.states, key, dtype)
+            for key in keys
+        }
+
+    def store_(self, piece: Piece, new: State) -> None:
+        """Write state entries of a piece back."""
+        for key, value in new.items():
+            if key in self.rule.tensor_state:
+                targets = [state[key] for state in self.states[piece.tensors]]
+                torch._foreach_copy_(targets, list(value.unbind()))
+            else:
+                piece.unpack_rows_(self.states, key, value)
+
+
 def _updates_by_parts(
-    rule: UpdateRule,
-    pieces: Sequence[Piece],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[State],
-    settings: StepSettings,
-    segments: Segments,
-    context: StepContext,
+    tensors: _Tensors, pieces: Sequence[Piece], segments: Segments, context: StepContext
 ) -> Iterator[tuple[Piece, Tensor]]:
     """Two passes: moments and means over whole tensors; then features, gains and updates."""
-    dtype = rule.dtype
+    rule = tensors.rule
     moments = [key for key in rule.state_keys if key not in rule.network_state]
     sums: list[Tensor] = []
 
-    def load(piece: Piece) -> tuple[Tensor, State, Tensor]:
-        grad = sanitize_grad(piece.pack(grads), dtype, settings.maximize)
-        state = {key: piece.pack_rows(states, key, dtype) for key in moments}
-        return grad, state, piece.pack(params).to(dtype)
-
     def observe_(piece: Piece) -> tuple[Tensor, State, Tensor]:
-        grad, state, param = load(piece)
+        grad, state, param = tensors.load(piece, moments)
         new = rule.moments(grad, state)
-        for key, value in new.items():
-            piece.unpack_rows_(states, key, value)
+        tensors.store_(piece, new)
         return grad, {**state, **new}, param
 
     measures = type(rule).products is not UpdateRule.products
@@ -483,58 +519,34 @@ def _updates_by_parts(
             sums.append(part)
     means = segments.mean_from_sums(torch.cat(sums, 1)) if sums else segments.columns[:0]
     features, stats = rule.tensor_features(means, segments, context)
-    gains = None if features is None else _respond_to_tensors_(rule, features, states)
+    whole = Piece(0, len(segments), None, segments)
+    gains = None if features is None else _respond_(tensors, whole, features)
     for piece in pieces:
-        grad, state, param = only or (load(piece) if measures else observe_(piece))
+        grad, state, param = only or (tensors.load(piece, moments) if measures else observe_(piece))
         own_stats = None if stats is None else piece.segments.expand(stats[:, piece.tensors])
         rows, directions = rule.coordinate_features(grad, state, param, own_stats)
         if rows is not None:
-            keys = [key for key in rule.network_state if key not in rule.tensor_state]
-            network = {key: piece.pack_rows(states, key, dtype) for key in keys}
-            answer: Tensor | None = rule.respond_(rows, network)
-            for key, value in network.items():
-                piece.unpack_rows_(states, key, value)
+            answer: Tensor | None = _respond_(tensors, piece, rows)
         else:
             answer = None if gains is None else gains[piece.tensors]
         yield piece, rule.mix(directions, answer, piece.segments)
 
 
-def _respond_to_tensors_(rule: UpdateRule, features: Tensor, states: Sequence[State]) -> Tensor:
-    """Gains of each tensor, ``(m, d)``, in place in the network's state."""
-    own = {key: [state[key] for state in states] for key in rule.network_state}
-    network = {key: torch.stack(values).to(features.dtype) for key, values in own.items()}
-    gains = rule.respond_(features, network)
-    for key, value in network.items():
-        torch._foreach_copy_(own[key], list(value.unbind()))
+def _respond_(tensors: _Tensors, piece: Piece, features: Tensor) -> Tensor:
+    """Gains of the rows of a piece, ``(r, d)``, in place in the network's state."""
+    network = tensors.state(piece, tensors.rule.network_state)
+    gains = tensors.rule.respond_(features, network)
+    tensors.store_(piece, network)
     return gains
 
 
 def _updates_by_forward(
-    rule: UpdateRule,
-    pieces: Sequence[Piece],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[State],
-    settings: StepSettings,
-    segments: Segments,
-    context: StepContext,
+    tensors: _Tensors, pieces: Sequence[Piece], segments: Segments, context: StepContext
 ) -> Iterator[tuple[Piece, Tensor]]:
     """One pass, for rules that override :meth:`forward`."""
-    dtype = rule.dtype
     for piece in pieces:
-        state = {}
-        for key in rule.state_keys:
-            if key in rule.tensor_state:
-                state[key] = torch.stack([s[key] for s in states[piece.tensors]]).to(dtype)
-            else:
-                state[key] = piece.pack_rows(states, key, dtype)
+        grad, state, param = tensors.load(piece, tensors.rule.state_keys)
         own = context.of(piece.tensors)
-        grad = sanitize_grad(piece.pack(grads), dtype, settings.maximize)
-        update, new = rule(grad, state, piece.pack(params).to(dtype), piece.segments, own)
-        for key, value in new.items():
-            if key in rule.tensor_state:
-                targets = [s[key] for s in states[piece.tensors]]
-                torch._foreach_copy_(targets, list(value.unbind()))
-            else:
-                piece.unpack_rows_(states, key, value)
+        update, new = tensors.rule(grad, state, param, piece.segments, own)
+        tensors.store_(piece, new)
         yield piece, update

@@ -38,9 +38,7 @@ TIME_INPUTS, ROTATED, MEASUREMENTS = slice(3, 12), 12, slice(13, None)
     SLOW_CORRELATION,  # of the gradient with the slow momentum before it, averaged over 10 steps
     LIVE,  # share of coordinates whose gradient is not zero, averaged over 10 steps
     CONFIDENCE,  # log of the step confidence
-) = range(14)
-STATS = 14
-INPUTS = 23
+) = range(c.NUM_STATS)
 
 
 def next_confidence(

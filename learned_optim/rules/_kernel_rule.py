@@ -41,31 +41,19 @@ class KernelRule(UpdateRule):
 
         Matrices with bases are rotated here. A caller that passes ``updates`` has rotated them.
         """
-        if updates is not None or not any("basis_age" in state for state in states):
-            self._step_(params, grads, states, settings, shards, updates)
-            return
-        rotation: Rotation | TracedRotation
-        if torch.compiler.is_compiling():
-            rotation = TracedRotation(params, states, self.momentum_bounds)
-        else:
+        if updates is None and any("basis_age" in state for state in states):
             groups = () if shards is None else shards.groups
-            rotation = Rotation(params, states, self.momentum_bounds, None, groups)
-        before = states_before(settings.lr, states, (*self.state_keys, *self.matrix_state))
-        seen, updates = rotation.rotate(grads)
-        self._step_(rotation.wide, seen, states, settings, shards, updates)
-        rotation.rotate_back()
-        restore_where_zero_(settings.lr, states, before)
-
-    def _step_(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        settings: StepSettings,
-        shards: Shards | None,
-        updates: Sequence[Tensor | None] | None,
-    ) -> None:
-        """The step of coordinates; updates of rotated matrices go to ``updates``."""
+            rotation: Rotation | TracedRotation = (
+                TracedRotation(params, states, self.momentum_bounds)
+                if torch.compiler.is_compiling()
+                else Rotation(params, states, self.momentum_bounds, None, groups)
+            )
+            before = states_before(settings.lr, states, (*self.state_keys, *self.matrix_state))
+            seen, updates = rotation.rotate(grads)
+            self.step_(rotation.wide, seen, states, settings, shards, updates)
+            rotation.rotate_back()
+            restore_where_zero_(settings.lr, states, before)
+            return
         whole = shards is None or not shards.groups
         tensors = params, grads, states, settings
         if not (whole and kernels.step_(self.network(), *tensors, updates)):
@@ -89,7 +77,7 @@ class KernelRule(UpdateRule):
             with plain_arithmetic({"cpu"}):
                 seen, updates = rotation.rotate(grads)
                 if not bound(seen, settings, updates):
-                    self._step_(wide, seen, states, settings, None, updates)
+                    self.step_(wide, seen, states, settings, None, updates)
                 rotation.rotate_back()
             return True
 

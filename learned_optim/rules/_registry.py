@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from learned_optim._discovery import import_submodules, unknown_name
-from learned_optim.rules import _config
-from learned_optim.rules._base import UpdateRule
-from learned_optim.rules._config import RuleConfig
+from learned_optim.rules import _base
+from learned_optim.rules._base import RuleConfig, UpdateRule
 
 
 def rule_class(name: str) -> type[UpdateRule]:
@@ -24,14 +23,13 @@ def rule_class(name: str) -> type[UpdateRule]:
     known = rule_names()
     if name not in known:
         raise unknown_name("update rule", name, known)
-    found: type[UpdateRule] = _config.RULES[name]
-    return found
+    return _base.RULES[name]
 
 
 def rule_names() -> list[str]:
     """Names of all registered update rules."""
     list(import_submodules("learned_optim.rules"))
-    return sorted(_config.RULES)
+    return sorted(_base.RULES)
 
 
 def rule_for(config: RuleConfig) -> UpdateRule:
@@ -40,14 +38,13 @@ def rule_for(config: RuleConfig) -> UpdateRule:
     Raises:
         TypeError: no rule, or more than one, is configured by this type.
     """
-    fitting = [name for name in rule_names() if _config.RULES[name].Config is type(config)]
+    fitting = [name for name in rule_names() if _base.RULES[name].Config is type(config)]
     if len(fitting) != 1:
         which = f"{', '.join(fitting)} are all" if fitting else "no update rule is"
         raise TypeError(
             f"{which} configured by {type(config).__name__}: give every rule a Config of its own"
         )
-    rule: UpdateRule = _config.RULES[fitting[0]](config)
-    return rule
+    return _base.RULES[fitting[0]](config)
 
 
 def rule_reference(config: RuleConfig) -> str:

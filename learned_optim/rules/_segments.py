@@ -61,8 +61,12 @@ class Segments:
             [math.log(max(1, count)) for count in numel],
             [float(len(shape) < 2) for shape in shapes],
         ]
-        self.columns = torch.tensor(values, dtype=dtype, device=device).view(5, len(shapes))
+        self._set(torch.tensor(values, dtype=dtype, device=device).view(5, len(shapes)))
+
+    def _set(self, columns: Tensor) -> None:
+        self.columns = columns
         self._ids: Tensor | None = None
+        self.numel, self.init_scale, self.log_fan_in, self.log_size, self.is_vector = columns
 
     @classmethod
     def of(
@@ -87,26 +91,6 @@ class Segments:
         return sum(self.sizes)
 
     @property
-    def numel(self) -> Tensor:
-        return self.columns[0]
-
-    @property
-    def init_scale(self) -> Tensor:
-        return self.columns[1]
-
-    @property
-    def log_fan_in(self) -> Tensor:
-        return self.columns[2]
-
-    @property
-    def log_size(self) -> Tensor:
-        return self.columns[3]
-
-    @property
-    def is_vector(self) -> Tensor:
-        return self.columns[4]
-
-    @property
     def ids(self) -> Tensor:
         """Index of the tensor that each coordinate belongs to, shape ``(n,)``."""
         if self._ids is None:
@@ -120,8 +104,7 @@ class Segments:
         """Tensors ``first`` to ``last - 1``, or ``size`` coordinates of the first."""
         part = copy.copy(self)
         part.sizes = self.sizes[first:last] if size is None else [size]
-        part.columns = self.columns[:, first:last]
-        part._ids = None
+        part._set(self.columns[:, first:last])
         return part
 
     def expand(self, values: Tensor) -> Tensor:

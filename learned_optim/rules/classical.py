@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learned_optim.rules._base import State, StepContext, UpdateRule
-from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._base import RuleConfig, State, StepContext, UpdateRule
 from learned_optim.rules._features import bias_correction
 from learned_optim.rules._segments import Segments
 

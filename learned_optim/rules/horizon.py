@@ -43,8 +43,7 @@ from torch import Tensor, nn
 from learned_optim.kernels import constants as c
 from learned_optim.rules import _basis as basis
 from learned_optim.rules import _history as history
-from learned_optim.rules._base import State, StepContext
-from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._base import RuleConfig, State, StepContext
 from learned_optim.rules._features import bias_correction, largest_momentum, momentum_before
 from learned_optim.rules._kernel_rule import KernelRule
 from learned_optim.rules._segments import Product, Segments
@@ -97,10 +96,10 @@ class HorizonRule(KernelRule):
     def __init__(self, config: HorizonConfig | None = None) -> None:
         super().__init__(config)
         units = self.config.hidden_size
-        self.hidden = nn.Linear(history.INPUTS, units)
+        self.hidden = nn.Linear(c.NUM_INPUTS, units)
         self.readout = nn.Linear(units, 1 + _DIRECTIONS)
-        self.direct = nn.Linear(history.INPUTS, 1 + _DIRECTIONS, bias=False)
-        nn.init.normal_(self.hidden.weight, std=history.INPUTS**-0.5)
+        self.direct = nn.Linear(c.NUM_INPUTS, 1 + _DIRECTIONS, bias=False)
+        nn.init.normal_(self.hidden.weight, std=c.NUM_INPUTS**-0.5)
         nn.init.zeros_(self.hidden.bias)
         # The untrained rule is the schedule on Adam's direction.
         for weight in (*self.readout.parameters(), *self.direct.parameters()):
@@ -109,7 +108,7 @@ class HorizonRule(KernelRule):
     def init_state(self, param: Tensor) -> State:
         like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
         moments = {key: like.unsqueeze(-1).clone() for key in _MOMENTS}
-        stats = torch.zeros(history.STATS, dtype=self.dtype, device=param.device)
+        stats = torch.zeros(c.NUM_STATS, dtype=self.dtype, device=param.device)
         stats[history.CONFIDENCE] = c.CONFIDENCE_START
         return {**moments, "stats": stats}
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim.preprocessing import log_and_sign
-from learned_optim.rules._base import State, StepContext, UpdateRule
-from learned_optim.rules._config import RuleConfig
+from learned_optim.rules._base import RuleConfig, State, StepContext, UpdateRule
 from learned_optim.rules._lstm import LSTMStack
 from learned_optim.rules._segments import Segments
 
