@@ -38,16 +38,12 @@ def model_card(
     """
     record = record or {}
     recipe = record.get("recipe") or {}
-    by = (
-        "evolution strategies on whole runs"
-        if recipe.get("method") == "evolution"
-        else "gradient descent"
-    )
+    evolution = recipe.get("method") == "evolution"
+    by = "evolution strategies on whole runs" if evolution else "gradient descent"
     weights = sum(weight.numel() for weight in rule.parameters())
-    tags = ["learned-optimizer", "meta-learning", "learning-to-optimize", "pytorch"]
-    front = ["---", f"license: {license}", f"library_name: {FORMAT}", "tags:"]
     sections = [
-        "\n".join([*front, *(f"- {tag}" for tag in tags), "---"]),
+        f"---\nlicense: {license}\nlibrary_name: {FORMAT}\ntags:\n- learned-optimizer\n"
+        f"- meta-learning\n- learning-to-optimize\n- pytorch\n---",
         f"# {name.rsplit('/', 1)[-1]}",
         f"A learned optimizer for PyTorch: an update rule of type `{rule.name}` with {weights:,} "
         f"weights{f', trained by {by}' if recipe else ''}, used in place of `torch.optim.Adam`.",

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from learned_optim.checkpoint import FORMAT, FORMAT_VERSION, CheckpointError
+from learned_optim.checkpoint import FORMAT, CheckpointError, check_format
 
 #: Name of the checkpoint file inside a folder or a Hub repository.
 CHECKPOINT_FILE = "model.safetensors"
@@ -37,7 +37,11 @@ def download(hub_id: str, *, local_files_only: bool = False) -> Path:
     """
     repo, _, revision = hub_id.partition("@")
     config = _fetch(repo, CONFIG_FILE, revision or None, local_files_only)
-    _check_config(hub_id, config)
+    try:
+        header = dict(json.loads(config.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{CONFIG_FILE} of {hub_id!r} is not readable: {error}") from error
+    check_format(f"the Hub repository {hub_id!r}", header)
     commit = config.parent.name  # the cache keeps a snapshot's files in a folder of that name
     return _fetch(repo, CHECKPOINT_FILE, commit, local_files_only)
 
@@ -103,22 +107,3 @@ def _answers(repo: str, file: str, revision: str | None) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _check_config(hub_id: str, path: Path) -> None:
-    """Refuse repositories of other libraries and of newer formats."""
-    try:
-        config = json.loads(path.read_text())
-        found, version = config.get("format"), int(config.get("format_version", 0))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{CONFIG_FILE} of {hub_id!r} is not readable: {error}") from error
-    if found != FORMAT:
-        raise CheckpointError(
-            f"the Hub repository {hub_id!r} is no learned_optim rule: its {CONFIG_FILE} says "
-            f"format={found!r}"
-        )
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"the Hub repository {hub_id!r} has checkpoint format version {version} and this "
-            f"release reads {FORMAT_VERSION}: pip install --upgrade learned-optim"
-        )

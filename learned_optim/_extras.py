@@ -3,13 +3,11 @@
 import importlib
 from typing import Any
 
-#: Import names of the packages of an extra.
-EXTRAS = {
-    "meta": (
-        "filelock", "matplotlib", "numpy", "scipy", "sklearn", "tomli", "torchvision", "tqdm",
-        "tyro",
-    ),
-}  # fmt: skip
+#: Import names of the packages of the extra ``meta``.
+META = (
+    "filelock", "matplotlib", "numpy", "scipy", "sklearn", "tomli", "torchvision",
+    "tqdm", "tyro",
+)  # fmt: skip
 
 
 def how_to_install(extra: str) -> str:

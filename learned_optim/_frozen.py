@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,29 +25,24 @@ class FrozenRule:
     def __init__(self, rule: UpdateRule) -> None:
         self.rule = rule.requires_grad_(False).eval()
         assert self.rule.state_keys is not None  # cached now, before any compilation
-        self.needs_loss = self.rule.needs_loss
         self.identity = {"name": rule.name, "fingerprint": rule.fingerprint()}
         self._copies: dict[torch.device, UpdateRule] = {torch.device("cpu"): self.rule}
-        self._fake: tuple[object, UpdateRule] | None = None
+        self._fake: tuple[object, UpdateRule] | None = None  # of the last fake tensor mode
 
     def on(self, param: Tensor) -> UpdateRule:
         """The rule with its weights where ``param`` is, copied there at first use."""
-        mode = getattr(param, "fake_mode", None)
-        if mode is not None:
-            return self._faked(param, mode)
-        device = param.device
-        found = self._copies.get(device)
-        if found is None:
-            with plain_defaults():
-                found = self._copies[device] = copy.deepcopy(self.rule).to(device)
-        return found
-
-    def _faked(self, param: Tensor, mode: object) -> UpdateRule:
-        """A copy with fake weights, for parameters under a fake tensor mode."""
+        mode: Any = getattr(param, "fake_mode", None)
+        if mode is None:
+            found = self._copies.get(param.device)
+            if found is None:
+                with plain_defaults():
+                    found = copy.deepcopy(self.rule).to(param.device)
+                self._copies[param.device] = found
+            return found
         if self._fake is None or self._fake[0] is not mode:
             with plain_defaults():
-                rule = copy.deepcopy(self.rule).to("meta")
-            with mode:  # type: ignore[attr-defined]
+                rule = copy.deepcopy(self.rule)
+            with mode:
                 for module in rule.modules():
                     for name, weight in list(module.named_parameters(recurse=False)):
                         fake = torch.empty(weight.shape, dtype=weight.dtype, device=param.device)

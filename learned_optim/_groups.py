@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterable
-from contextlib import suppress
-from decimal import Decimal
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from learned_optim._discovery import did_you_mean
-from learned_optim._warn import warn
+from learned_optim._warn import warn, warn_once
 from learned_optim.rules import UpdateRule
 from learned_optim.rules._step import needs_sync
 
@@ -74,12 +71,13 @@ def check_unknown(unknown: Collection[str], known: Iterable[str]) -> None:
 def warn_of_foreign_keys(group: dict[str, Any], warned: set[str]) -> None:
     """Warn once of another optimizer's hyperparameters in a group."""
     foreign = sorted(FOREIGN.intersection(group))
-    if foreign and "foreign" not in warned:
-        warned.add("foreign")
-        warn(
+    if foreign:
+        warn_once(
+            warned,
+            "foreign",
             f"{', '.join(foreign)} in a parameter group of LearnedOptimizer has no effect: the "
             f"learned update rule has momenta and scaling of its own. Leave out what belongs to "
-            f"another optimizer"
+            f"another optimizer",
         )
 
 
@@ -107,50 +105,56 @@ def whole_steps(total: Any) -> int | None:
     Raises:
         ValueError: anything else.
     """
-    number = _real(total)
-    if total is None or number in (math.inf, -1):
+    number = _number(total)
+    if total is None or number in (math.inf, -1.0):
         return None
-    steps = _whole(number)
-    if steps is None or steps < 1:
+    if not number.is_integer() or number < 1:
         raise ValueError(
             f"total_steps is the number of optimizer steps of the whole run, a positive whole "
             f"number, got {total!r}: pass epochs * len(loader), divided by the steps over which "
             f"gradients are accumulated, or None if it is unknown"
         )
-    return steps
+    return int(number)
 
 
-def _real(value: Any) -> Real | Decimal | None:
-    """A number of any type, or a tensor or array that holds one; ``None`` for anything else."""
-    if hasattr(value, "item"):
-        with suppress(RuntimeError, ValueError):
-            value = value.item()
-    return value if isinstance(value, (Real, Decimal)) and not isinstance(value, bool) else None
+def _number(value: Any) -> float:
+    """A number of any type, or a tensor or array of one; NaN for anything else."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return math.nan if isinstance(value, (str, bytes, bool)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
-def _whole(number: Any) -> int | None:
-    """A whole number as an integer, else ``None``."""
-    whole = number is not None and math.isfinite(number) and number == int(number)
-    return int(number) if whole else None
+def rate_of(lr: float | Tensor, index: int | None = None) -> float | None:
+    """The value of a learning rate; ``None`` if reading it would synchronize a device.
 
-
-def rate_of(lr: float | Tensor, index: int) -> float | None:
-    """The value of ``lr`` in this step; ``None`` if reading it would synchronize a device.
+    Args:
+        lr: of a group.
+        index: of the group in a step; ``None`` before the group has stepped.
 
     Raises:
         ValueError: it is no learning rate; the message says what may have set it.
     """
-    _check_one_element(lr)
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(
+            f"Tensor lr must be 1-element, got one of shape {tuple(lr.shape)}: give each group of "
+            f"parameters a learning rate of its own"
+        )
     if needs_sync(lr):
         return None
     rate = float(lr)
-    if not 0.0 <= rate < math.inf:
+    if 0.0 <= rate < math.inf:
+        return rate
+    if index is None:
         raise ValueError(
-            f"lr of parameter group {index} is {rate} in this step: a learning rate scheduler, or "
-            f"code that sets param_groups[{index}]['lr'], has made it so. It must be finite and 0 "
-            f"or more"
+            f"Invalid learning rate: {rate}. It multiplies learned updates, and must be finite and "
+            f"0 or more: leave it out, or pass lr=1.0"
         )
-    return rate
+    raise ValueError(
+        f"lr of parameter group {index} is {rate} in this step: a learning rate scheduler, or code "
+        f"that sets param_groups[{index}]['lr'], has made it so. It must be finite and 0 or more"
+    )
 
 
 def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
@@ -164,39 +168,20 @@ def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
     """
     group["total_steps"] = whole_steps(group["total_steps"])
     own = group.get(OWN_DECAY)
+    group[OWN_DECAY] = None
     if own is not None and own == group["weight_decay"]:
-        group["weight_decay"] = rule.default_weight_decay(group["total_steps"])
-        group[OWN_DECAY] = group["weight_decay"]
-    else:
-        group[OWN_DECAY] = None
-    lr, weight_decay, warmup = group["lr"], group["weight_decay"], _whole(_real(group["warmup"]))
-    _check_one_element(lr)
-    if not needs_sync(lr) and not 0.0 <= lr < math.inf:
-        raise ValueError(
-            f"Invalid learning rate: {lr}. It multiplies learned updates, and must be finite and 0 "
-            f"or more: leave it out, or pass lr=1.0"
-        )
+        own = rule.default_weight_decay(group["total_steps"])
+        group["weight_decay"] = group[OWN_DECAY] = own
+    rate_of(group["lr"])
+    weight_decay, warmup = group["weight_decay"], _number(group["warmup"])
     if weight_decay is None or not 0.0 <= weight_decay < math.inf:
         raise ValueError(
             f"Invalid weight_decay value: {weight_decay}. It must be finite and 0 or more: 0.0 is "
             f"none, and 0.01 AdamW's default"
         )
-    if warmup is None or warmup < 0:
+    if not warmup.is_integer() or warmup < 0:
         raise ValueError(
             f"warmup is a number of steps, a whole number of 0 or more, got {group['warmup']!r}: "
             f"pass 0 for none, or leave it out for the rule's own"
         )
-    group["warmup"] = warmup
-
-
-def _check_one_element(lr: float | Tensor) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(
-            f"Tensor lr must be 1-element, got one of shape {tuple(lr.shape)}: give each group of "
-            f"parameters a learning rate of its own"
-        )
-
-
-def is_zero_without_sync(lr: float | Tensor) -> bool:
-    """True if ``lr`` is zero and reading it synchronizes no device."""
-    return not needs_sync(lr) and float(lr) == 0.0
+    group["warmup"] = int(warmup)

@@ -111,17 +111,17 @@ class ParamStates:
 
     def _lay_out(self, param: Tensor, state: dict[str, Any], known: State) -> None:
         rule, shape = self.rule_on(param), real_shape(param)
+        keys = (*rule.state_keys, *rule.matrix_state)
         if "step" not in state:
             known.clear()
             state.update({**self.create(param), **state})
-        elif rule.matrix_state and any(
-            state.get(key) is not known.get(key) for key in (*rule.state_keys, *rule.matrix_state)
-        ):
+        elif rule.matrix_state and any(state.get(key) is not known.get(key) for key in keys):
             keep_fitting_matrices(rule, state, self.create(param), shape)
-        keys = [key for key in (*rule.state_keys, *rule.matrix_state) if key in state]
-        for key in known.keys() - {*keys, *(compact_key(key) for key in keys)}:
-            del known[key]
         for key in keys:
+            if key not in state:
+                known.pop(key, None)
+                known.pop(compact_key(key), None)
+                continue
             if state[key] is known.get(key):
                 continue
             with outliving_inference_mode():
@@ -279,10 +279,6 @@ def keep_fitting_matrices(
             state.pop(key, None)
             continue
         value = without_rows(rule, key, state.get(key), shape)
-        if value is None or value.shape != fresh[key].shape or is_zero(value):
+        misfit = value is None or value.shape != fresh[key].shape
+        if misfit or (has_values(value) and not value.any()):
             state[key] = with_rows(fresh[key], shape) if shape[0] else fresh[key]
-
-
-def is_zero(value: Tensor) -> bool:
-    """True if all entries are zero; false for fake tensors."""
-    return has_values(value) and not bool(value.any())

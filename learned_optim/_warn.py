@@ -18,5 +18,12 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
+def warn_once(given: set[str], kind: str, message: str) -> None:
+    """Issue a warning of a kind that has not been given."""
+    if kind not in given:
+        given.add(kind)
+        warn(message)
+
+
 def _package(names: dict[str, object]) -> str:
     return str(names.get("__name__", "")).partition(".")[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from learned_optim._groups import SUSPICIOUS_LR
 from learned_optim._tensors import has_values
 from learned_optim._views import local
-from learned_optim._warn import warn
+from learned_optim._warn import warn_once
 from learned_optim.rules import State, UpdateRule
 
 FALLS_OF_A_SCHEDULE = 3  # updates with a falling learning rate that make a schedule
@@ -63,7 +63,8 @@ class GroupWatch:
         self._set_due()
         peak = group.get("max_lr")
         if peak is not None and 0.0 < peak <= SUSPICIOUS_LR:
-            self._warn(
+            warn_once(
+                self._said,
                 "peak",
                 f"OneCycleLR rises to max_lr={peak:g}, which makes learned updates "
                 f"{1 / peak:.0f} times shorter: lr multiplies them, and learning rates of other "
@@ -81,11 +82,6 @@ class GroupWatch:
             self._look_at_end(states)
         self._set_due()
 
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
-            warn(message)
-
     # ---- the learning rate
 
     def fall(self, group: dict[str, Any], rate: float) -> None:
@@ -95,14 +91,16 @@ class GroupWatch:
             return
         if "swa_lr" in group and float(group["swa_lr"]) < SHORT_SWA_LR:
             swa = float(group["swa_lr"])
-            self._warn(
+            warn_once(
+                self._said,
                 "schedule",
                 f"SWALR brings lr to swa_lr={swa:g}, which makes learned updates {1 / swa:.0f} "
                 f"times shorter: lr multiplies them, and learning rates of other optimizers do not "
                 f"carry over. Pass swa_lr=1.0, or the part of a full update that is meant",
             )
         elif self._falls >= FALLS_OF_A_SCHEDULE and self._anneals(group):
-            self._warn(
+            warn_once(
+                self._said,
                 "schedule",
                 f"lr has fallen in {self._falls} steps, now to {rate:g}, while total_steps is "
                 f"given: the rule {self._rule.name!r} anneals by itself, and a scheduler on top "
@@ -130,7 +128,7 @@ class GroupWatch:
                     f"update rule {self._rule.name!r} was meta-trained on. Longer ones may end "
                     f"worse than a tuned AdamW's: watch the loss"
                 )
-            self._warn(kind, message)
+            warn_once(self._said, kind, message)
 
     # ---- gradients
 
@@ -144,7 +142,8 @@ class GroupWatch:
         self._next_gradient = self.updates + (1 if missing else GRADIENT_INTERVAL)
         if self._without_gradient >= UPDATES_WITHOUT_GRADIENT:
             self._next_gradient = math.inf
-            self._warn(
+            warn_once(
+                self._said,
                 "gradients",
                 f"the gradient of a parameter has had no finite entry in "
                 f"{self._without_gradient} steps. Entries that are NaN or infinite count as zero, "

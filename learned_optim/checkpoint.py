@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -51,8 +52,6 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-#: Dtypes in which updates can be computed.
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class CheckpointError(ValueError):
@@ -60,7 +59,7 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it into place.
+    """Let ``write`` create a temporary file beside ``path``, then move it into place.
 
     Whenever the process dies, a reader sees the old file or the new one, never half of one.
 
@@ -69,21 +68,23 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             names it, and an older file is as it was.
     """
     path = Path(path)
-    try:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
         try:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; a checkpoint is not
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the operating system name the file that could not be written."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None:
             raise
@@ -101,12 +102,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder, and a file is to be written")
-    try:
+    with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
-            pass
-    except OSError as error:
-        raise type(error)(f"cannot write {path}: {error.strerror}") from error
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -214,7 +212,7 @@ def check_weights(rule: UpdateRule, tensors: Mapping[str, Tensor]) -> None:
         if name not in tensors:
             continue  # load_state_dict names those that are missing
         dtype = tensors[name].dtype
-        fits = dtype in WEIGHT_DTYPES if own.is_floating_point() else dtype == own.dtype
+        fits = dtype.is_floating_point if own.is_floating_point() else dtype == own.dtype
         if not fits or dtype not in DTYPES:
             wanted = "floating, of 16 bits or more" if own.is_floating_point() else str(own.dtype)
             raise ValueError(f"{name} has dtype {dtype} and should be {wanted}")
@@ -247,17 +245,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
             f"{path} is not a readable safetensors file: it is damaged, incomplete or of another "
             f"kind ({error}). Copy or download it again"
         ) from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is a safetensors file, but no learned_optim checkpoint: its header says "
-            f"format={metadata.get('format')!r}"
-        )
-    version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
-        raise CheckpointError(
-            f"{path} has checkpoint format version {version!r} and this release reads "
-            f"{FORMAT_VERSION}: pip install --upgrade learned-optim"
-        )
+    check_format(str(path), metadata)
     try:
         foreign = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]
         if foreign:
@@ -296,6 +284,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path} does not describe a known update rule: {error}") from error
     return rule.eval(), record
+
+
+def check_format(source: str, header: Mapping[str, Any]) -> None:
+    """Raise :class:`CheckpointError` for another library's files and other format versions."""
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{source} is no learned_optim checkpoint: its header says "
+            f"format={header.get('format')!r}"
+        )
+    version = header.get("format_version")
+    if str(version) != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{source} has checkpoint format version {version} and this release reads "
+            f"{FORMAT_VERSION}: pip install --upgrade learned-optim"
+        )
 
 
 @contextmanager

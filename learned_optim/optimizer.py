@@ -17,7 +17,7 @@ from learned_optim import _diagnostics, _groups
 from learned_optim._frozen import FrozenRule, freeze, source_name
 from learned_optim._group_step import GroupStep, calls_of, settings_of
 from learned_optim._param_states import ParamStates
-from learned_optim._warn import warn
+from learned_optim._warn import warn, warn_once
 from learned_optim._watch import GroupWatch
 from learned_optim.rules import UpdateRule
 
@@ -143,13 +143,13 @@ class LearnedOptimizer(Optimizer):
             param_group[key] = group[key]
         _groups.warn_of_foreign_keys(param_group, self._warned)
         super().add_param_group(param_group)
-        ignored = group["total_steps"] is not None and not rule.reads_horizon
-        if ignored and "ignored" not in self._warned:
-            self._warned.add("ignored")
-            warn(
+        if group["total_steps"] is not None and not rule.reads_horizon:
+            warn_once(
+                self._warned,
+                "ignored",
                 f"total_steps={group['total_steps']} has no effect: the update rule "
                 f"{rule.name!r} does not know the length of a run. Leave it out, or choose a "
-                f"checkpoint of a rule that does"
+                f"checkpoint of a rule that does",
             )
 
     # ---- one step
@@ -181,7 +181,7 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if loss is None and self._frozen.needs_loss:
+        if loss is None and self._frozen.rule.needs_loss:
             raise ValueError(
                 f"the update rule {self._frozen.rule.name!r} of this optimizer reads the loss: "
                 f"call step(closure) with a closure that returns it"
@@ -208,7 +208,7 @@ class LearnedOptimizer(Optimizer):
     def _traced_step(self, index: int, group: dict[str, Any], loss: float | Tensor | None) -> None:
         """A group's step as torch.compile sees it: nothing prepared, and no warnings."""
         self._init_group(group)
-        if not _groups.is_zero_without_sync(group["lr"]):
+        if _groups.rate_of(group["lr"], index) != 0.0:
             for call in calls_of(index, group, self._states, self.state):
                 call.step_(settings_of(group), loss)
 

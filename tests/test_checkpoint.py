@@ -114,7 +114,7 @@ def test_damaged_files_and_files_of_another_kind(good: Path, content: bytes | No
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        ("format_version", "3", "version '3' and this release reads 2: pip"),
+        ("format_version", "3", "version 3 and this release reads 2: pip"),
         ("format", "pt", r"no learned_optim checkpoint: .* format='pt'"),
         ("sha256", "", "the file is damaged: its content does not have the digest"),
     ],

@@ -8,18 +8,8 @@ import pytest
 import torch
 
 from learned_optim import load_rule
-from learned_optim.explain import (
-    _dependence,
-    _figures,
-    _histories,
-    _probe,
-    _report,
-    _runs,
-    explain,
-)
-from learned_optim.explain._dependence import Dependence
-from learned_optim.explain._histories import Curve
-from learned_optim.explain._probe import Probe, settled_step, typical
+from learned_optim.explain import _figures, _probe, _report, _runs, explain
+from learned_optim.explain._probe import Curve, Dependence, Probe
 from learned_optim.rules.classical import AdamConfig, AdamRule, SGDConfig, SGDRule
 from tests.conftest import random_rule, trajectory
 
@@ -42,15 +32,15 @@ def test_a_probe_sees_the_rule_s_own_updates(name: str) -> None:
 
 
 def test_settled_steps_of_known_rules() -> None:
-    sgd = settled_step(Probe(SGDRule(SGDConfig(lr=0.1)), scale=0.5), typical(1024))
-    assert sgd == pytest.approx(0.1 / 0.5, rel=0.02)  # gradients of mean square 1
-    adam = AdamRule(AdamConfig(lr=0.01, beta2=0.9))
-    assert settled_step(Probe(adam, scale=1.0), typical(1024, 1.0)) == pytest.approx(0.01, rel=1e-3)
+    sgd = Probe(SGDRule(SGDConfig(lr=0.1)), scale=0.5)
+    assert sgd.typical_step() == pytest.approx(0.1 / 0.5, rel=0.02)  # gradients of mean square 1
+    adam = Probe(AdamRule(AdamConfig(lr=0.01, beta2=0.9)), scale=1.0)
+    assert adam.typical_step(signal=1.0) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_curves_of_adam_are_adam_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_histories, "_POINTS", 5)
-    for name, curve in _histories.curves(AdamRule(AdamConfig(lr=0.02))).items():
+    monkeypatch.setattr(_probe, "_POINTS", 5)
+    for name, curve in _probe.curves(AdamRule(AdamConfig(lr=0.02))).items():
         assert curve.descent["learned"] == pytest.approx(curve.descent["Adam"], rel=1e-3, abs=1e-6)
         assert curve.size["learned"] == pytest.approx(curve.size["Adam"], rel=1e-3)
         if name == "constant":  # a gradient like all before is a full step
@@ -70,13 +60,12 @@ def test_words_follow_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         size = {"learned": learned, "Adam": 0.5, "RMSprop": 0.5, "momentum": 0.5}
         curves[name] = Curve(x, {rule: [s * v for v in x] for rule, s in size.items()}, size)
     dependence = Dependence(
-        scale={s: 0.1 * s for s in _dependence.SCALES},
+        scale={s: 0.1 * s for s in _probe.SCALES},
         shape={"10": 0.1, "5x5": 0.4},
         signal={0.05: 0.02, 1.0: 0.2},
         signal_adam={0.05: 0.05, 1.0: 0.1},
         known=[0.1, 0.4, 0.2, 0.04],
         unknown=[0.3] * 40,
-        horizon=4,
     )
     layers = {
         name: [{"step_ratio": ratio, "effective_lr": ratio, "part/g": 1.0, "gain/g": 1.0}] * 2
@@ -103,9 +92,8 @@ def test_words_follow_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_a_report(name: str, images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a rule with several directions and of one with a single one, on few points and steps."""
     monkeypatch.setattr(_probe, "SETTLED", 20)
-    monkeypatch.setattr(_histories, "SETTLED", 20)
-    monkeypatch.setattr(_histories, "_POINTS", 3)
-    monkeypatch.setattr(_dependence, "LENGTH", 30)
+    monkeypatch.setattr(_probe, "_POINTS", 3)
+    monkeypatch.setattr(_probe, "LENGTH", 30)
     monkeypatch.setattr(_runs, "WATCHED_STEPS", 12)
     told: list[str] = []
     text = explain(name, tmp_path, progress=told.append).read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -13,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Union
 
-from learned_optim._extras import EXTRAS, how_to_install
-from learned_optim.cli._arguments import take
+from learned_optim._extras import META, how_to_install
 
 __all__ = ["main"]
 
@@ -27,9 +27,6 @@ COMMANDS = {
     "evaluate": "Compare learned optimizers with tuned hand-written ones.",
     "explain": "Write a report with plots on what an update rule does.",
 }
-
-#: Modules of the commands' classes.
-MODULES = {"list": "_inspect", "show": "_inspect", "explain": "_inspect", "evaluate": "_evaluate"}
 
 #: Packages that a command needs after hours of computing. It looks for them before.
 NEEDS = {
@@ -68,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nlearned-optim: interrupted; the same command resumes", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, argparse.ArgumentError) as error:
         print(f"learned-optim: {_message(error, args)}", file=sys.stderr)
         return 1
     finally:
@@ -76,12 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    modules, args = take(args, "--rules")
-    if modules:
+    modules, args = _take(args, "--rules")
+    for module in modules:
         from learned_optim.meta.recipes import import_rules
 
-        for module in modules:
-            import_rules(module)
+        import_rules(module)
     if args == ["--version"]:
         from learned_optim import __version__
 
@@ -128,14 +124,24 @@ def _parse(args: list[str]) -> Any:
     raise AssertionError(f"{args} parse, though they begin with no command")
 
 
-def _options(name: str, args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
+def _take(args: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """The values of an option that decides which other options exist, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag, action="append", default=[], dest="values")
+    found, rest = parser.parse_known_args(args)
+    return found.values, rest
+
+
+def _options(name: str, args: list[str]) -> tuple[str, dict[str, Any], list[str]]:
     """Name, options of tyro and remaining arguments of a command."""
     if name == "train":
         from learned_optim.cli import _train
 
-        return _train.options(args)
-    module = importlib.import_module(f"learned_optim.cli.{MODULES[name]}")
-    return name, {"f": getattr(module, name.capitalize())}, args
+        rules, args = _take(args, "--rule")
+        return _train.options(args, rules[-1] if rules else None)
+    module = "_evaluate" if name == "evaluate" else "_inspect"
+    commands = importlib.import_module(f"learned_optim.cli.{module}")
+    return name, {"f": getattr(commands, name.capitalize())}, args
 
 
 def _one_line(box: str) -> str:
@@ -156,10 +162,9 @@ def _check_needs(command: str) -> None:
 def _message(error: Exception, args: Sequence[str]) -> str:
     """The text of the error; for a missing package of an extra, how to install it."""
     missing = (getattr(error, "name", None) or "").partition(".")[0]
-    for extra, modules in EXTRAS.items():
-        if isinstance(error, ImportError) and missing in modules:
-            command = next((arg for arg in args if arg in COMMANDS), "the command line")
-            return f"{command} needs {missing}: {how_to_install(extra)}"
+    if isinstance(error, ImportError) and missing in META:
+        command = next((arg for arg in args if arg in COMMANDS), "the command line")
+        return f"{command} needs {missing}: {how_to_install('meta')}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         return str(error.strerror)  # without "[Errno 28]"
     return str(error)

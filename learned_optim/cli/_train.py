@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 import tyro
 
 from learned_optim.checkpoint import check_writable
-from learned_optim.cli._arguments import take
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.recipes import (
     EvolutionRecipe,
@@ -86,17 +84,20 @@ class TrainWholeRuns(_Train):
         return MetaTrainer(self.recipe, self.folder, self.data, workers=self.workers)
 
 
-def options(args: Sequence[str]) -> tuple[str, dict[str, Any], Sequence[str]]:
+def options(args: list[str], rule: str | None) -> tuple[str, dict[str, Any], list[str]]:
     """The configuration of the recipe, or of all recipes if none is given.
+
+    Args:
+        args: after ``train``, without ``--rule``.
+        rule: that option's value, which replaces the recipe's update rule.
 
     Raises:
         ValueError: no such recipe or update rule, or an option before the recipe.
     """
     if args and not args[0].startswith("-"):
-        rules, rest = take(args[1:], "--rule")
-        config = configuration(args[0], rules[-1] if rules else None)
+        config = configuration(args[0], rule)
         options = {"f": type(config), "default": config, "description": DESCRIPTION}
-        return f"train {args[0]}", options, rest
+        return f"train {args[0]}", options, args[1:]
     if args and args[0] not in ("-h", "--help"):
         raise ValueError(
             f"train takes the recipe first, then the options: learned-optim train RECIPE "

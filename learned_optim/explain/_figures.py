@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learned_optim.explain._dependence import Dependence
-from learned_optim.explain._histories import Curve
+from learned_optim.explain._probe import Curve, Dependence
 from learned_optim.explain._runs import Watched
 
 if TYPE_CHECKING:
@@ -69,9 +68,8 @@ def plot_histories(curves: dict[str, Curve], path: Path) -> None:
     figure, panels = _panels(len(curves))
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         for rule, descent in curve.descent.items():
-            width, style = 2.0 if rule == "learned" else 1.0, "-"
-            if rule == "momentum":  # often lies on Adam's line
-                style = "--"
+            width = 2.0 if rule == "learned" else 1.0
+            style = "--" if rule == "momentum" else "-"  # often lies on Adam's line
             axes.plot(curve.gradient, descent, style, color=_COLOURS[rule], lw=width, label=rule)
         axes.axhline(0, color="0.8", lw=0.6, zorder=0)
         axes.axvline(0, color="0.8", lw=0.6, zorder=0)
@@ -110,14 +108,9 @@ def plot_run(runs: dict[str, Watched], path: Path) -> None:
 
 def gain_shares(numbers: dict[str, float]) -> dict[str, float]:
     """Shares of the directions in a step; negative for those that are subtracted."""
-    parts = {
-        key.removeprefix("part/"): value for key, value in numbers.items() if key[:5] == "part/"
-    }
+    parts = {key[5:]: value for key, value in numbers.items() if key.startswith("part/")}
     total = sum(parts.values()) or 1.0
-    return {
-        name: (1.0 if numbers[f"gain/{name}"] >= 0 else -1.0) * value / total
-        for name, value in parts.items()
-    }
+    return {k: math.copysign(part, numbers[f"gain/{k}"]) / total for k, part in parts.items()}
 
 
 def plot_gains(run: Watched, path: Path) -> bool:
@@ -148,13 +141,11 @@ def plot_dependence(found: Dependence, path: Path) -> None:
     _label(scale, "tensor's scale", "scale / usual scale of the shape", "step / usual scale")
     shape.barh(list(found.shape), list(found.shape.values()), color="C3")
     _label(shape, "shape", "step / scale")
-    signal.plot(
-        list(found.signal), list(found.signal.values()), "o-", color="C3", ms=3, label="learned"
-    )
-    signal.plot(list(found.signal_adam), list(found.signal_adam.values()), "C0", label="Adam")
+    signal.plot(*zip(*found.signal.items(), strict=True), "o-", color="C3", ms=3, label="learned")
+    signal.plot(*zip(*found.signal_adam.items(), strict=True), "C0", label="Adam")
     _label(signal, "signal in the gradient", "amplitude of what stays the same", "step / scale")
     if found.known:
-        progress.semilogy(found.known, "C3", label=f"total_steps={found.horizon}")
+        progress.semilogy(found.known, "C3", label=f"total_steps={len(found.known)}")
     progress.semilogy(found.unknown, "C1", label="length unknown")
     _label(progress, "progress", "step", "step / scale")
     _legend(figure, progress, signal)

@@ -1,10 +1,11 @@
-"""One tensor under an update rule, with synthetic gradients."""
+"""Steps of an update rule on one tensor with synthetic gradients."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
@@ -70,21 +71,147 @@ class Probe:
             self._optimizer.load_state_dict(copy.deepcopy(state))
         return updates
 
+    def steps(self, grad: Callable[[int], Tensor], count: int) -> list[float]:
+        """Root mean square steps of a history, in units of the tensor's scale."""
+        updates = (self.advance(grad(step)) for step in range(count))
+        return [float(update.square().mean().sqrt()) / self.scale for update in updates]
 
-def rms(value: Tensor) -> float:
-    """Root mean square."""
-    return float(value.square().mean().sqrt())
+    def settled_step(self, grad: Callable[[int], Tensor]) -> float:
+        """The mean of the last of :data:`SETTLED` steps of a history."""
+        return sum(self.steps(grad, SETTLED)[-AVERAGED:]) / AVERAGED
+
+    def typical(self, signal: float = 0.3) -> Callable[[int], Tensor]:
+        """Gradients ``(n,)`` of mean square 1 with a constant part of amplitude ``signal``."""
+        n, generator = len(self.param), Generator().manual_seed(1)
+        fixed = torch.randn(n, generator=generator).sign() * signal
+        noise = math.sqrt(max(0.0, 1.0 - signal**2))
+        return lambda _: fixed + noise * torch.randn(n, generator=generator)
+
+    def typical_step(self, signal: float = 0.3) -> float:
+        """The settled step on typical gradients."""
+        return self.settled_step(self.typical(signal))
 
 
-def typical(n: int, signal: float = 0.3) -> Callable[[], Tensor]:
-    """Gradients ``(n,)`` of mean square 1 with a constant part of amplitude ``signal``."""
-    generator = Generator().manual_seed(1)
-    fixed = torch.randn(n, generator=generator).sign() * signal
-    noise = math.sqrt(max(0.0, 1.0 - signal**2))
-    return lambda: fixed + noise * torch.randn(n, generator=generator)
+# ---- the step as a function of the current gradient
+
+_VARIED = 64  # coordinates, of 1,024, whose current gradient is varied
+_POINTS = 41  # values of it
+_DECAY = 30.0  # steps in which the decaying gradient falls by e
 
 
-def settled_step(probe: Probe, grads: Callable[[], Tensor]) -> float:
-    """Root mean square of the last steps of a history, in units of the tensor's scale."""
-    sizes = [rms(probe.advance(grads())) for _ in range(SETTLED)]
-    return sum(sizes[-AVERAGED:]) / AVERAGED / probe.scale
+@dataclass(frozen=True)
+class History:
+    """A sequence of gradients along fixed signs."""
+
+    name: str
+    at: Callable[[int], float]  # step -> amplitude along each coordinate's own sign
+    noise: float = 0.0  # standard deviation
+    widest: float = 3.0  # the current gradient varies from minus to plus this, in units of `unit`
+    unit: float = 1.0  # size of a gradient at the end of the history
+
+
+HISTORIES = (
+    History("constant", lambda _: 1.0),
+    History("alternating", lambda step: (-1.0) ** step),
+    History("noisy", lambda _: 0.1, noise=math.sqrt(1 - 0.1**2)),
+    History("decaying", lambda step: math.exp(-step / _DECAY), unit=math.exp(-SETTLED / _DECAY)),
+    History("suddenly large", lambda _: 0.3, noise=math.sqrt(1 - 0.3**2), widest=30.0),
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The step as a function of the current gradient, by rule, in units of the tensor's scale.
+
+    Attributes:
+        gradient: in units of the gradients at the history's end, positive along their sign.
+        descent: mean step against the history's sign. Hand-written rules have the learning rates
+            that make their typical steps as large as the learned rule's.
+        size: root mean square step at the history's end.
+    """
+
+    gradient: list[float]
+    descent: dict[str, list[float]]
+    size: dict[str, float]
+
+
+def curves(rule: UpdateRule) -> dict[str, Curve]:
+    """Curves of the rule and of the references, by history."""
+    rules = {"learned": rule, **{name: make() for name, make in REFERENCES.items()}}
+    sizes = {name: Probe(own).typical_step() for name, own in rules.items()}
+    found = {}
+    for history in HISTORIES:
+        gradient = torch.linspace(-history.widest, history.widest, _POINTS).tolist()
+        curve = found[history.name] = Curve(gradient, {}, {})
+        for name, own in rules.items():
+            rate = sizes["learned"] / sizes[name]
+            descent, size = _response(own, history, gradient)
+            curve.descent[name] = [rate * value for value in descent]
+            curve.size[name] = rate * size
+    return found
+
+
+def _response(
+    rule: UpdateRule, history: History, gradient: list[float]
+) -> tuple[list[float], float]:
+    """Descent by current gradient after a history, and the size of the step at its end."""
+    probe, generator = Probe(rule), Generator().manual_seed(2)
+    n = len(probe.param)
+    signs = torch.randn(n, generator=generator).sign()
+
+    def grad(step: int) -> Tensor:
+        return signs * (history.at(step) + history.noise * torch.randn(n, generator=generator))
+
+    size = probe.settled_step(grad)
+    last, varied = grad(SETTLED), []
+    for value in gradient:
+        varied.append(last.clone())
+        varied[-1][:_VARIED] = signs[:_VARIED] * value * history.unit
+    updates = probe.alternatives(varied)
+    return [-float((u * signs)[:_VARIED].mean()) / probe.scale for u in updates], size
+
+
+# ---- the step as a function of scale, shape, noise and progress
+
+SCALES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+SHAPES = (
+    (10,), (100,), (1000,), (10, 10), (32, 32), (100, 100), (10, 784), (16, 3, 3, 3), (300, 4),
+)  # fmt: skip
+SIGNALS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
+LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """Root mean square steps after a typical history, in units of the tensor's scale.
+
+    Attributes:
+        scale: by scale. Scales and steps are in units of the shape's usual scale.
+        shape: by shape.
+        signal: by the amplitude of the gradient's constant part.
+        signal_adam: the same of Adam; its learning rate gives an equal step at amplitude 0.3.
+        known: every step of a run with ``total_steps``; empty if the rule does not read it.
+        unknown: every step of a run without ``total_steps``.
+    """
+
+    scale: dict[float, float]
+    shape: dict[str, float]
+    signal: dict[float, float]
+    signal_adam: dict[float, float]
+    known: list[float]
+    unknown: list[float]
+
+
+def dependence(rule: UpdateRule) -> Dependence:
+    """Vary one variable at a time, from a tensor of 32 x 32 and typical gradients."""
+    signal = {s: Probe(rule).typical_step(s) for s in SIGNALS}
+    adam = {s: Probe(REFERENCES["Adam"]()).typical_step(s) for s in SIGNALS}
+    usual, told, untold = Probe(rule).scale, Probe(rule, total_steps=LENGTH), Probe(rule)
+    return Dependence(
+        scale={s: s * Probe(rule, scale=s * usual).typical_step() for s in SCALES},
+        shape={"x".join(map(str, shape)): Probe(rule, shape).typical_step() for shape in SHAPES},
+        signal=signal,
+        signal_adam={s: signal[0.3] / adam[0.3] * step for s, step in adam.items()},
+        known=told.steps(told.typical(), LENGTH) if rule.reads_horizon else [],
+        unknown=untold.steps(untold.typical(), LENGTH),
+    )

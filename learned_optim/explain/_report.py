@@ -11,10 +11,10 @@ from pathlib import Path
 from learned_optim import load_rule
 from learned_optim.checkpoint import write_text
 from learned_optim.explain import _figures
-from learned_optim.explain._dependence import Dependence, dependence
-from learned_optim.explain._histories import Curve, curves
+from learned_optim.explain._probe import Curve, Dependence, curves, dependence
 from learned_optim.explain._runs import ADAM_LRS, WATCHED_STEPS, Watched, watch_digits
 from learned_optim.rules import UpdateRule
+from learned_optim.summary import table
 
 REPORT = "README.md"
 #: Ratios nearer to 1 than this count as equal.
@@ -116,7 +116,7 @@ def _in_short(curves: dict[str, Curve], found: Dependence) -> list[str]:
     ]
     if found.known:
         lines.append(
-            f"Told a length of {found.horizon} steps, it ends with a step of "
+            f"Told a length of {len(found.known)} steps, it ends with a step of "
             f"{found.known[-1] / max(found.known):.2g} of its largest."
         )
     return lines
@@ -155,9 +155,8 @@ def _sizes(found: dict[str, Curve]) -> str:
     """A table of the size of the step at the end of every history."""
     rules = list(next(iter(found.values())).size)
     rows = [
-        f"| {name} | {' | '.join(f'{curve.size[rule]:.2g}' for rule in rules)} |"
+        [name, *(f"{curve.size[rule]:.2g}" for rule in rules)]
         for name, curve in found.items()
         if name != "suddenly large"
     ]
-    head = f"| root mean square step / scale | {' | '.join(rules)} |"
-    return "\n".join([head, "|---" * (len(rules) + 1) + "|", *rows])
+    return table(["root mean square step / scale", *rules], rows)

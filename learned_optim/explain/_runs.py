@@ -46,29 +46,24 @@ def digits_classifier() -> Task:
     return ModuleTask(build, batches)
 
 
-def watch(
-    task: Task,
-    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
-    steps: int,
-) -> Watched:
+def watch(task: Task, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Watched:
     """Train a task, recording losses and the diagnostics of a learned optimizer."""
     generator = torch.Generator().manual_seed(0)
     params = {name: p.requires_grad_() for name, p in task.init(generator).items()}
-    own = optimizer(list(params.values()))
-    if isinstance(own, LearnedOptimizer):
-        own.diagnose()
+    optimizer = make(list(params.values()))
+    if isinstance(optimizer, LearnedOptimizer):
+        optimizer.diagnose()
     run = Watched([], {name: [] for name in params})
-    for _ in range(steps):
+    for _ in range(WATCHED_STEPS):
         loss = task.loss(params, task.batch(generator))
-        own.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        own.step(lambda loss=loss: loss.detach())  # type: ignore[misc]
+        optimizer.step(lambda loss=loss: loss.detach())  # type: ignore[misc]
         run.losses.append(float(loss.detach()))
-        if isinstance(own, LearnedOptimizer):
-            found = own.diagnostics()
-            for index, name in enumerate(params):
-                if f"0/{index}" in found:
-                    run.numbers[name].append(found[f"0/{index}"])
+        found = optimizer.diagnostics() if isinstance(optimizer, LearnedOptimizer) else {}
+        for index, name in enumerate(params):
+            if f"0/{index}" in found:
+                run.numbers[name].append(found[f"0/{index}"])
     return run
 
 
@@ -80,4 +75,4 @@ def watch_digits(rule: UpdateRule) -> dict[str, Watched]:
     makers["without total_steps"] = partial(LearnedOptimizer, rule=rule)
     makers |= {f"Adam {lr:g}": partial(torch.optim.Adam, lr=lr) for lr in ADAM_LRS}
     task = digits_classifier()
-    return {label: watch(task, make, WATCHED_STEPS) for label, make in makers.items()}
+    return {label: watch(task, make) for label, make in makers.items()}

@@ -172,7 +172,7 @@ REFUSALS = {
         "FileNotFoundError", "no repository 'nobody/nothing', or it is private"
     ),
     "user/good@v3": ("FileNotFoundError", "no such revision: 'user/good@v3'"),
-    "user/foreign": ("CheckpointError", "no learned_optim rule: its config.json says"),
+    "user/foreign": ("CheckpointError", "no learned_optim checkpoint: its header says"),
     "user/pickled": ("CheckpointError", "'user/pickled' has no config.json"),
     "user/no-weights": (
         "FileNotFoundError", "no file model.safetensors, and only safetensors"
