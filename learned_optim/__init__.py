@@ -4,9 +4,8 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from learned_optim._card import model_card
     from learned_optim.checkpoint import CheckpointError, save_rule
-    from learned_optim.hub import push_to_hub
+    from learned_optim.hub import model_card, push_to_hub
     from learned_optim.optimizer import LearnedOptimizer
     from learned_optim.pretrained import list_pretrained, load_record, load_rule
     from learned_optim.rules import UpdateRule
@@ -37,7 +36,7 @@ _HOMES = {
     "list_pretrained": "pretrained",
     "load_record": "pretrained",
     "load_rule": "pretrained",
-    "model_card": "_card",
+    "model_card": "hub",
     "push_to_hub": "hub",
     "save_rule": "checkpoint",
     "trainer_callback": "trainers",

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 
-def plain_arithmetic(devices: set[str]) -> AbstractContextManager[object]:
-    """Switches autocast and reduced matmul precision off on these device types.
+def plain_arithmetic(device: str) -> AbstractContextManager[object]:
+    """Switches autocast and reduced matmul precision off on this type of device.
 
     Default dtype and device need nothing: code of the step names its dtypes and devices.
     """
     if torch.compiler.is_compiling():
-        return torch.autocast("cpu", enabled=False) if "cpu" in devices else nullcontext()
-    casting = [kind for kind in devices if kind != "meta" and torch.is_autocast_enabled(kind)]
-    precision = torch.get_float32_matmul_precision()
-    if not casting and precision == "highest":
-        return nullcontext()
-    stack = ExitStack()
-    for kind in casting:
-        stack.enter_context(torch.autocast(kind, enabled=False))
-    if precision != "highest":
-        stack.enter_context(_matmul_precision(precision))
-    return stack
+        return torch.autocast("cpu", enabled=False) if device == "cpu" else nullcontext()
+    casting = device != "meta" and torch.is_autocast_enabled(device)
+    if casting or torch.get_float32_matmul_precision() != "highest":
+        return _switched_off(torch.autocast(device, enabled=False) if casting else nullcontext())
+    return nullcontext()
 
 
 @contextmanager
-def _matmul_precision(before: str) -> Iterator[None]:
+def _switched_off(autocast: AbstractContextManager[object]) -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with autocast:
+            yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager

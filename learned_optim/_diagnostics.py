@@ -38,14 +38,12 @@ class Recorder:
     """Step hooks of one optimizer.
 
     Attributes:
-        found: numbers of the last step by tensor.
-        stepped: true after the first step.
+        found: numbers of the last step by tensor; ``None`` before the first one.
     """
 
     def __init__(self, optimizer: Optimizer, states: ParamStates) -> None:
         self._states = states
-        self.found: dict[str, dict[str, float]] = {}
-        self.stepped = False
+        self.found: dict[str, dict[str, float]] | None = None
         # By parameter: number of earlier updates, its copy, and copies of per-tensor entries and of
         # the network's.
         self._before: dict[Tensor, tuple[float, Tensor, State]] = {}
@@ -75,7 +73,7 @@ class Recorder:
 
     @torch.no_grad()
     def _measure(self, optimizer: Any, *_: Any) -> None:
-        self.found, self.stepped = {}, True
+        self.found = {}
         for number, group in enumerate(optimizer.param_groups):
             params = group["params"]
             names = group.get("param_names") or [f"{number}/{i}" for i in range(len(params))]

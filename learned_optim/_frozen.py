@@ -64,8 +64,6 @@ def freeze(rule: str | os.PathLike[str] | UpdateRule) -> FrozenRule:
         if isinstance(rule, UpdateRule):
             return FrozenRule(copy.deepcopy(rule))
         path = checkpoint_path(rule)
-        if not path.is_file():
-            return FrozenRule(load_rule(rule))  # the error for a missing file names the source
         key = path, path.stat().st_mtime_ns
         if key not in _SHARED:
             _SHARED[key] = FrozenRule(load_rule(rule))

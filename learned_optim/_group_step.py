@@ -170,7 +170,7 @@ def _step_tensors(call: Call, settings: StepSettings, loss: float | Tensor | Non
         finite = torch.as_tensor(loss, dtype=rule.dtype, device=device)
         finite = torch.nan_to_num(finite, nan=0.0, posinf=0.0, neginf=0.0)
         settings = StepSettings(*settings[:-1], finite)
-    with plain_arithmetic({device.type}):
+    with plain_arithmetic(device.type):
         rule.step_(
             [real(local(param)) for param in params],
             [real(local_grad(param.grad, param)) for param in params],

@@ -28,7 +28,7 @@ FOREIGN = frozenset(
 )  # fmt: skip
 #: Values that every group of a learned optimizer has.
 OWN_KEYS = frozenset({"lr", "weight_decay", "maximize", "total_steps", "warmup"})
-#: Group key of the rule's own weight decay; ``None`` where the user gave one.
+#: Group key of the rule's own weight decay; ``None`` where the user set another.
 OWN_DECAY = "default_weight_decay"
 
 
@@ -158,10 +158,9 @@ def rate_of(lr: float | Tensor, index: int | None = None) -> float | None:
 
 
 def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
-    """Check the values of a group.
+    """Check the values of a group, and set the rule's own weight decay where none is given.
 
-    The rule's own weight decay follows a changed length of the run, unless the weight decay has
-    been changed.
+    That decay follows a changed length of the run until another one is set.
 
     Raises:
         ValueError: a value out of range.
@@ -169,12 +168,12 @@ def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
     group["total_steps"] = whole_steps(group["total_steps"])
     own = group.get(OWN_DECAY)
     group[OWN_DECAY] = None
-    if own is not None and own == group["weight_decay"]:
+    if group["weight_decay"] is None or group["weight_decay"] == own:
         own = rule.default_weight_decay(group["total_steps"])
         group["weight_decay"] = group[OWN_DECAY] = own
     rate_of(group["lr"])
     weight_decay, warmup = group["weight_decay"], _number(group["warmup"])
-    if weight_decay is None or not 0.0 <= weight_decay < math.inf:
+    if not 0.0 <= weight_decay < math.inf:
         raise ValueError(
             f"Invalid weight_decay value: {weight_decay}. It must be finite and 0 or more: 0.0 is "
             f"none, and 0.01 AdamW's default"

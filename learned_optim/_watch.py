@@ -22,14 +22,14 @@ GRADIENT_INTERVAL = 64  # updates between two looks at finite gradients
 
 
 class GroupWatch:
-    """Finds what to warn of in the updates of one group.
+    """Warns of faults in the updates of one parameter group.
 
     A step counts ``updates``, calls :meth:`look` when ``due`` is reached and :meth:`fall` when the
     learning rate is below ``rate``, and pays nothing else.
 
     Args:
         rule: the optimizer's update rule.
-        said: kinds of warnings that the optimizer has given.
+        warned: kinds of warnings that the optimizer has given.
 
     Attributes:
         updates: number of the group's updates; an upper bound where gradients come and go.
@@ -37,8 +37,8 @@ class GroupWatch:
         rate: learning rate of the last update; NaN before the first one.
     """
 
-    def __init__(self, rule: UpdateRule, said: set[str]) -> None:
-        self._rule, self._said = rule, said
+    def __init__(self, rule: UpdateRule, warned: set[str]) -> None:
+        self._rule, self._warned = rule, warned
         self.updates, self.due, self.rate = -1, 0.0, math.nan
         self._falls = self._without_gradient = 0
         self._ends: dict[str, int] = {}  # updates at which to warn, by kind of warning
@@ -58,13 +58,13 @@ class GroupWatch:
         self._ends = {
             kind: end + 1
             for kind, end in (("past", total), ("trained", trained))
-            if end is not None and kind not in self._said
+            if end is not None and kind not in self._warned
         }
         self._set_due()
         peak = group.get("max_lr")
         if peak is not None and 0.0 < peak <= SUSPICIOUS_LR:
             warn_once(
-                self._said,
+                self._warned,
                 "peak",
                 f"OneCycleLR rises to max_lr={peak:g}, which makes learned updates "
                 f"{1 / peak:.0f} times shorter: lr multiplies them, and learning rates of other "
@@ -87,12 +87,12 @@ class GroupWatch:
     def fall(self, group: dict[str, Any], rate: float) -> None:
         """Note a learning rate below that of the update before."""
         self._falls += 1
-        if "schedule" in self._said:
+        if "schedule" in self._warned:
             return
         if "swa_lr" in group and float(group["swa_lr"]) < SHORT_SWA_LR:
             swa = float(group["swa_lr"])
             warn_once(
-                self._said,
+                self._warned,
                 "schedule",
                 f"SWALR brings lr to swa_lr={swa:g}, which makes learned updates {1 / swa:.0f} "
                 f"times shorter: lr multiplies them, and learning rates of other optimizers do not "
@@ -100,7 +100,7 @@ class GroupWatch:
             )
         elif self._falls >= FALLS_OF_A_SCHEDULE and self._anneals(group):
             warn_once(
-                self._said,
+                self._warned,
                 "schedule",
                 f"lr has fallen in {self._falls} steps, now to {rate:g}, while total_steps is "
                 f"given: the rule {self._rule.name!r} anneals by itself, and a scheduler on top "
@@ -128,7 +128,7 @@ class GroupWatch:
                     f"update rule {self._rule.name!r} was meta-trained on. Longer ones may end "
                     f"worse than a tuned AdamW's: watch the loss"
                 )
-            warn_once(self._said, kind, message)
+            warn_once(self._warned, kind, message)
 
     # ---- gradients
 
@@ -143,7 +143,7 @@ class GroupWatch:
         if self._without_gradient >= UPDATES_WITHOUT_GRADIENT:
             self._next_gradient = math.inf
             warn_once(
-                self._said,
+                self._warned,
                 "gradients",
                 f"the gradient of a parameter has had no finite entry in "
                 f"{self._without_gradient} steps. Entries that are NaN or infinite count as zero, "

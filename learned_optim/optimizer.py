@@ -49,7 +49,6 @@ class LearnedOptimizer(Optimizer):
         warmup: the updates of the first ``warmup`` steps of each parameter are multiplied by
             ``(step + 1) / warmup``; 0 for none, ``None`` for the rule's own
             (:attr:`~learned_optim.rules.UpdateRule.warmup_steps`).
-        unknown: refused; the error says what to leave out.
 
     ``lr``, ``weight_decay``, ``maximize``, ``total_steps`` and ``warmup`` may differ by group, and
     may be set in ``param_groups`` in mid-run: the next step checks and uses the new values.
@@ -64,13 +63,11 @@ class LearnedOptimizer(Optimizer):
     step does not depend on autocast, default dtype or device, or matmul precision.
 
     Raises:
-        TypeError: a learning rate in the place of the rule (``LearnedOptimizer(params, 1e-3)``), or
-            an argument of another optimizer (``betas``, ``eps``, ``fused``).
-        ValueError: a negative or non-finite learning rate or weight decay, another state dtype, a
-            ``total_steps`` or ``warmup`` that counts no steps, an unknown checkpoint name, or an
-            empty parameter list.
-        FileNotFoundError: a checkpoint file or Hub repository that is not there.
-        CheckpointError: a checkpoint that is damaged, foreign or of a newer format.
+        TypeError: a learning rate in the place of the rule, as in ``LearnedOptimizer(params,
+            1e-3)``, or an argument of another optimizer, such as ``betas`` or ``fused``.
+        ValueError: a value out of range, an unknown checkpoint name, or no parameters.
+        FileNotFoundError: no such checkpoint file or Hub repository.
+        CheckpointError: a checkpoint that is damaged, foreign or of another format version.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -133,11 +130,7 @@ class LearnedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         rule = self._frozen.rule
-        group = {**self.defaults, _groups.OWN_DECAY: None, **param_group}
-        if group["weight_decay"] is None:
-            total_steps = _groups.whole_steps(group["total_steps"])
-            own = rule.default_weight_decay(total_steps)
-            group["weight_decay"] = group[_groups.OWN_DECAY] = own
+        group = {**self.defaults, **param_group}
         _groups.settle(rule, group)
         for key in ("total_steps", "warmup", "weight_decay", _groups.OWN_DECAY):
             param_group[key] = group[key]
@@ -200,9 +193,8 @@ class LearnedOptimizer(Optimizer):
     def _prepared(self, index: int, group: dict[str, Any]) -> GroupStep:
         """The step of a group, whose missing state is created."""
         self._states.lay_out(index, group["params"], self.state)
-        watch = self._watches.get(index)
-        if watch is None:
-            watch = self._watches[index] = GroupWatch(self._frozen.rule, self._warned)
+        fresh = GroupWatch(self._frozen.rule, self._warned)
+        watch = self._watches.setdefault(index, fresh)
         return GroupStep(index, group, self._states, self.state, watch)
 
     def _traced_step(self, index: int, group: dict[str, Any], loss: float | Tensor | None) -> None:
@@ -246,7 +238,7 @@ class LearnedOptimizer(Optimizer):
         Raises:
             RuntimeError: nothing has been recorded.
         """
-        if self._recorder is None or not self._recorder.stepped:
+        if self._recorder is None or self._recorder.found is None:
             raise RuntimeError(
                 "no step has been recorded: call optimizer.diagnose() before optimizer.step(), "
                 "and optimizer.diagnose(False) when the numbers are no longer wanted"

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from learned_optim import _download
 from learned_optim._discovery import did_you_mean, unknown_name
-from learned_optim.checkpoint import BEST_FILE, CheckpointError, read_checkpoint
+from learned_optim.checkpoint import (
+    BEST_FILE,
+    FORMAT,
+    CheckpointError,
+    check_format,
+    read_checkpoint,
+)
 from learned_optim.rules import UpdateRule
 
 #: Names that move on to better weights. ``LearnedOptimizer(params)`` uses ``default``.
 ALIASES = {"default": "eigenbasis", "default-fast": "diagonal"}
+
+#: Name of the checkpoint file inside a folder or a Hub repository.
+CHECKPOINT_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
 def _folder() -> Path:
@@ -39,27 +52,29 @@ def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = 
     path = Path(text).expanduser()
     if path.is_dir():
         return _in_folder(path)
-    if path.exists() or path.suffix == ".safetensors" or not isinstance(source, str):
-        if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint file at {path}{_beside(path)}")
+    if path.is_file():
         return path
-    if _download.is_hub_id(text):
-        if "@" not in text and path.parent.is_dir():  # more likely a mistyped path
-            near = _beside(path) or "."
-            raise FileNotFoundError(
-                f"no checkpoint file or folder at {path}{near} A Hub repository of that name, "
-                f"where a folder {path.parent} exists, is {text}@main"
-            )
-        return _download.download(text, local_files_only=local_files_only)
-    if path.name != text:
-        raise FileNotFoundError(f"no checkpoint file or folder at {path}{_beside(path)}")
-    raise unknown_name("checkpoint", text, list_pretrained())
+    is_path = path.suffix == ".safetensors" or not isinstance(source, str)
+    maybe_hub = not is_path and is_hub_id(text)
+    if maybe_hub and ("@" in text or not path.parent.is_dir()):  # else more likely a mistyped path
+        return _download(text, local_files_only)
+    if not is_path and path.name == text:
+        raise unknown_name("checkpoint", text, list_pretrained())
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = did_you_mean(str(path), map(str, beside))
+    message = f"no checkpoint file or folder at {path}{near}"
+    if maybe_hub:
+        message += (
+            f"{'' if near else '.'} A Hub repository of that name, where a folder {path.parent} "
+            f"exists, is {text}@main"
+        )
+    raise FileNotFoundError(message)
 
 
 def _in_folder(folder: Path) -> Path:
     """The checkpoint of a folder: a repository's, a finished run's, or the best of a run so far."""
     found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
-    for name in (_download.CHECKPOINT_FILE, f"{folder.resolve().name}.safetensors"):
+    for name in (CHECKPOINT_FILE, f"{folder.resolve().name}.safetensors"):
         if name in found:
             return found[name]
     others = [name for name in found if name != BEST_FILE]
@@ -69,16 +84,10 @@ def _in_folder(folder: Path) -> Path:
         )
     if not found:
         raise FileNotFoundError(
-            f"no checkpoint in the folder {folder}: it holds no {_download.CHECKPOINT_FILE} "
+            f"no checkpoint in the folder {folder}: it holds no {CHECKPOINT_FILE} "
             f"or other .safetensors file"
         )
     return found[others[0] if others else BEST_FILE]
-
-
-def _beside(path: Path) -> str:
-    """The end of an error about a path that does not exist: the nearest name beside it."""
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return did_you_mean(str(path), [str(path.parent / name) for name in names])
 
 
 def load_rule(source: str | os.PathLike[str], *, local_files_only: bool = False) -> UpdateRule:
@@ -125,3 +134,100 @@ def _read(
         if os.fspath(source) in str(error):
             raise
         raise CheckpointError(f"{os.fspath(source)!r}: {error}") from error
+
+
+# ---- repositories of the Hub; nothing is unpickled
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` has the form ``user/repo`` or ``user/repo@revision``."""
+    user, _, repo = text.partition("/")
+    return _HUB_ID.match(text) is not None and not {user, repo} & {".", ".."}
+
+
+def _download(hub_id: str, local_files_only: bool) -> Path:
+    """The checkpoint file of a Hub repository, through the Hub's cache.
+
+    ``config.json`` comes first, so that a foreign repository is refused before its weights are
+    fetched. The weights are taken from the same commit.
+
+    Args:
+        hub_id: ``"user/repo"``, optionally ``"@revision"``.
+        local_files_only: read the cache alone.
+
+    Raises:
+        FileNotFoundError: no such repository, revision or file, or no way to reach the Hub.
+        CheckpointError: the repository is no learned_optim rule, or of a newer format.
+    """
+    repo, _, revision = hub_id.partition("@")
+    config = _fetch(repo, CONFIG_FILE, revision or None, local_files_only)
+    try:
+        header = dict(json.loads(config.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{CONFIG_FILE} of {hub_id!r} is not readable: {error}") from error
+    check_format(f"the Hub repository {hub_id!r}", header)
+    commit = config.parent.name  # the cache keeps a snapshot's files in a folder of that name
+    return _fetch(repo, CHECKPOINT_FILE, commit, local_files_only)
+
+
+def _fetch(repo: str, file: str, revision: str | None, local_files_only: bool) -> Path:
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    at = f"{repo}@{revision}" if revision else repo
+    try:
+        cached_only = local_files_only or not _answers(repo, file, revision)
+        return Path(
+            hf_hub_download(
+                repo, file, revision=revision, local_files_only=cached_only, library_name=FORMAT
+            )
+        )
+    except errors.LocalEntryNotFoundError as error:
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            why = "local_files_only was asked for" if local_files_only else "HF_HUB_OFFLINE is set"
+            cause = f"{file} of the Hub repository {at!r} is not in the local cache, and {why}"
+        else:
+            cause = (
+                f"the Hub could not be reached for {at!r} and {file} is not in the local cache: "
+                f"check the network, or use a shipped checkpoint"
+            )
+        raise FileNotFoundError(cause) from error
+    except errors.EntryNotFoundError as error:
+        if file == CONFIG_FILE:
+            raise CheckpointError(
+                f"the Hub repository {at!r} has no {CONFIG_FILE}: it is no learned_optim rule"
+            ) from error
+        cause = f"the Hub repository {at!r} has no file {file}, and only safetensors are loaded"
+        raise FileNotFoundError(f"{cause} ({_first_line(error)})") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        if isinstance(error, errors.GatedRepoError):
+            cause = f"the Hub repository {at!r} is gated: ask its owner for access, then log in"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            cause = (
+                f"the Hub has no repository {at!r}, or it is private: check the spelling, or log "
+                f"in with `hf auth login`"
+            )
+        elif isinstance(error, errors.RevisionNotFoundError):
+            cause = f"the Hub repository has no such revision: {at!r}"
+        else:
+            cause = f"{file} could not be had from the Hub repository {at!r}"
+        raise FileNotFoundError(f"{cause} ({_first_line(error)})") from error
+
+
+def _answers(repo: str, file: str, revision: str | None) -> bool:
+    """True if the Hub answers one request, if only with an error.
+
+    Where it does not, ``hf_hub_download`` would try six times, for half a minute.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
+    except (errors.HfHubHTTPError, ValueError):
+        return True
+    except Exception:  # a timeout or no connection; the type depends on the client's HTTP library
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -38,7 +38,7 @@ def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
         interval: ``mean`` and ``half`` of a summary; ``None`` for what was not measured gives "".
         digits: after the decimal point.
     """
-    if interval is None:  # not measured
+    if interval is None:
         return ""
     if interval["mean"] is None:
         return "diverged"
@@ -124,9 +124,6 @@ def worth_table(summary: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-_COUNTS = ("at_most_tuned", "within_5_percent", "reached")
-
-
 def tuned_table(summary: dict[str, Any]) -> str:
     """Everybody against the best tuned rival of each task."""
     if not any("ratio" in row for row in summary["overall"].values()):
@@ -137,11 +134,12 @@ def tuned_table(summary: dict[str, Any]) -> str:
     rows = []
     for name, row in summary["overall"].items():
         share, spent = row["step_share_to_target"], row["optimizer_milliseconds"]
+        counts = row["at_most_tuned"], row["within_5_percent"], row["reached"]
         rows.append(
             [
                 _name(summary, name),
                 *(ratio_text(row[ratio]) for ratio in ("ratio", "test_ratio", "sum_ratio")),
-                *(f"{row[c]} of {row['tasks']}" for c in _COUNTS),
+                *(f"{count} of {row['tasks']}" for count in counts),
                 "never" if share is None else f"{share:.0%}",
                 f"{row['diverged']:.0%}",
                 f"{row['stalled']:.0%}",
@@ -325,7 +323,11 @@ def draw_curves(curves: dict[str, dict[str, Any]], path: Path, title: str) -> No
         _plain_numbers(axes.yaxis, (1, 2, 5) if high < 1000 * low else (1,))
     else:
         axes.text(0.5, 0.5, "no loss was finite", transform=axes.transAxes, ha="center")
-    _save(figure, axes, path)
+    # Beside the axes, a legend covers no curve.
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.set_figwidth(10.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def plot_worth(worth: dict[str, Any], path: Path) -> None:
@@ -371,19 +373,10 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _plain_numbers(axis: Any, multiples: tuple[float, ...] = ()) -> None:
-    """Ticks of a log axis as plain numbers."""
+def _plain_numbers(axis: Any, multiples: tuple[float, ...]) -> None:
+    """Ticks of a log axis at these multiples of powers of ten, as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if multiples:
-        axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_locator(LogLocator(subs=multiples))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _save(figure: Any, axes: Any, path: Path) -> None:
-    # Beside the axes, a legend covers no curve.
-    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.set_figwidth(10.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

@@ -76,12 +76,6 @@ def test_how_a_rule_is_used_survives(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("use", ['{"warmup_steps": -1}', '{"warmup_steps": null}', '{"x": 1}', "3"])
-def test_an_unknown_use_is_refused(use: str, good: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"good\.safetensors.*use"):
-        load_rule(rewritten(good, use=use))
-
-
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
     path = tmp_path / "good.safetensors"
@@ -109,20 +103,6 @@ def test_damaged_files_and_files_of_another_kind(good: Path, content: bytes | No
     good.write_bytes(good.read_bytes()[:-100] if content is None else content)
     with pytest.raises(CheckpointError, match=r"good\.safetensors is .* incomplete or of another"):
         load_rule(good)
-
-
-@pytest.mark.parametrize(
-    ("entry", "value", "message"),
-    [
-        ("format_version", "3", "version 3 and this release reads 2: pip"),
-        ("format", "pt", r"no learned_optim checkpoint: .* format='pt'"),
-        ("sha256", "", "the file is damaged: its content does not have the digest"),
-    ],
-)
-def test_foreign_newer_and_changed_files(good: Path, entry: str, value: str, message: str) -> None:
-    assert load_rule(rewritten(good)).name == "lstm"
-    with pytest.raises(CheckpointError, match=message):
-        load_rule(rewritten(good, **{entry: value}))
 
 
 def python(program: str, *arguments: object, code: int = 0) -> str:
@@ -190,41 +170,25 @@ def test_what_could_not_be_loaded_is_not_saved(good: Path) -> None:
     assert good.read_bytes() == before
 
 
-CRAFTED = """
-import json, resource, sys
-from learned_optim import CheckpointError, load_rule
-found = []
-for file in sys.argv[1:]:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        load_rule(file)
-    except CheckpointError as error:
-        found.append([str(error), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before])
-print(json.dumps(found))
-"""
-
-
-def test_sizes_are_compared_before_anything_is_built(good: Path, tmp_path: Path) -> None:
-    content, files = good.read_bytes(), []
-    for size in ({"num_layers": 10**7}, {"hidden_size": 15_000}, {"hidden_size": 10**12}):
-        files.append(tmp_path / f"{len(files)}.safetensors")
-        files[-1].write_bytes(content)
-        rewritten(files[-1], config=json.dumps({**load_rule(good).config_dict(), **size}))
-    found = json.loads(python(CRAFTED, *files))
-    assert len(found) == len(files)
-    for file, (message, kilobytes) in zip(files, found, strict=True):
-        assert str(file) in message
-        assert kilobytes < 200_000
-
-
-def test_unknown_rule_in_file(good: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"unknown update rule 'gru'; known: .*lstm"):
-        load_rule(rewritten(good, rule="gru"))
+@pytest.mark.parametrize("size", [{"num_layers": 10**7}, {"hidden_size": 15_000}])
+def test_sizes_are_compared_before_anything_is_built(good: Path, size: dict[str, int]) -> None:
+    """Building these rules would take hours, or four gigabytes."""
+    config = json.dumps({**load_rule(good).config_dict(), **size})
+    with pytest.raises(CheckpointError, match=r"good\.safetensors.* is that of a larger rule"):
+        load_rule(rewritten(good, config=config))
 
 
 @pytest.mark.parametrize(
     ("entry", "text", "message"),
     [
+        ("format_version", "3", "version 3 and this release reads 2: pip"),
+        ("format", "pt", r"no learned_optim checkpoint: .* format='pt'"),
+        ("sha256", "", "the file is damaged: its content does not have the digest"),
+        ("rule", "gru", "unknown update rule 'gru'; known: .*lstm"),
+        ("use", '{"warmup_steps": -1}', "use has warmup_steps=-1"),
+        ("use", '{"warmup_steps": null}', "use has warmup_steps=None"),
+        ("use", '{"x": 1}', "use has x=1"),
+        ("use", "3", "its use is no JSON object: 3"),
         ("config", "[1, 2]", r"its config is no JSON object: \[1, 2\]"),
         ("config", "{", "does not describe a known update rule"),
         ("config", '{"output_scale": "big"}', "output_scale must be float, got 'big'"),
@@ -236,8 +200,9 @@ def test_unknown_rule_in_file(good: Path) -> None:
         ("record", "[]", r"its record is no JSON object: \[\]"),
     ],
 )
-def test_header_of_wrong_types(good: Path, entry: str, text: str, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
+def test_bad_headers(good: Path, entry: str, text: str, message: str) -> None:
+    assert load_rule(rewritten(good)).name == "lstm"
+    with pytest.raises(CheckpointError, match=rf"(?s)good\.safetensors.*{message}"):
         load_rule(rewritten(good, **{entry: text}))
 
 
@@ -251,13 +216,6 @@ def test_records_are_valid_json(good: Path) -> None:
     assert load_record(good) == strict
     with pytest.raises(TypeError, match="not JSON serializable"):
         save_rule(load_rule(good), good, {"weights": torch.zeros(2)})
-
-
-def test_missing_file_and_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint file at .*nowhere\.safetensors"):
-        load_rule(tmp_path / "nowhere.safetensors")
-    with pytest.raises(ValueError, match="unknown checkpoint 'minst'; known: "):
-        load_rule("minst")
 
 
 def test_run_folders_are_checkpoints(tmp_path: Path) -> None:
@@ -282,7 +240,7 @@ def test_run_folders_are_checkpoints(tmp_path: Path) -> None:
 
 def test_mistyped_paths_do_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("learned_optim._download.download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("learned_optim.pretrained._download", lambda *_: pytest.fail("asked"))
     (tmp_path / "runs" / "quadratic").mkdir(parents=True)
     save_rule(random_rule("lstm"), tmp_path / "runs" / "first.safetensors")
     for given, near in (
@@ -307,11 +265,11 @@ def test_hub_ids_are_still_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_rule(random_rule("lstm"), tmp_path / "fetched.safetensors")
     asked = []
 
-    def download(hub_id: str, **options: bool) -> Path:
+    def download(hub_id: str, local_files_only: bool) -> Path:
         asked.append(hub_id)
         return tmp_path / "fetched.safetensors"
 
-    monkeypatch.setattr("learned_optim._download.download", download)
+    monkeypatch.setattr("learned_optim.pretrained._download", download)
     ids = ["somebody/repo", "somebody/repo@v2", "user/repo@main"]
     assert [load_rule(hub_id).name for hub_id in ids] == ["lstm"] * 3
     assert asked == ids

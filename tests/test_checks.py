@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +30,23 @@ from learned_optim.rules.classical import SGDRule
 
 
 class Part(Task):
-    """A small regression of which single parts are replaced."""
+    """A small regression of which single methods are replaced."""
 
-    def __init__(self, **parts: Callable[..., Any]) -> None:
-        self.parts = parts
+    def __init__(self, **methods: Callable[..., Any]) -> None:
+        vars(self).update(methods)
 
     def init(self, generator: Generator) -> dict[str, Tensor]:
-        if "init" in self.parts:
-            return self.parts["init"](generator)
         return {"w": torch.randn(3, generator=generator)}
 
     def batch(self, generator: Generator) -> tuple[Tensor, ...]:
-        if "batch" in self.parts:
-            return self.parts["batch"](generator)
         return torch.randn(8, 3, generator=generator), torch.randn(8, generator=generator)
 
     def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
-        if "loss" in self.parts:
-            return self.parts["loss"](params, batch)
         x, y = batch
         return (x @ params["w"] - y).square().mean()
 
 
-class Counting:
-    """A loss that remembers how often it was called."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
-        self.calls += 1
-        return self.calls * params["w"].square().sum()
-
+CALLS = count(1)  # of a loss that keeps state
 
 USELESS = [
     ({"init": lambda g: {}}, r"has no parameters to optimize: init\(\) returned \{\}"),
@@ -77,7 +63,7 @@ USELESS = [
     ({"loss": lambda p, b: p["w"].detach().sum()}, "does not depend on the parameters"),
     ({"init": lambda g: {"w": torch.ones(3), "idle": torch.ones(2)}}, "does not use .* idle"),
     ({"loss": lambda p, b: (p["w"] * 0).sqrt().sum()}, "the gradient of 'w' is not finite"),
-    ({"loss": Counting()}, r"keeps state that init\(\) does not reset"),
+    ({"loss": lambda p, b: next(CALLS) * p["w"].norm()}, r"state that init\(\) does not reset"),
     ({"loss": lambda p, b: p["w"] @ torch.ones(2)}, "the loss cannot be computed: .*size"),
     ({"init": lambda g: {"w": torch.ones(3, device="meta")}}, "is on meta, and meta-training"),
 ]  # fmt: skip

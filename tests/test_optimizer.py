@@ -62,29 +62,20 @@ def test_making_an_optimizer_leaves_the_global_generator_alone() -> None:
     [
         ({"lr": -1.0}, ValueError, r"Invalid learning rate: -1.0\. .* pass lr=1.0"),
         ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
-        (
-            {"lr": torch.ones(2)},
-            ValueError,
-            r"Tensor lr must be 1-element, got one of shape \(2,\)",
-        ),
+        ({"lr": torch.ones(2)}, ValueError, r"lr must be 1-element, got one of shape \(2,\)"),
         ({"weight_decay": -0.1}, ValueError, r"Invalid weight_decay value: -0.1\. .* 0.0 is none"),
         ({"state_dtype": torch.int8}, ValueError, "floating point dtype, got torch.int8"),
         *(
-            ({"rule": given}, TypeError, "second argument of LearnedOptimizer is the update")
-            for given in (None, LSTMRule, np.float32(1e-3), torch.tensor(0.1))
+            ({"rule": given}, TypeError, r"second argument .*\(params\) needs none")
+            for given in (None, LSTMRule, 1, 1e-3, np.float32(1e-3), torch.tensor(0.1))
         ),
         ({"rule": "nonesuch"}, ValueError, "unknown checkpoint 'nonesuch'; known: "),
-        ({"rule": "missing.safetensors"}, FileNotFoundError, "no checkpoint file at missing"),
+        ({"rule": "missing.safetensors"}, FileNotFoundError, "no checkpoint .* at missing"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LearnedOptimizer(params(), **{"rule": random_rule("lstm"), **arguments})
-
-
-def test_empty_parameter_list() -> None:
-    with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
-        LearnedOptimizer([], random_rule("lstm"))
 
 
 def test_repr_names_rule_checkpoint_and_groups() -> None:

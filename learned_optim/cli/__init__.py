@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Union
+from typing import Any
 
 from learned_optim._extras import META, how_to_install
 
@@ -106,20 +106,14 @@ def _parse(args: list[str]) -> Any:
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     name = args[0]
     if name in COMMANDS:
-        if not {"-h", "--help"} & set(args):
-            _check_needs(name)
+        missing = [p for p in NEEDS.get(name, ()) if importlib.util.find_spec(p) is None]
+        if missing and not {"-h", "--help"} & set(args):
+            raise ModuleNotFoundError(name=missing[0])
         prog, options, rest = _options(name, args[1:])
         return tyro.cli(**options, prog=f"learned-optim {prog}", args=rest, config=config)
     # Help or a misspelt command: one parser of all commands, without their options.
-    every: Any = Union[  # noqa: UP007 - of a computed tuple
-        tuple(
-            Annotated[
-                dataclasses.make_dataclass(name, []),
-                tyro.conf.subcommand(name, description=description),
-            ]
-            for name, description in COMMANDS.items()
-        )
-    ]
+    empty = {name: dataclasses.make_dataclass(name, [])() for name in COMMANDS}
+    every = tyro.extras.subcommand_type_from_defaults(empty, COMMANDS)
     tyro.cli(every, prog="learned-optim", description=DESCRIPTION, args=args, config=config)
     raise AssertionError(f"{args} parse, though they begin with no command")
 
@@ -151,12 +145,6 @@ def _one_line(box: str) -> str:
     text = re.sub(r"Error parsing (?!-)\S+: ", "", text)
     parts = (" ".join(part.split()) for part in re.split("[─-]{3,}", text))
     return "; ".join(filter(None, parts))
-
-
-def _check_needs(command: str) -> None:
-    for package in NEEDS.get(command, ()):
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(name=package)
 
 
 def _message(error: Exception, args: Sequence[str]) -> str:

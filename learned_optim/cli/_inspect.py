@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -117,9 +118,6 @@ class Explain:
         from learned_optim.explain import explain
 
         output = self.output or Path("runs") / f"explain-{Path(self.checkpoint).stem}"
-
-        def progress(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
-
+        progress = partial(print, file=sys.stderr, flush=True)
         print(explain(self.checkpoint, output, progress=progress))
         return 0

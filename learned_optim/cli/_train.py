@@ -42,15 +42,12 @@ class _Train:
     data: DataOptions = field(default_factory=DataOptions)
     """Where image sets are looked for."""
 
-    def trainer(self) -> MetaTrainer:
-        raise NotImplementedError
-
-    def run(self) -> int:
+    def meta_train(self, recipe: Recipe | EvolutionRecipe, **options: Any) -> int:
         """Train with a progress bar, and print the results."""
         if self.output is not None:
             check_writable(self.output)
         with process_group():
-            trainer = self.trainer()
+            trainer = MetaTrainer(recipe, self.folder, self.data, **options)
             path = trainer.run(self.output, progress=True)
         if trainer.method.rank == 0:
             print(f"{trainer.method.summary(load_record(path))}\nwrote {path}")
@@ -67,9 +64,9 @@ class TrainUnrolls(_Train):
     against_adamw: bool = True
     """Report validation relative to AdamW, which is tuned on its runs before training."""
 
-    def trainer(self) -> MetaTrainer:
+    def run(self) -> int:
         torch.set_num_threads(self.threads)
-        return MetaTrainer(self.recipe, self.folder, self.data, against_adamw=self.against_adamw)
+        return self.meta_train(self.recipe, against_adamw=self.against_adamw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +77,8 @@ class TrainWholeRuns(_Train):
     workers: int = 1
     """Processes that share the tasks of a meta-step, a core each."""
 
-    def trainer(self) -> MetaTrainer:
-        return MetaTrainer(self.recipe, self.folder, self.data, workers=self.workers)
+    def run(self) -> int:
+        return self.meta_train(self.recipe, workers=self.workers)
 
 
 def options(args: list[str], rule: str | None) -> tuple[str, dict[str, Any], list[str]]:

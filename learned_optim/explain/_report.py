@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ def explain(
     Args:
         checkpoint: as for :func:`learned_optim.load_rule`.
         output: folder of the report, made if missing; an earlier report in it is replaced.
-        progress: called with a line about every finished measurement.
+        progress: called with the name of every finished measurement.
 
     Returns:
         The report, ``README.md`` in the folder.
@@ -50,20 +49,15 @@ def explain(
     rule = load_rule(checkpoint)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-
-    def done(what: str) -> None:
-        progress(f"[{time.perf_counter() - started:4.0f} s] {what}")
-
     with warnings.catch_warnings():
         # Probes may be longer than the runs of the meta-training.
         warnings.filterwarnings("ignore", "step .* is past", UserWarning)
         by_history = curves(rule)
-        done("response to the current gradient")
+        progress("response to the current gradient")
         by_variable = dependence(rule)
-        done("scale, shape, noise and progress")
+        progress("scale, shape, noise and progress")
         runs = watch_digits(rule)
-        done("training runs")
+        progress("training runs")
     _figures.plot_histories(by_history, folder / "histories.png")
     _figures.plot_dependence(by_variable, folder / "dependence.png")
     _figures.plot_run(runs, folder / "run.png")

@@ -74,7 +74,7 @@ class KernelRule(UpdateRule):
             fit = kernels.are_plain(grads) and list(map(_shape_of, grads)) == shapes
             if not (fit and rotation.is_current()) or kernels.under_a_mode():
                 return False
-            with plain_arithmetic({"cpu"}):
+            with plain_arithmetic("cpu"):
                 seen, updates = rotation.rotate(grads)
                 if not bound(seen, settings, updates):
                     self.step_(wide, seen, states, settings, None, updates)

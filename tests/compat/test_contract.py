@@ -32,7 +32,7 @@ from torch.testing._internal.common_optimizers import (
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 
-from .common import SHIPPED, descending_lstm, flat, make_rule, small_net, train
+from .common import descending_lstm, flat, make_rule, small_net, train
 
 EXACT = {"rtol": 0, "atol": 0}
 #: Schedulers of a run, and whether it maximizes.
@@ -87,12 +87,6 @@ def test_upstreams_error_inputs(error_input) -> None:
         LearnedOptimizer(params, "default", **wanted.kwargs)
 
 
-@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3), 1])
-def test_adams_positional_learning_rate_is_refused(lr) -> None:
-    with pytest.raises(TypeError, match=r"leave it out: LearnedOptimizer\(params\)"):
-        LearnedOptimizer([Parameter(torch.ones(1))], lr)
-
-
 def test_sparse_gradients_are_refused_with_a_remedy() -> None:
     embedding = nn.Embedding(4, 2, sparse=True)
     opt = LearnedOptimizer(embedding.parameters())
@@ -125,14 +119,6 @@ def test_goes_in_the_right_direction(descending: UpdateRule, run: str) -> None:
                 scheduler.step()
     final = loss_of(params, x).item()
     assert final > initial if maximize else final < initial
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_checkpoint_descends(name: str) -> None:
-    """The rest of this file is asked of one checkpoint of a kind."""
-    model = small_net()
-    losses = train(model, LearnedOptimizer(model.parameters(), make_rule(name)), 20)
-    assert losses[-1] < losses[0]
 
 
 def test_groups_have_their_own_lr_and_weight_decay(rule: UpdateRule) -> None:

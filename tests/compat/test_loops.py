@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
@@ -26,24 +25,6 @@ def test_lambda_lr_from_zero(descending: UpdateRule) -> None:
         scheduler.step()
     assert losses[-1] < losses[0]
     assert all(state["step"].item() == 29.0 for state in opt.state.values())
-
-
-@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
-def test_one_cycle_lr(lr) -> None:
-    """There is no momentum to cycle, as in SGD without momentum: cycle_momentum=False."""
-    model = small_net()
-    opt = LearnedOptimizer(model.parameters(), descending_lstm(), lr=lr)
-    with pytest.raises(ValueError, match="momentum"):
-        OneCycleLR(opt, max_lr=1.0, total_steps=20)
-    scheduler = OneCycleLR(opt, max_lr=1.0, total_steps=20, cycle_momentum=False)
-    losses, lrs = [], []
-    for _ in range(20):
-        lrs.append(float(opt.param_groups[0]["lr"]))
-        losses += train(model, opt, 1)
-        scheduler.step()
-    assert max(lrs) == pytest.approx(1.0)
-    assert lrs[0] == pytest.approx(1 / 25)
-    assert losses[-1] < losses[0]
 
 
 def test_a_scheduler_resumes_with_the_optimizer() -> None:
