@@ -34,6 +34,19 @@ def descend(name: str, lr: float, steps: int) -> tuple[torch.nn.Parameter, list[
     return param, used
 
 
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_every_baseline_descends(name: str) -> None:
+    param, _ = descend(name, max(0.1, BASELINES[name].lr or 0.0), 50)
+    assert param.abs().max() < 0.9
+
+
+@pytest.mark.parametrize(("name", "moved"), [("sgd", 0.1), ("nesterov", 0.19), ("adam", 0.1)])
+def test_first_steps_by_hand(name: str, moved: float) -> None:
+    """SGD's is lr times g, Nesterov's 1 + 0.9 times that, Adam's is lr whatever g is."""
+    param, _ = descend(name, 0.1, 1)
+    assert param[0, 0].item() == pytest.approx(1.0 - moved, abs=1e-6)
+
+
 def test_schedules_by_hand() -> None:
     assert [warmup_cosine(x) for x in (0.0, 0.025, 0.05, 0.525, 1.0)] == pytest.approx(
         [0.0, 0.5, 1.0, 0.5, 0.0]

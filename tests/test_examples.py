@@ -47,17 +47,17 @@ def test_compare_with_adamw(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_thesis(tmp_path: Path) -> None:
     output = run(tmp_path, "thesis.py", "--steps", "30", "--seeds", "2")
-    rows = re.findall(r"^(LearnedOptimizer|Adam|SGD)\(.*?\) +(\S+)", output, re.M)
-    assert [name for name, _ in rows] == ["LearnedOptimizer", "Adam", "SGD"]
-    assert float(rows[0][1]) < float(rows[1][1])  # than Adam tuned for it
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.png"]
+    rows = re.findall(r"^\| digits, 30 steps \| \**(\w+)\** .*\| (\S+) ± \S+ \|", output, re.M)
+    assert [name for name, _ in rows] == ["mnist", "adam", "sgd"]
+    assert float(rows[0][1]) < float(rows[1][1])  # summed, than Adam tuned for it
+    assert (tmp_path / "thesis" / "digits.png").is_file()
 
 
 @pytest.mark.slow
 def test_thesis_on_mnist(tmp_path: Path, image_data: DataOptions) -> None:
     options = ("--steps", "5", "--seeds", "1", "--data-dir", str(image_data.root()))
-    output = run(tmp_path, "thesis.py", "--dataset", "mnist", *options)
-    assert "mnist, 5 steps, mean of 1 seeds" in output
+    output = run(tmp_path, "thesis.py", "--task", "mnist", *options)
+    assert "| mnist, 5 steps | **mnist** |" in output
 
 
 @pytest.mark.slow

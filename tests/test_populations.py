@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import TypeVar
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from learned_optim.rules import UpdateRule
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 from tests.conftest import random_rule
 
+P = TypeVar("P", bound=Population)
 NO_DATA = DataOptions(download=False)
 IMAGE_MODULES = ("classification", "convolutions", "autoencoders", "sequences")
 
@@ -60,19 +62,19 @@ def images(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(name, random_images)
 
 
-def build(family: type[Population], seed: int) -> Population:
-    make: Callable[[Sampler, DataOptions], Population] = family
+def build(family: type[P], seed: int) -> P:
+    make: Callable[[Sampler, DataOptions], P] = family
     return make(Sampler(generator(seed)), NO_DATA)
 
 
-def usable(family: type[Population], seeds: int) -> Iterator[Population]:
+def usable(family: type[P], seeds: int) -> Iterator[P]:
     """Tasks of seeds from 0; the mixture draws again where one is unusable."""
     for seed in range(seeds):
         with suppress(UnusableTaskError):
             yield build(family, seed)
 
 
-def find(family: type[Population], fits: Callable[[Population], bool]) -> Population:
+def find(family: type[P], fits: Callable[[P], bool]) -> P:
     """The first of a family's tasks for which ``fits`` holds."""
     return next(t for t in usable(family, 100) if fits(t))
 
@@ -124,8 +126,7 @@ def test_restarts(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return first
 
     monkeypatch.setattr(Restart, "_trained", cheap)
-    task = find(Restart, lambda t: t.mode == mode)  # type: ignore[attr-defined]
-    assert isinstance(task, Restart)
+    task = find(Restart, lambda t: t.mode == mode)
     batch, params = task.batch(generator(1)), task.initial(generator(2))
     base = task.base.loss({name: value[None] for name, value in first.items()}, batch)
     stacked = {name: value[None] for name, value in params.items()}
@@ -154,8 +155,7 @@ def test_scales_and_jitter_change_gradients_and_not_losses() -> None:
 @pytest.mark.parametrize("family", [FewExamples, HeldOutTeacher])
 def test_held_out_examples_are_in_no_batch(family: type[FewExamples | HeldOutTeacher]) -> None:
     """Their loss is that of the task, whatever the units of the parameters."""
-    task = find(family, lambda t: t.net.norm == "none")  # type: ignore[attr-defined]
-    assert isinstance(task, (FewExamples, HeldOutTeacher))
+    task = find(family, lambda t: t.net.norm == "none")
     params = copies_of(task, 2)
     found = task.held_out_losses(params)
     assert found is not None
@@ -207,8 +207,7 @@ def test_perceptron_is_a_sequence_of_torch_layers(norm: str) -> None:
 
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_transformer_block_is_that_of_torch(post_norm: bool) -> None:
-    task = find(Sequences, lambda t: t.kind == "attention")  # type: ignore[attr-defined]
-    assert isinstance(task, Sequences)
+    task = find(Sequences, lambda t: t.kind == "attention")
     task.post_norm, width = post_norm, task.width
     inner = task.expansion * width
     modules: list[nn.Module] = [
@@ -235,8 +234,7 @@ def test_transformer_block_is_that_of_torch(post_norm: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["gru", "rnn"])
 def test_recurrent_layers_are_those_of_torch(kind: str) -> None:
-    task = find(Sequences, lambda t: t.kind == kind)  # type: ignore[attr-defined]
-    assert isinstance(task, Sequences)
+    task = find(Sequences, lambda t: t.kind == kind)
     cell = {"gru": nn.GRU, "rnn": nn.RNN}[kind]
     modules: list[nn.Module] = [cell(task.width, task.width, batch_first=True) for _ in range(2)]
     params = {
@@ -255,9 +253,8 @@ def test_recurrent_layers_are_those_of_torch(kind: str) -> None:
 def test_convnet_is_a_sequence_of_torch_layers(normalized: bool) -> None:
     task = find(
         ConvNet,
-        lambda t: t.normalized == normalized and t.depth == 2 and not t.residual,  # type: ignore[attr-defined]
+        lambda t: t.normalized == normalized and t.depth == 2 and not t.residual,
     )
-    assert isinstance(task, ConvNet)
     params = copies_of(task, 2)
     images, labels = task.batch(generator(1))
     found = task.losses(params, (images, labels))
@@ -282,7 +279,6 @@ def test_convnet_is_a_sequence_of_torch_layers(normalized: bool) -> None:
 def test_derivatives_of_the_boundary_value_problem() -> None:
     """Those carried through the layers are those of torch.func."""
     task = build(BoundaryValue, 0)
-    assert isinstance(task, BoundaryValue)
     params = copies_of(task, 1)
     x = torch.rand(4, 1)
     value, first, second = task._with_derivatives(params, x)
@@ -333,7 +329,7 @@ def test_no_data_is_an_error() -> None:
 
 
 def run_of(steps: int = 12, known: bool = True) -> Draw:
-    task = find(Quadratic, lambda t: t.kind == "random")  # type: ignore[attr-defined]
+    task = find(Quadratic, lambda t: t.kind == "random")
     return Draw(task, steps, known)
 
 

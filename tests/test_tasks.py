@@ -120,21 +120,6 @@ def test_meta_training_and_evaluation_images_are_disjoint(
     assert all(image.numpy().tobytes() in rows for image in x)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fashion", "emnist-letters", "cifar10", "fashion-torch", "fashion-deep",
-        "cifar10-cnn", "cifar10-cnn-bn",
-    ],
-)  # fmt: skip
-def test_evaluation_sets_refuse_to_meta_train(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is loaded, let alone downloaded."""
-    loader = "learned_optim.meta.tasks.images.load_images"
-    monkeypatch.setattr(loader, lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="for evaluation only: meta-training on it would leak"):
-        build_tasks(name, TaskOptions("meta"))
-
-
 def test_missing_data_names_folder_variable_and_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,16 +218,21 @@ def test_mixture_of_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", task_names())
-def test_splits_differ_or_are_refused(name: str, image_data: DataOptions) -> None:
-    """No family gives meta-training what evaluation will see."""
+def test_splits_differ_or_are_refused(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No family gives meta-training what evaluation will see; a refusal loads nothing."""
     halved = ("mnist", "digits", "quadratic", "small-tasks", "all-but")
     if not name.startswith(halved) and not name.endswith("-half"):
-        with pytest.raises(ValueError, match="for evaluation only"):
-            build_tasks(name, TaskOptions("meta", image_data))
+        for module in ("images", "_examples"):
+            loader = f"learned_optim.meta.tasks.{module}.load_images"
+            monkeypatch.setattr(loader, lambda *_: pytest.fail("loaded"))
+        with pytest.raises(ValueError, match="for evaluation only: meta-training on it would leak"):
+            build_tasks(name, TaskOptions("meta"))
         return
     if name == "quadratic":
         return  # fresh random functions for everybody: there is nothing to leak
-    batches = []
+    image_data, batches = request.getfixturevalue("image_data"), []
     for split in ("meta", "evaluation"):
         draws = seeded("split", name)
         batches.append(build_tasks(name, TaskOptions(split, image_data)).sample(draws).batch(draws))

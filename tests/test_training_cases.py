@@ -6,7 +6,7 @@ A case that still fails is a strict expected failure, so that a checkpoint that 
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -83,21 +83,31 @@ def descend(
     return losses
 
 
-def fit(
+def supervised(
     model: nn.Module,
-    optimizer: Optimizer,
     batches: Iterator[tuple[Tensor, Tensor]],
-    steps: int,
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    after_step: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """:func:`descend` on batches of inputs and targets."""
+) -> Callable[[], Tensor]:
+    """The loss of the next batch."""
 
     def loss() -> Tensor:
         inputs, targets = next(batches)
         return criterion(model(inputs), targets)
 
-    return descend(optimizer, steps, loss, after_step)
+    return loss
+
+
+def fit(
+    model: nn.Module,
+    make: Make,
+    steps: int,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    after_step: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """:func:`descend` on :func:`supervised` with an optimizer of the model's parameters."""
+    optimizer = make(list(model.parameters()), steps)
+    return descend(optimizer, steps, supervised(model, batches, criterion), after_step)
 
 
 def drawn(inputs: Tensor, targets: Tensor, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,8 +151,7 @@ def trained_transformer(norm_first: bool, make: Make) -> tuple[float, float]:
     inputs, targets = digits()
     torch.manual_seed(0)
     model = RowTransformer(norm_first)
-    optimizer = make(list(model.parameters()), 150)
-    losses = fit(model, optimizer, drawn(inputs[:1400], targets[:1400], 32, seed=0), 150)
+    losses = fit(model, make, 150, drawn(inputs[:1400], targets[:1400], 32, seed=0))
     return max(losses), accuracy(model, inputs[1400:], targets[1400:])
 
 
@@ -165,8 +174,7 @@ def trained_perceptron() -> nn.Module:
     model = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
     )
-    optimizer = adamw(list(model.parameters()), 600)
-    fit(model, optimizer, drawn(inputs[:1200], targets[:1200], 64, 1), 600)
+    fit(model, adamw, 600, drawn(inputs[:1200], targets[:1200], 64, 1))
     return model
 
 
@@ -177,9 +185,9 @@ def test_further_training_keeps_what_is_known(learned: Make) -> None:
     start, seen = accuracy(model, inputs[1200:], targets[1200:]), []
     fit(
         model,
-        learned(list(model.parameters()), 100),
-        drawn(inputs[:1200], targets[:1200], 64, seed=2),
+        learned,
         100,
+        drawn(inputs[:1200], targets[:1200], 64, seed=2),
         after_step=lambda: seen.append(accuracy(model, inputs[1200:], targets[1200:])),
     )
     assert min(seen) >= start - 0.03
@@ -195,15 +203,14 @@ def test_thawed_layers_keep_what_is_known(learned: Make) -> None:
     optimizer = learned(list(model.parameters()), 200)
     for param in trunk:
         param.requires_grad_(False)
-    fit(model, optimizer, drawn(inputs[:1200], targets[:1200], 64, seed=4), 100)
+    descend(optimizer, 100, supervised(model, drawn(inputs[:1200], targets[:1200], 64, seed=4)))
     start, seen = accuracy(model, inputs[1200:], targets[1200:]), []
     for param in trunk:
         param.requires_grad_(True)
-    fit(
-        model,
+    descend(
         optimizer,
-        drawn(inputs[:1200], targets[:1200], 64, seed=5),
         100,
+        supervised(model, drawn(inputs[:1200], targets[:1200], 64, seed=5)),
         after_step=lambda: seen.append(accuracy(model, inputs[1200:], targets[1200:])),
     )
     assert min(seen) >= start - 0.03
@@ -224,9 +231,8 @@ def test_low_rank_adapters(learned: Make) -> None:
                 seen.append(F.cross_entropy(model(shifted[1200:]), targets[1200:]).item())
 
         held_out()
-        optimizer = make(list(model.parameters()), 100)
         batches = drawn(shifted[:100], targets[:100], 32, seed=2)
-        fit(model, optimizer, batches, 100, after_step=held_out)
+        fit(model, make, 100, batches, after_step=held_out)
         curves[make] = seen
     assert max(curves[learned]) <= 1.1 * curves[learned][0]
     assert curves[learned][-1] <= curves[adamw][-1]
@@ -254,17 +260,14 @@ def test_output_layer_that_starts_at_zero(learned: Make) -> None:
             mixed = (1.0 - share).sqrt() * clean + share.sqrt() * noise
             yield torch.cat((mixed, share), 1), noise
 
-    losses = fit(model, learned(list(model.parameters()), 300), noisy(), 300, F.mse_loss)
+    losses = fit(model, learned, 300, noisy(), F.mse_loss)
     assert max(losses) <= 1.5 * losses[0]
 
 
 def test_embedding_tables_and_biases(learned: Make) -> None:
     """Matrix factorization, of whose rows a batch touches a fifth: below .3; the noise is .09."""
     generator = torch.Generator().manual_seed(3)
-    users, items = (
-        torch.randn(300, 4, generator=generator),
-        torch.randn(400, 4, generator=generator),
-    )
+    users, items = (torch.randn(rows, 4, generator=generator) for rows in (300, 400))
     torch.manual_seed(0)
     tables = [nn.Embedding(rows, width) for rows, width in ((300, 8), (400, 8), (300, 1), (400, 1))]
     for table in tables:
@@ -295,8 +298,7 @@ def test_sine_network(learned: Make) -> None:
             x = torch.rand(256, 1) * 2 - 1
             yield x, torch.sin(9 * x) * torch.cos(31 * x) + 0.5 * torch.sin(70 * x)
 
-    optimizer = learned(list(model.parameters()), 1000)
-    losses = fit(model, optimizer, signal(), 1000, F.mse_loss)
+    losses = fit(model, learned, 1000, signal(), F.mse_loss)
     assert all(map(math.isfinite, losses))
     assert sum(losses[-250:]) / 250 < 0.01
 
@@ -332,7 +334,7 @@ def test_readout_that_starts_at_zero(learned: Make) -> None:
             x = torch.randint(1000, (256,), generator=generator)
             yield x, torch.multinomial(chances[x], 1, generator=generator)[:, 0]
 
-    fit(model, learned(list(model.parameters()), 400), words(), 400)
+    fit(model, learned, 400, words())
     with torch.no_grad():
         scores = model(torch.arange(1000)).log_softmax(1)
     assert float(-(chances * scores).sum(1).mean()) <= 4.21
@@ -376,7 +378,7 @@ def test_deep_plain_networks_live(
         torch.manual_seed(seed)
         model = build()
         batches = drawn(inputs[:1400], targets[:1400], size, seed=seed + 1)
-        losses = fit(model, learned(list(model.parameters()), steps), batches, steps)
+        losses = fit(model, learned, steps, batches)
         assert sum(losses[-10:]) / 10 < bound, seed
 
 
@@ -498,8 +500,7 @@ def test_preferences_leave_the_rest(learned: Make) -> None:
             index = odd[torch.randint(len(odd), (16,), generator=generator)]
             yield inputs[index], index
 
-    optimizer = learned(list(policy.parameters()), 200, lr=0.005)
-    losses = fit(policy, optimizer, pairs(), 200, preference)
+    losses = fit(policy, partial(learned, lr=0.005), 200, pairs(), preference)
     assert sum(losses[-10:]) / 10 < 0.4
     assert accuracy(policy, inputs[even], targets[even]) >= 0.94 * start
     with torch.no_grad():
@@ -550,7 +551,7 @@ def test_a_run_resumed_for_longer_goes_on_at_full_rate() -> None:
 
     def train(model: nn.Module, optimizer: Optimizer, steps: int) -> float:
         batches = drawn(inputs[:1400], targets[:1400], 32, seed=1)
-        fit(model, optimizer, batches, steps)
+        descend(optimizer, steps, supervised(model, batches))
         with torch.no_grad():
             return F.cross_entropy(model(inputs[:1400]), targets[:1400]).item()
 

@@ -9,7 +9,7 @@ from test_trainer import SMALL
 from learned_optim import load_record, save_rule
 from learned_optim.cli import main
 from learned_optim.evaluation.protocol import check_blind
-from learned_optim.meta import DataOptions, MetaTrainer, TaskOptions, build_tasks
+from learned_optim.meta import MetaTrainer, TaskOptions, build_tasks
 from learned_optim.meta.data import Images, halves
 from learned_optim.meta.recipes import Recipe, load_recipe, recipe_from_json
 from learned_optim.meta.seeding import seeded
@@ -102,12 +102,16 @@ def test_evaluation_on_images_trained_on_is_refused(
 ) -> None:
     path = str(tmp_path / "seen.safetensors")
     save_rule(SGDRule(), path, {"data_sets": ["fashion", "cifar10"]})
-    check_blind([path], ["mnist", "fashion-half", "cifar10-half", "quadratic"], DataOptions())
-    check_blind(["diagonal"], ["fashion"], DataOptions())
+
+    def check(checkpoint: str, *tasks: str) -> None:
+        check_blind([checkpoint], {name: build_tasks(name) for name in tasks})
+
+    check(path, "mnist", "fashion-half", "cifar10-half", "quadratic")
+    check("diagonal", "fashion")
     with pytest.raises(ValueError, match=r"half of the cifar10 images.*'cifar10-half'"):
-        check_blind([path], ["mnist", "cifar10"], DataOptions())
+        check(path, "mnist", "cifar10")
     with pytest.raises(ValueError, match="the task 'fashion-resnet' draws on all of them"):
-        check_blind([path], ["fashion-resnet"], DataOptions())
+        check(path, "fashion-resnet")
     folder = str(tmp_path / "out")
     assert main(["evaluate", "--checkpoints", path, "--tasks", "fashion", "--output", folder]) == 1
     assert "evaluate on 'fashion-half'" in capsys.readouterr().err

@@ -140,8 +140,7 @@ def compare(
         print(f"{name}: {done} of {total} runs", file=sys.stderr)
 
     perform = partial(runs.run, data=DataOptions(), families={name: family})
-    with runs.performer(perform, workers=1) as outcomes:
-        runs.run_missing(log, [own, *specs.values()], outcomes, show)
+    runs.run_missing(log, [own, *specs.values()], perform, show)
     rivals = {lr: log.runs[spec.key] for lr, spec in specs.items()}
     found = Comparison(name, log.runs[own.key], rivals)
     curves = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from learned_optim.evaluation.statistics import (
     finite,
     geometric_mean,
     interval,
-    median,
     ratio_interval,
     smooth,
 )
@@ -194,7 +194,7 @@ def _overall(entries: Sequence[Figures], best_tuned: Sequence[Figures | None]) -
     }
     if compared:
         ratios = [ratio(entry.final, best.final) for entry, best in compared]
-        reached = [median(e.steps_to(best.final)) / e.steps for e, best in compared]
+        reached = [median(e.steps_to(best.final).tolist()) / e.steps for e, best in compared]
         row |= {
             "ratio": geometric_mean(ratios),
             "test_ratio": geometric_mean(
@@ -206,7 +206,7 @@ def _overall(entries: Sequence[Figures], best_tuned: Sequence[Figures | None]) -
             "at_most_tuned": sum(r <= 1.0 for r in ratios),
             "within_5_percent": sum(r <= 1.05 for r in ratios),
             "reached": sum(map(math.isfinite, reached)),
-            "step_share_to_target": finite(median(torch.tensor(reached))),
+            "step_share_to_target": finite(median(reached)),
         }
     return row
 

@@ -31,7 +31,6 @@ from learned_optim.evaluation.runs import (
     Run,
     RunLog,
     RunSpec,
-    performer,
     run_missing,
 )
 from learned_optim.evaluation.statistics import worth_by_group
@@ -177,22 +176,22 @@ class Evaluation:
         if not self.optimizers:
             raise ValueError("evaluate needs at least one optimizer whose package is installed")
         self.steps = {task: config.steps_of(task) for task in config.tasks}
+        registered: dict[str, TaskFamily] = {}
         for index, task in enumerate(config.tasks):
             if task not in self._given:
                 self._show(index, len(config.tasks), f"checking {task}")
                 try:
-                    family = build_tasks(task, TaskOptions("evaluation", config.data))
+                    registered[task] = build_tasks(task, TaskOptions("evaluation", config.data))
                 except FileNotFoundError as error:
                     self.skipped[task] = str(error)
                     continue
-                check_finite(family.sample(seeded("check", task)), task)
+                check_finite(registered[task].sample(seeded("check", task)), task)
         ready = tuple(task for task in config.tasks if task not in self.skipped)
         if not ready:
             raise FileNotFoundError(self.skipped[config.tasks[0]])
         self.config = config = replace(config, tasks=ready)
-        registered = [task for task in ready if task not in self._given]
-        check_blind(config.checkpoints, registered, config.data)
-        conditions = provenance.conditions(registered, config.data)
+        check_blind(config.checkpoints, registered)
+        conditions = provenance.conditions(list(registered), config.data)
         for name, family in self._given.items():
             conditions |= provenance.conditions_of_given(name, family)
         self._conditions = provenance.check(config.output, conditions)
@@ -207,14 +206,12 @@ class Evaluation:
         config = self.config
         provenance.remember(config.output, self._conditions)
         perform = partial(runs.run, data=config.data, families=self._given)
-        with performer(perform, config.workers) as outcomes:
-            first = self._specs("test", tuned=False) + self._specs("tune", tuned=True)
-            run_missing(self._log, first, outcomes, self._show)
-            # Where a tuned learning rate diverges, the next best one is tested too.
-            while self._log.lacks(
-                tests := self._specs("test", tuned=False) + self._specs("test", tuned=True)
-            ):
-                run_missing(self._log, tests, outcomes, self._show)
+        untuned = self._specs("test", tuned=False)
+        wanted = untuned + self._specs("tune", tuned=True)
+        run_missing(self._log, wanted, perform, self._show, config.workers)
+        # Where a tuned learning rate diverges, the next best one is tested too.
+        while self._log.lacks(wanted := untuned + self._specs("test", tuned=True)):
+            run_missing(self._log, wanted, perform, self._show, config.workers)
         summary = self.summary()
         write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
@@ -324,14 +321,13 @@ class Evaluation:
         return next((lr for lr in ranked if not diverges(lr)), ranked[0])
 
 
-def check_blind(checkpoints: Sequence[str], tasks: Sequence[str], data: DataOptions) -> None:
+def check_blind(checkpoints: Sequence[str], families: Mapping[str, TaskFamily]) -> None:
     """Hold the data that checkpoints were trained on, by their records, against that of tasks.
 
     Raises:
         ValueError: a task draws on all images of a set that meta-trained a checkpoint with a half
             of them; the message names a task that keeps to the other half.
     """
-    families = {name: build_tasks(name, TaskOptions("evaluation", data)) for name in tasks}
     for checkpoint in checkpoints:
         trained_on = set(load_record(checkpoint).get("data_sets", ()))
         for name, family in families.items():

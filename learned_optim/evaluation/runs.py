@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -166,10 +166,6 @@ class Run:
     state_bytes: int = 0
 
 
-#: Does runs and yields them with their outcomes.
-Performer = Callable[[Sequence[RunSpec]], Iterator[tuple[RunSpec, Run]]]
-
-
 def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | None = None) -> Run:
     """Train one optimizee with one optimizer, on one thread of torch.
 
@@ -289,35 +285,35 @@ def _import_modules(modules: list[str]) -> None:
             importlib.import_module(module)
 
 
-@contextmanager
-def performer(perform: Callable[[RunSpec], Run], workers: int) -> Iterator[Performer]:
-    """A map of ``perform`` over runs, in this process or in several; outcomes come as they end."""
+def _outcomes(
+    perform: Callable[[RunSpec], Run], specs: Iterable[RunSpec], workers: int
+) -> Iterator[tuple[RunSpec, Run]]:
+    """Runs with their outcomes as they end, in this process or in several."""
     if workers == 1:
-        yield lambda specs: ((spec, perform(spec)) for spec in specs)
+        yield from ((spec, perform(spec)) for spec in specs)
         return
     spawn, modules = get_context("spawn"), _modules_of_own_rules()
     # Processes start when first needed.
     pool = ProcessPoolExecutor(workers, spawn, _import_modules, (modules,))
-
-    def outcomes(specs: Sequence[RunSpec]) -> Iterator[tuple[RunSpec, Run]]:
-        futures = {pool.submit(perform, spec): spec for spec in specs}
-        return ((futures[future], future.result()) for future in as_completed(futures))
-
     try:
-        yield outcomes
+        futures = {pool.submit(perform, spec): spec for spec in specs}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
     finally:  # after an error or an interrupt, what has not begun never does
         pool.shutdown(cancel_futures=True)
 
 
 def run_missing(
-    log: RunLog, specs: Sequence[RunSpec], perform: Performer, progress: Progress
+    log: RunLog,
+    specs: Sequence[RunSpec],
+    perform: Callable[[RunSpec], Run],
+    progress: Progress,
+    workers: int = 1,
 ) -> None:
     """Do those of ``specs`` that the log lacks, and tell the progress over all of them."""
     missing = {spec.key: spec for spec in log.lacks(specs)}
     total = len({spec.key for spec in specs})
-    done = total - len(missing)
-    progress(done, total, "runs")
-    for spec, finished in perform(list(missing.values())):
+    progress(total - len(missing), total, "runs")
+    outcomes = _outcomes(perform, missing.values(), workers)
+    for done, (spec, finished) in enumerate(outcomes, start=total - len(missing) + 1):
         log.add(spec.key, finished)
-        done += 1
         progress(done, total, "runs")

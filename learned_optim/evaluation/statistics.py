@@ -32,13 +32,6 @@ def cut_off(ratio: float) -> float:
     return min(max(ratio, 1.0 / LARGEST_RATIO), LARGEST_RATIO)
 
 
-def median(values: Tensor) -> float:
-    """The middle of ``values`` (shape ``(n,)``), or the mean of the two middle ones."""
-    ordered = values.sort().values
-    n = len(ordered)
-    return 0.5 * (ordered[(n - 1) // 2] + ordered[n // 2]).item()
-
-
 def interval(values: Tensor) -> dict[str, float | None]:
     """Mean of ``values`` (shape ``(n,)``) and half the width of its 95 % Student interval.
 

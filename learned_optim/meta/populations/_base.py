@@ -9,7 +9,6 @@ and states of unfinished trainings are kept by seed.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeAlias
 
@@ -115,12 +114,6 @@ class Population(ABC):
         if self.scales is None:
             return params
         return {name: value * self.scales[name] for name, value in params.items()}
-
-    def jittered(self, total: Tensor, generator: Generator) -> Tensor:
-        """The summed loss of a step, shape ``()``, times the step's random factor."""
-        if not self.jitter:
-            return total
-        return total * math.exp(self.jitter * torch.randn((), generator=generator).item())
 
 
 def draw_index(weights: Tensor | None, of: int, size: int, generator: Generator) -> Tensor:

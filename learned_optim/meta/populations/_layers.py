@@ -47,18 +47,15 @@ def meta_images(data: DataOptions, side: int) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``(N, in)`` or ``(B, N, in)`` by ``(B, out, in)`` and ``(B, out)`` to ``(B, N, out)``."""
+    """``(N, in)`` or ``(B, ..., in)`` by ``(B, out, in)`` and ``(B, out)`` to ``(B, ..., out)``."""
     if x.dim() == 2:
         x = x.expand(weight.shape[0], *x.shape)
-    transposed = weight.transpose(1, 2)
+    rows, transposed = x.flatten(1, -2), weight.transpose(1, 2)
     if bias is None:
-        return torch.bmm(x, transposed)
-    return torch.baddbmm(bias.unsqueeze(1), x, transposed)
-
-
-def linear_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`linear` over any dimensions between: ``(B, ..., in)`` to ``(B, ..., out)``."""
-    return linear(x.flatten(1, -2), weight, bias).unflatten(1, x.shape[1:-1])
+        out = torch.bmm(rows, transposed)
+    else:
+        out = torch.baddbmm(bias.unsqueeze(1), rows, transposed)
+    return out.unflatten(1, x.shape[1:-1])
 
 
 def layer_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:

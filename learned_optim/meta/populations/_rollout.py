@@ -65,7 +65,9 @@ def _roll(
         before = task.held_out_losses(params)
     for _ in range(run.steps):
         losses = task.losses(params, task.batch(generator))
-        total = task.jittered(losses.sum(), jitter)
+        total = losses.sum()
+        if task.jitter:
+            total = total * math.exp(task.jitter * torch.randn((), generator=jitter).item())
         optimizer.step(torch.autograd.grad(total, list(params.values())))
         rows.append(losses.detach())
     training = torch.stack(rows).double()

@@ -69,17 +69,13 @@ class Autoencoder(Population):
         if self.kind == "denoiser":
             return (self.net(params, pixels) - noise).square().mean((1, 2))
         code = self.encoder(params, pixels)
-        divergence: Tensor | int = 0
-        if self.kind == "variational":
-            mean, log_variance = code.chunk(2, -1)
-            log_variance = log_variance.clamp(-8, 8)
-            code = mean + noise * torch.exp(log_variance / 2)
-            terms = mean.square() + log_variance.exp() - log_variance - 1
-            divergence = 0.5 * terms.sum(-1).mean(1)
-        out = self.decoder(params, code)
         if self.kind == "plain":
-            return (out - pixels).square().mean((1, 2))
-        target = pixels.expand_as(out)
-        entropy = F.binary_cross_entropy_with_logits(out, target, reduction="none")
-        bound = entropy.sum(-1).mean(1) + divergence
+            return (self.decoder(params, code) - pixels).square().mean((1, 2))
+        mean, log_variance = code.chunk(2, -1)
+        log_variance = log_variance.clamp(-8, 8)
+        logits = self.decoder(params, mean + noise * torch.exp(log_variance / 2))
+        target = pixels.expand_as(logits)
+        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        terms = mean.square() + log_variance.exp() - log_variance - 1
+        bound = entropy.sum(-1).mean(1) + 0.5 * terms.sum(-1).mean(1)
         return bound if self.sums_pixels else bound / self.features

@@ -87,10 +87,10 @@ class ConvNet(Population):
                 groups=copies,
             )
             if self.normalized:
-                channels = (
+                gain, shift = (
                     params[f"{name}{layer}"].reshape(1, -1, 1, 1) for name in ("gain", "shift")
                 )
-                out = batch_norm(out, *channels, dims=(0, 2, 3))
+                out = batch_norm(out, gain, shift, dims=(0, 2, 3))
             out = ACTIVATIONS[self.activation](out)
             hidden = hidden + out if self.residual and layer > 0 else out
         features = hidden.unflatten(1, (copies, self.channels)).transpose(0, 1)  # (B, N, c, s, s)

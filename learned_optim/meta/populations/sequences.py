@@ -15,7 +15,6 @@ from learned_optim.meta.populations._layers import (
     init_weight,
     layer_norm,
     linear,
-    linear_tokens,
     meta_images,
 )
 from learned_optim.meta.sampler import Sampler
@@ -135,9 +134,10 @@ class Sequences(Population):
                 hidden = _norm(params, hidden, "norm")
         else:
             hidden = self._recur(params, hidden)
-        hidden = hidden[:, :, 0] if self.kind == "rows" else hidden.flatten(1, 2)
+        if self.kind == "rows":
+            hidden = hidden[:, :, 0]  # at the class token
         weight = params.get("head", params["embedding"])  # tied models have no head
-        return cross_entropy(linear(hidden, weight, params.get("head_bias")), targets.flatten())
+        return cross_entropy(linear(hidden, weight, params.get("head_bias")), targets)
 
     def _embed(self, params: Params, inputs: Tensor) -> Tensor:
         if self.kind != "rows":
@@ -152,8 +152,7 @@ class Sequences(Population):
 
     def _block(self, params: Params, hidden: Tensor, prefix: str) -> Tensor:
         def dense(x: Tensor, name: str) -> Tensor:
-            weight, bias = params[f"{prefix}{name}"], params[f"{prefix}{name}_bias"]
-            return linear_tokens(x, weight, bias)
+            return linear(x, params[f"{prefix}{name}"], params[f"{prefix}{name}_bias"])
 
         def attend(x: Tensor) -> Tensor:
             query, key, value = dense(x, "qkv").chunk(3, -1)
@@ -173,7 +172,7 @@ class Sequences(Population):
     def _recur(self, params: Params, hidden: Tensor) -> Tensor:
         copies, count = hidden.shape[:2]
         state = torch.zeros(copies, count, self.width)
-        inputs = linear_tokens(hidden, params["input"], params["input_bias"])
+        inputs = linear(hidden, params["input"], params["input_bias"])
         states = []
         for step in range(self.length):
             fresh = inputs[:, :, step]

@@ -282,6 +282,29 @@ class FixedTask(TaskFamily):
         return self.task
 
 
+@dataclass(frozen=True)
+class EvaluationTask:
+    """A builder of a task that never meta-trains.
+
+    Attributes:
+        make: makes the task.
+        steps: length of its runs in the field, which its users would take; 0 outside of the field.
+        quick: length of its runs in the field's quick tier, a few seconds of one core.
+        data_set: the image set of which it reads all training images.
+    """
+
+    make: Callable[[DataOptions], Task]
+    steps: int = 0
+    quick: int = 0
+    data_set: str | None = None
+
+    def __call__(self, options: TaskOptions) -> TaskFamily:
+        family = FixedTask(self.make(options.data), stackable=False)
+        if self.data_set is not None:
+            family.data_sets, family.halved = (self.data_set,), False
+        return family
+
+
 def obstacle_to_stacking(task: Task) -> str | None:
     """Why two optimizees of ``task`` cannot share a forward pass, in a line, or ``None``."""
     generators = [seeded("stacking", index) for index in range(2)]

@@ -73,26 +73,21 @@ class BatchSource:
             return self._source(generator)
         seed = int(torch.randint(2**62, (), generator=generator))
         with every_generator_seeded(seed, self._generators):
-            return self._next(generator) if self._yields else self._source()
+            return self._next(generator) if self._yields else self._call(generator)
 
     def _next(self, generator: Generator) -> Any:
-        if self._iterator is not None:
-            try:
-                return next(self._iterator)
-            except StopIteration:
-                pass
-        self._iterator = self._open(generator)
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            raise ValueError(f"there are no batches: {self._why_empty()}") from None
+        for _ in range(2):  # the second time from the beginning
+            if self._iterator is None:
+                self._iterator = iter(self._call(generator))
+            for batch in self._iterator:
+                return batch
+            self._iterator = None
+        raise ValueError(f"there are no batches: {self._why_empty()}")
 
-    def _open(self, generator: Generator) -> Iterator[Any]:
+    def _call(self, generator: Generator) -> Any:
         if not callable(self._source):
-            return iter(self._source)
-        opened: Iterator[Any]
-        opened = self._source(generator) if self._takes_generator else self._source()
-        return opened
+            return self._source
+        return self._source(generator) if self._takes_generator else self._source()
 
     def _why_empty(self) -> str:
         loader = self._source.loader if isinstance(self._source, _TensorBatches) else self._source
@@ -183,28 +178,20 @@ def flatten(batch: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...] | None]:
     Raises:
         ValueError: something in it is no tensor.
     """
-    keys: tuple[Any, ...] | None = None
     if isinstance(batch, Tensor):
         return (batch,), ()
-    if isinstance(batch, Mapping):
-        keys, parts = tuple(batch), tuple(batch.values())
-    elif isinstance(batch, (tuple, list)):
-        parts = tuple(batch)
-    else:
+    if not isinstance(batch, (Mapping, tuple, list)) or not batch:
         raise ValueError(
-            f"a batch must be a tensor, or a tuple or dict of tensors, and is a "
-            f"{type(batch).__name__}"
+            f"a batch must be a tensor, or a tuple or dict with tensors, and is {batch!r}"
         )
-    if not parts:
-        raise ValueError(f"a batch must hold tensors, and is an empty {type(batch).__name__}")
-    for index, part in enumerate(parts):
+    parts = batch if isinstance(batch, Mapping) else dict(enumerate(batch))
+    for key, part in parts.items():
         if not isinstance(part, Tensor):
             raise ValueError(
-                f"a batch must consist of tensors, and its entry "
-                f"{keys[index] if keys else index!r} is a {type(part).__name__}: convert it, in "
-                f"collate_fn for example"
+                f"a batch must consist of tensors, and its entry {key!r} is a "
+                f"{type(part).__name__}: convert it, in collate_fn for example"
             )
-    return parts, keys
+    return tuple(parts.values()), tuple(parts) if parts is batch else None
 
 
 def unflatten(batch: tuple[Tensor, ...], keys: tuple[Any, ...] | None) -> Any:

@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from learned_optim._discovery import import_submodules, unknown_name
-from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import FixedTask, Task, TaskFamily, TaskOptions
+from learned_optim.meta.tasks._base import EvaluationTask, TaskFamily, TaskOptions
 
 #: Stands for a module in the names of tasks that were handed over in Python.
 GIVEN = "meta_train"
 
 Builder = Callable[[TaskOptions], TaskFamily]
-
-
-@dataclass(frozen=True)
-class EvaluationTask:
-    """A builder of a task that never meta-trains.
-
-    Attributes:
-        make: makes the task.
-        steps: length of its runs in the field, which its users would take; 0 outside of the field.
-        quick: length of its runs in the field's quick tier, a few seconds of one core.
-        data_set: the image set of which it reads all training images.
-    """
-
-    make: Callable[[DataOptions], Task]
-    steps: int = 0
-    quick: int = 0
-    data_set: str | None = None
-
-    def __call__(self, options: TaskOptions) -> TaskFamily:
-        family = FixedTask(self.make(options.data), stackable=False)
-        if self.data_set is not None:
-            family.data_sets, family.halved = (self.data_set,), False
-        return family
 
 
 def field_tasks() -> dict[str, EvaluationTask]:

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import Batch, ModuleTask
+from learned_optim.meta.tasks._base import Batch, EvaluationTask, ModuleTask
 from learned_optim.meta.tasks._examples import Examples, draws
-from learned_optim.meta.tasks._registry import EvaluationTask
 from learned_optim.meta.tasks.language import text_of
 
 USERS, ITEMS, FACTORS = 300, 400, 4

@@ -21,9 +21,8 @@ from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.seeding import torch_threads
-from learned_optim.meta.tasks._base import ModuleTask, Params
+from learned_optim.meta.tasks._base import EvaluationTask, ModuleTask, Params
 from learned_optim.meta.tasks._examples import Examples, first_images
-from learned_optim.meta.tasks._registry import EvaluationTask
 from learned_optim.meta.tasks.image_networks import convnet
 from learned_optim.meta.tasks.images import image_task
 from learned_optim.meta.tasks.language import Transformer, next_character_task

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import ModuleTask
+from learned_optim.meta.tasks._base import EvaluationTask, ModuleTask
 from learned_optim.meta.tasks._examples import Examples, draws, first_images
-from learned_optim.meta.tasks._registry import EvaluationTask
 
 BATCH_SIZE = 64
 HELD_OUT = 2000

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import ModuleTask
+from learned_optim.meta.tasks._base import EvaluationTask, ModuleTask
 from learned_optim.meta.tasks._examples import Examples, draws, first_images
-from learned_optim.meta.tasks._registry import EvaluationTask
 from learned_optim.meta.tasks.images import mlp
 
 BATCH_SIZE = 64

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learned_optim.meta.tasks._registry import EvaluationTask
+from learned_optim.meta.tasks._base import EvaluationTask
 from learned_optim.meta.tasks.images import Shape, image_family, image_task
 from learned_optim.meta.tasks.language import Block
 

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import Batch, ModuleTask
-from learned_optim.meta.tasks._registry import EvaluationTask
+from learned_optim.meta.tasks._base import Batch, EvaluationTask, ModuleTask
 
 LENGTH = 64
 BATCH_SIZE = 16

@@ -15,8 +15,7 @@ import math
 import torch
 from torch import Generator, Tensor, nn
 
-from learned_optim.meta.tasks._base import Batch, ModuleTask, Params
-from learned_optim.meta.tasks._registry import EvaluationTask
+from learned_optim.meta.tasks._base import Batch, EvaluationTask, ModuleTask, Params
 
 INTERIOR, BOUNDARY = 128, 64
 DIFFUSION, BOUNDARY_WEIGHT = 0.1, 10.0

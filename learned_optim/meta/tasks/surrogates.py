@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from learned_optim.meta.tasks._base import Batch, ModuleTask, Params
+from learned_optim.meta.tasks._base import Batch, EvaluationTask, ModuleTask, Params
 from learned_optim.meta.tasks._examples import draws
-from learned_optim.meta.tasks._registry import EvaluationTask
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:

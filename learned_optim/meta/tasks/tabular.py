@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from learned_optim._extras import import_extra
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.tasks._base import ModuleTask
+from learned_optim.meta.tasks._base import EvaluationTask, ModuleTask
 from learned_optim.meta.tasks._examples import Examples, standardized
-from learned_optim.meta.tasks._registry import EvaluationTask
 
 BATCH_SIZE = 64
 
