@@ -118,6 +118,8 @@ def replay(
 ) -> MetaGradient:
     """The gradients of :func:`autograd`, at a fraction of its memory and time.
 
+    Rules without rows, which do not split into features and a response, go by :func:`autograd`.
+
     With d grad / d phi = 0 the parameters enter the meta-loss only as sums of updates:
 
         dL / dphi = sum_t sum_i A_{t,i} d u_{t,i} / d phi,   A_t = sum_{s > t} grad f(theta_s).
@@ -128,8 +130,10 @@ def replay(
 
     The optimizees are rolled out without any graph. Then the recorded features are fed through
     the network once more and ``sum(gains * dL/dgains)`` is back-propagated: for all rows, or, where
-    rows are coordinates, for some that are drawn at random. The rule must have rows.
+    rows are coordinates, for some that are drawn at random.
     """
+    if rule.rows == "none":
+        return autograd(rule, optimizees, steps, options)
     by_tensor = rule.rows == "tensors"
     segments = optimizees.segments
     if by_tensor:

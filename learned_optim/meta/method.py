@@ -74,9 +74,10 @@ class Method(ABC):
     runs_done: int = 0  # units of progress done in the present round
     note: str = ""  # a remark for the user before training begins
 
-    @abstractmethod
     def check_rule(self, rule: UpdateRule) -> None:
         """Raise ``ValueError`` for a rule that the method cannot train."""
+        if not list(rule.parameters()):
+            raise ValueError(f"rule {rule.name!r} has no weights to train")
 
     @abstractmethod
     def train_round(self, number: int, optimizer: MetaOptimizer, report: Report) -> Round:

@@ -33,7 +33,7 @@ from learned_optim.meta.tasks import (
 from learned_optim.meta.trainer import MetaTrainer, Metrics
 from learned_optim.meta.unrolls import process_group
 from learned_optim.pretrained import load_rule
-from learned_optim.rules import RuleConfig, UpdateRule, rule_for
+from learned_optim.rules import RuleConfig, UpdateRule
 
 AnyTask: TypeAlias = str | Task | TaskFamily
 #: One task, several, or several by name.
@@ -112,8 +112,7 @@ def meta_train(
         progress: show a progress bar and the results on standard error.
         **changes: fields of the recipe, other than its tasks, that differ from ``recipe``'s.
             ``rule`` may be a configuration or a name; with ``start`` alone, the rule is that of the
-            checkpoint. A new ``meta_lr`` scales ``meta_lr_final``, and a rule that cannot be
-            replayed sets ``estimator="autograd"``, unless these are given as well.
+            checkpoint. A new ``meta_lr`` scales ``meta_lr_final``, unless that is given as well.
 
     Returns:
         The checkpoint's path, the rule, its record, and the metrics of the epochs.
@@ -167,14 +166,9 @@ def _recipe(task: str, recipe: AnyRecipe | str | Path | None, changes: dict[str,
     if "meta_lr" in changes and base.meta_lr_final is not None:
         ratio = base.meta_lr_final / base.meta_lr
         changes.setdefault("meta_lr_final", ratio * changes["meta_lr"])
-    if isinstance(base, EvolutionRecipe):
-        return replace(base, task=task, **changes)
-    replayed = "rule" not in changes or rule_for(changes["rule"]).rows != "none"
-    if not replayed and base.estimator == "replay":
-        changes.setdefault("estimator", "autograd")
-        if changes["estimator"] == "autograd":
-            changes.setdefault("coordinates", None)  # only a replay can sample
-    return replace(base, task=task, test_task=None, **changes)
+    if isinstance(base, Recipe):
+        changes["test_task"] = None
+    return replace(base, task=task, **changes)
 
 
 def _rule(rule: Any) -> RuleConfig:

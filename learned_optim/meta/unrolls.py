@@ -124,13 +124,6 @@ class Unrolls(Method):
         if self.world > 1:
             dist.all_reduce(torch.zeros(1))
 
-    def check_rule(self, rule: UpdateRule) -> None:
-        if self.recipe.estimator == "replay" and rule.rows == "none":
-            raise ValueError(
-                f"estimator 'replay' needs a rule that splits into observation and response, and "
-                f"{rule.name!r} does not: use estimator='autograd' (--estimator autograd)"
-            )
-
     @contextmanager
     def session(self, report: Report) -> Iterator[None]:
         if self._against_adamw:

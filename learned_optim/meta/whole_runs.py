@@ -119,8 +119,7 @@ class WholeRuns(Method):
         return map(partial(method, self.runs), jobs)
 
     def check_rule(self, rule: UpdateRule) -> None:
-        if not list(rule.parameters()):
-            raise ValueError(f"rule {rule.name!r} has no weights to train")
+        super().check_rule(rule)
         if rule.needs_loss:
             raise ValueError(
                 f"rule {rule.name!r} reads the loss, which evolution strategies do not hand to it: "

@@ -93,7 +93,7 @@ class Recipe(_Recipe):
     unrolls_per_run: int | None = None
     """Longer runs learn from this many of their unrolls, drawn at random; from all if not given."""
     estimator: Literal["replay", "autograd", "full", "pes"] = "replay"
-    """Meta-gradients by backpropagation, or by persistent evolution strategies."""
+    """How meta-gradients are computed; all but `pes` backpropagate."""
     coordinates: int | None = None
     """Coordinates sampled per replay; all of them if not given."""
     sampling: Literal["uniform", "stratified"] = "uniform"
