@@ -38,18 +38,19 @@ class RunFolder:
         self.path, self.best = path, path / BEST_FILE
         self.finished = path / f"{path.resolve().name}.safetensors"
         self._lock = FileLock(self.path / LOCK, timeout=0)
-        self._seen = self._stamp()
 
     @staticmethod
     def is_one(path: Path) -> bool:
         """Whether ``path`` holds files of a training."""
         return any((path / name).exists() for name in (RESUME, METRICS, BEST_FILE, LOCK))
 
-    def check(self, recipe: AnyRecipe, conditions: dict[str, str]) -> dict[str, str]:
+    def claim(self, recipe: AnyRecipe, conditions: dict[str, str], write: bool) -> None:
         """Compare a recipe and its conditions with those of the folder's run.
 
-        Returns:
-            The conditions of the run, for :meth:`begin`.
+        Args:
+            recipe: of the run.
+            conditions: of the run, other than the recipe.
+            write: write both into the folder.
 
         Raises:
             ValueError: they differ, or ``recipe.json`` is damaged; the message says what to do.
@@ -68,21 +69,17 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe ({listing}): choose another "
                     f"folder, or delete it"
                 )
-        return provenance.check(self.path, conditions, "choose another folder")
-
-    def begin(self, recipe: AnyRecipe, conditions: dict[str, str]) -> None:
-        """Write the recipe and the conditions."""
-        write_text(
-            self.path / RECIPE, json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n"
-        )
-        provenance.remember(self.path, conditions)
+        conditions = provenance.check(self.path, conditions, "choose another folder")
+        if write:
+            write_text(file, json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n")
+            provenance.remember(self.path, conditions)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the folder against other processes.
 
         Raises:
-            ValueError: another process holds the lock, or went on with the run since it was read.
+            ValueError: another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -93,22 +90,10 @@ class RunFolder:
                 f"folder"
             ) from error
         try:
-            if self._stamp() != self._seen:
-                raise ValueError(
-                    f"another process went on with the run in {self.path} meanwhile: start again, "
-                    f"to go on from where that stopped"
-                )
             remove_leftovers(self.path)
             yield
         finally:
             self._lock.release()
-
-    def _stamp(self) -> tuple[int, int] | None:
-        try:
-            status = (self.path / RESUME).stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_ino
 
     def resume(self, load: Callable[[dict[str, Any]], None]) -> None:
         """Call ``load`` with the state that :meth:`write_state` wrote, if there is one.
@@ -117,7 +102,6 @@ class RunFolder:
             ValueError: the file is damaged, or ``load`` fails; the message says what to do.
             OSError: it cannot be read.
         """
-        self._seen = self._stamp()
         try:
             content = (self.path / RESUME).read_bytes()
         except FileNotFoundError:
@@ -148,4 +132,3 @@ class RunFolder:
             path.write_bytes(buffer.getbuffer())
 
         write_atomically(self.path / RESUME, write)
-        self._seen = self._stamp()

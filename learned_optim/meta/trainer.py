@@ -134,10 +134,8 @@ class MetaTrainer:
             average=self.method.average, betas=self.method.betas, clip_norm=self.method.clip_norm,
         )  # fmt: skip
         self.history: list[Metrics] = []
-        conditions = self.files.check(recipe, self._conditions())
+        self.files.claim(recipe, self._conditions(), write=self.method.rank == 0)
         self.files.resume(self._load)
-        if self.method.rank == 0:
-            self.files.begin(recipe, conditions)
 
     def _method(
         self,
@@ -309,6 +307,7 @@ class MetaTrainer:
             return
         tell, locked = self._teller(report), self.method.rank == 0
         with self.files.locked() if locked else nullcontext(), self.method.session(tell):
+            self.files.resume(self._load)  # another process may have gone on meanwhile
             while not self.is_over():
                 self._train_round(self.round + 1, tell)
                 tell("")

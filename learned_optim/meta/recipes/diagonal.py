@@ -18,6 +18,5 @@ RECIPE = EvolutionRecipe(
     meta_lr_final=5e-4,
     tasks_per_meta_step=10,
     pairs=3,
-    sigma=0.03,
     large_from=210,
 )

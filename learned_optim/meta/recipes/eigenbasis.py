@@ -14,7 +14,6 @@ RECIPE = EvolutionRecipe(
     meta_lr_final=1e-4,
     tasks_per_meta_step=10,
     pairs=3,
-    sigma=0.03,
     large_from=0,
     large_share=0.5,
     validation_every=55,

@@ -12,8 +12,6 @@ RECIPE = Recipe(
     rule=EquivariantConfig(square_beta=0.99),
     epochs=10,
     runs_per_epoch=30,
-    horizon=100,
-    truncation=20,
     meta_lr=1e-2,
     meta_lr_final=1e-3,
     clip_norm=1.0,

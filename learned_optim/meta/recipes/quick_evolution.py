@@ -16,8 +16,6 @@ RECIPE = EvolutionRecipe(
     meta_lr=3e-3,
     meta_lr_final=3e-4,
     tasks_per_meta_step=4,
-    pairs=4,
-    sigma=0.03,
     validation_tasks=8,
     validation_every=20,
 )
