@@ -111,12 +111,12 @@ def _batch(task: Task, name: str) -> Batch:
         raise ValueError(f"task {name!r}: {error}") from error
     if not isinstance(batch, (tuple, list)) or not all(isinstance(x, Tensor) for x in batch):
         if isinstance(batch, dict):
-            found = f"a dict with {', '.join(map(repr, batch))}: return tuple(batch.values())"
+            kind = f"a dict with {', '.join(map(repr, batch))}: return tuple(batch.values())"
         elif isinstance(batch, (tuple, list)):
-            found = f"({', '.join(type(x).__name__ for x in batch)})"
+            kind = f"({', '.join(type(x).__name__ for x in batch)})"
         else:
-            found = f"a {type(batch).__name__}: return (x,) for a single tensor"
-        raise ValueError(f"task {name!r}: a batch must be a tuple of tensors, and is {found}")
+            kind = f"a {type(batch).__name__}: return (x,) for a single tensor"
+        raise ValueError(f"task {name!r}: a batch must be a tuple of tensors, and is {kind}")
     return floating(tuple(batch))
 
 

@@ -115,11 +115,11 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
     }
     try:
         try:
-            found = builders[name](root, train=train, download=False)
+            images = builders[name](root, train=train, download=False)
         except RuntimeError:  # torchvision's "Dataset not found"
             if not download:
                 raise
-            found = builders[name](root, train=train, download=True)
+            images = builders[name](root, train=train, download=True)
     except (RuntimeError, OSError) as error:
         attempt = "downloading it failed" if download else "downloading is switched off"
         raise FileNotFoundError(
@@ -127,7 +127,7 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
             f"${DATA_VARIABLE} at a folder in torchvision's layout, or run once with --download "
             f"on a machine with network access"
         ) from error
-    pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
+    pixels, labels = torch.as_tensor(images.data), torch.as_tensor(images.targets).long()
     # torchvision's layouts: (N, 32, 32, 3) of CIFAR-10, (N, 28, 28) of the others.
     pixels = pixels.permute(0, 3, 1, 2).contiguous() if name == "cifar10" else pixels.unsqueeze(1)
     if name == "emnist-letters":  # labels 1 to 26

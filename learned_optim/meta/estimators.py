@@ -80,14 +80,14 @@ def _backpropagate(
             batch, packed = optimizees.next_batch(), optimizees.packed
             if first_order:
                 _, grad = optimizees.losses_and_grad(packed, batch)
-                loss, seen = optimizees.losses(packed, batch), packed.detach()
+                loss, before = optimizees.losses(packed, batch), packed.detach()
             else:
                 if not packed.requires_grad:
                     packed.requires_grad_()
                 loss, grad = optimizees.losses_and_grad(packed, batch, create_graph=True)
-                seen = packed
+                before = packed
             losses.append(loss)
-            update, state = optimizees.forward(rule, grad, seen, loss)
+            update, state = optimizees.forward(rule, grad, before, loss)
             optimizees.packed = packed + update
             optimizees.state = {**optimizees.state, **state}
             optimizees.step += 1

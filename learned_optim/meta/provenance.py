@@ -31,12 +31,12 @@ def conditions(tasks: Sequence[str], data: DataOptions) -> dict[str, str]:
     """Conditions of registered tasks: versions, texts, and sources of modules."""
     from learned_optim import __version__
 
-    found = {"torch": torch.__version__.split("+")[0], "learned_optim": __version__}
+    known = {"torch": torch.__version__.split("+")[0], "learned_optim": __version__}
     if any(task in language.FAMILIES or task in embeddings.TEXT_TASKS for task in tasks):
-        found["text"] = _digest(language.text_of(data.text).encode())
+        known["text"] = _digest(language.text_of(data.text).encode())
     if any(task in finetuning.TEXT_TASKS for task in tasks):
-        found["Python's library"] = _digest("".join(finetuning.texts()).encode())
-    return found | _sources({task.rpartition(":")[0] for task in tasks} - {""})
+        known["Python's library"] = _digest("".join(finetuning.texts()).encode())
+    return known | _sources({task.rpartition(":")[0] for task in tasks} - {""})
 
 
 def conditions_of_given(name: str, family: TaskFamily) -> dict[str, str]:
@@ -50,8 +50,8 @@ def conditions_of_given(name: str, family: TaskFamily) -> dict[str, str]:
         for member, tasks in family.members.items():
             shares |= conditions_of_given(member, tasks)
         return shares
-    found = dict.fromkeys(_computed(family, index) for index in range(2))
-    return {f"task {name}": "; ".join(found)}
+    figures = dict.fromkeys(_computed(family, index) for index in range(2))
+    return {f"task {name}": "; ".join(figures)}
 
 
 def _computed(family: TaskFamily, index: int) -> str:
@@ -74,7 +74,7 @@ def _computed(family: TaskFamily, index: int) -> str:
 def conditions_of_classes(*classes: type) -> dict[str, str]:
     """Digests of the source of classes that are not of this package."""
     ours = __name__.partition(".")[0]
-    found = _sources(
+    digests = _sources(
         {cls.__module__ for cls in classes if cls.__module__.partition(".")[0] != ours}
         - {"__main__"}
     )
@@ -82,8 +82,8 @@ def conditions_of_classes(*classes: type) -> dict[str, str]:
         # Other lines of the script or notebook may change between two runs.
         if cls.__module__ == "__main__":
             with suppress(OSError, TypeError):  # typed into an interpreter
-                found[f"source of {cls.__qualname__}"] = _digest(inspect.getsource(cls).encode())
-    return found
+                digests[f"source of {cls.__qualname__}"] = _digest(inspect.getsource(cls).encode())
+    return digests
 
 
 def _sources(modules: Iterable[str]) -> dict[str, str]:

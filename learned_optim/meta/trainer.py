@@ -188,13 +188,13 @@ class MetaTrainer:
 
     def _conditions(self) -> dict[str, str]:
         """What the run depends on besides the recipe."""
-        found = provenance.conditions(self.method.registered, self.data)
-        found |= provenance.conditions_of_classes(type(self.rule), type(self.recipe.rule))
+        conditions = provenance.conditions(self.method.registered, self.data)
+        conditions |= provenance.conditions_of_classes(type(self.rule), type(self.recipe.rule))
         if self.method.given is not None:
-            found |= provenance.conditions_of_given(self.recipe.task, self.method.given)
+            conditions |= provenance.conditions_of_given(self.recipe.task, self.method.given)
         if self._start is not None:
-            found["weights of start"] = self._start
-        return found
+            conditions["weights of start"] = self._start
+        return conditions
 
     def _load(self, saved: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(saved["optimizer"])

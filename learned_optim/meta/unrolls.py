@@ -245,17 +245,18 @@ class Unrolls(Method):
         Raises:
             ValueError: the file is damaged.
         """
-        found, runs = read_references(self._folder) or self._blank_references(), len(self._seeds)
-        for index in range(min(len(r.scores) for r in found), len(ADAMW_LRS)):
+        references = read_references(self._folder) or self._blank_references()
+        runs = len(self._seeds)
+        for index in range(min(len(r.scores) for r in references), len(ADAMW_LRS)):
             on_runs = _counter(report, "AdamW", len(ADAMW_LRS) * runs, index * runs)
             scores = self._validation_sums(ADAMW_LRS[index], on_runs).nan_to_num(nan=math.inf)
-            found = [
+            references = [
                 replace(reference, scores=(*reference.scores[:index], score))
-                for reference, score in zip(found, scores.tolist(), strict=True)
+                for reference, score in zip(references, scores.tolist(), strict=True)
             ]
             if self.rank == 0:
-                write_references(self._folder, found)
-        return self._mean(tuned_sums(found))
+                write_references(self._folder, references)
+        return self._mean(tuned_sums(references))
 
     def _blank_references(self) -> list[Reference]:
         """References without scores; runs whose task is one object share its name."""

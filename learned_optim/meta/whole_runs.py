@@ -193,13 +193,13 @@ class WholeRuns(Method):
             ValueError: ``references.json`` is damaged.
         """
         count = self.recipe.validation_tasks
-        found = {reference.index: reference for reference in read_references(self.folder)}
-        missing = [index for index in range(count) if index not in found]
+        references = {reference.index: reference for reference in read_references(self.folder)}
+        missing = [index for index in range(count) if index not in references]
         for reference in self._map(Runs.reference, missing):
-            found[reference.index] = reference
-            write_references(self.folder, [found[index] for index in sorted(found)])
-            report(f"AdamW {len(found)}/{count}")
-        return [found[index] for index in range(count)]
+            references[reference.index] = reference
+            write_references(self.folder, [references[index] for index in sorted(references)])
+            report(f"AdamW {len(references)}/{count}")
+        return [references[index] for index in range(count)]
 
     # ---- the record
 
@@ -331,17 +331,17 @@ class Runs:
             job: seed, weights of shape ``(n,)``, and whether the task is a large one.
         """
         seed, weights, large = job
-        kind, found, failure = "", None, ""
+        kind, values, failure = "", None, ""
         try:
             run = self.draw(seed, large)
             kind = run.task.name
             change = perturbations(seed, self.recipe.pairs, len(weights)) * self.recipe.sigma
             weights = torch.cat((weights + change, weights - change))
             losses, held_out = roll(self._rule, weights, run, seed)
-            found = fitness(losses, run.known, held_out)
+            values = fitness(losses, run.known, held_out)
         except _RUN_ERRORS as error:
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        return TaskResult(seed, kind, found, failure)
+        return TaskResult(seed, kind, values, failure)
 
     def validate(self, job: tuple[int, Tensor]) -> float:
         """Log of the final over the first loss.
