@@ -1,4 +1,4 @@
-"""Context managers that keep autocast, matmul precision and inference mode out of a step."""
+"""Contexts without autocast, reduced matmul precision and inference mode."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def _switched_off(autocast: AbstractContextManager[object]) -> Iterator[None]:
 
 @contextmanager
 def outliving_inference_mode() -> Iterator[None]:
-    """No graph and no inference mode: tensors made here may be changed anywhere."""
+    """No graph and no inference mode: tensors may be changed anywhere."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -88,13 +88,13 @@ class Recorder:
 
 
 def _entry(rule: UpdateRule, key: str, state: Mapping[str, Tensor], param: Tensor) -> Tensor:
-    """A state entry of one parameter as the pure form takes it: ``(n, k)``, or ``(1, k)``."""
+    """A state entry as the pure form takes it: ``(n, k)`` or ``(1, k)``."""
     value = without_rows(rule, key, local(state[key]), real_shape(param)).to(rule.dtype)
     return value.reshape(1, -1) if key in rule.tensor_state else as_rows(value)
 
 
 def _rotated(rule: UpdateRule, state: Mapping[str, Tensor], grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient ``(n,)`` in the eigenbasis of this step, which is in ``state`` after it."""
+    """The gradient ``(n,)`` in the eigenbasis that the step left in ``state``."""
     shape = real_shape(param)
     rows, cols = (
         without_rows(rule, key, state[key], shape) if key in state else None
@@ -162,7 +162,7 @@ def _gains(
     context: StepContext,
     numbers: dict[str, float],
 ) -> dict[str, float]:
-    """Gains of the directions, what each adds to the step, and the rule's own schedule."""
+    """Gains and parts of the directions, and the rule's schedule."""
     features, directions = rule.features(grad, state, param, segments, context)
     assert features is not None
     gains, _ = rule.respond(features.unsqueeze(0), {key: state[key] for key in rule.network_state})

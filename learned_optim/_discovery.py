@@ -1,4 +1,4 @@
-"""Registries that are filled by importing a package's modules, and errors about their names."""
+"""Registries that imports fill, and errors about their names."""
 
 import difflib
 import importlib
@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 def import_submodules(package: str) -> Iterator[ModuleType]:
-    """Import the direct, public submodules of ``package`` and yield them in name order."""
+    """Import the public submodules of ``package`` in the order of names."""
     module = importlib.import_module(package)
     for info in sorted(pkgutil.iter_modules(module.__path__), key=lambda info: info.name):
         if not info.name.startswith("_"):
@@ -16,12 +16,12 @@ def import_submodules(package: str) -> Iterator[ModuleType]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error: the nearest known name, or nothing if none is near."""
+    """The end of an error: the nearest known name, if any."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f". Did you mean {near[0]!r}?" if near else ""
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> ValueError:
-    """The error for a name that is not registered; it lists those that are."""
+    """The error for an unregistered name; it lists the registered ones."""
     listing = ", ".join(sorted(known)) or "none"
     return ValueError(f"unknown {kind} {name!r}; known: {listing}{did_you_mean(name, known)}")

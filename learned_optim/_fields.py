@@ -1,4 +1,4 @@
-"""Checks of a dataclass's values, which may come from any file, against its annotations."""
+"""Checks of a dataclass's values against its annotations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen update rules, loaded once per process and shared by all optimizers that run them."""
+"""Frozen update rules, which optimizers of a process share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learned_optim.pretrained import checkpoint_path, list_pretrained, load_rule
+from learned_optim.pretrained import ALIASES, checkpoint_path, load_rule
 from learned_optim.rules import UpdateRule
 from learned_optim.rules._registry import plain_defaults
 
 
 class FrozenRule:
-    """An update rule whose weights do not change, with its copies on other devices.
+    """A frozen update rule with its copies on other devices.
 
     Args:
         rule: frozen in place.
@@ -30,7 +30,7 @@ class FrozenRule:
         self._fake: tuple[object, UpdateRule] | None = None  # of the last fake tensor mode
 
     def on(self, param: Tensor) -> UpdateRule:
-        """The rule with its weights where ``param`` is, copied there at first use."""
+        """The rule on the device of ``param``, copied there at first use."""
         mode: Any = getattr(param, "fake_mode", None)
         if mode is None:
             found = self._copies.get(param.device)
@@ -55,7 +55,7 @@ _SHARED: dict[tuple[Path, int], FrozenRule] = {}
 
 
 def freeze(rule: str | os.PathLike[str] | UpdateRule) -> FrozenRule:
-    """A rule for an optimizer: a copy of a rule in hand, or the shared one of a checkpoint.
+    """A copy of a rule, or the shared rule of a checkpoint.
 
     Raises:
         See :func:`~learned_optim.load_rule`.
@@ -71,11 +71,8 @@ def freeze(rule: str | os.PathLike[str] | UpdateRule) -> FrozenRule:
 
 
 def source_name(rule: str | os.PathLike[str] | UpdateRule) -> str | None:
-    """Name of a rule's checkpoint, with the alias that was used; ``None`` for a rule in hand."""
+    """Name of a checkpoint, with its alias; ``None`` for a rule."""
     if isinstance(rule, UpdateRule):
         return None
     text = os.fspath(rule)
-    if text not in list_pretrained():
-        return text
-    name = checkpoint_path(text).stem
-    return name if name == text else f"{name} ({text})"
+    return f"{ALIASES[text]} ({text})" if text in ALIASES else text

@@ -1,4 +1,4 @@
-"""The step of one parameter group: prepared once, repeated while its tensors stay the same."""
+"""The step of one parameter group, prepared once for its tensors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class GroupStep:
             watch.begin(self._states)
 
     def fits(self, params: Sequence[Tensor], state: MutableMapping[Tensor, Any]) -> bool:
-        """True if parameters and state are the same tensors as when the step was prepared."""
+        """True if parameters and state are the tensors of the preparation."""
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
         self._grads = list(map(_grad_of, self._with_grad))
@@ -125,7 +125,7 @@ def settings_of(group: dict[str, Any]) -> StepSettings:
 
 
 class Call(NamedTuple):
-    """One call of the rule: the parameters of one device and one way of sharding.
+    """One call of the rule: parameters of one device and sharding.
 
     Attributes:
         rule: on that device.
@@ -148,7 +148,7 @@ class Call(NamedTuple):
 def calls_of(
     index: int, group: dict[str, Any], states: ParamStates, state: MutableMapping[Tensor, Any]
 ) -> list[Call]:
-    """The calls of a group's step; state of parameters with gradients must be in layout."""
+    """The calls of a group's step; its state must be in layout."""
     buckets: dict[Any, list[int]] = {}
     for position, param in enumerate(group["params"]):
         if param.grad is not None:

@@ -97,7 +97,7 @@ def warn_of_small_lr(groups: list[dict[str, Any]]) -> None:
 
 
 def whole_steps(total: Any) -> int | None:
-    """``total_steps`` as an integer; ``None`` if the length of the run is unknown.
+    """``total_steps`` as an integer; ``None`` if it is unknown.
 
     Args:
         total: a whole number of any type. Trainers write ``inf`` or -1 for an unknown length.
@@ -118,7 +118,7 @@ def whole_steps(total: Any) -> int | None:
 
 
 def _number(value: Any) -> float:
-    """A number of any type, or a tensor or array of one; NaN for anything else."""
+    """A number of any type as a float; NaN for anything else."""
     try:
         value = value.item() if hasattr(value, "item") else value
         return math.nan if isinstance(value, (str, bytes, bool)) else float(value)
@@ -127,7 +127,7 @@ def _number(value: Any) -> float:
 
 
 def rate_of(lr: float | Tensor, index: int | None = None) -> float | None:
-    """The value of a learning rate; ``None`` if reading it would synchronize a device.
+    """The learning rate; ``None`` if reading it would synchronize a device.
 
     Args:
         lr: of a group.
@@ -158,9 +158,9 @@ def rate_of(lr: float | Tensor, index: int | None = None) -> float | None:
 
 
 def settle(rule: UpdateRule, group: dict[str, Any]) -> None:
-    """Check the values of a group, and set the rule's own weight decay where none is given.
+    """Check the values of a group, and set a missing weight decay.
 
-    That decay follows a changed length of the run until another one is set.
+    That is the rule's own, and follows a changed length of the run until another one is set.
 
     Raises:
         ValueError: a value out of range.

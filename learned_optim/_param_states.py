@@ -93,7 +93,7 @@ class ParamStates:
     def _gather_matrices(
         self, params: list[Tensor], states: Mapping[Tensor, Any], known: list[State]
     ) -> None:
-        """Lay equal matrices side by side in memory, so that the rule reads them as one batch."""
+        """Lay matrices of equal shape side by side, as one batch."""
         found: dict[Any, list[int]] = {}
         for index, (param, entries) in enumerate(zip(params, known, strict=False)):
             kind = real_shape(param), param.dtype, param.device
@@ -133,7 +133,7 @@ class ParamStates:
             known[key] = state[key]
 
     def for_rule(self, index: int, position: int, state: Mapping[str, Any]) -> dict[str, Any]:
-        """State as the rule takes it: local shards, and entries of the tensor without rows."""
+        """State as the rule takes it: local shards, without repeated rows."""
         known = self._laid_out[index][position]
         return {
             key: known[compact_key(key)] if compact_key(key) in known else local(value)
@@ -147,7 +147,7 @@ class ParamStates:
     # ---- state dicts
 
     def compact(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> dict[Any, Any]:
-        """The state part of a state dict, with entries of the tensor without repeated rows."""
+        """The state of a state dict without repeated rows."""
         own = [param for group in groups for param in group["params"]]
         result = {}
         for index, entries in state.items():
@@ -157,7 +157,7 @@ class ParamStates:
         return result
 
     def check(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
-        """Raise ``ValueError`` if a state dict belongs to another rule or to other parameters."""
+        """Raise ``ValueError`` for a state dict of another rule or other parameters."""
         sizes = [len(group["params"]) for group in groups]
         if sizes != [len(group["params"]) for group in saved["param_groups"]]:
             return  # torch reports that
@@ -253,7 +253,7 @@ def compact_key(key: str) -> str:
 
 
 def with_rows(value: Tensor, shape: torch.Size) -> Tensor:
-    """A small entry of the tensor as a view with the parameter's rows, ``(shape[0], ...)``."""
+    """A small entry as a view with the parameter's rows, ``(shape[0], ...)``."""
     if not shape or not value.dim() or value.numel() > MOST_REPEATED:
         return value
     return value.expand(shape[0], *value.shape)
@@ -273,7 +273,7 @@ def without_rows(rule: UpdateRule, key: str, value: Any, shape: torch.Size) -> A
 def keep_fitting_matrices(
     rule: UpdateRule, state: dict[str, Any], fresh: State, shape: torch.Size
 ) -> None:
-    """Replace matrices that are missing, zero, or of another shape than in ``fresh``."""
+    """Replace matrices that are missing, zero or misshapen by those of ``fresh``."""
     for key in rule.matrix_state:
         if key not in fresh:
             state.pop(key, None)

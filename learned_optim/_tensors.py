@@ -34,7 +34,7 @@ def lie_side_by_side(tensors: Sequence[Tensor]) -> bool:
 
 
 def init_scale(shape: Sequence[int]) -> float:
-    """Scale at which a tensor of this shape is drawn: ``1 / sqrt(fan_in)``, 0.1 for vectors."""
+    """Scale of a tensor's initial values: ``1 / sqrt(fan_in)``, 0.1 for vectors."""
     return VECTOR_SCALE if len(shape) < 2 else fan_in(shape) ** -0.5
 
 

@@ -1,4 +1,4 @@
-"""Views of one parameter: its local shard, complex numbers as pairs of reals, rows of state."""
+"""Views of one parameter: local shards, complex numbers as pairs of reals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from learned_optim.rules._segments import is_sharded
 
 
 def local(tensor: Any) -> Any:
-    """The local shard of a DTensor, sharing its memory; any other tensor as it is."""
+    """The local shard of a DTensor; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
@@ -25,7 +25,7 @@ def local_grad(grad: Any, param: Any) -> Any:
 
 
 def shard_groups(param: Any) -> tuple[Any, ...]:
-    """Process groups over which ``param`` is sharded; none if this rank holds all of it."""
+    """Process groups over which ``param`` is sharded, if any."""
     if not is_sharded(param):
         return ()
     return tuple(
@@ -43,7 +43,7 @@ def sharded_dims(param: Any) -> tuple[int, ...]:
 
 
 def shard_like(param: Any, value: Tensor) -> Tensor:
-    """Per-coordinate state of the local shard as a DTensor sharded the way ``param`` is."""
+    """Per-coordinate state of a shard as a DTensor sharded like ``param``."""
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((*param.shape, *value.shape[param.dim() :]))
@@ -58,7 +58,7 @@ def shard_like(param: Any, value: Tensor) -> Tensor:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """Complex tensors of shape ``S`` as real views of shape ``(*S, 2)``; others as they are."""
+    """Complex tensors as real views, ``(*S, 2)``; others as they are."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -68,7 +68,7 @@ def real_shape(param: Tensor) -> torch.Size:
 
 
 def dense(value: Tensor) -> Tensor:
-    """Per-coordinate state ``(*S, k)`` in a layout that can be viewed as ``(n, k)``."""
+    """Per-coordinate state ``(*S, k)`` that can be viewed as ``(n, k)``."""
     if value.is_contiguous() or value.movedim(-1, 0).is_contiguous():
         return value
     return value.contiguous()

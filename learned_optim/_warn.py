@@ -11,7 +11,7 @@ _BETWEEN = {
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning at the innermost frame outside this package, torch and the trainers."""
+    """Issue a warning at the user's line, outside torch and trainers."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and _package(frame.f_globals) in _BETWEEN:
         frame, level = frame.f_back, level + 1

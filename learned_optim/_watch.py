@@ -20,6 +20,14 @@ SHORT_SWA_LR = 0.5  # below it, swa_lr is taken for a learning rate of SGD or Ad
 UPDATES_WITHOUT_GRADIENT = 5  # in a row, without a finite gradient entry: no single bad batch
 GRADIENT_INTERVAL = 64  # updates between two looks at finite gradients
 
+#: What a step is past, by kind of warning, of a number of steps and the rule's name.
+ENDS = {
+    "past": "total_steps={}: the rule {!r} holds the last rate. Construct the optimizer with the "
+    "length of the whole run, or set param_groups[i]['total_steps']",
+    "trained": "the {} steps of the longest runs that the update rule {!r} was meta-trained on. "
+    "Longer ones may end worse than a tuned AdamW's: watch the loss",
+}
+
 
 class GroupWatch:
     """Warns of faults in the updates of one parameter group.
@@ -52,7 +60,7 @@ class GroupWatch:
             self.updates = _updates_of(states) if counts else 0
 
     def expect(self, group: dict[str, Any]) -> None:
-        """Note the length of the run, and warn of a ``OneCycleLR`` with another one's rate."""
+        """Note the run's length; warn of a ``OneCycleLR`` with a small rate."""
         total = group["total_steps"] if self._anneals(group) else None
         trained = self._rule.trained_steps
         self._ends = {
@@ -61,15 +69,8 @@ class GroupWatch:
             if end is not None and kind not in self._warned
         }
         self._set_due()
-        peak = group.get("max_lr")
-        if peak is not None and 0.0 < peak <= SUSPICIOUS_LR:
-            warn_once(
-                self._warned,
-                "peak",
-                f"OneCycleLR rises to max_lr={peak:g}, which makes learned updates "
-                f"{1 / peak:.0f} times shorter: lr multiplies them, and learning rates of other "
-                f"optimizers do not carry over. Pass max_lr=1.0",
-            )
+        if 0.0 < (group.get("max_lr") or 0.0) <= SUSPICIOUS_LR:
+            self._warn_of_rate("peak", "OneCycleLR", "max_lr", group["max_lr"])
 
     def _set_due(self) -> None:
         self.due = min([self._next_gradient, *self._ends.values()])
@@ -89,15 +90,8 @@ class GroupWatch:
         self._falls += 1
         if "schedule" in self._warned:
             return
-        if "swa_lr" in group and float(group["swa_lr"]) < SHORT_SWA_LR:
-            swa = float(group["swa_lr"])
-            warn_once(
-                self._warned,
-                "schedule",
-                f"SWALR brings lr to swa_lr={swa:g}, which makes learned updates {1 / swa:.0f} "
-                f"times shorter: lr multiplies them, and learning rates of other optimizers do not "
-                f"carry over. Pass swa_lr=1.0, or the part of a full update that is meant",
-            )
+        if 0.0 < (group.get("swa_lr") or 0.0) < SHORT_SWA_LR:
+            self._warn_of_rate("schedule", "SWALR", "swa_lr", float(group["swa_lr"]))
         elif self._falls >= FALLS_OF_A_SCHEDULE and self._anneals(group):
             warn_once(
                 self._warned,
@@ -107,6 +101,15 @@ class GroupWatch:
                 f"anneals twice. Leave out one of them",
             )
 
+    def _warn_of_rate(self, kind: str, scheduler: str, key: str, rate: float) -> None:
+        warn_once(
+            self._warned,
+            kind,
+            f"{scheduler} brings lr to {key}={rate:g}, which makes learned updates {1 / rate:.0f} "
+            f"times shorter: lr multiplies them, and learning rates of other optimizers do not "
+            f"carry over. Pass {key}=1.0, or the part of a full update that is meant",
+        )
+
     def _anneals(self, group: dict[str, Any]) -> bool:
         return self._rule.reads_horizon and group["total_steps"] is not None
 
@@ -114,21 +117,11 @@ class GroupWatch:
 
     def _look_at_end(self, states: Sequence[State]) -> None:
         self.updates = _updates_of(states)  # synchronizes a device, once
-        past = [kind for kind, end in self._ends.items() if self.updates >= end]
-        for kind in past:
-            end = self._ends.pop(kind) - 1
-            message = (
-                f"step {self.updates} is past total_steps={end}: the rule {self._rule.name!r} "
-                f"holds the last rate. Construct the optimizer with the length of the whole run, "
-                f"or set param_groups[i]['total_steps']"
-            )
-            if kind == "trained":
-                message = (
-                    f"step {self.updates} is past the {end} steps of the longest runs that the "
-                    f"update rule {self._rule.name!r} was meta-trained on. Longer ones may end "
-                    f"worse than a tuned AdamW's: watch the loss"
-                )
-            warn_once(self._warned, kind, message)
+        for kind, end in list(self._ends.items()):
+            if self.updates >= end:
+                del self._ends[kind]
+                what = ENDS[kind].format(end - 1, self._rule.name)
+                warn_once(self._warned, kind, f"step {self.updates} is past {what}")
 
     # ---- gradients
 

@@ -1,4 +1,4 @@
-"""An update rule as one safetensors file: weights, and a header that rebuilds the rule.
+"""An update rule as one safetensors file.
 
 The header's metadata holds ``format``, ``format_version`` and ``rule`` (registered name); as JSON
 ``config``, ``use`` (``warmup_steps`` and ``trained_steps`` of the rule) and ``record`` (recipe,
@@ -55,11 +55,11 @@ DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A file that is no usable checkpoint; the message says what is wrong with it."""
+    """A file that is no usable checkpoint; the message says why."""
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Let ``write`` create a temporary file beside ``path``, then move it into place.
+    """Let ``write`` create a file beside ``path``, then move it there.
 
     Whenever the process dies, a reader sees the old file or the new one, never half of one.
 
@@ -82,7 +82,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of the operating system name the file that could not be written."""
+    """Errors of the operating system name ``path``."""
     try:
         yield
     except OSError as error:
@@ -92,13 +92,13 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of killed writers, in a folder that nobody writes to now."""
+    """Delete temporary files of killed writers; nobody may write meanwhile."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise ``OSError`` now if ``path`` could not be written after hours of work."""
+    """Raise ``OSError`` if ``path`` cannot be written."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder, and a file is to be written")
@@ -113,7 +113,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def as_json(data: Any, indent: int | None = None) -> str:
-    """JSON text with sorted keys; NaN and infinities, which JSON has not, become ``null``.
+    """JSON text with sorted keys; NaN and infinities become ``null``.
 
     Raises:
         TypeError: something in ``data`` has no JSON form.
@@ -201,7 +201,7 @@ def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -
 
 
 def check_weights(rule: UpdateRule, tensors: Mapping[str, Tensor]) -> None:
-    """Check that the rule can compute updates with these tensors as its own.
+    """Check that the rule can compute with these tensors.
 
     Raises:
         ValueError: a tensor of another kind than the rule's, weights of several dtypes, or weights
@@ -273,12 +273,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[UpdateRule, dict[str,
             if key in tensors and entry.is_floating_point():
                 entry.data = entry.data.to(tensors[key].dtype)
         rule.load_state_dict(tensors, strict=True)
-        for name, value in _json_object({"use": "{}", **metadata}, "use").items():
+        for name, value in _json_object(metadata, "use").items():
             is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
             if name not in USE or not (is_count or (value is None and name == "trained_steps")):
                 raise ValueError(f"its use has {name}={value!r}")
             setattr(rule, name, value)
-        record = _json_object({"record": "{}", **metadata}, "record")
+        record = _json_object(metadata, "record")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:

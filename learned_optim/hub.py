@@ -1,4 +1,4 @@
-"""Upload of update rules to the Hugging Face Hub, with a model card.
+"""Upload of update rules to the Hugging Face Hub.
 
 A repository holds ``model.safetensors`` (the checkpoint), ``config.json`` (which rule, so that a
 foreign repository is refused before its weights are fetched) and ``README.md`` (the card).
@@ -38,7 +38,7 @@ def push_to_hub(
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload an update rule with its configuration and a generated model card, in one commit.
+    """Upload an update rule with its configuration and model card.
 
     Args:
         rule: an update rule, or a source as for :func:`learned_optim.load_rule`.
@@ -113,7 +113,7 @@ def model_card(
     curves: list[str] | None = None,
     license: str = "mit",
 ) -> str:
-    """The model card of a rule. It says where the arguments leave something unknown.
+    """The model card of a rule; it names what is unknown.
 
     Args:
         rule: the update rule.
@@ -233,7 +233,7 @@ def _results(
 
 
 def _tested_horizon(recipe: dict[str, Any]) -> int | None:
-    """Inner steps of the runs behind the record's figures, if the recipe says."""
+    """Inner steps of the runs behind the record's figures, if known."""
     return recipe.get("validation_horizon") or recipe.get("horizon")
 
 

@@ -117,7 +117,7 @@ class LearnedOptimizer(Optimizer):
         self._forget_steps()
 
     def _forget_steps(self) -> None:
-        """Prepare every group's step anew, and count its updates anew: state was replaced."""
+        """Prepare all groups and count their updates anew: state was replaced."""
         self._states.forget_layout()
         self._group_steps: dict[int, GroupStep] = {}
         self._watches: dict[int, GroupWatch] = {}
@@ -125,7 +125,7 @@ class LearnedOptimizer(Optimizer):
 
     @property
     def rule(self) -> UpdateRule:
-        """A copy of the update rule; changes of it do not reach the optimizer."""
+        """A copy of the update rule; changing it changes no optimizer."""
         return copy.deepcopy(self._frozen.rule)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -205,7 +205,7 @@ class LearnedOptimizer(Optimizer):
                 call.step_(settings_of(group), loss)
 
     def _init_group(self, group: dict[str, Any]) -> None:
-        """Create missing state. torch.compile runs a method of this name instead of tracing it."""
+        """Create missing state; torch.compile runs this method instead of tracing it."""
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
         self._states.lay_out(index, group["params"], self.state)
 
@@ -291,7 +291,7 @@ class LearnedOptimizer(Optimizer):
             first.remove()
 
     def _keep_total_steps(self, given: list[Any]) -> None:
-        """Check loaded groups; lengths of the run that were passed to this optimizer stay."""
+        """Check loaded groups; lengths that this optimizer was given stay."""
         differing, self._loaded_total_steps = [], []
         for group, total_steps in zip(self.param_groups, given, strict=True):
             saved = group["total_steps"]

@@ -1,4 +1,4 @@
-"""From a name to an update rule: shipped checkpoints, files, and repositories of the Hub."""
+"""Update rules by name: shipped checkpoints, files, repositories of the Hub."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
 def _folder() -> Path:
-    """The shipped checkpoints: inside the installed package, or beside it in a checkout."""
+    """The shipped checkpoints: in the installed package, or beside a checkout's."""
     package = Path(__file__).parent
     installed = package / "pretrained"
     return installed if installed.is_dir() else package.parent / "pretrained"
@@ -42,7 +42,7 @@ def list_pretrained() -> list[str]:
 
 
 def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = False) -> Path:
-    """The checkpoint file behind a shipped name, a file, a folder or a Hub id.
+    """The checkpoint file of a shipped name, file, folder or Hub id.
 
     Only a Hub id touches the network. Arguments and errors are those of :func:`load_rule`.
     """
@@ -72,7 +72,7 @@ def checkpoint_path(source: str | os.PathLike[str], *, local_files_only: bool = 
 
 
 def _in_folder(folder: Path) -> Path:
-    """The checkpoint of a folder: a repository's, a finished run's, or the best of a run so far."""
+    """The checkpoint of a repository, a finished run or an unfinished run."""
     found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
     for name in (CHECKPOINT_FILE, f"{folder.resolve().name}.safetensors"):
         if name in found:

@@ -47,7 +47,7 @@ def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
 
 
 def ratio_text(ratio: dict[str, Any] | None) -> str:
-    """A ratio with its interval, as ``"0.61 [0.58, 0.64]"``, bold if all of it is below 1.
+    """A ratio with its interval, ``"0.61 [0.58, 0.64]"``; bold below 1.
 
     Args:
         ratio: ``mean``, ``low`` and ``high`` of a summary; ``None``, where there was no baseline
@@ -82,7 +82,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def brief(summary: dict[str, Any]) -> str:
-    """What a terminal shows: a few tasks one by one, or everybody over all of many."""
+    """The terminal's summary: few tasks one by one, or means over many."""
     if len(summary["tasks"]) <= FEW:
         figures = by_task(summary)
     else:
@@ -95,7 +95,7 @@ def brief(summary: dict[str, Any]) -> str:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """What was run, in a paragraph, and who could not take part."""
+    """The protocol in a paragraph, and optimizers that were left out."""
     protocol = summary["protocol"]
     by = "summed" if protocol["tune_by"] == "sum" else "final"
     tier = " of the quick tier" if protocol["quick"] else ""
@@ -112,7 +112,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def worth_table(summary: dict[str, Any]) -> str:
-    """Of how many tuned runs an untuned one equals the best, by group of tasks."""
+    """Number of tuned runs whose best an untuned run equals."""
     rows = []
     for name, rivals in summary["worth"].items():
         for rival, groups in rivals.items():
@@ -125,7 +125,7 @@ def worth_table(summary: dict[str, Any]) -> str:
 
 
 def tuned_table(summary: dict[str, Any]) -> str:
-    """Everybody against the best tuned rival of each task."""
+    """All optimizers against the best tuned rival of each task."""
     if not any("ratio" in row for row in summary["overall"].values()):
         return "No tuned rival took part."
     head = ["optimizer", "final loss / best tuned [95 %]", "held-out loss", "summed loss",
@@ -164,7 +164,7 @@ def pairs_table(summary: dict[str, Any]) -> str:
 
 
 def by_task(summary: dict[str, Any]) -> str:
-    """A row per task and optimizer; ratios are over the best tuned rival's final loss."""
+    """A row per task and optimizer, with ratios to the best tuned."""
     rows = [
         [
             f"{task}, {entry['steps']:,} steps",
@@ -189,7 +189,7 @@ def _held_out(test: dict[str, Any]) -> str:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """Per learned optimizer, what the tables say; ahead and behind are what intervals carry."""
+    """The tables in words; ahead and behind exclude 1 from the interval."""
     protocol, overall = summary["protocol"], summary["overall"]
     lines = []
     for name in protocol["checkpoints"]:
@@ -239,7 +239,7 @@ def _name(summary: dict[str, Any], name: str) -> str:
 
 
 def _lr(summary: dict[str, Any], name: str, lr: float) -> str:
-    """A learning rate, marked where it was tuned to an edge of the grid."""
+    """A learning rate, marked at an edge of the tuning grid."""
     grid, tuned = summary["protocol"]["lr_grid"], name in summary["protocol"]["tuned"]
     return f"{lr:g}" + "‡" * (tuned and lr in (grid[0], grid[-1]))
 
@@ -276,7 +276,7 @@ def draw(summary: dict[str, Any], folder: Path) -> list[str]:
 
 
 def plot_curves(summary: dict[str, Any], task: str, path: Path) -> None:
-    """Learning curves of one task: log loss, learned solid, baselines dashed, 95 % shaded."""
+    """Learning curves of one task with 95 % intervals."""
     entry, protocol = summary["tasks"][task], summary["protocol"]
     curves = {
         f"{name} (learned)"
@@ -288,7 +288,7 @@ def plot_curves(summary: dict[str, Any], task: str, path: Path) -> None:
 
 
 def draw_curves(curves: dict[str, dict[str, Any]], path: Path, title: str) -> None:
-    """Loss by step on a log scale; labels that end in ``(learned)`` are solid.
+    """Loss by step, log scale; labels ending in ``(learned)`` are solid.
 
     Args:
         curves: ``step``, ``mean`` and ``half`` by label; a curve ends where its mean is ``None``.
@@ -331,7 +331,7 @@ def draw_curves(curves: dict[str, dict[str, Any]], path: Path, title: str) -> No
 
 
 def plot_worth(worth: dict[str, Any], path: Path) -> None:
-    """The best of ``k`` tuned runs relative to one untuned run, for the first learned optimizer.
+    """The best of ``k`` tuned runs over one run of the first learned optimizer.
 
     Args:
         worth: the entry of that name of a summary.
@@ -374,7 +374,7 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
 
 
 def _plain_numbers(axis: Any, multiples: tuple[float, ...]) -> None:
-    """Ticks of a log axis at these multiples of powers of ten, as plain numbers."""
+    """Plain numbers at these multiples of powers of ten, on a log axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=multiples))

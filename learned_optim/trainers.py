@@ -1,4 +1,4 @@
-"""Helpers for trainers that own the loop. A trainer is imported when its helper is called."""
+"""Helpers for trainers; a trainer is imported when its helper is called."""
 
 from __future__ import annotations
 

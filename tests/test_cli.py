@@ -29,7 +29,7 @@ ENV = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.paren
 PROCESS = [sys.executable, "-m", "learned_optim"]
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> str:
+def stderr(capsys: pytest.CaptureFixture[str]) -> str:
     """What went to standard error."""
     return capsys.readouterr().err
 
@@ -86,7 +86,7 @@ def test_missing_extra_is_named_before_any_work(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
     assert main(command.split()) == 1
-    assert said(capsys) == (
+    assert stderr(capsys) == (
         f"learned-optim: {command.split()[0]} needs {module}: install the extra 'meta' "
         f"(pip install '.[meta]' in a checkout of learned_optim)\n"
     )
@@ -200,11 +200,11 @@ def test_output_that_cannot_be_written_is_noticed_at_the_start(
     for output in (tmp_path, tmp_path / "file" / "below.safetensors"):
         command = ["train", "quadratic", *TINY, "--folder", str(tmp_path / "run")]
         assert main([*command, "--output", str(output)]) == 1
-        assert f"learned-optim: cannot write {output}: " in said(capsys)
+        assert f"learned-optim: cannot write {output}: " in stderr(capsys)
     assert not (tmp_path / "run").exists()
     command = ["evaluate", "--checkpoints", "--tasks", "quadratic", "--output"]
     assert main([*command, str(tmp_path / "file")]) == 1
-    assert f"learned-optim: cannot write {tmp_path / 'file' / 'table.md'}: " in said(capsys)
+    assert f"learned-optim: cannot write {tmp_path / 'file' / 'table.md'}: " in stderr(capsys)
 
 
 def test_progress_goes_on_where_an_earlier_process_stopped(
@@ -217,7 +217,7 @@ def test_progress_goes_on_where_an_earlier_process_stopped(
     trainer.run(progress=True)
     assert trainer.best is not None
     best = f"best {trainer.best.validation:.4g}, {trainer.best.ratio_to_adamw:.2f} of tuned AdamW's"
-    assert re.search(rf"6/6 .*test 8/8, {re.escape(best)}, [\d.e+]+ runs/s", said(capsys))
+    assert re.search(rf"6/6 .*test 8/8, {re.escape(best)}, [\d.e+]+ runs/s", stderr(capsys))
     bar = ProgressBar("again")
     with bar as show:
         show(3, 6, "starting")
@@ -265,7 +265,7 @@ def test_rules_of_ones_own(
     for known in (RULES, sys.modules):
         monkeypatch.delitem(known, "mine-of-cli" if known is RULES else "rules_of_mine")
     assert main(["show", "run"]) == 1
-    refused = said(capsys)
+    refused = stderr(capsys)
     assert "unknown update rule 'mine-of-cli'; known: " in refused
     assert "--rules MODULE" in refused
     assert main(["--rules", "rules_of_mine", "show", "run", "--json"]) == 0
@@ -359,15 +359,24 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
     monkeypatch.setattr(MetaTrainer, "__init__", interrupted)
     assert main(["train", "quadratic"]) == 130
-    assert said(capsys) == "\nlearned-optim: interrupted; the same command resumes\n"
+    assert stderr(capsys) == "\nlearned-optim: interrupted; the same command resumes\n"
+
+
+IMPORTS = """
+import sys, learned_optim
+assert "torch" not in sys.modules
+assert set(learned_optim.__all__) <= set(dir(learned_optim))
+from learned_optim import *
+from torch import nn
+for name in list_pretrained():
+    LearnedOptimizer(nn.Linear(2, 2).parameters(), name)
+heavy = {"huggingface_hub", "transformers", "lightning", "accelerate", "matplotlib"}
+assert not heavy & {name.partition(".")[0] for name in sys.modules}
+"""
 
 
 def test_public_names_are_imported_when_first_used() -> None:
-    code = (
-        "import sys, learned_optim; assert 'torch' not in sys.modules; "
-        "assert set(learned_optim.__all__) <= set(dir(learned_optim)); "
-        "from learned_optim import *; LearnedOptimizer"
-    )
-    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
+    """Shipped checkpoints need no client of the Hub, and no trainer."""
+    subprocess.run([sys.executable, "-c", IMPORTS], env=ENV, check=True)
     with pytest.raises(AttributeError, match="module 'learned_optim' has no attribute 'Adam'"):
         learned_optim.Adam  # noqa: B018

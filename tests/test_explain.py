@@ -95,12 +95,12 @@ def test_a_report(name: str, images: int, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(_probe, "_POINTS", 3)
     monkeypatch.setattr(_probe, "LENGTH", 30)
     monkeypatch.setattr(_runs, "WATCHED_STEPS", 12)
-    told: list[str] = []
-    text = explain(name, tmp_path, progress=told.append).read_text()
+    reported: list[str] = []
+    text = explain(name, tmp_path, progress=reported.append).read_text()
     assert load_rule(name).fingerprint() in text
     shown = ["histories.png", "dependence.png", "run.png", "gains.png"][:images]
     assert re.findall(r"\]\((\w+\.png)\)", text) == shown
     assert {p.name for p in tmp_path.iterdir()} == {"README.md", *shown}
-    assert len(told) == 3
+    assert len(reported) == 3
     assert not re.search(r"\bnan\b|\binf\b", text)
     assert math.isfinite(float(re.search(r"the final loss is (\S+);", text)[1]))

@@ -119,7 +119,7 @@ def _parse(args: list[str]) -> Any:
 
 
 def _take(args: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
-    """The values of an option that decides which other options exist, and the other arguments."""
+    """Values of an option that decides on other options; the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(flag, action="append", default=[], dest="values")
     found, rest = parser.parse_known_args(args)
@@ -139,7 +139,7 @@ def _options(name: str, args: list[str]) -> tuple[str, dict[str, Any], list[str]
 
 
 def _one_line(box: str) -> str:
-    """The text of tyro's error box, without its title and the help of suggested options."""
+    """The text of tyro's error box, without title and suggested options' help."""
     box = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", box)  # colours and borders
     text = " ".join(row for row in box.splitlines()[1:] if not row.startswith(" " * 8))
     text = re.sub(r"Error parsing (?!-)\S+: ", "", text)
@@ -148,7 +148,7 @@ def _one_line(box: str) -> str:
 
 
 def _message(error: Exception, args: Sequence[str]) -> str:
-    """The text of the error; for a missing package of an extra, how to install it."""
+    """The text of the error; for a missing package, the remedy."""
     missing = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ImportError) and missing in META:
         command = next((arg for arg in args if arg in COMMANDS), "the command line")

@@ -82,7 +82,7 @@ class TrainWholeRuns(_Train):
 
 
 def options(args: list[str], rule: str | None) -> tuple[str, dict[str, Any], list[str]]:
-    """The configuration of the recipe, or of all recipes if none is given.
+    """The configuration of one recipe, or of all if none is given.
 
     Args:
         args: after ``train``, without ``--rule``.
@@ -108,7 +108,7 @@ def options(args: list[str], rule: str | None) -> tuple[str, dict[str, Any], lis
 
 
 def configuration(source: str, rule: str | None) -> TrainUnrolls | TrainWholeRuns:
-    """The configuration of a training by a recipe, with another update rule if one is given."""
+    """The configuration of a recipe's training, perhaps with another update rule."""
     recipe, folder = load_recipe(source), run_folder(source)
     if rule is not None:
         recipe = replace(recipe, rule=rule_config(rule))
@@ -118,7 +118,7 @@ def configuration(source: str, rule: str | None) -> TrainUnrolls | TrainWholeRun
 
 
 def run_folder(source: str) -> Path:
-    """The run folder of a recipe: the folder that the recipe is from, if that is a run folder."""
+    """The run folder that the recipe is from, or a new one."""
     path = Path(source)
     folder = path if path.is_dir() else path.parent if path.name == "recipe.json" else None
     if folder is not None and RunFolder.is_one(folder):

@@ -20,7 +20,7 @@ _SMOOTHED = 10  # steps over which noisy courses are averaged
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure of panels in rows of at most three, which a page can show."""
+    """A figure of panels in rows of at most three."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no window
 
     columns = min(3, count) if count != 4 else 2
@@ -33,7 +33,7 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """A PNG of 64 colours, a fifth of the usual size: reports are kept under version control."""
+    """A PNG of 64 colours: a fifth of the size in version control."""
     from PIL import Image  # matplotlib needs it as well
 
     buffer = io.BytesIO()
@@ -107,14 +107,14 @@ def plot_run(runs: dict[str, Watched], path: Path) -> None:
 
 
 def gain_shares(numbers: dict[str, float]) -> dict[str, float]:
-    """Shares of the directions in a step; negative for those that are subtracted."""
+    """Shares of the directions in a step; negative against the direction."""
     parts = {key[5:]: value for key, value in numbers.items() if key.startswith("part/")}
     total = sum(parts.values()) or 1.0
     return {k: math.copysign(part, numbers[f"gain/{k}"]) / total for k, part in parts.items()}
 
 
 def plot_gains(run: Watched, path: Path) -> bool:
-    """The directions' shares in the step over a run; false for a rule of one direction."""
+    """Shares of directions over a run; false for a single direction."""
     tensors = list(run.numbers.items())[:6]
     if len(gain_shares(tensors[0][1][0])) < 2:
         return False

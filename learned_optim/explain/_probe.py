@@ -28,7 +28,7 @@ REFERENCES: dict[str, Callable[[], UpdateRule]] = {
 
 
 class Probe:
-    """A tensor that is put back after every step, so that only the rule's state changes.
+    """A tensor that is put back after every step.
 
     Args:
         rule: the update rule; a rule that reads the loss is shown a loss of 1.
@@ -72,7 +72,7 @@ class Probe:
         return updates
 
     def steps(self, grad: Callable[[int], Tensor], count: int) -> list[float]:
-        """Root mean square steps of a history, in units of the tensor's scale."""
+        """Root mean square steps, in units of the tensor's scale."""
         updates = (self.advance(grad(step)) for step in range(count))
         return [float(update.square().mean().sqrt()) / self.scale for update in updates]
 
@@ -121,7 +121,7 @@ HISTORIES = (
 
 @dataclass(frozen=True)
 class Curve:
-    """The step as a function of the current gradient, by rule, in units of the tensor's scale.
+    """The step against the current gradient, in units of the tensor's scale.
 
     Attributes:
         gradient: in units of the gradients at the history's end, positive along their sign.
@@ -154,7 +154,7 @@ def curves(rule: UpdateRule) -> dict[str, Curve]:
 def _response(
     rule: UpdateRule, history: History, gradient: list[float]
 ) -> tuple[list[float], float]:
-    """Descent by current gradient after a history, and the size of the step at its end."""
+    """Descent by current gradient after a history; the step at its end."""
     probe, generator = Probe(rule), Generator().manual_seed(2)
     n = len(probe.param)
     signs = torch.randn(n, generator=generator).sign()
@@ -183,7 +183,7 @@ LENGTH = 200
 
 @dataclass(frozen=True)
 class Dependence:
-    """Root mean square steps after a typical history, in units of the tensor's scale.
+    """Root mean square steps on typical gradients, in units of the scale.
 
     Attributes:
         scale: by scale. Scales and steps are in units of the shape's usual scale.
@@ -203,15 +203,15 @@ class Dependence:
 
 
 def dependence(rule: UpdateRule) -> Dependence:
-    """Vary one variable at a time, from a tensor of 32 x 32 and typical gradients."""
+    """Vary one variable at a time, on typical gradients."""
     signal = {s: Probe(rule).typical_step(s) for s in SIGNALS}
     adam = {s: Probe(REFERENCES["Adam"]()).typical_step(s) for s in SIGNALS}
-    usual, told, untold = Probe(rule).scale, Probe(rule, total_steps=LENGTH), Probe(rule)
+    usual, known, unknown = Probe(rule).scale, Probe(rule, total_steps=LENGTH), Probe(rule)
     return Dependence(
         scale={s: s * Probe(rule, scale=s * usual).typical_step() for s in SCALES},
         shape={"x".join(map(str, shape)): Probe(rule, shape).typical_step() for shape in SHAPES},
         signal=signal,
         signal_adam={s: signal[0.3] / adam[0.3] * step for s, step in adam.items()},
-        known=told.steps(told.typical(), LENGTH) if rule.reads_horizon else [],
-        unknown=untold.steps(untold.typical(), LENGTH),
+        known=known.steps(known.typical(), LENGTH) if rule.reads_horizon else [],
+        unknown=unknown.steps(unknown.typical(), LENGTH),
     )

@@ -1,4 +1,4 @@
-"""The report on a checkpoint: Markdown and plots in a folder, words computed from numbers."""
+"""The report on a checkpoint: Markdown and plots in a folder."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _compared(ratio: float) -> str:
 
 
 def _of_run(runs: dict[str, Watched]) -> list[str]:
-    """Sentences on final losses, and on the layers with the smallest and largest steps."""
+    """Sentences on final losses and on the layers' steps."""
     best = min((f"Adam {lr:g}" for lr in ADAM_LRS), key=lambda name: runs[name].final)
     lines = []
     for name, run in runs.items():
@@ -146,7 +146,7 @@ def _bullets(lines: list[str]) -> str:
 
 
 def _sizes(found: dict[str, Curve]) -> str:
-    """A table of the size of the step at the end of every history."""
+    """A table of step sizes at the end of every history."""
     rules = list(next(iter(found.values())).size)
     rows = [
         [name, *(f"{curve.size[rule]:.2g}" for rule in rules)]

@@ -19,7 +19,7 @@ ADAM_LRS = (1e-3, 3e-3, 1e-2)
 
 @dataclass(frozen=True)
 class Watched:
-    """A run: the loss before every step; by tensor, the diagnostics of every step."""
+    """A run: losses before every step; diagnostics of every step by tensor."""
 
     losses: list[float]
     numbers: dict[str, list[dict[str, float]]]

@@ -1,4 +1,4 @@
-"""Idioms of plain training loops: schedulers, closures, moved and frozen parameters."""
+"""Idioms of plain training loops: resumed schedulers, moved and frozen parameters."""
 
 from __future__ import annotations
 
@@ -9,22 +9,6 @@ from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 
 from .common import descending_lstm, flat, small_net, train
-
-
-def test_lambda_lr_from_zero(descending: UpdateRule) -> None:
-    """A warm-up that starts at lr = 0: that step is skipped whole, the later ones train."""
-    model = small_net()
-    opt = LearnedOptimizer(model.parameters(), descending)
-    scheduler = LambdaLR(opt, lambda step: min(step / 5, 1.0))
-    before = flat(model)
-    losses = []
-    for step in range(30):
-        losses += train(model, opt, 1)
-        if step == 0:
-            assert torch.equal(flat(model), before)
-        scheduler.step()
-    assert losses[-1] < losses[0]
-    assert all(state["step"].item() == 29.0 for state in opt.state.values())
 
 
 def test_a_scheduler_resumes_with_the_optimizer() -> None:

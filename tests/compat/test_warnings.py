@@ -22,7 +22,7 @@ from .test_total_steps import Annealed, more
 
 
 @pytest.fixture
-def said() -> Iterator[Callable[[], list[str]]]:
+def issued() -> Iterator[Callable[[], list[str]]]:
     """Messages so far; each must point at this file or at the shared loop of these tests."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -63,7 +63,7 @@ LRS = pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "ten
     ],
     ids=["cosine", "warm-up and linear", "steps"],
 )
-def test_a_scheduler_beside_total_steps(make, lr, said) -> None:
+def test_a_scheduler_beside_total_steps(make, lr, issued) -> None:
     lr = lr.clone() if isinstance(lr, Tensor) else lr
     for total_steps in (None, 50):
         opt = optimizer(lr=lr, total_steps=total_steps)
@@ -71,11 +71,11 @@ def test_a_scheduler_beside_total_steps(make, lr, said) -> None:
         for _ in range(12):
             more(opt, 1)
             scheduler.step()
-        assert len(said()) == (total_steps is not None)
-    assert "anneals twice" in said()[0]
+        assert len(issued()) == (total_steps is not None)
+    assert "anneals twice" in issued()[0]
 
 
-def test_rates_that_are_no_schedule(said) -> None:
+def test_rates_that_are_no_schedule(issued) -> None:
     """Thawed groups, layer-wise rates, a warm-up, a decision in mid-run."""
     opt = optimizer(total_steps=50)
     opt.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.0})
@@ -87,10 +87,10 @@ def test_rates_that_are_no_schedule(said) -> None:
     for t in range(5):
         opt.param_groups[0]["lr"] = 0.5 + 0.1 * t
         step(opt, 1.0, 1.0)
-    assert said() == []
+    assert issued() == []
 
 
-def test_rates_of_other_optimizers_in_schedulers(said) -> None:
+def test_rates_of_other_optimizers_in_schedulers(issued) -> None:
     for make in (
         lambda opt: SWALR(opt, swa_lr=0.05, anneal_epochs=2),
         lambda opt: OneCycleLR(opt, max_lr=1e-3, total_steps=50, cycle_momentum=False),
@@ -100,7 +100,7 @@ def test_rates_of_other_optimizers_in_schedulers(said) -> None:
         for _ in range(4):
             more(opt, 1)
             scheduler.step()
-    swa, cycle = said()
+    swa, cycle = issued()
     assert "swa_lr=0.05, which makes learned updates 20 times shorter" in swa
     assert "max_lr=0.001, which makes learned updates 1000 times shorter" in cycle
 
@@ -109,42 +109,42 @@ def test_rates_of_other_optimizers_in_schedulers(said) -> None:
 
 
 @LRS
-def test_past_the_end_counted_by_the_updates_of_a_parameter(lr, said) -> None:
+def test_past_the_end_counted_by_the_updates_of_a_parameter(lr, issued) -> None:
     """Parameters whose gradients come in turn have had half as many updates as there were."""
     opt = optimizer(2, lr=lr, total_steps=3)
     opt.add_param_group({"params": [Parameter(torch.zeros(1))], "total_steps": 9})
     for t in range(6):
         step(opt, *((1.0, None) if t % 2 else (None, 1.0)), 1.0)
-    assert said() == []
+    assert issued() == []
     step(opt, 1.0, 1.0, 1.0)
     step(opt, 1.0, 1.0, 1.0)
-    (message,) = said()
+    (message,) = issued()
     assert "step 4 is past total_steps=3: the rule '' holds the last rate" in message
 
 
-def test_a_resumed_run_knows_where_it_is_and_may_be_extended(said) -> None:
+def test_a_resumed_run_knows_where_it_is_and_may_be_extended(issued) -> None:
     opt = optimizer(total_steps=3)
     more(opt, 3)
     longer, same = optimizer(total_steps=5), optimizer()
     for fresh in (longer, same):
         fresh.load_state_dict(opt.state_dict())
     more(longer, 2)
-    assert "total_steps=5 of this optimizer is kept" in said()[0]
+    assert "total_steps=5 of this optimizer is kept" in issued()[0]
     more(same, 1)
-    assert len(said()) == 2
-    assert "step 4 is past total_steps=3" in said()[1]
+    assert len(issued()) == 2
+    assert "step 4 is past total_steps=3" in issued()[1]
     more(longer, 1)
-    assert "step 6 is past total_steps=5" in said()[2]
+    assert "step 6 is past total_steps=5" in issued()[2]
 
 
-def test_past_the_runs_that_a_rule_was_trained_on(said) -> None:
+def test_past_the_runs_that_a_rule_was_trained_on(issued) -> None:
     rule = Annealed()
     rule.trained_steps = 5
     opt = LearnedOptimizer([Parameter(torch.zeros(1))], rule)
     more(opt, 5)
-    assert said() == []
+    assert issued() == []
     more(opt, 5)
-    (message,) = said()
+    (message,) = issued()
     assert "step 6 is past the 5 steps of the longest runs" in message
 
 
@@ -152,17 +152,17 @@ def test_past_the_runs_that_a_rule_was_trained_on(said) -> None:
 
 
 @pytest.mark.parametrize(("bad", "healthy"), [(math.nan, 0), (math.inf, 70)])
-def test_gradients_without_a_finite_entry(bad: float, healthy: int, said) -> None:
+def test_gradients_without_a_finite_entry(bad: float, healthy: int, issued) -> None:
     opt = optimizer()
     for _ in range(healthy):
         step(opt, 1.0)
     for _ in range(130 if healthy else 10):
         step(opt, bad)
-    (message,) = said()
+    (message,) = issued()
     assert "had no finite entry in 5 steps" in message
 
 
-def test_a_few_bad_batches_are_no_word_worth(said) -> None:
+def test_a_few_bad_batches_are_no_word_worth(issued) -> None:
     opt = optimizer()
     for t in range(100):
         step(opt, math.nan if t % 64 < 4 else 1.0)
@@ -171,7 +171,7 @@ def test_a_few_bad_batches_are_no_word_worth(said) -> None:
     for _ in range(10):
         param.grad = torch.tensor([math.nan, 1.0, math.nan])
         opt.step()
-    assert said() == []
+    assert issued() == []
 
 
 # ---- learning rates
@@ -200,7 +200,7 @@ def test_values_set_in_mid_run_are_checked() -> None:
         opt.param_groups[0][key] = before
 
 
-def test_small_rates_at_construction(said) -> None:
+def test_small_rates_at_construction(issued) -> None:
     LearnedOptimizer(nn.Linear(2, 2).parameters(), descending_lstm(), lr=1e-3)
 
     class Mine(LearnedOptimizer):
@@ -208,7 +208,7 @@ def test_small_rates_at_construction(said) -> None:
             super().__init__(params, descending_lstm(), lr=1e-3)
 
     Mine(nn.Linear(2, 2).parameters())
-    assert ["1000 times too slowly" in message for message in said()] == [True, True]
+    assert ["1000 times too slowly" in message for message in issued()] == [True, True]
 
 
 # ---- what belongs to other optimizers
@@ -219,7 +219,7 @@ def test_small_rates_at_construction(said) -> None:
     [{"betas": (0.9, 0.95)}, {"eps": 1e-8, "fused": True}, {"momentum": 0.9, "nesterov": True}],
     ids=lambda given: " ".join(given),
 )  # fmt: skip
-def test_keywords_of_other_optimizers(given: dict[str, Any], said) -> None:
+def test_keywords_of_other_optimizers(given: dict[str, Any], issued) -> None:
     params = [Parameter(torch.ones(1)) for _ in range(2)]
     with pytest.raises(
         TypeError, match=f"takes no {', '.join(sorted(given))}: leave out (it|them)"
@@ -229,13 +229,13 @@ def test_keywords_of_other_optimizers(given: dict[str, Any], said) -> None:
         LearnedOptimizer(params, descending_lstm(), total_step=100)
     groups = [{"params": [p], "name": "mine", **given} for p in params]
     opt = LearnedOptimizer(groups, descending_lstm())
-    (message,) = said()
+    (message,) = issued()
     assert f"{', '.join(sorted(given))} in a parameter group" in message
     assert opt.param_groups[0]["name"] == "mine"
 
 
-def test_a_length_that_the_rule_does_not_read(said) -> None:
+def test_a_length_that_the_rule_does_not_read(issued) -> None:
     groups = [{"params": [Parameter(torch.ones(1))]} for _ in range(2)]
     LearnedOptimizer(groups, SGDRule(), total_steps=9)
-    (message,) = said()
+    (message,) = issued()
     assert "total_steps=9 has no effect" in message
