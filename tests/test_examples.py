@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from learned_optim.meta.data import DataOptions
-
 FOLDER = Path(__file__).parent.parent / "examples"
 
 
@@ -51,13 +49,6 @@ def test_thesis(tmp_path: Path) -> None:
     assert [name for name, _ in rows] == ["mnist", "adam", "sgd"]
     assert float(rows[0][1]) < float(rows[1][1])  # summed, than Adam tuned for it
     assert (tmp_path / "thesis" / "digits.png").is_file()
-
-
-@pytest.mark.slow
-def test_thesis_on_mnist(tmp_path: Path, image_data: DataOptions) -> None:
-    options = ("--steps", "5", "--seeds", "1", "--data-dir", str(image_data.root()))
-    output = run(tmp_path, "thesis.py", "--task", "mnist", *options)
-    assert "| mnist, 5 steps | **mnist** |" in output
 
 
 @pytest.mark.slow

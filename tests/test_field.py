@@ -26,15 +26,6 @@ from learned_optim.meta.tasks.surrogates import (
     sliced_distance,
 )
 
-#: Tasks whose data needs no folder of images.
-WITHOUT_IMAGES = [
-    name
-    for name in field_tasks()
-    if not name.startswith(("cifar10", "fashion", "autoencoder", "variational", "noisy"))
-    and name != "finetune-convnet"
-]
-
-
 # ---- the tasks
 
 
@@ -51,7 +42,8 @@ def test_every_task_trains(
     name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few of Adam's steps lower the loss on one batch; weights and batches are the seeds'."""
-    data = DataOptions() if name in WITHOUT_IMAGES else request.getfixturevalue("image_data")
+    reads_images = field_tasks()[name].data_set is not None
+    data = request.getfixturevalue("image_data") if reads_images else DataOptions()
     pretrained = finetuning.pretrained
     shortened = lambda task, steps, lr=1e-3: pretrained(task, 20, lr)  # noqa: E731
     monkeypatch.setattr(finetuning, "pretrained", shortened)

@@ -156,22 +156,17 @@ def test_scales_and_jitter_change_gradients_and_not_losses() -> None:
 def test_held_out_examples_are_in_no_batch(family: type[FewExamples | HeldOutTeacher]) -> None:
     """Their loss is that of the task, whatever the units of the parameters."""
     task = find(family, lambda t: t.net.norm == "none")
-    params = copies_of(task, 2)
-    found = task.held_out_losses(params)
-    assert found is not None
-    if isinstance(task, FewExamples):
-        assert len(task.other_pixels) == len(task.other_labels) == 512
-        others, rows = task.other_pixels, task.pixels
-        batch = others, task.other_labels, None
-    else:
-        assert len(task.other_examples) == (len(task.other_examples) + len(task.examples)) // 3
-        others, rows = task.other_examples, task.examples
-        batch = others, task.other_targets, None
+    assert task.held_out is not None
+    others, targets, _ = task.held_out
+    rows = task.pixels if isinstance(task, FewExamples) else task.examples
+    count = 512 if isinstance(task, FewExamples) else (len(others) + len(rows)) // 3
+    assert len(others) == len(targets) == count
     assert not {*map(tuple, others.tolist())} & {*map(tuple, rows.tolist())}
-    torch.testing.assert_close(found, task.losses(params, batch))
+    params = copies_of(task, 2)
+    found = task.losses(params, task.held_out)
     task.scales = dict.fromkeys(params, 2.0)
     halved = {name: value / 2 for name, value in params.items()}
-    torch.testing.assert_close(task.held_out_losses(halved), found)
+    torch.testing.assert_close(task.losses(halved, task.held_out), found)
 
 
 # ---- against torch.nn
@@ -347,8 +342,8 @@ def test_held_out_losses_are_those_before_and_after_a_run() -> None:
     assert held_out is not None
     assert losses.shape == (40, 2)
     start = {name: value[None] for name, value in task.initial(run_generators(1)[0]).items()}
-    first = task.held_out_losses(start)
-    assert first is not None
+    assert task.held_out is not None
+    first = task.losses(start, task.held_out)
     assert held_out[0].tolist() == pytest.approx([first.item()] * 2, rel=1e-5)
     assert (held_out[1] < held_out[0]).all()
     assert roll(rule, flat(rule)[None], run_of(2), seed=1)[1] is None

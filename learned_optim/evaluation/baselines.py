@@ -236,7 +236,7 @@ def baseline(name: str) -> Baseline:
 
 
 def why_missing(name: str) -> str | None:
-    """What a baseline needs that is not installed, with the remedy; ``None`` if nothing."""
+    """The requirement that a baseline lacks, with the remedy, or ``None``."""
     package = baseline(name).package
     if name.startswith("muon") and not hasattr(torch.optim, "Muon"):
         return f"the baseline {name!r} needs torch.optim.Muon: torch 2.9 or later"

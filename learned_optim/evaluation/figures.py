@@ -39,7 +39,7 @@ def final_loss(run: Run) -> float:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one optimizer did on one task: tensors have one entry per seed, float64.
+    """Figures of one optimizer on one task; tensors are float64, an entry per seed.
 
     Attributes:
         losses: means over equal stretches of the steps, ``(seeds, stretches)``.
@@ -96,7 +96,7 @@ class Figures:
         return (self.losses[:, 0] - self.final < wanted) & ~self.diverged
 
     def steps_to(self, target: Tensor) -> Tensor:
-        """Steps after which the mean of the last 5 % of the run's length is at most ``target``.
+        """Steps until a running mean over 5 % of the run is at most ``target``.
 
         Shape ``(seeds,)``, as ``target``; infinite where it never is.
         """

@@ -125,14 +125,6 @@ class EvaluateConfig:
         """The loss that chooses learning rates: summed in short runs, final in the field."""
         return "sum" if self.suite == "short" else "final"
 
-    def steps_of(self, task: str) -> int:
-        """Steps of a run of a task.
-
-        Raises:
-            ValueError: it has no stated number of steps.
-        """
-        return self.steps or field_steps(task, self.quick)
-
 
 class Evaluation:
     """Carries out an :class:`EvaluateConfig`; finished runs are kept in ``output/runs.jsonl``.
@@ -175,7 +167,7 @@ class Evaluation:
         self.optimizers = runs.optimizer_specs(config.checkpoints, present, config.told)
         if not self.optimizers:
             raise ValueError("evaluate needs at least one optimizer whose package is installed")
-        self.steps = {task: config.steps_of(task) for task in config.tasks}
+        self.steps = {t: config.steps or field_steps(t, config.quick) for t in config.tasks}
         registered: dict[str, TaskFamily] = {}
         for index, task in enumerate(config.tasks):
             if task not in self._given:
@@ -245,7 +237,7 @@ class Evaluation:
         return {"protocol": protocol, **summarized, "worth": self._worth(figures)}
 
     def _worth(self, figures: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
-        """What one run of every learned optimizer is worth in runs of every tuned rival."""
+        """Worth of a run of every learned optimizer in runs of every tuned rival."""
         tuning = {
             rival.label: {
                 task: [self._tuned_loss(task, rival, lr) for lr in self._lrs(rival)]
@@ -267,7 +259,7 @@ class Evaluation:
     # ---- which runs
 
     def _specs(self, phase: Phase, tuned: bool) -> list[RunSpec]:
-        """Runs of the tuned or of the untuned; tests are at the learning rates that lead now.
+        """Runs of all tuned or all untuned optimizers; tests are at their present rates.
 
         The first run of every task comes before the second of any: what is wrong shows early.
         """
@@ -305,11 +297,9 @@ class Evaluation:
         return sum(losses) / len(losses)
 
     def _lr(self, task: str, optimizer: OptimizerSpec) -> float:
-        """The learning rate of an optimizer's test runs: its own, or the best that is alive."""
-        if not optimizer.tuned:
-            own = 1.0 if optimizer.kind == "learned" else baseline(optimizer.source).lr
-            assert own is not None
-            return own
+        """The rate of an optimizer's test runs: its own, or the best that never diverged."""
+        if optimizer.lr is not None:
+            return optimizer.lr
 
         def diverges(lr: float) -> bool:
             return any(math.isinf(r.losses[-1]) for r in self._done(task, optimizer, lr, "test"))
@@ -322,7 +312,7 @@ class Evaluation:
 
 
 def check_blind(checkpoints: Sequence[str], families: Mapping[str, TaskFamily]) -> None:
-    """Hold the data that checkpoints were trained on, by their records, against that of tasks.
+    """Refuse tasks whose images meta-trained a checkpoint, by its record.
 
     Raises:
         ValueError: a task draws on all images of a set that meta-trained a checkpoint with a half

@@ -1,4 +1,4 @@
-"""Runs: one optimizer on one task from one seed, remembered in a file, several at a time.
+"""Runs of one optimizer on one task from one seed, and their log.
 
 Per seed, every optimizer starts from the same initial parameters and sees the same batches, and
 all of them run through their public ``torch.optim`` classes, on one thread.
@@ -60,9 +60,14 @@ class OptimizerSpec:
     told: bool = True
 
     @property
+    def lr(self) -> float | None:
+        """Its own learning rate; ``None`` if that is tuned per task."""
+        return 1.0 if self.kind == "learned" else baseline(self.source).lr
+
+    @property
     def tuned(self) -> bool:
         """Whether its learning rate is chosen per task."""
-        return self.kind == "baseline" and baseline(self.source).lr is None
+        return self.lr is None
 
     def make(self, params: Iterable[Tensor], lr: float, total_steps: int) -> Optimizer:
         """The optimizer itself; ``lr`` multiplies a learned update.
@@ -239,7 +244,7 @@ class RunLog:
         return [spec for spec in specs if spec.key not in self.runs]
 
     def add(self, key: str, finished: Run) -> None:
-        """Append a run to the file, and remember it as it will be read again."""
+        """Append a run to the file, and keep it as it will be read again."""
         line = json.dumps(
             {
                 "key": key,
@@ -309,7 +314,7 @@ def run_missing(
     progress: Progress,
     workers: int = 1,
 ) -> None:
-    """Do those of ``specs`` that the log lacks, and tell the progress over all of them."""
+    """Do the runs that the log lacks; progress counts all of them."""
     missing = {spec.key: spec for spec in log.lacks(specs)}
     total = len({spec.key for spec in specs})
     progress(total - len(missing), total, "runs")

@@ -1,4 +1,4 @@
-"""Statistics of runs: means with intervals, paired ratios, curves, and the worth of a run.
+"""Statistics of runs: intervals, paired ratios, curves, the worth of a run.
 
 Results that go into JSON have ``None`` where a number would be infinite or missing.
 
@@ -28,12 +28,12 @@ def finite(x: float) -> float | None:
 
 
 def cut_off(ratio: float) -> float:
-    """A ratio of losses within 1/10 and 10, so that no single task decides a mean over tasks."""
+    """A ratio of losses within 1/10 and 10: no single task decides a mean."""
     return min(max(ratio, 1.0 / LARGEST_RATIO), LARGEST_RATIO)
 
 
 def interval(values: Tensor) -> dict[str, float | None]:
-    """Mean of ``values`` (shape ``(n,)``) and half the width of its 95 % Student interval.
+    """Mean of ``values`` ``(n,)`` and half the width of its 95 % Student interval.
 
     Half the width is ``None`` where there is one value.
     """
@@ -48,7 +48,7 @@ def interval(values: Tensor) -> dict[str, float | None]:
 
 
 def ratio_interval(mine: Tensor, theirs: Tensor) -> dict[str, float | None]:
-    """Ratio of the means of paired values with its 95 % bootstrap interval over the pairs."""
+    """Ratio of two means with its 95 % bootstrap interval over the pairs."""
 
     def ratio(a: Any, b: Any, axis: int) -> Any:
         return a.mean(axis) / b.mean(axis)

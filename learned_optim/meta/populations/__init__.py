@@ -1,4 +1,4 @@
-"""Tasks written for many copies of a network at once, for evolution strategies on whole runs."""
+"""Tasks for many copies of a network at once, for evolution on whole runs."""
 
 from learned_optim.meta.populations._base import Batch, Params, Population
 from learned_optim.meta.populations._mixture import MIXTURES, TRAINED_FOR, Draw, draw

@@ -48,12 +48,14 @@ class Population(ABC):
             and not the function: a rule must not depend on a tensor's units (Wichrowska et al.
             2017, section 3.4).
         jitter: standard deviation of the log of a random factor on the loss of every step.
+        held_out: a batch of examples that no other batch has, or None.
     """
 
     batch_size: int = 1
     longest_run: ClassVar[int] = 2000
     scales: dict[str, float] | None = None
     jitter: float = 0.0
+    held_out: Batch | None = None
     net: Any  # a Perceptron
 
     def init(self, generator: Generator) -> Params:
@@ -76,19 +78,11 @@ class Population(ABC):
 
     @property
     def rows(self) -> int:
-        """Rows of a step's matrix products, by which the mixture estimates what a step costs."""
+        """Rows of a step's matrix products, for the mixture's estimate of cost."""
         return self.batch_size
 
-    def held_out(self, params: Params) -> Tensor | None:
-        """The loss of every copy on examples that no batch has, ``(B,)``; None without any."""
-        return None
-
-    def held_out_losses(self, params: Params) -> Tensor | None:
-        """:meth:`held_out` of stored parameters, see :meth:`losses`."""
-        return self.held_out(self._unscaled(params))
-
     def reset(self) -> None:  # noqa: B027 - not abstract: most tasks do not change
-        """Go back to the first step; only tasks that change as they run have anything to do."""
+        """Go back to the first step, in tasks that change as they run."""
 
     def initial(self, generator: Generator) -> Params:
         """Initial parameters of one copy, float32, without the leading dimension; a new run."""

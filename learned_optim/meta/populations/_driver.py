@@ -64,8 +64,8 @@ class CopiesOptimizer:
             grads: gradients of :attr:`params`, in their order.
         """
         slices = [s for grad in grads for s in grad.contiguous().unbind()]
-        rule, states, settings = self._rules[0], self._states, self._settings
-        if not isinstance(rule, HorizonRule):
+        states, settings = self._states, self._settings
+        if not isinstance(self._rules[0], HorizonRule):
             for own, *of in self._by_copy(slices, states):
                 own.step_(*of, settings)
             return

@@ -110,7 +110,7 @@ def draw(
     shortest: int = SHORTEST_RUN,
     large: bool = False,
 ) -> Draw:
-    """The task of a seed, the length of its run and whether that is known to the rule.
+    """The run of a seed: its task, its length and whether the rule knows it.
 
     Args:
         seed: the same seed gives the same task, with the same release of torch.
@@ -135,7 +135,7 @@ def draw(
 
 
 def longest_run(task: Population, longer: float = 1) -> int:
-    """Steps that a run of the task may take by its family and by what a step costs.
+    """Most steps of a run of the task, by its family and the cost of a step.
 
     Args:
         task: the population.
@@ -149,7 +149,7 @@ def longest_run(task: Population, longer: float = 1) -> int:
 
 
 def _sample(seed: int, data: DataOptions, mixture: str, large: bool) -> tuple[Population, Sampler]:
-    """The task of a seed, and the sampler from which the draws about its run go on."""
+    """The task of a seed, and the sampler for the draws about its run."""
     families = MIXTURES[mixture]
     for attempt in range(ATTEMPTS):
         sampler = Sampler(Generator().manual_seed(seed * 1000 + attempt), large)
@@ -168,5 +168,5 @@ def _sample(seed: int, data: DataOptions, mixture: str, large: bool) -> tuple[Po
 
 
 def run_generators(seed: int) -> tuple[Generator, Generator]:
-    """Generators of a seed's run: of its initial parameters and batches, and of its loss jitter."""
+    """Generators of a seed's initial parameters and batches, and of its jitter."""
     return Generator().manual_seed(seed * 7 + 3), Generator().manual_seed(seed + 5)

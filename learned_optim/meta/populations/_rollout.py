@@ -47,7 +47,7 @@ def roll(rule: UpdateRule, weights: Tensor, run: Draw, seed: int) -> tuple[Tenso
 
 
 def roll_adamw(lrs: Sequence[float], run: Draw, seed: int) -> Tensor:
-    """The same under AdamW with these peak learning rates, each a copy; returns ``(steps, lrs)``.
+    """Losses ``(steps, lrs)`` under AdamW, a copy for each peak learning rate.
 
     They warm up over the first twentieth of the run, and, if its length is known, follow a cosine.
     """
@@ -61,8 +61,12 @@ def _roll(
     generator, jitter = run_generators(seed)
     optimizer = optimizer_of(task.initial(generator))
     params, rows = optimizer.params, []
-    with torch.no_grad():
-        before = task.held_out_losses(params)
+
+    @torch.no_grad()
+    def held_out_losses() -> Tensor | None:
+        return None if task.held_out is None else task.losses(params, task.held_out)
+
+    before = held_out_losses()
     for _ in range(run.steps):
         losses = task.losses(params, task.batch(generator))
         total = losses.sum()
@@ -71,11 +75,9 @@ def _roll(
         optimizer.step(torch.autograd.grad(total, list(params.values())))
         rows.append(losses.detach())
     training = torch.stack(rows).double()
-    if before is None:
+    after = held_out_losses()
+    if before is None or after is None:
         return training, None
-    with torch.no_grad():
-        after = task.held_out_losses(params)
-    assert after is not None
     return training, torch.stack((before, after)).double()
 
 
@@ -134,7 +136,7 @@ def scores(losses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rise(losses: Tensor) -> Tensor:
-    """Log of the loss over the first one where it is above: maximum plus half the mean, ``(B,)``.
+    """Rise above the first loss in log units, maximum plus half the mean: ``(B,)``.
 
     Runs may damage trained weights and recover, which the final loss does not show. Losses are
     averaged over five steps, because batches differ.

@@ -11,6 +11,7 @@ from learned_optim.meta.populations._base import Batch, Params, Population
 from learned_optim.meta.populations._layers import meta_images
 from learned_optim.meta.populations._perceptron import Perceptron
 from learned_optim.meta.sampler import Sampler
+from learned_optim.meta.tasks._examples import noised
 
 
 class Autoencoder(Population):
@@ -58,10 +59,7 @@ class Autoencoder(Population):
         index = torch.randint(len(self.pixels), (self.batch_size,), generator=generator)
         pixels = self.pixels[index]
         if self.kind == "denoiser":
-            level = torch.rand(self.batch_size, 1, generator=generator)
-            noise = torch.randn(pixels.shape, generator=generator)
-            noisy = (1 - level).sqrt() * pixels + level.sqrt() * noise
-            return torch.cat((noisy, level), 1), noise
+            return noised(pixels, generator)
         return pixels, torch.randn(self.batch_size, self.code, generator=generator)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:

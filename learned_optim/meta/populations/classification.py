@@ -97,12 +97,9 @@ class FewExamples(Classification):
         count = draw.log_integer(64, min(2048, len(self.pixels) - 512))
         chosen = draw.subset(count + 512, len(self.pixels))
         few, others = chosen[:count], chosen[count:]
-        self.other_pixels, self.other_labels = self.pixels[others], self.labels[others]
+        self.held_out = self.pixels[others], self.labels[others], None
         self.pixels, self.labels = self.pixels[few], self.labels[few]
         self.example_weights = None
-
-    def held_out(self, params: Params) -> Tensor:
-        return cross_entropy(self.net(params, self.other_pixels), self.other_labels, self.smoothing)
 
 
 class DeepClassification(Classification):

@@ -80,9 +80,7 @@ class Teacher(Population):
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         rows, targets, masks = batch
-        return self._loss_of(self.net(params, rows, masks), targets)
-
-    def _loss_of(self, out: Tensor, targets: Tensor) -> Tensor:
+        out = self.net(params, rows, masks)
         if self.classifies:
             return cross_entropy(out, targets)
         error = out - targets
@@ -99,11 +97,8 @@ class HeldOutTeacher(Teacher):
     def __init__(self, draw: Sampler, data: DataOptions) -> None:
         super().__init__(draw, data)
         self.drift, count = 0.0, len(self.examples) // 3
-        self.other_examples, self.examples = self.examples[:count], self.examples[count:]
-        self.other_targets, self.targets = self.targets[:count], self.targets[count:]
-
-    def held_out(self, params: Params) -> Tensor:
-        return self._loss_of(self.net(params, self.other_examples), self.other_targets)
+        self.held_out = self.examples[:count], self.targets[:count], None
+        self.examples, self.targets = self.examples[count:], self.targets[count:]
 
 
 def _teach(draw: Sampler, rows: Tensor, outputs: int) -> Tensor:

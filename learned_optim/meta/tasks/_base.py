@@ -49,7 +49,7 @@ class Task(ABC):
         return {}
 
     def separate(self) -> Task:
-        """The same task for another optimizee; itself, if it keeps no state of one."""
+        """The same task for another optimizee; itself if it keeps no state."""
         return self
 
     def buffers(self) -> Params:
@@ -306,7 +306,7 @@ class EvaluationTask:
 
 
 def obstacle_to_stacking(task: Task) -> str | None:
-    """Why two optimizees of ``task`` cannot share a forward pass, in a line, or ``None``."""
+    """Reason, in a line, why ``vmap`` cannot compute two optimizees at once, or ``None``."""
     generators = [seeded("stacking", index) for index in range(2)]
     task = task.separate()  # what a forward pass leaves behind must not stay in the original
     try:
@@ -329,14 +329,14 @@ def obstacle_to_stacking(task: Task) -> str | None:
 
 
 class TaskMixture(TaskFamily):
-    """Draws one of several families, in proportion to their weights, and a task from it.
+    """A family that draws each task from one of several families.
 
     Example:
         >>> mixture = TaskMixture({"deep": deep, "wide": wide}, {"deep": 3, "wide": 1})
 
     Args:
         members: tasks or families by name.
-        weights: by the same names, positive and of any sum; equal if not given.
+        weights: relative frequencies by the same names, positive; equal if not given.
 
     Raises:
         ValueError: no members, or weights that do not fit them.
@@ -376,7 +376,7 @@ class TaskMixture(TaskFamily):
 
 
 def as_family(task: Task | TaskFamily) -> TaskFamily:
-    """A task as the family with that one member; a family as it is.
+    """The family of a single task; a family is returned as it is.
 
     Raises:
         ValueError: it is neither.

@@ -1,4 +1,4 @@
-"""Where a user's batches come from: data loaders, iterables and functions behind one call."""
+"""Sources of batches: data loaders, iterables and functions behind one call."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class BatchSource:
 
 
 class _TensorBatches:
-    """What a loader of tensors gives, indexed at once rather than collated from examples."""
+    """Batches of a loader of tensors, indexed at once instead of collated."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader = loader
@@ -123,7 +123,7 @@ def _in_process(loader: DataLoader[Any]) -> Iterable[Any]:
 
 
 def _generators(loader: DataLoader[Any]) -> list[Generator]:
-    """Generators that the loader itself and its samplers draw from, besides the global ones."""
+    """Generators of the loader and of its samplers, besides the global ones."""
     batches = loader.batch_sampler
     owners = (loader, loader.sampler, batches, getattr(batches, "sampler", None))
     found = [getattr(owner, "generator", None) for owner in owners]
@@ -131,7 +131,7 @@ def _generators(loader: DataLoader[Any]) -> list[Generator]:
 
 
 def _takes_generator(function: Callable[..., Any]) -> bool:
-    """Whether a function must be given a generator; one with defaults throughout need not be."""
+    """Whether a function has a positional parameter without a default."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature

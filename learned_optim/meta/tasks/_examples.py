@@ -1,4 +1,4 @@
-"""Labelled examples in memory: a fixed split into training and held-out ones, and batches."""
+"""Labelled examples in memory: a fixed split, and batches."""
 
 from __future__ import annotations
 
@@ -46,16 +46,32 @@ class Examples:
 
 
 def first_images(name: str, train: bool, data: DataOptions, count: int | None = None) -> Examples:
-    """The first ``count`` images of a set, or all, float32 ``(N, C, H, W)``, and their labels."""
+    """The first ``count`` images, or all, float32 ``(N, C, H, W)``, with labels."""
     images = load_images(name, train, data)
     return Examples(*images.batch(torch.arange(len(images))[:count]))
 
 
 def standardized(x: Tensor) -> Tensor:
-    """``x`` with columns of mean 0 and standard deviation 1; constant columns become 0."""
+    """Columns at mean 0 and standard deviation 1; constant columns become 0."""
     return (x - x.mean(0)) / x.std(0).clamp_min(1e-8)
 
 
+def noised(rows: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Rows mixed with a random share of noise, and the noise.
+
+    Args:
+        rows: shape ``(N, F)``.
+
+    Returns:
+        Mixture and share, ``(N, F + 1)``, and the noise, ``(N, F)``: input and target of a
+        denoiser (Ho et al. 2020).
+    """
+    share = torch.rand(len(rows), 1, generator=generator)
+    noise = torch.randn(rows.shape, generator=generator)
+    mixed = (1.0 - share).sqrt() * rows + share.sqrt() * noise
+    return torch.cat((mixed, share), 1), noise
+
+
 def draws(seed: int) -> Generator:
-    """The generator of a data set that is made up: the same in every process."""
+    """The generator of a synthetic data set, the same in every process."""
     return Generator().manual_seed(seed)

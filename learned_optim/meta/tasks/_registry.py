@@ -1,4 +1,4 @@
-"""Task families by name: those of this package, and those of modules of the user's."""
+"""Task families by name, of this package and of other modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def field_tasks() -> dict[str, EvaluationTask]:
 
 
 def described_families() -> dict[str, list[str]]:
-    """Names of the task families by what their module says of them in its first line."""
+    """Names of the task families by the first line of their module's docstring."""
     found: dict[str, list[str]] = {}
     for module in import_submodules("learned_optim.meta.tasks"):
         about = (module.__doc__ or "").strip().partition("\n")[0]

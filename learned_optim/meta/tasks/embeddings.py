@@ -61,7 +61,7 @@ def _factorization(data: DataOptions) -> ModuleTask:
 
 
 class SkipGram(nn.Module):
-    """Logits ``(batch, 1 + NEGATIVES)`` that words follow a word: ``(batch, 2 + NEGATIVES)``."""
+    """Logits ``(batch, 1 + NEGATIVES)`` of the words beside the first of each row."""
 
     def __init__(self, words: int, width: int = 32) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class SkipGram(nn.Module):
 
 @lru_cache(maxsize=2)
 def _word_pairs(path: Path | None) -> tuple[Tensor, int]:
-    """Pairs ``(n, 2)`` of neighbouring words, by frequency rank, and the number of words."""
+    """Frequency ranks ``(n, 2)`` of neighbouring words, and the number of words."""
     words = re.findall(r"[a-z]+", text_of(path).lower())
     common = [word for word, _ in Counter(words).most_common(VOCABULARY)]
     index = {word: rank for rank, word in enumerate(common)}

@@ -36,7 +36,7 @@ ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 
 
 def texts() -> tuple[str, str]:
-    """The text that trains the language model, and the one that it then reads."""
+    """The text of the language model's training, and that of its fine-tuning."""
     return inspect.getsource(argparse), inspect.getsource(inspect)
 
 
@@ -76,7 +76,7 @@ class LowRank(nn.Module):
 
 
 def with_adapters(network: nn.Module) -> nn.Module:
-    """A copy of ``network`` whose linear layers have adapters, and nothing else is trained."""
+    """A copy of ``network`` with adapters, its only parameters, on linear layers."""
     network = copy.deepcopy(network)
     for module in list(network.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):

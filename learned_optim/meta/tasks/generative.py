@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.tasks._base import EvaluationTask, ModuleTask
-from learned_optim.meta.tasks._examples import Examples, draws, first_images
+from learned_optim.meta.tasks._examples import Examples, draws, first_images, noised
 
 BATCH_SIZE = 64
 HELD_OUT = 2000
@@ -43,7 +43,7 @@ def autoencoder() -> nn.Module:
 
 
 class VariationalAutoencoder(nn.Module):
-    """Logits of the pixels beside mean and log variance of the code: ``(batch, 196 + 2 * 8)``.
+    """Logits of pixels, mean and log variance of the code: ``(batch, 196 + 2 * 8)``.
 
     The code is drawn in training and its mean in evaluation.
     """
@@ -64,7 +64,7 @@ class VariationalAutoencoder(nn.Module):
 
 
 def negative_evidence(outputs: Tensor, pixels: Tensor) -> Tensor:
-    """Negative evidence lower bound in nats per image, for ``outputs`` of the network above."""
+    """Negative evidence lower bound of a variational autoencoder, nats per image."""
     logits, encoded = outputs[:, : pixels.shape[1]], outputs[:, pixels.shape[1] :]
     mean, log_variance = encoded.chunk(2, -1)
     reconstruction = F.binary_cross_entropy_with_logits(logits, pixels, reduction="sum")
@@ -73,7 +73,7 @@ def negative_evidence(outputs: Tensor, pixels: Tensor) -> Tensor:
 
 
 def denoising_network(width: int = 128) -> nn.Module:
-    """Noisy digits and their share of noise ``(batch, 65)`` to the noise; zero output layer."""
+    """Noise ``(batch, 64)`` of :func:`noised` digits; the output layer starts at zero."""
     head = nn.Linear(width, 64)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -82,21 +82,15 @@ def denoising_network(width: int = 128) -> nn.Module:
 
 
 def _denoiser(data: DataOptions) -> ModuleTask:
-    def noisy(digits: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        share = torch.rand(len(digits), 1, generator=generator)
-        noise = torch.randn(digits.shape, generator=generator)
-        mixed = (1.0 - share).sqrt() * digits + share.sqrt() * noise
-        return torch.cat((mixed, share), 1), noise
-
     def digits(train: bool) -> Tensor:
         return 2.0 * first_images("digits", train, data).inputs.flatten(1) - 1.0
 
     train, held_out = Examples(digits(True), digits(True)).batches(BATCH_SIZE), digits(False)
     return ModuleTask(
         denoising_network,
-        lambda generator: noisy(train(generator)[0], generator),
+        lambda generator: noised(train(generator)[0], generator),
         F.mse_loss,
-        tests=lambda: noisy(held_out, draws(0)),
+        tests=lambda: noised(held_out, draws(0)),
     )
 
 

@@ -21,17 +21,22 @@ INTERIOR, BOUNDARY = 128, 64
 DIFFUSION, BOUNDARY_WEIGHT = 0.1, 10.0
 
 
-def solution(points: Tensor) -> Tensor:
-    """``u`` at ``points`` ``(n, 2)`` of t and x: shape ``(n,)``."""
+def waves(points: Tensor) -> tuple[Tensor, Tensor]:
+    """The two terms of ``u`` at ``points`` ``(n, 2)`` of t and x: shapes ``(n,)``."""
     t, x = points.unbind(1)
-    return (-t).exp() * (math.pi * x).sin() + 0.5 * (-2 * t).exp() * (3 * math.pi * x).sin()
+    slow = (-t).exp() * (math.pi * x).sin()
+    return slow, 0.5 * (-2 * t).exp() * (3 * math.pi * x).sin()
+
+
+def solution(points: Tensor) -> Tensor:
+    """``u`` at ``points`` ``(n, 2)``: shape ``(n,)``."""
+    slow, fast = waves(points)
+    return slow + fast
 
 
 def source(points: Tensor) -> Tensor:
     """``f`` at ``points`` ``(n, 2)``: shape ``(n,)``."""
-    t, x = points.unbind(1)
-    slow = (-t).exp() * (math.pi * x).sin()
-    fast = 0.5 * (-2 * t).exp() * (3 * math.pi * x).sin()
+    slow, fast = waves(points)
     u_xx = -(math.pi**2) * slow - 9 * math.pi**2 * fast
     return -slow - 2 * fast - DIFFUSION * u_xx + (slow + fast) ** 3
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,6 @@ def _size(sampler: Sampler, low: int, high: int) -> int:
     return round(sampler.log_uniform(low, high))
 
 
-def _activation(sampler: Sampler) -> type[nn.Module]:
-    return sampler.choice([nn.Sigmoid, nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU], [4, 4, 2, 1, 1])
-
-
 def _batch_size(sampler: Sampler) -> int:
     return sampler.choice([128, 64, 32, 16, 256], [6, 2, 1, 1, 1])
 
@@ -42,26 +39,15 @@ def _initialization(sampler: Sampler) -> float | None:
     return sampler.choice([THESIS_STD, other, None], [5, 2, 6])
 
 
-class ScaledInit(nn.Module):
-    """A module whose weight matrices are drawn from He's or Xavier's distribution."""
-
-    def __init__(self, body: nn.Module, gain: float) -> None:
-        super().__init__()
-        self.body = body
-        for param in body.parameters():
-            if param.dim() > 1:
-                nn.init.normal_(param, std=gain / math.sqrt(math.prod(param.shape[1:])))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-
 def _mlp(sampler: Sampler, inputs: int, outputs: int, widest: int) -> Callable[[], nn.Module]:
     depth = sampler.choice([1, 2, 3, 5, 0], [5, 3, 1, 0.5, 0.5])
     widths = [_size(sampler, 8, widest) for _ in range(depth)]
-    activation = _activation(sampler)
-    norm = sampler.choice([None, nn.LayerNorm, _batch_norm], [8, 1, 1])
-    gain = sampler.choice([None, 1.0, math.sqrt(2.0)], [6, 1, 1])
+    activations = [nn.Sigmoid, nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU]
+    activation = sampler.choice(activations, [4, 4, 2, 1, 1])
+    # Batch statistics only: running ones would be state outside the task's pure functions.
+    batch_norm = partial(nn.BatchNorm1d, track_running_stats=False)
+    norm = sampler.choice([None, nn.LayerNorm, batch_norm], [8, 1, 1])
+    gain = sampler.choice([None, 1.0, math.sqrt(2.0)], [6, 1, 1])  # Xavier's, He's
 
     def build() -> nn.Module:
         layers: list[nn.Module] = [nn.Flatten()]
@@ -72,15 +58,13 @@ def _mlp(sampler: Sampler, inputs: int, outputs: int, widest: int) -> Callable[[
                 layers.append(norm(width))
             layers.append(activation())
             size = width
-        body = nn.Sequential(*layers, nn.Linear(size, outputs))
-        return body if gain is None else ScaledInit(body, gain)
+        network = nn.Sequential(*layers, nn.Linear(size, outputs))
+        for param in network.parameters():
+            if gain is not None and param.dim() > 1:
+                nn.init.normal_(param, std=gain / math.sqrt(param.shape[1]))
+        return network
 
     return build
-
-
-def _batch_norm(width: int) -> nn.Module:
-    # Batch statistics only: running ones would be state outside the task's pure functions.
-    return nn.BatchNorm1d(width, track_running_stats=False)
 
 
 def _convnet(sampler: Sampler, channels: int, side: int, outputs: int) -> Callable[[], nn.Module]:
@@ -103,94 +87,6 @@ def _convnet(sampler: Sampler, channels: int, side: int, outputs: int) -> Callab
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(planes * size * size, outputs))
 
     return build
-
-
-class ImageTasks:
-    """Random classification tasks on one set of images."""
-
-    def __init__(self, images: Images) -> None:
-        self.pixels: dict[int, Tensor] = {}  # side -> uint8 (N, side, side)
-        whole = images.pixels.float()
-        for side, kernel in ((28, 1), (14, 2), (7, 4)):
-            pooled = F.avg_pool2d(whole, kernel) if kernel > 1 else whole
-            self.pixels[side] = pooled.round().to(torch.uint8).squeeze(1)
-        self.labels = images.labels
-
-    def sample(self, sampler: Sampler) -> Task:
-        if sampler.chance(0.3):
-            return self._plain(sampler)
-        conv = sampler.chance(0.2)
-        side = (
-            sampler.choice([7, 14, 28], [3, 3, 2]) if not conv else sampler.choice([7, 14], [2, 1])
-        )
-        colours = 3 if side < 28 and sampler.chance(0.25) else 1
-        views = sampler.choice([1, 2, 3], [6, 1, 1])
-        draw = self._batches(sampler, side, colours, views)
-        classes = 10 * views
-        if conv:
-            build = _convnet(sampler, colours, side, classes)
-            init = sampler.choice([0.01, None], [1, 8])
-        else:
-            build = _mlp(sampler, colours * side * side, classes, 32 if side == 28 else 100)
-            init = _initialization(sampler)
-        return ModuleTask(build, draw, init_std=init)
-
-    def _plain(self, sampler: Sampler) -> Task:
-        """A perceptron of the thesis's kind: whole images as they are, tiny or usual weights."""
-        widths = [_size(sampler, 12, 64)] * sampler.choice([1, 2], [3, 1])
-        activation = sampler.choice([nn.Sigmoid, nn.ReLU], [3, 2])
-        pixels, labels = self.pixels[28], self.labels
-        size = sampler.choice([128, 64, 32], [6, 1, 1])
-
-        def build() -> nn.Module:
-            return mlp(28 * 28, tuple(widths), 10, activation)
-
-        def draw(generator: Generator) -> Batch:
-            index = torch.randint(len(labels), (size,), generator=generator)
-            return pixels[index].float().div_(255.0).unsqueeze(1), labels[index]
-
-        return ModuleTask(build, draw, init_std=sampler.choice([THESIS_STD, None], [3, 2]))
-
-    def _batches(
-        self, sampler: Sampler, side: int, colours: int, views: int
-    ) -> Callable[[Generator], Batch]:
-        """Batches under one fixed random transformation.
-
-        With ``views`` > 1, each image is shown as it is, flipped or transposed, and the view
-        becomes part of the class: 20 or 30 classes.
-        """
-        pixels, labels, size = self.pixels[side], self.labels, _batch_size(sampler)
-        invert = sampler.chance(0.15)
-        noise = sampler.uniform(0.0, 0.6) if sampler.chance(0.25) else 0.0
-        wrong = sampler.uniform(0.0, 0.4) if sampler.chance(0.15) else 0.0
-        standardize = sampler.chance(0.3)
-        mean, std = 0.13, 0.28  # roughly those of all pixels, at any resolution
-        tint = torch.tensor([sampler.uniform(0.2, 1.0) for _ in range(colours)]).view(-1, 1, 1)
-        ground = torch.tensor([sampler.uniform(0.0, 0.5) for _ in range(colours)]).view(-1, 1, 1)
-        if colours == 1:
-            ground.zero_()
-
-        def draw(generator: Generator) -> Batch:
-            index = torch.randint(len(labels), (size,), generator=generator)
-            x, y = pixels[index].float().div_(255.0), labels[index]
-            if views > 1:
-                view = torch.randint(views, (size,), generator=generator)
-                x = torch.where((view == 1)[:, None, None], x.flip(-1), x)
-                x = torch.where((view == 2)[:, None, None], x.transpose(-1, -2), x)
-                y = y + 10 * view
-            if invert:
-                x = 1.0 - x
-            x = ground + (tint - ground) * x.unsqueeze(1)  # (size, colours, side, side)
-            if noise:
-                x = x + noise * torch.randn(x.shape, generator=generator)
-            if standardize:
-                x = (x - mean) / std
-            if wrong:
-                random = torch.randint(10 * views, (size,), generator=generator)
-                y = torch.where(torch.rand(size, generator=generator) < wrong, random, y)
-            return x, y
-
-        return draw
 
 
 def _quadratic(sampler: Sampler) -> Task:
@@ -315,14 +211,95 @@ class SmallTasks(TaskFamily):
     data_sets = ("mnist",)
 
     def __init__(self, images: Images) -> None:
-        self._images = ImageTasks(images)
+        self.pixels: dict[int, Tensor] = {}  # side -> uint8 (N, side, side)
+        whole = images.pixels.float()
+        for side, kernel in ((28, 1), (14, 2), (7, 4)):
+            pooled = F.avg_pool2d(whole, kernel) if kernel > 1 else whole
+            self.pixels[side] = pooled.round().to(torch.uint8).squeeze(1)
+        self.labels = images.labels
 
     def sample(self, generator: Generator) -> Task:
         sampler = Sampler(generator)
         kinds: list[Callable[[Sampler], Task]] = [
-            self._images.sample, _quadratic, IllConditioned, _teacher, _sequence,
+            self._image_task, _quadratic, IllConditioned, _teacher, _sequence,
         ]  # fmt: skip
         return sampler.choice(kinds, [66, 7, 6, 12, 9])(sampler)
+
+    def _image_task(self, sampler: Sampler) -> Task:
+        if sampler.chance(0.3):
+            return self._plain(sampler)
+        conv = sampler.chance(0.2)
+        side = (
+            sampler.choice([7, 14, 28], [3, 3, 2]) if not conv else sampler.choice([7, 14], [2, 1])
+        )
+        colours = 3 if side < 28 and sampler.chance(0.25) else 1
+        views = sampler.choice([1, 2, 3], [6, 1, 1])
+        draw = self._batches(sampler, side, colours, views)
+        classes = 10 * views
+        if conv:
+            build = _convnet(sampler, colours, side, classes)
+            init = sampler.choice([0.01, None], [1, 8])
+        else:
+            build = _mlp(sampler, colours * side * side, classes, 32 if side == 28 else 100)
+            init = _initialization(sampler)
+        return ModuleTask(build, draw, init_std=init)
+
+    def _plain(self, sampler: Sampler) -> Task:
+        """A perceptron of the thesis's kind: whole images as they are, tiny or usual weights."""
+        widths = [_size(sampler, 12, 64)] * sampler.choice([1, 2], [3, 1])
+        activation = sampler.choice([nn.Sigmoid, nn.ReLU], [3, 2])
+        pixels, labels = self.pixels[28], self.labels
+        size = sampler.choice([128, 64, 32], [6, 1, 1])
+
+        def build() -> nn.Module:
+            return mlp(28 * 28, tuple(widths), 10, activation)
+
+        def draw(generator: Generator) -> Batch:
+            index = torch.randint(len(labels), (size,), generator=generator)
+            return pixels[index].float().div_(255.0).unsqueeze(1), labels[index]
+
+        return ModuleTask(build, draw, init_std=sampler.choice([THESIS_STD, None], [3, 2]))
+
+    def _batches(
+        self, sampler: Sampler, side: int, colours: int, views: int
+    ) -> Callable[[Generator], Batch]:
+        """Batches under one fixed random transformation.
+
+        With ``views`` > 1, each image is shown as it is, flipped or transposed, and the view
+        becomes part of the class: 20 or 30 classes.
+        """
+        pixels, labels, size = self.pixels[side], self.labels, _batch_size(sampler)
+        invert = sampler.chance(0.15)
+        noise = sampler.uniform(0.0, 0.6) if sampler.chance(0.25) else 0.0
+        wrong = sampler.uniform(0.0, 0.4) if sampler.chance(0.15) else 0.0
+        standardize = sampler.chance(0.3)
+        mean, std = 0.13, 0.28  # roughly those of all pixels, at any resolution
+        tint = torch.tensor([sampler.uniform(0.2, 1.0) for _ in range(colours)]).view(-1, 1, 1)
+        ground = torch.tensor([sampler.uniform(0.0, 0.5) for _ in range(colours)]).view(-1, 1, 1)
+        if colours == 1:
+            ground.zero_()
+
+        def draw(generator: Generator) -> Batch:
+            index = torch.randint(len(labels), (size,), generator=generator)
+            x, y = pixels[index].float().div_(255.0), labels[index]
+            if views > 1:
+                view = torch.randint(views, (size,), generator=generator)
+                x = torch.where((view == 1)[:, None, None], x.flip(-1), x)
+                x = torch.where((view == 2)[:, None, None], x.transpose(-1, -2), x)
+                y = y + 10 * view
+            if invert:
+                x = 1.0 - x
+            x = ground + (tint - ground) * x.unsqueeze(1)  # (size, colours, side, side)
+            if noise:
+                x = x + noise * torch.randn(x.shape, generator=generator)
+            if standardize:
+                x = (x - mean) / std
+            if wrong:
+                random = torch.randint(10 * views, (size,), generator=generator)
+                y = torch.where(torch.rand(size, generator=generator) < wrong, random, y)
+            return x, y
+
+        return draw
 
 
 def _small_tasks(options: TaskOptions) -> TaskFamily:

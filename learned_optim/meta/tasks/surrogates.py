@@ -39,7 +39,7 @@ TORQUE, DEVIATION, GRAVITY, SECONDS = 6.0, 0.3, 10.0, 0.05
 
 
 def observed(state: Tensor) -> Tensor:
-    """What the policy sees of ``(n, 2)`` angles and speeds: cosine, sine, speed / 8."""
+    """Observations of ``(n, 2)`` angles and speeds: cosine, sine, speed / 8."""
     angle, speed = state.unbind(-1)
     return torch.stack((angle.cos(), angle.sin(), speed / 8.0), -1)
 
