@@ -24,6 +24,15 @@ void expect(bool condition, const char* what) {
   std::exit(1);
 }
 
+// A step with a wrong value in the place of another.
+template <class Step, class T, class W>
+void refused(const Step& step, T& value, W wrong, int code, const char* what) {
+  const T right = value;
+  value = T(wrong);
+  expect(step() == code, what);
+  value = right;
+}
+
 // Any bits, NaN and infinity included, or small numbers.
 uint64_t filled(Memory& memory, int64_t bytes, bool any_bits) {
   memory.emplace_back(size_t(bytes));
@@ -74,26 +83,15 @@ void run(int round) {
   const Memory before = memory;
   const size_t last = size_t(m - 1);
   if (sizes[last] > 1) {
-    auto& grad = pointers[size_t(kGrad * m) + last];
-    const uint64_t good = grad;
-    grad = good + 1;
-    expect(step() == kBadPointer, "a misaligned pointer");
-    grad = 0;
-    expect(step() == kBadPointer, "no pointer");
-    grad = pointers[size_t(kParam * m) + last];
-    expect(step() == kOverlap, "a gradient that is the parameter");
-    grad = good;
-    auto& update = pointers[size_t(kUpdate * m) + last];
-    const uint64_t place = update;
-    update = pointers[size_t(kParam * m) + last];
-    expect(step() != kOk, "an update that is the parameter");
-    update = place;
-    types[last] += kTypeCount;
-    expect(step() == kBadType, "an unknown type");
-    types[last] -= kTypeCount;
+    const uint64_t param = pointers[size_t(kParam * m) + last];
+    uint64_t &grad = pointers[size_t(kGrad * m) + last], &slow = pointers[size_t(kSlow * m) + last];
+    refused(step, grad, grad + 1, kBadPointer, "a misaligned pointer");
+    refused(step, grad, 0, kBadPointer, "no pointer");
+    refused(step, grad, param, kOverlap, "a gradient that is the parameter");
+    refused(step, pointers[size_t(kUpdate * m) + last], slow, kOverlap, "an update in the state");
+    refused(step, types[last], types[last] + kTypeCount, kBadType, "an unknown type");
   }
-  sizes[0] = -sizes[0] - 1;
-  expect(step() == kBadType, "a negative size");
+  refused(step, sizes[0], -1, kBadType, "a negative size");
   expect(memory == before, "a refused call writes nothing");
 }
 
@@ -144,23 +142,17 @@ void run_lstm() {
     if (variant.usable) run(stack, variant, 3);
 
   const Memory before = memory;
-  const auto refused = [&](auto& value, auto wrong, int code, const char* what) {
-    const auto right = value;
-    value = wrong;
-    expect(step() == code, what);
-    value = right;
-  };
   for (uint64_t& pointer : pointers) {
-    refused(pointer, pointer + 1, kBadPointer, "a misaligned matrix");
-    refused(pointer, 0, kBadPointer, "no matrix");
+    refused(step, pointer, pointer + 1, kBadPointer, "a misaligned matrix");
+    refused(step, pointer, 0, kBadPointer, "no matrix");
   }
-  refused(pointers[kCellState], pointers[kHiddenState], kOverlap, "cell and hidden state in one");
-  refused(pointers[kFeatures], pointers[kHiddenState], kOverlap, "features in the hidden state");
+  refused(step, pointers[kCellState], pointers[kHiddenState], kOverlap, "cell and hidden state in one");
+  refused(step, pointers[kFeatures], pointers[kHiddenState], kOverlap, "features in the hidden state");
   for (int64_t wrong : {int64_t(0), int64_t(-1), int64_t(100000)})
-    for (int64_t& size : sizes) refused(size, wrong, kBadType, "a size out of range");
-  refused(rows, -1, kBadType, "a negative number of rows");
-  for (int64_t& stride : strides) refused(stride, -1, kBadType, "a negative stride");
-  if (rows > 1) refused(strides[2 * kCellState], 0, kOverlap, "one row for all");
+    for (int64_t& size : sizes) refused(step, size, wrong, kBadType, "a size out of range");
+  refused(step, rows, -1, kBadType, "a negative number of rows");
+  for (int64_t& stride : strides) refused(step, stride, -1, kBadType, "a negative stride");
+  if (rows > 1) refused(step, strides[2 * kCellState], 0, kOverlap, "one row for all");
   expect(memory == before, "a refused call writes nothing");
 }
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_rule
-from test_kernels import needs_kernel
+from test_kernels import horizon_rule, needs_kernel
 from torch import Tensor
 
 from learned_optim.kernels import constants as c
@@ -24,10 +23,9 @@ NUMBERS: dict[str, Any] = {"lr": 0.7, "weight_decay": 50.0, "total_steps": 80.0}
 
 
 def eigenbasis_rule(dtype: torch.dtype = torch.float32) -> HorizonRule:
-    config = next(i for i, each in enumerate(HorizonRule.test_configs) if each.eigenbasis)
-    rule = random_rule("horizon", dtype, config)
-    assert isinstance(rule, HorizonRule)
-    return rule.requires_grad_(False)
+    rule = horizon_rule(dtype, config=1)
+    assert rule.config.eigenbasis
+    return rule
 
 
 def fresh(rule: HorizonRule, params: list[Tensor]) -> list[State]:

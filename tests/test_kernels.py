@@ -582,8 +582,7 @@ def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
     """All types, sizes around the blocks' borders, wrong pointers, under the sanitizers."""
     program = tmp_path / "fuzz"
     flags = ["-std=c++17", "-O0", "-g", "-pthread", "-DLO_NO_CLONES", "-fno-sanitize-recover=all"]
-    macros = _build._constants().macros()
-    build = [*_build.compilers()[0], *flags, *macros, "-fsanitize=address,undefined"]
+    build = [*_build.compilers()[0], *flags, *_build.macros(), "-fsanitize=address,undefined"]
     source = ROOT / "tests" / "kernels_fuzz.cpp"
     done = subprocess.run(
         [*build, str(source), "-o", str(program)], capture_output=True, text=True, check=False

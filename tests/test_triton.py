@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from learned_optim import kernels
-from learned_optim.kernels import _build, _gpu, _launch
+from learned_optim.kernels import _build, _gpu
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -54,10 +54,10 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(_gpu.INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("capability", "name"), [(80, "float32"), (90, "bfloat16")])
 def test_the_kernels_compile_for_gpus(capability: int, name: str) -> None:
-    found, kind = _gpu.loaded()[0], _launch._triton_type(getattr(torch, name))
+    found, kind = _gpu.loaded()[0], _gpu._triton_type(getattr(torch, name))
     assert found is not None
     gains = compiled(
         found.gains_kernel,
@@ -66,8 +66,8 @@ def test_the_kernels_compile_for_gpus(capability: int, name: str) -> None:
     )  # fmt: skip
     update = compiled(
         found.update_kernel,
-        {"PARAM_TYPE": kind, "STATE_TYPE": kind, "KNOWN": True, "CHUNK": _launch.CHUNK,
-         "BLOCK": _launch.BLOCK, "ALIGNED": True},
+        {"PARAM_TYPE": kind, "STATE_TYPE": kind, "KNOWN": True, "CHUNK": _gpu.CHUNK,
+         "BLOCK": _gpu.BLOCK, "ALIGNED": True},
         capability,
     )  # fmt: skip
     assert "cos" in gains.asm["ttir"]

@@ -8,20 +8,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import fresh_states
-from test_kernels import (
-    compare_with_the_pure_form,
-    copies,
-    draw_case,
-    horizon_rule,
-    problem,
-)
+from test_kernels import compare_with_the_pure_form, copies, draw_case, horizon_rule, problem
 from torch import Tensor
 
-from learned_optim.kernels import _cpu, _gpu, _launch
+from learned_optim.kernels import _cpu, _gpu
 from learned_optim.rules import State, StepSettings
 from learned_optim.rules.horizon import HorizonRule
 
-SHAPES = [(5, 7), (9, 2), (), (0, 3), (33,), (_launch.CHUNK + 5,), (2, _launch.CHUNK)]
+SHAPES = [(5, 7), (9, 2), (), (0, 3), (33,), (_gpu.CHUNK + 5,), (2, _gpu.CHUNK)]
 
 
 def triton_step_(
@@ -88,12 +82,12 @@ def test_a_kernel_that_fails_its_trial_is_not_used_and_one_warning_says_so(
     states = fresh_states(rule, params)
     monkeypatch.setattr(_gpu, "_passed", {})
     assert triton_step_(rule, params, grads, states)  # it passes
-    launch = _launch.launch
+    launch = _gpu.launch
 
     def wrong(kernels: Any, call: Any, settings: StepSettings) -> None:
         launch(kernels, call, settings._replace(maximize=True))
 
-    monkeypatch.setattr(_launch, "launch", wrong)
+    monkeypatch.setattr(_gpu, "launch", wrong)
     monkeypatch.setattr(_gpu, "_failure", "")
     monkeypatch.setattr(_gpu, "_passed", {})
     before = params[0].clone()

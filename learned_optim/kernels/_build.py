@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 #: "0" builds and uses no library.
 SWITCH = "LEARNED_OPTIM_KERNELS"
@@ -51,14 +50,10 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _constants() -> Any:
-    """The module of constants, loaded by its path: the package itself needs torch."""
-    found = importlib.util.spec_from_file_location("_learned_optim_constants", CONSTANTS)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+def macros() -> list[str]:
+    """The constants as definitions; read by their path, because the package itself needs torch."""
+    constants = runpy.run_path(str(CONSTANTS))
+    return [f"-DLO_{name}={value!r}" for name, value in constants.items() if name.isupper()]
 
 
 def compilers() -> list[list[str]]:
@@ -70,14 +65,14 @@ def compilers() -> list[list[str]]:
 
 def command(compiler: list[str], choice: list[str], target: Path) -> list[str]:
     """The command that builds ``target``."""
-    macros = [f'-DLO_SOURCE="{source_hash()}"', *_constants().macros()]
+    defined = [f'-DLO_SOURCE="{source_hash()}"', *macros()]
     sources = [str(source) for source in SOURCES]
     if Path(compiler[0]).stem.lower() == "cl":
         output = [f"/Fe{target}", f"/Fo{target.parent}{os.sep}"]
         flags = ["/nologo", "/O2", "/EHsc", "/std:c++17", "/LD"]
-        return [*compiler, *flags, *macros, *sources, *output]
+        return [*compiler, *flags, *defined, *sources, *output]
     architectures = shlex.split(os.environ.get("ARCHFLAGS", "")) if sys.platform == "darwin" else []
-    flags = [*_UNIX, *_MATH, *_WARNINGS, *choice, *architectures, *macros]
+    flags = [*_UNIX, *_MATH, *_WARNINGS, *choice, *architectures, *defined]
     return [*compiler, *flags, *sources, "-o", str(target)]
 
 

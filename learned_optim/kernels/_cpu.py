@@ -9,6 +9,7 @@ import ctypes
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -104,20 +105,25 @@ def addresses_of(tensors: Sequence[Tensor], is_here: Callable[[Tensor], bool]) -
     return addresses if usual else None
 
 
-def takes_dtypes(m: int, dtypes: Sequence[torch.dtype]) -> bool:
-    """True if the kernels take these dtypes: of a call of ``m`` tensors, in the call's order."""
+def takes(m: int, dtypes: Sequence[torch.dtype], network: Sequence[torch.Size]) -> bool:
+    """True if the kernels take these tensors.
+
+    Args:
+        m: number of parameters.
+        dtypes: of parameters, gradients, state entries and weights.
+        network: shapes of the weights: of one network, shared or with a leading ``m``.
+    """
     params, grads, own = dtypes[:m], dtypes[m : 2 * m], dtypes[5 * m :]
     fast, slow, square = (dtypes[i * m : (i + 1) * m] for i in (2, 3, 4))
-    same = params == grads and fast == slow == square and {*own} == {torch.float32}
-    return same and {*params} <= _PARAM_CODES.keys() and {*fast} <= _STATE_CODES.keys()
-
-
-def takes_network(m: int, network: Sequence[torch.Size]) -> bool:
-    """True if the weights' shapes make one network, shared or with a leading ``m``."""
     lead, units = network[0][:-2], network[1][-1]
     parts = [(units, c.NUM_INPUTS), (units,), (OUTPUTS, units), (OUTPUTS,), (OUTPUTS, c.NUM_INPUTS)]
     return (
-        1 <= units <= c.MOST_UNITS
+        params == grads
+        and fast == slow == square
+        and {*own} == {torch.float32}
+        and {*params} <= _PARAM_CODES.keys()
+        and {*fast} <= _STATE_CODES.keys()
+        and 1 <= units <= c.MOST_UNITS
         and lead in ((), (m,))
         and tuple(network) == tuple(torch.Size((*lead, *part)) for part in parts)
     )
@@ -162,8 +168,9 @@ def bind(
     addresses = addresses_of(fixed, is_cpu)
     if addresses is None or not are_plain(params):
         return None
+    shapes = tuple(map(_shape_of, params))
     layout = _layout(
-        tuple(map(_shape_of, params)),
+        shapes,
         tuple(map(_dtype_of, params)),
         tuple(map(_dtype_of, fixed)),
         tuple(map(_shape_of, network)),
@@ -173,13 +180,14 @@ def bind(
     pointers = [0] * (3 * m) + addresses[: 5 * m]  # parameters, gradients and updates: later
     for address, stride in zip(addresses[5 * m :], layout.network_strides, strict=True):
         pointers += [address + stride * i for i in range(m)] if stride else [address] * m
-    return BoundStep(kernel, params, fixed, addresses, layout, array("Q", pointers))
+    return BoundStep(kernel, params, fixed, addresses, layout, array("Q", pointers), list(shapes))
 
 
+@dataclass(frozen=True, eq=False)
 class BoundStep:
     """The step of parameters, states and weights that stay the same tensors.
 
-    Args:
+    Attributes:
         kernel: the library.
         params: ``m`` parameters, checked in full at each step.
         fixed: state entries and weights, already checked; each step compares their addresses.
@@ -187,21 +195,16 @@ class BoundStep:
         layout: of all tensors.
         pointers: ``(13, m)``: parameters, gradients, updates, state entries, weights; each step
             fills in the first three rows.
+        shapes: of ``params``.
     """
 
-    def __init__(
-        self,
-        kernel: ctypes.CDLL,
-        params: Sequence[Tensor],
-        fixed: list[Tensor],
-        addresses: list[int],
-        layout: _Layout,
-        pointers: array[int],
-    ) -> None:
-        self._step = kernel.lo_step
-        self._params, self._fixed, self._addresses = params, fixed, addresses
-        self._layout, self._pointers = layout, pointers
-        self._shapes = list(map(_shape_of, params))
+    kernel: ctypes.CDLL
+    params: Sequence[Tensor]
+    fixed: list[Tensor]
+    addresses: list[int]
+    layout: _Layout
+    pointers: array[int]
+    shapes: list[torch.Size]
 
     def __call__(
         self,
@@ -212,8 +215,8 @@ class BoundStep:
         """One step; false, and nothing done, if a tensor has moved or has another shape."""
         if (
             under_a_mode()
-            or list(map(Tensor.data_ptr, self._fixed)) != self._addresses
-            or list(map(_shape_of, self._params)) != self._shapes
+            or list(map(Tensor.data_ptr, self.fixed)) != self.addresses
+            or list(map(_shape_of, self.params)) != self.shapes
         ):
             return False
         return self.run(grads, settings, updates)
@@ -230,7 +233,7 @@ class BoundStep:
             False, and nothing done, if parameters, gradients or updates do not suit the library.
         """
         lr = settings.lr
-        params, layout, pointers = self._params, self._layout, self._pointers
+        params, layout, pointers = self.params, self.layout, self.pointers
         varying, m = [*params, *grads], len(params)
         if len(varying) != 2 * m or (isinstance(lr, Tensor) and not lr.is_cpu):
             return False
@@ -257,7 +260,7 @@ class BoundStep:
                 settings.total_steps or 0.0, settings.warmup, layout.units,
             ),
         )  # fmt: skip
-        failed = self._step(
+        failed = self.kernel.lo_step(
             m,
             layout.sizes.buffer_info()[0],
             layout.types.buffer_info()[0],
@@ -330,7 +333,7 @@ def _layout(
         network: shapes of the weights.
     """
     m = len(shapes)
-    if not takes_dtypes(m, (*params, *params, *fixed)) or not takes_network(m, network):
+    if not takes(m, (*params, *params, *fixed), network):
         return None
     lead, units = network[0][:-2], network[1][-1]
     parts = [shape[len(lead) :] for shape in network]

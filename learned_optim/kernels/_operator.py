@@ -86,9 +86,8 @@ def step_(call: _cpu.StepCall) -> bool:
         return False
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1):
         return False
-    if not _cpu.takes_dtypes(m, [t.dtype for t in every]):
-        return False
-    if not _cpu.takes_network(m, [weight.shape for weight in network]) or not _usable():
+    dtypes, weights = [t.dtype for t in every], [weight.shape for weight in network]
+    if not _cpu.takes(m, dtypes, weights) or not _usable():
         return False
     if not isinstance(lr, Tensor):  # a tensor: one graph serves all learning rates
         lr = torch.ones((), dtype=torch.float64, device="cpu") * lr

@@ -50,8 +50,3 @@ DECAY_UNIT = 1e-3  # at lr = 1 weight decay is that of AdamW at its usual learni
 DECAY_POWER = 3.0  # of the schedule, so that decay ends before the steps do
 WEIGHT_DECAY = 1.0  # if the user sets none, in runs of known length
 UNDIMINISHED_STEPS = 4000.0  # in longer runs weight decay is divided by length / 4000
-
-
-def macros() -> list[str]:
-    """Definitions for a C++ compiler."""
-    return [f"-DLO_{name}={value!r}" for name, value in globals().items() if name.isupper()]

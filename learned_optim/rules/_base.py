@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from learned_optim._tensors import tensor_bytes
 from learned_optim.kernels.constants import DECAY_UNIT
 from learned_optim.rules._context import Shards, State, StepContext, StepFunction, StepSettings
-from learned_optim.rules._segments import Product, Segments
+from learned_optim.rules._segments import Product, Segments, segments_of
 from learned_optim.rules._step import (
     BLOCK,
     MOST_PACKED,
@@ -353,7 +353,7 @@ class UpdateRule(nn.Module):
         for index, update in enumerate(updates or ()):
             if update is not None:
                 targets[index] = update.zero_()
-        segments = Segments.of(
+        segments = segments_of(
             tuple(p.shape for p in wide) if shards is None else tuple(shards.shapes),
             dtype,
             device,

@@ -1,4 +1,4 @@
-"""Functions of gradient histories that several rules share."""
+"""Functions that rules share."""
 
 from __future__ import annotations
 
@@ -55,3 +55,11 @@ def momentum_before(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
     old = momentum.squeeze(-1) - own
     rounding = 8 * torch.finfo(grad.dtype).eps
     return torch.where(old.abs() > rounding * own.abs(), old, torch.zeros_like(old))
+
+
+def zeros_by_column(param: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Zeros ``(*param.shape, k)``, of which each of the ``k`` columns is contiguous in memory."""
+    like = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+    if k == 1:  # with the strides of a new tensor
+        return like.unsqueeze(-1)
+    return like.unsqueeze(0).repeat(k, *(1,) * param.dim()).movedim(0, -1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from learned_optim import kernels
 from learned_optim.rules._context import State
+from learned_optim.rules._features import zeros_by_column
 
 
 class LSTMStack(nn.Module):
@@ -102,9 +103,3 @@ class LSTMStack(nn.Module):
         """``weight_ih, weight_hh, bias_ih, bias_hh`` of each layer."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         return [getattr(self, f"{n}_l{layer}") for layer in range(self.num_layers) for n in names]
-
-
-def zeros_by_column(param: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """Zeros ``(*param.shape, k)``, of which each of the ``k`` columns is contiguous in memory."""
-    like = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
-    return like.unsqueeze(0).repeat(k, *(1,) * param.dim()).movedim(0, -1)

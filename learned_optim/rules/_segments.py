@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,28 @@ from learned_optim._tensors import fan_in, init_scale
 
 # A product of two tensors of coordinates to be averaged; ``None`` stands for ones.
 Product = tuple[Tensor, Tensor | None]
+_Value = TypeVar("_Value")
 
 # Mean tensor length above which a call per tensor is cheaper than an index per coordinate.
 _LONG = 1 << 10
+
+
+def is_plain_eager() -> bool:
+    """False under fake tensors and other modes that replace every new tensor."""
+    return _get_current_dispatch_mode() is None
+
+
+def cached_in_eager(function: Callable[..., _Value]) -> Callable[..., _Value]:
+    """Cache results for the same arguments, which every step has; not in graphs and under modes."""
+    cached = lru_cache(maxsize=64)(function)
+
+    def call(*arguments: Any) -> _Value:
+        if torch.compiler.is_compiling() or not is_plain_eager():
+            return function(*arguments)
+        with torch.inference_mode(False):  # inference tensors could not be used anywhere else
+            return cached(*arguments)
+
+    return call
 
 
 class Segments:
@@ -45,7 +64,6 @@ class Segments:
     def __init__(
         self,
         shapes: Sequence[torch.Size],
-        *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         sizes: Sequence[int] | None = None,
@@ -67,20 +85,6 @@ class Segments:
         self.columns = columns
         self._ids: Tensor | None = None
         self.numel, self.init_scale, self.log_fan_in, self.log_size, self.is_vector = columns
-
-    @classmethod
-    def of(
-        cls,
-        shapes: tuple[torch.Size, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        sizes: tuple[int, ...],
-        shard_groups: tuple[Any, ...] = (),
-    ) -> Segments:
-        """The segments of these tensors, cached: every step asks for the same ones."""
-        if torch.compiler.is_compiling() or not is_plain_eager():
-            return cls(shapes, dtype=dtype, device=device, sizes=sizes, shard_groups=shard_groups)
-        return _cached(shapes, dtype, device, sizes, shard_groups)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -161,21 +165,8 @@ class Segments:
         return kind == "cpu" and self.n >= _LONG * len(self)
 
 
-@lru_cache(maxsize=64)
-def _cached(
-    shapes: tuple[torch.Size, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    sizes: tuple[int, ...],
-    shard_groups: tuple[Any, ...],
-) -> Segments:
-    with torch.inference_mode(False):  # inference tensors could not be used anywhere else
-        return Segments(shapes, dtype=dtype, device=device, sizes=sizes, shard_groups=shard_groups)
-
-
-def is_plain_eager() -> bool:
-    """False under fake tensors and other modes that replace every new tensor."""
-    return _get_current_dispatch_mode() is None
+#: Cached :class:`Segments`, by position.
+segments_of = cached_in_eager(Segments)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -5,16 +5,16 @@ Small tensors are packed, large ones cut into blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from learned_optim.kernels.constants import LARGEST_GRAD
 from learned_optim.rules._context import State
-from learned_optim.rules._segments import Segments, is_plain_eager
+from learned_optim.rules._segments import Segments, cached_in_eager, is_plain_eager
 
 # Coordinates per block: temporaries of a block stay in the cache, and calls cost little beside it.
 BLOCK = 1 << 15
@@ -151,13 +151,11 @@ def pieces_of(
         most_packed: coordinates of the largest tensor that is packed together with others.
         whole: leave all tensors in one piece.
     """
-    compiling = torch.compiler.is_compiling()
-    cut = tuple(p.is_contiguous() and not whole and not compiling for p in params)
-    if compiling or not is_plain_eager():
-        return _pieces(most_packed, cut, segments)
-    return _cached_pieces(most_packed, cut, segments)
+    whole = whole or torch.compiler.is_compiling()
+    return _pieces(most_packed, tuple(p.is_contiguous() and not whole for p in params), segments)
 
 
+@cached_in_eager
 def _pieces(most_packed: int, cut: tuple[bool, ...], segments: Segments) -> list[Piece]:
     pieces: list[Piece] = []
     first = room = 0
@@ -185,15 +183,9 @@ def _pieces(most_packed: int, cut: tuple[bool, ...], segments: Segments) -> list
     return pieces
 
 
-_cached_pieces = lru_cache(maxsize=64)(_pieces)
-
-
 def as_rows(value: Tensor) -> Tensor:
     """A view of state ``(*S, k)`` as ``(n, k)``, where ``n`` may be 0."""
-    n = 1
-    for size in value.shape[:-1]:
-        n *= size
-    return value.view(n, value.shape[-1])
+    return value.view(math.prod(value.shape[:-1]), value.shape[-1])
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

@@ -8,19 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from learned_optim.rules._base import RuleConfig, State, StepContext, UpdateRule
-from learned_optim.rules._features import bias_correction
+from learned_optim.rules._features import bias_correction, zeros_by_column
 from learned_optim.rules._segments import Segments
-
-
-def _zeros(param: Tensor) -> Tensor:
-    """A per-coordinate buffer of shape ``(*param.shape, 1)``, as the state layout asks."""
-    return torch.zeros_like(
-        param, dtype=torch.float32, memory_format=torch.contiguous_format
-    ).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class SGDRule(UpdateRule):
     config: SGDConfig
 
     def init_state(self, param: Tensor) -> State:
-        return {"momentum": _zeros(param)} if self.config.momentum else {}
+        return {"momentum": zeros_by_column(param, 1, self.dtype)} if self.config.momentum else {}
 
     def moments(self, grad: Tensor, state: State) -> State:
         if not self.config.momentum:
@@ -78,7 +70,7 @@ class RMSpropRule(UpdateRule):
     config: RMSpropConfig
 
     def init_state(self, param: Tensor) -> State:
-        return {"second_moment": _zeros(param)}
+        return {"second_moment": zeros_by_column(param, 1, self.dtype)}
 
     def moments(self, grad: Tensor, state: State) -> State:
         alpha, square = self.config.alpha, grad.square().unsqueeze(-1)
@@ -111,7 +103,10 @@ class AdamRule(UpdateRule):
     config: AdamConfig
 
     def init_state(self, param: Tensor) -> State:
-        return {"first_moment": _zeros(param), "second_moment": _zeros(param)}
+        return {
+            "first_moment": zeros_by_column(param, 1, self.dtype),
+            "second_moment": zeros_by_column(param, 1, self.dtype),
+        }
 
     def moments(self, grad: Tensor, state: State) -> State:
         cfg, grad = self.config, grad.unsqueeze(-1)

@@ -44,7 +44,12 @@ from learned_optim.kernels import constants as c
 from learned_optim.rules import _basis as basis
 from learned_optim.rules import _history as history
 from learned_optim.rules._base import RuleConfig, State, StepContext
-from learned_optim.rules._features import bias_correction, largest_momentum, momentum_before
+from learned_optim.rules._features import (
+    bias_correction,
+    largest_momentum,
+    momentum_before,
+    zeros_by_column,
+)
 from learned_optim.rules._kernel_rule import KernelRule
 from learned_optim.rules._segments import Product, Segments
 
@@ -106,8 +111,7 @@ class HorizonRule(KernelRule):
             nn.init.zeros_(weight)
 
     def init_state(self, param: Tensor) -> State:
-        like = torch.zeros_like(param, dtype=self.dtype, memory_format=torch.contiguous_format)
-        moments = {key: like.unsqueeze(-1).clone() for key in _MOMENTS}
+        moments = {key: zeros_by_column(param, 1, self.dtype) for key in _MOMENTS}
         stats = torch.zeros(c.NUM_STATS, dtype=self.dtype, device=param.device)
         stats[history.CONFIDENCE] = c.CONFIDENCE_START
         return {**moments, "stats": stats}
