@@ -299,18 +299,6 @@ def test_half_precision_is_read_and_rounded_as_torch_does(dtype: torch.dtype) ->
         assert torch.equal(param.view(torch.int16), expected.view(torch.int16))
 
 
-@needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_decay_and_update_of_half_precision_are_one_rounding(dtype: torch.dtype) -> None:
-    rule, numbers = horizon_rule(), {"lr": 3.0, "weight_decay": 100.0}
-    params, grads = problem([(50, 40)], dtype=dtype)
-    wide = [param.float() for param in params]
-    states, own = fresh_states(rule, params), fresh_states(rule, wide)
-    assert kernel_step_(rule, params, grads, states, **numbers)
-    assert kernel_step_(rule, wide, [grad.float() for grad in grads], own, **numbers)
-    assert torch.equal(params[0], wide[0].to(dtype))
-
-
 # ---- what the kernel leaves to the pure form
 
 

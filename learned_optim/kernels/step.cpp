@@ -108,6 +108,8 @@ enum Setting {
 constexpr int kInputs = LO_NUM_INPUTS, kMostUnits = LO_MOST_UNITS;
 constexpr float kTiny2 = float(LO_TINY * LO_TINY);
 constexpr float kLargestGrad = float(LO_LARGEST_GRAD), kLargestRatio = float(LO_LARGEST_RATIO);
+constexpr float kFastRate = float(1 - LO_FAST_BETA), kSlowRate = float(1 - LO_SLOW_BETA);
+constexpr float kSquareRate = float(1 - LO_SQUARE_BETA);
 constexpr double kPi = 3.14159265358979323846;
 
 // Sums are float32 within a block and float64 across blocks. So their relative errors stay near
@@ -180,7 +182,6 @@ LO_INLINE void narrow(float x, Float16& to) {
 // Numbers of a tensor that the loop over its coordinates reads.
 struct Gains {
   float sign;
-  float fast_rate, slow_rate, square_rate;  // 1 - beta
   float fast_correction, slow_correction, square_correction;  // 1 / (1 - beta^t), t with this step
   float fast_before, slow_before;  // the same without this step; 0 at the first
   float fast, slow, grad, cautious;
@@ -241,9 +242,9 @@ LO_INLINE void block(int64_t n, P* LO_RESTRICT param, const P* LO_RESTRICT grad,
   for (int64_t i = 0; i < n; ++i) {
     const float g = sanitized(grad[i], sign, largest);
     const float fast_old = widen(fast[i]), slow_old = widen(slow[i]), square_old = widen(square[i]);
-    const float fast_new = fast_old + (g - fast_old) * k.fast_rate;
-    const float slow_new = slow_old + (g - slow_old) * k.slow_rate;
-    const float square_new = square_old + (g * g - square_old) * k.square_rate;
+    const float fast_new = fast_old + (g - fast_old) * kFastRate;
+    const float slow_new = slow_old + (g - slow_old) * kSlowRate;
+    const float square_new = square_old + (g * g - square_old) * kSquareRate;
     narrow(fast_new, fast[i]);
     narrow(slow_new, slow[i]);
     narrow(square_new, square[i]);
@@ -469,9 +470,6 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double size = -lr * ramp * LO_BASE_STEP * rate * scale * std::exp(factor + confidence);
   const auto bounded = [](double gain) { return LO_MIX_BOUND * std::tanh(gain / LO_MIX_BOUND); };
   k.sign = float(settings[kSign]);
-  k.fast_rate = float(1 - LO_FAST_BETA);
-  k.slow_rate = float(1 - LO_SLOW_BETA);
-  k.square_rate = float(1 - LO_SQUARE_BETA);
   k.fast_correction = float(1 / bias_correction(LO_FAST_BETA, t + 1));
   k.slow_correction = float(1 / bias_correction(LO_SLOW_BETA, t + 1));
   k.square_correction = float(1 / bias_correction(LO_SQUARE_BETA, t + 1));

@@ -263,11 +263,7 @@ class UpdateRule(nn.Module):
     def observe(
         self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
     ) -> tuple[Tensor | None, Tensor, State]:
-        """The parts without weights. Arguments are those of :meth:`forward`.
-
-        Returns:
-            ``(features, directions, moments)``: ``(r, f)``, ``(n, d)``, and the new moments.
-        """
+        """The parts without weights: features ``(r, f)``, directions ``(n, d)``, new moments."""
         new = self.moments(grad, state)
         return *self.features(grad, {**state, **new}, param, segments, context), new
 
@@ -445,7 +441,7 @@ class UpdateRule(nn.Module):
 def decayed(
     rule: UpdateRule, params: Sequence[Tensor], grads: Sequence[Tensor], decay: float | Tensor
 ) -> Iterator[Tensor]:
-    """Parameters after weight decay; ``decay`` is one number, or one per tensor, ``(m,)``."""
+    """Parameters after weight decay by one number, or by one per tensor, ``(m,)``."""
     each = decay.expand(len(params)) if isinstance(decay, Tensor) else [decay] * len(params)
     for param, grad, own in zip(params, grads, each, strict=True):
         # On a GPU a factor of no dimensions would be rounded to half precision first.

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -197,20 +198,19 @@ class _Group:
     Attributes:
         indices: of the tensors in the step.
         shape: ``(b, r, c)``.
-        bases: of rows and columns, ``(b, r, r)`` and ``(b, c, c)``; ``None`` if not rotated.
-        covs: of rows and columns.
+        sides: basis and covariance of rows, ``(b, r, r)``, and of columns, ``(b, c, c)``; ``None``
+            if not rotated.
         updates: memory for the rotated updates, ``(b, r, c)``.
     """
 
     indices: list[int]
     shape: tuple[int, int, int]
-    bases: list[_Batch | None]
-    covs: list[_Batch | None]
+    sides: list[tuple[_Batch, _Batch] | None]
     updates: Tensor
 
     @property
     def rotation(self) -> tuple[Tensor | None, Tensor | None]:
-        rows, cols = (None if batch is None else batch.value for batch in self.bases)
+        rows, cols = (None if side is None else side[0].value for side in self.sides)
         return rows, cols
 
 
@@ -286,15 +286,14 @@ class Rotation:
 
     def _group(self, indices: list[int], params: Sequence[Tensor]) -> _Group:
         own = [self._states[index] for index in indices]
-
-        def batch(key: str) -> _Batch | None:
-            return _Batch([state[key] for state in own]) if key in own[0] else None
-
         shape = len(indices), *matrix_shape(params[indices[0]].shape)
-        bases = [batch("row_basis"), batch("col_basis")]
-        like = next(found for found in bases if found is not None).value
-        covs = [batch("row_cov"), batch("col_cov")]
-        return _Group(indices, shape, bases, covs, like.new_empty(shape))
+        sides: list[tuple[_Batch, _Batch] | None] = [None, None]
+        for place, keys in enumerate((("row_basis", "row_cov"), ("col_basis", "col_cov"))):
+            if keys[0] in own[0]:
+                basis, cov = (_Batch([state[key] for state in own]) for key in keys)
+                sides[place] = basis, cov
+                updates = basis.value.new_empty(shape)
+        return _Group(indices, shape, sides, updates)
 
     def rotate(self, grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
         """Update covariances by raw gradients, refresh bases that are due, and rotate.
@@ -310,9 +309,8 @@ class Rotation:
             raw = _Batch([grads[index].reshape(group.shape[1:]) for index in group.indices]).value
             grad = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0).to(group.updates.dtype)
             grad = grad.clamp_(-c.LARGEST_GRAD, c.LARGEST_GRAD)
-            for batch in (*group.bases, *group.covs):
-                if batch is not None:
-                    batch.load()
+            for batch in chain.from_iterable(filter(None, group.sides)):
+                batch.load()
             self._update_bases(group, grad)
             if grad.device.type != "cpu":  # where the rate is 0 the kernel writes no updates
                 group.updates.zero_()
@@ -340,10 +338,10 @@ class Rotation:
     def _update_bases(self, group: _Group, grad: Tensor) -> None:
         """Update the covariances of a group by gradients ``(b, r, c)``; refresh what is due."""
         ages = [_age(self._states[index]) for index in group.indices]
-        for cov, factor in zip(group.covs, (grad, grad.mT), strict=True):
-            if cov is not None:
-                accumulate_(cov.value, factor, ages, self._shard_groups)
-                cov.store()
+        for side, factor in zip(group.sides, (grad, grad.mT), strict=True):
+            if side is not None:
+                accumulate_(side[1].value, factor, ages, self._shard_groups)
+                side[1].store()
         due = [
             i
             for i, (age, index) in enumerate(zip(ages, group.indices, strict=True))
@@ -358,10 +356,11 @@ class Rotation:
     def _refresh(self, group: _Group, due: list[int], fresh: bool) -> None:
         """Refresh bases of some matrices of a group; ``fresh``: they have no momenta so far."""
         turns: list[Tensor | None] = []
-        for basis, cov in zip(group.bases, group.covs, strict=True):
-            if basis is None or cov is None:
+        for side in group.sides:
+            if side is None:
                 turns.append(None)
                 continue
+            basis, cov = side
             old, own = basis.value[due], cov.value[due]
             new = old
             for _ in range(FIRST_ITERATIONS if fresh else 1):
