@@ -51,7 +51,7 @@ def source_hash() -> str:
 
 
 def macros() -> list[str]:
-    """The constants as definitions; read by their path, because the package itself needs torch."""
+    """The constants as definitions; the package itself, which needs torch, is not imported."""
     constants = runpy.run_path(str(CONSTANTS))
     return [f"-DLO_{name}={value!r}" for name, value in constants.items() if name.isupper()]
 

@@ -89,7 +89,7 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def addresses_of(tensors: Sequence[Tensor], is_here: Callable[[Tensor], bool]) -> list[int] | None:
-    """Addresses of the tensors; ``None`` if one is a subclass's, elsewhere or not contiguous.
+    """Addresses of contiguous, plain tensors on the device; else ``None``.
 
     Args:
         tensors: of a call.
@@ -139,7 +139,7 @@ def constants_of(shapes: Sequence[torch.Size]) -> list[float]:
 
 
 def increment_versions(params: Sequence[Tensor]) -> None:
-    """Count the change of parameters, so that graphs that have saved them raise an error."""
+    """Count a change of parameters, so that graphs which saved them raise errors."""
     try:
         torch._C._increment_version(params)
     except (RuntimeError, TypeError):  # before torch 2.5, one tensor at a time
@@ -278,7 +278,7 @@ class BoundStep:
 def addresses_of_updates(
     updates: Sequence[Tensor | None], numels: Sequence[int], is_here: Callable[[Tensor], bool]
 ) -> list[int] | None:
-    """Addresses for updates of rotated matrices, else 0; ``None`` if a tensor does not fit."""
+    """Addresses of updates, 0 for none; ``None`` if a tensor does not fit."""
     given = [update for update in updates if update is not None]
     if addresses_of(given, is_here) is None:
         return None

@@ -100,7 +100,7 @@ def _takes_lr(lr: float | Tensor, device: torch.device) -> bool:
 
 
 def _by_types(call: _cpu.StepCall) -> Iterator[_cpu.StepCall]:
-    """The parts of a call whose parameters, and their moments, have the same dtypes."""
+    """Parts of a call: parameters of one dtype with moments of one dtype."""
     found: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for index, (param, state) in enumerate(zip(call.params, call.states, strict=True)):
         found.setdefault((param.dtype, state["fast"].dtype), []).append(index)
@@ -120,7 +120,7 @@ def _by_types(call: _cpu.StepCall) -> Iterator[_cpu.StepCall]:
 
 
 def _has_passed(kernels: ModuleType, launches: Launches) -> bool:
-    """True if the trial of launches of this kind, run once, agrees with the CPU's kernel."""
+    """True if a trial of this kind, run once, agrees with the CPU's kernel."""
     network, layout = launches.network, launches.layout
     device, types = layout.integers.device, layout.types
     key = device, types, network[1].shape, network[0].shape[-1]
@@ -228,7 +228,7 @@ _captured: list[_Layout] = []  # kept for good: a graph reads its tables at ever
 
 
 def _make_room(cache: dict[Hashable, Any], most: int) -> None:
-    """Empty a full cache of tables after running kernels, which may read them, have ended."""
+    """Empty a full cache, once no running kernel reads its tables."""
     if len(cache) >= most:
         if not INTERPRETED:
             torch.cuda.synchronize()

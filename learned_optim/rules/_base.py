@@ -421,7 +421,7 @@ class UpdateRule(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype the rule computes in: that of its weights, float32 for a rule without any."""
+        """Dtype of the weights, in which the rule computes; float32 without weights."""
         return next((p.dtype for p in self.parameters()), torch.float32)
 
     def config_dict(self) -> dict[str, Any]:
@@ -429,7 +429,7 @@ class UpdateRule(nn.Module):
         return dataclasses.asdict(self.config)
 
     def fingerprint(self) -> str:
-        """Identity of this rule: 16 hex digits over its name, configuration and weight bits."""
+        """Hash of name, configuration and weight bits: 16 hex digits."""
         digest = hashlib.sha256(self.name.encode())
         digest.update(json.dumps(self.config_dict(), sort_keys=True).encode())
         for key, weight in sorted(self.state_dict().items()):

@@ -50,12 +50,12 @@ _SHIFT = 1e-4  # share of the old basis in the new one: directions without a gra
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a tensor of two dimensions or more; kernels are rows x the rest."""
+    """Rows and columns of a tensor; dimensions after the first are columns."""
     return shape[0], math.prod(shape[1:])
 
 
 def rotated_sides(shape: Sequence[int]) -> tuple[bool, bool]:
-    """Whether the rows and the columns of a tensor of this shape are rotated."""
+    """True for rows and for columns if the rule rotates them."""
     if len(shape) < 2:
         return False, False
     rows, cols = matrix_shape(shape)
@@ -68,12 +68,12 @@ def rotated_sides(shape: Sequence[int]) -> tuple[bool, bool]:
 
 
 def refresh_period(age: int) -> int:
-    """Steps from one refresh to the next: a power of two, about a fifth of the age."""
+    """Steps between refreshes: a power of two, about a fifth of the age."""
     return 1 << max(0, min(LONGEST_PERIOD, age // FRESH_AGE).bit_length() - 1)
 
 
 def refresh_is_due(age: int, stagger: int = 0) -> bool:
-    """Whether a basis that has seen ``age`` gradients is refreshed at the next one.
+    """True if a basis of ``age`` gradients is refreshed at the next one.
 
     ``stagger`` shifts the periods, so that the matrices of a network are not all refreshed in the
     same step.
@@ -84,7 +84,7 @@ def refresh_is_due(age: int, stagger: int = 0) -> bool:
 def init_bases(
     shape: Sequence[int], sides: tuple[bool, bool], dtype: torch.dtype, device: torch.device
 ) -> State:
-    """Identity bases and zero covariances of the rotated sides; nothing if there is none."""
+    """Identity bases and zero covariances of the rotated sides, if any."""
     state: State = {}
     if any(sides):
         for name, size, rotated in zip(("row", "col"), matrix_shape(shape), sides, strict=True):
@@ -106,7 +106,7 @@ def rotate(x: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
 
 
 def rotate_grad(grad: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
-    """What the rule reads of a finite gradient ``(b, r, c)``: rotated, rounding errors at zero."""
+    """A finite gradient ``(b, r, c)``, rotated, with rounding errors set to zero."""
     return without_rounding(rotate(grad, rows, cols), grad)
 
 
@@ -172,7 +172,7 @@ def carry_over_(
     turns: Sequence[Tensor | None],
     bounds: Sequence[float],
 ) -> None:
-    """Rotate momenta into new bases, in place, and raise the mean square to keep their bounds.
+    """Rotate momenta into new bases, in place; raise the mean square to their bounds.
 
     A momentum is at most ``bound`` times the root of the mean square of the same gradients. The
     mean square itself cannot be rotated: without the raise the bound on a step would break.
@@ -215,10 +215,10 @@ class _Group:
 
 
 class _Batch:
-    """Tensors of one shape as a batch ``(b, ...)``: a view if they lie side by side in memory.
+    """Tensors of one shape as a batch ``(b, ...)``.
 
-    Otherwise the batch is a copy. :meth:`load` reads the tensors again, and :meth:`store` writes
-    the batch back.
+    It is a view if they lie side by side in memory, else a copy, which :meth:`load` reads again and
+    :meth:`store` writes back.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ _LEAST_DIFFERENTIABLE = 1e-12
 
 
 def inverse_root(square: Tensor) -> Tensor:
-    """1 / sqrt(square + TINY^2), with a finite derivative: zero where the root is below 1e-12.
+    """1 / sqrt(square + TINY^2), whose derivative is 0 for roots below 1e-12.
 
     Without that, coordinates whose gradients have all been exactly zero, as those of pixels that
     are always black, would turn meta-gradients with second derivatives into 0 * inf.

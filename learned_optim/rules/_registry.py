@@ -56,7 +56,7 @@ def rule_reference(config: RuleConfig) -> str:
 
 
 def build_rule(name: str, config: dict[str, Any]) -> UpdateRule:
-    """A rule with fresh float32 weights on the CPU, from its name and its configuration as data.
+    """A rule with fresh float32 weights on the CPU.
 
     Default dtype, default device and active modes do not matter, and the global random generator
     is not moved.
@@ -78,7 +78,7 @@ def build_rule(name: str, config: dict[str, Any]) -> UpdateRule:
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """Real float32 CPU tensors by default, whatever dtype, device or modes surround the caller."""
+    """Make new tensors float32 and real on the CPU, whatever surrounds the caller."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     dtype = torch.get_default_dtype()

@@ -28,7 +28,7 @@ def is_plain_eager() -> bool:
 
 
 def cached_in_eager(function: Callable[..., _Value]) -> Callable[..., _Value]:
-    """Cache results for the same arguments, which every step has; not in graphs and under modes."""
+    """Cache results, because steps repeat arguments; not in graphs or under modes."""
     cached = lru_cache(maxsize=64)(function)
 
     def call(*arguments: Any) -> _Value:

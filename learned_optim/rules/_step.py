@@ -27,7 +27,7 @@ MOST_PACKED = 1 << 13
 
 
 def sanitize_grad(grad: Tensor, dtype: torch.dtype, maximize: bool = False) -> Tensor:
-    """A new tensor of ``dtype``: NaN and infinity as zero, finite entries cut off at 2^48."""
+    """A copy in ``dtype``: NaN and infinity are 0, others are clamped to 2^48."""
     grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0).to(dtype)
     grad.clamp_(-LARGEST_GRAD, LARGEST_GRAD)
     return grad.neg_() if maximize else grad
@@ -62,7 +62,7 @@ def states_before(
 def restore_where_zero_(
     lr: float | Tensor, states: Sequence[State], before: Sequence[State] | None
 ) -> None:
-    """Undo changes of state if ``lr`` is 0, where only the device knows its value."""
+    """Undo changes of state if a rate that only the device knows is 0."""
     if before is None or not isinstance(lr, Tensor):
         return
     active = lr.reshape(()) != 0
