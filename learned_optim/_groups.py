@@ -15,7 +15,7 @@ from learned_optim._warn import warn, warn_once
 from learned_optim.rules import UpdateRule
 from learned_optim.rules._step import needs_sync
 
-# Rates up to this are probably meant for another optimizer; preference optimization uses .005.
+# Rates up to this are probably meant for another optimizer; preference optimization uses .015.
 SUSPICIOUS_LR = 0.004
 #: Hyperparameters of other optimizers, which the learned rule replaces or does not need.
 FOREIGN = frozenset(

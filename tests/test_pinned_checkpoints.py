@@ -77,6 +77,8 @@ def cases() -> list[tuple[str, str, str, int | None]]:
         for checkpoint in CHECKPOINTS
         for name in NETWORKS
         for run in RUNS
+        # In float32 the bases differ too much between processors to pin anything.
+        if (checkpoint, run) != ("eigenbasis", "float32")
         for told in ((None, STEPS) if load_rule(checkpoint).reads_horizon else (None,))
     ]
 

@@ -326,11 +326,11 @@ def in_hes(layer: nn.Linear | nn.Conv2d) -> list[nn.Module]:
     return [layer, nn.ReLU()]
 
 
-def deep_perceptron() -> nn.Module:
-    layers = [nn.Linear(64, 64), nn.ReLU()]
-    for _ in range(20):
-        layers += in_hes(nn.Linear(64, 64))
-    return nn.Sequential(*layers, nn.Linear(64, 10))
+def deep_perceptron(depth: int, width: int, activation: type[nn.Module]) -> nn.Module:
+    layers: list[nn.Module] = [nn.Linear(64, width), activation()]
+    for _ in range(depth):
+        layers += [in_hes(nn.Linear(width, width))[0], activation()]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
 def plain_convolutions() -> nn.Module:
@@ -343,12 +343,16 @@ def plain_convolutions() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("build", "size", "steps", "bound"),
-    [(deep_perceptron, 32, 200, 1.5), (plain_convolutions, 16, 100, 1.0)],
+    [
+        (partial(deep_perceptron, 20, 64, nn.ReLU), 32, 200, 1.5),
+        (partial(deep_perceptron, 24, 48, nn.GELU), 32, 300, 2.0),
+        (plain_convolutions, 16, 100, 1.0),
+    ],
 )
 def test_deep_plain_networks_live(
     build: Callable[[], nn.Module], size: int, steps: int, bound: float, learned: Make
 ) -> None:
-    """20 layers or 12 convolutions: neither of two seeds stays at chance, ln 10 = 2.30."""
+    """20 or 24 layers, 12 convolutions: neither of two seeds stays at chance, ln 10 = 2.30."""
     inputs, targets = digits()
     for seed in range(2):
         torch.manual_seed(seed)
@@ -451,7 +455,7 @@ def test_temperature_holds_its_entropy(learned: Make) -> None:
 
 
 def test_preferences_leave_the_rest(learned: Make) -> None:
-    """Odd digits shall answer one more; even digits, not in the data, keep .9 of theirs.
+    """Odd digits shall answer one more; even digits, not in the data, keep .97 of theirs.
 
     The rate is that of the documentation: steps do not shrink with a loss that is nearly zero.
     """
@@ -476,12 +480,12 @@ def test_preferences_leave_the_rest(learned: Make) -> None:
             index = odd[torch.randint(len(odd), (16,), generator=generator)]
             yield inputs[index], index
 
-    losses = fit(policy, partial(learned, lr=0.005), 200, pairs(), preference)
-    assert sum(losses[-10:]) / 10 < 0.4
-    assert accuracy(policy, inputs[even], targets[even]) >= 0.94 * start
+    losses = fit(policy, partial(learned, lr=0.015), 200, pairs(), preference)
+    assert sum(losses[-10:]) / 10 < 0.33
+    assert accuracy(policy, inputs[even], targets[even]) >= 0.97 * start
     with torch.no_grad():
         old, new = (net(inputs[even]).log_softmax(1) for net in (reference, policy))
-        assert (old.exp() * (old - new)).sum(1).mean() < 0.6
+        assert (old.exp() * (old - new)).sum(1).mean() < 0.33
 
 
 def test_multiplier_holds_its_constraint(learned: Make) -> None:

@@ -247,17 +247,25 @@ def gains_kernel(
         x, hidden + own * UNITS * NUM_INPUTS, hidden_bias + own * UNITS, readout + own * 5 * UNITS,
         readout_bias + own * 5, direct + own * 5 * NUM_INPUTS, UNITS, WIDTH,
     )  # fmt: skip
-    scale = tl.maximum(tl.minimum(rms, LARGEST_SCALE), natural * SMALLEST_SHARE)
-    scale *= tl.where(size == 1, SINGLE_SHARE, 1.0)
+    fast = 1.0 + tanh(pick(out, 1) / MIX_BOUND) * MIX_BOUND
+    slow = tanh(pick(out, 2) / MIX_BOUND) * MIX_BOUND
+    grad = tanh(pick(out, 3) / MIX_BOUND) * MIX_BOUND
+    cautious = tanh(pick(out, 4) / MIX_BOUND) * MIX_BOUND
+    # Root mean square of the directions' sum, at most, by the statistics of the step before.
+    length = tl.abs(fast + cautious) * tl.exp(0.5 * pick(z, 6))
+    length += tl.abs(slow) * tl.exp(0.5 * pick(z, 7)) + tl.abs(grad)
+    least = natural * SMALLEST_SHARE
+    step = rate * BASE_STEP * tl.maximum(tl.minimum(rms, LARGEST_SCALE), least)
+    step *= tl.exp(tanh(pick(out, 0) / STEP_BOUND) * STEP_BOUND + pick(z, 13))
+    step = tl.minimum(step, tl.maximum(rms, least) * LONGEST_STEP / length)
     ramp = tl.where(warmup > 0, tl.minimum((t + 1) / tl.maximum(warmup, 1.0), 1.0), 1.0)
-    length = base_lr * ramp * BASE_STEP * rate * scale
-    length *= tl.exp(tanh(pick(out, 0) / STEP_BOUND) * STEP_BOUND + pick(z, 13))
+    step *= -base_lr * ramp * tl.where(size == 1, SINGLE_SHARE, 1.0)
     before = tl.where(t > 0, 1.0, 0.0)
     age = tl.maximum(t, 1.0)
-    row = tl.where(q == 0, -length * (1.0 + tanh(pick(out, 1) / MIX_BOUND) * MIX_BOUND), 0.0)
-    for k in tl.static_range(1, 4):
-        gain = -length * tanh(pick(out, k + 1) / MIX_BOUND) * MIX_BOUND
-        row = tl.where(q == k, gain, row)
+    row = tl.where(q == 0, step * fast, 0.0)
+    row = tl.where(q == 1, step * slow, row)
+    row = tl.where(q == 2, step * grad, row)
+    row = tl.where(q == 3, step * cautious, row)
     row = tl.where(q == 4, 1.0 / correction(LOG_FAST, t + 1), row)
     row = tl.where(q == 5, 1.0 / correction(LOG_SLOW, t + 1), row)
     row = tl.where(q == 6, 1.0 / correction(LOG_SQUARE, t + 1), row)

@@ -21,6 +21,7 @@ LARGEST_SCALE = 0.1  # of 1 / sqrt(fan-in) too, which is far more for narrow emb
 SMALLEST_SHARE = 0.25  # of the scale that the shape suggests: weights at zero have to leave it
 SINGLE_SHARE = 0.2  # of the scale, for one coordinate: multipliers and temperatures overshoot at 1
 BASE_STEP = 0.1  # step of the untrained rule, in units of the scale: best of .01, .03, .1
+LONGEST_STEP = 0.1  # root mean square of a step over that of the parameters: deep plain nets train
 
 # ---- network
 STEP_BOUND = 3.0  # of the log of the factor on the step

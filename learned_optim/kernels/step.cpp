@@ -462,23 +462,30 @@ Gains gains_of(const Tensor& tensor, const double* settings) {
   const double rms = t > 0 ? stats[kStatRms] : at_first;
   inputs_of(tensor, settings[kTotalSteps], rms, at_first, x);
   respond(tensor, int(settings[kUnits]), x, out);
-  const double share = tensor.size == 1 ? LO_SINGLE_SHARE : 1.0;
-  const double scale =
-      share * std::max(std::min(rms, LO_LARGEST_SCALE), LO_SMALLEST_SHARE * natural);
+  const double single = tensor.size == 1 ? LO_SINGLE_SHARE : 1.0;
+  const double least = LO_SMALLEST_SHARE * natural;
+  const double scale = single * std::max(std::min(rms, LO_LARGEST_SCALE), least);
   const double ramp = settings[kWarmUp] > 0 ? std::min(1.0, (t + 1) / settings[kWarmUp]) : 1.0;
   const double factor = LO_STEP_BOUND * std::tanh(out[kStepSize] / LO_STEP_BOUND);
-  const double size = -lr * ramp * LO_BASE_STEP * rate * scale * std::exp(factor + confidence);
   const auto bounded = [](double gain) { return LO_MIX_BOUND * std::tanh(gain / LO_MIX_BOUND); };
+  const double fast = 1 + bounded(out[kFastGain]), slow = bounded(out[kSlowGain]);
+  const double grad = bounded(out[kGradGain]), cautious = bounded(out[kCautiousGain]);
+  // Root mean square of the directions' sum, at most, by the statistics of the step before.
+  const double length = std::abs(fast + cautious) * std::exp(0.5 * stats[kStatFastSignal]) +
+                        std::abs(slow) * std::exp(0.5 * stats[kStatSlowSignal]) + std::abs(grad);
+  const double longest = LO_LONGEST_STEP * single * std::max(rms, least) / length;
+  const double size = -lr * ramp *
+      std::min(LO_BASE_STEP * rate * scale * std::exp(factor + confidence), longest);
   k.sign = float(settings[kSign]);
   k.fast_correction = float(1 / bias_correction(LO_FAST_BETA, t + 1));
   k.slow_correction = float(1 / bias_correction(LO_SLOW_BETA, t + 1));
   k.square_correction = float(1 / bias_correction(LO_SQUARE_BETA, t + 1));
   k.fast_before = t > 0 ? float(1 / bias_correction(LO_FAST_BETA, t)) : 0.0f;
   k.slow_before = t > 0 ? float(1 / bias_correction(LO_SLOW_BETA, t)) : 0.0f;
-  k.fast = float(size * (1 + bounded(out[kFastGain])));
-  k.slow = float(size * bounded(out[kSlowGain]));
-  k.grad = float(size * bounded(out[kGradGain]));
-  k.cautious = float(size * bounded(out[kCautiousGain]));
+  k.fast = float(size * fast);
+  k.slow = float(size * slow);
+  k.grad = float(size * grad);
+  k.cautious = float(size * cautious);
   return k;
 }
 

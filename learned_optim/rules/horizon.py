@@ -1,4 +1,4 @@
-"""The default: Adam-like steps whose size and direction a small network per tensor sets.
+"""The default: Adam-like steps, steered by a small network per tensor.
 
 One step of a tensor with gradient ``G`` and parameter ``W``:
 
@@ -6,7 +6,7 @@ One step of a tensor with gradient ``G`` and parameter ``W``:
     f, s, v = running means of g, g, g^2                      decays .9, .99, .99
     r = sqrt(v)                                               all bias-corrected
     a, b = network(shape, age, progress, statistics)          one evaluation per tensor
-    step = base * schedule * scale(W) * exp(a) * confidence   in units of the tensor
+    step = base * schedule * scale(W) * exp(a) * confidence   in units of the tensor, not too long
     u = -step * (f/r + b_1 f/r + b_2 s/r + b_3 g/r + b_4 [f g > 0] f/r)
     W <- W + Q_L u Q_R^T                                      and back
 
@@ -14,6 +14,8 @@ One step of a tensor with gradient ``G`` and parameter ``W``:
 - *Schedule*: a linear warm-up and, where the length of the run is known, a cosine to its end.
 - *Scale*: root mean square of the parameters, bounded by what their shape suggests; a fifth of it
   for a tensor of one coordinate.
+- *Longest step*: a tenth of the root mean square of the parameters, by the statistics of the step
+  before. Many layers that move together by more are a different network.
 - *Step confidence*: grows from ``e^-3`` to 1 while gradients agree with the momentum, and falls
   where steps are too long. A bounded hypergradient descent on the log of the step, per tensor
   (after Baydin et al. 2018, arXiv 1703.04782): fresh networks earn full steps at once, trained
@@ -77,7 +79,7 @@ class HorizonConfig(RuleConfig):
 
 
 class HorizonRule(KernelRule):
-    """The rule of the module's docstring.
+    """Adam-like steps whose size and direction a small network per tensor sets.
 
     State per coordinate: ``fast``, ``slow`` and ``square``, each ``(*S, 1)``; per tensor:
     ``stats``, ``(14,)``; of a rotated matrix also :data:`learned_optim.rules._basis.KEYS`.
@@ -223,13 +225,15 @@ class HorizonRule(KernelRule):
             out = self.readout(torch.tanh(self.hidden(inputs))) + self.direct(inputs)
             factor = c.STEP_BOUND * torch.tanh(out[:, :1] / c.STEP_BOUND)
             confidence = stats[:, history.CONFIDENCE].unsqueeze(-1)
-            rms = history.scale_of(now, stats).clamp(max=c.LARGEST_SCALE)
-            scale = torch.maximum(rms, c.SMALLEST_SHARE * now[:, history.NATURAL])
-            scale = torch.where(now[:, history.SIZE] > -1, scale, c.SINGLE_SHARE * scale)
-            rate = (c.BASE_STEP * now[:, history.SCHEDULE] * scale).unsqueeze(-1)
             mix = c.MIX_BOUND * torch.tanh(out[:, 1:] / c.MIX_BOUND)
             mix = mix + mix.new_tensor([1.0, 0.0, 0.0, 0.0])
-            gains.append(-rate * (factor + confidence).exp() * mix)
+            rms, least = history.scale_of(now, stats), c.SMALLEST_SHARE * now[:, history.NATURAL]
+            scale = torch.maximum(rms.clamp(max=c.LARGEST_SCALE), least)
+            rate = (c.BASE_STEP * now[:, history.SCHEDULE] * scale).unsqueeze(-1)
+            longest = c.LONGEST_STEP * torch.maximum(rms, least).unsqueeze(-1)
+            step = torch.minimum(rate * (factor + confidence).exp(), longest / _length(mix, stats))
+            single = now[:, history.SIZE, None] <= -1
+            gains.append(-torch.where(single, c.SINGLE_SHARE * step, step) * mix)
             stats = history.next_stats(now, stats)
         return torch.stack(gains), {"stats": stats}
 
@@ -251,6 +255,21 @@ class HorizonRule(KernelRule):
         confidence = torch.stack([state["stats"][history.CONFIDENCE] for state in states])
         schedule = rate_schedule(context.step, context.total_steps) ** c.DECAY_POWER
         return weight_decay * schedule * confidence.to(context.step.dtype).exp()
+
+
+def _length(mix: Tensor, stats: Tensor) -> Tensor:
+    """Root mean square of a step's sum of directions, at most, ``(m, 1)``.
+
+    That of the momenta in units of r is known from the step before; that of the gradient is 1.
+
+    Args:
+        mix: shares of the directions, ``(m, 4)``.
+        stats: ``(m, 14)``.
+    """
+    fast, slow, grad, cautious = mix.unsqueeze(-1).unbind(1)
+    signals = (0.5 * stats[:, [history.FAST_SIGNAL, history.SLOW_SIGNAL]]).exp()
+    fast_rms, slow_rms = signals.unsqueeze(-1).unbind(1)
+    return (fast + cautious).abs() * fast_rms + slow.abs() * slow_rms + grad.abs()
 
 
 def rate_schedule(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
