@@ -96,13 +96,13 @@ class GroupStep:
         """
         lr, watch, settings = group["lr"], self._watch, self._settings
         grads, self._grads = self._grads, []  # zero_grad() must free them
+        rate = lr if type(lr) is float and 0.0 < lr < math.inf else _groups.rate_of(lr, self._index)
         values = lr, group["weight_decay"], group["maximize"], group["warmup"], group["total_steps"]
         if settings is None or not all(map(is_, values, settings)):
             if settings is None or not all(map(is_, values[1:], settings[1:])):
                 _groups.settle(self._rule, group)
                 watch.expect(group)
             settings = self._settings = settings_of(group)
-        rate = lr if type(lr) is float and 0.0 < lr < math.inf else _groups.rate_of(lr, self._index)
         if rate == 0.0 or not self._with_grad:
             return
         if self._bound is None or not self._bound(grads, settings):

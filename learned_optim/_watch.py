@@ -127,7 +127,7 @@ class GroupWatch:
 
     def _look_at_gradients(self, grads: Sequence[Tensor]) -> None:
         own = [grad for grad in map(local, grads) if grad.numel() and has_values(grad)]
-        missing = self._has_no_finite_entry(min(own, key=Tensor.numel)) if own else False
+        missing = self._lacks_finite_entries(own) if own else False
         if missing is None:
             self._next_gradient = self.updates + 1
             return
@@ -144,23 +144,27 @@ class GroupWatch:
                 f"torch.autograd.set_detect_anomaly(True) names it",
             )
 
-    def _has_no_finite_entry(self, grad: Tensor) -> bool | None:
-        """Whether no entry is finite; ``None`` while a GPU has not answered.
+    def _lacks_finite_entries(self, grads: Sequence[Tensor]) -> bool | None:
+        """Whether one of the gradients has no finite entry; ``None`` while a GPU has not answered.
 
         On a GPU the answer is that of the call before, so that no step waits.
         """
-        if grad.device.type == "cpu":
-            return not bool(grad.isfinite().any())
-        if grad.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        device = grads[0].device
+        if device.type not in ("cpu", "cuda") or any(grad.device != device for grad in grads):
+            return False
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
         answer = None
         if self._asked is not None:
-            found, arrived = self._asked
+            all_have, arrived = self._asked
             if not arrived.query():
                 return None
-            answer = not bool(found)
+            answer = not bool(all_have)
+        all_have = torch.stack([grad.isfinite().any() for grad in grads]).all()
+        if device.type == "cpu":
+            return not bool(all_have)
         arrived = torch.cuda.Event()
-        self._asked = grad.isfinite().any().to("cpu", non_blocking=True), arrived
+        self._asked = all_have.to("cpu", non_blocking=True), arrived
         arrived.record()
         return answer
 
