@@ -160,18 +160,20 @@ def test_tasks_grow_from_the_meta_step_that_is_named(
 
 
 def test_tasks_that_fail_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = whole_runs.draw
+    good = whole_runs.roll
 
-    def draw(seed: int, *rest: Any, **options: Any) -> Draw:
+    def roll(rule: Any, weights: Tensor, run: Draw, seed: int) -> Any:
         if seed % 2 and seed not in VALIDATION_SEEDS:
-            raise ValueError("no usable task")
-        return good(seed, *rest, **options)
+            raise ValueError("no decomposition")
+        return good(rule, weights, run, seed)
 
-    monkeypatch.setattr(whole_runs, "draw", draw)
+    monkeypatch.setattr(whole_runs, "roll", roll)
     trainer = MetaTrainer(replace(SMALL, meta_steps=2), tmp_path)
     trainer.train()
     skipped = [line.details["skipped"] for line in trainer.history]
-    assert [[s["error"] for s in line] for line in skipped] == [["ValueError: no usable task"]] * 2
+    assert [[s["error"] for s in line] for line in skipped] == [
+        ["ValueError: no decomposition"]
+    ] * 2
     assert trainer.record()["dropped"] == 2
 
 

@@ -70,7 +70,7 @@ _SHORTEST_VALIDATION = 150
 _LARGEST_DIFFERENCE, _UNIT = 3.0, 0.02
 # Bound on the excess of a task, in log loss behind tuned AdamW, in the mean over tasks.
 _LARGEST_EXCESS = 1.5
-# Errors of a single task or of its weights: the task is skipped and counted.
+# Errors of a single run: the task is skipped and counted.
 _RUN_ERRORS = (ArithmeticError, RuntimeError, ValueError)
 
 #: Maps a method of :class:`Runs` over jobs, in their order, as results come.
@@ -331,17 +331,16 @@ class Runs:
             job: seed, weights of shape ``(n,)``, and whether the task is a large one.
         """
         seed, weights, large = job
-        kind, values, failure = "", None, ""
+        values, failure = None, ""
+        run = self.draw(seed, large)
         try:
-            run = self.draw(seed, large)
-            kind = run.task.name
             change = perturbations(seed, self.recipe.pairs, len(weights)) * self.recipe.sigma
             weights = torch.cat((weights + change, weights - change))
             losses, held_out = roll(self._rule, weights, run, seed)
             values = fitness(losses, run.known, held_out)
         except _RUN_ERRORS as error:
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        return TaskResult(seed, kind, values, failure)
+        return TaskResult(seed, run.task.name, values, failure)
 
     def validate(self, job: tuple[int, Tensor]) -> float:
         """Log of the final over the first loss.

@@ -182,7 +182,8 @@ def flatten(batch: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...] | None]:
         return (batch,), ()
     if not isinstance(batch, (Mapping, tuple, list)) or not batch:
         raise ValueError(
-            f"a batch must be a tensor, or a tuple or dict with tensors, and is {batch!r}"
+            f"a batch must be a tensor, or a tuple or dict with tensors, "
+            f"and is a {type(batch).__name__}"
         )
     parts = batch if isinstance(batch, Mapping) else dict(enumerate(batch))
     for key, part in parts.items():
