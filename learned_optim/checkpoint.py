@@ -297,7 +297,7 @@ def check_format(source: str, header: Mapping[str, Any]) -> None:
     if str(version) != str(FORMAT_VERSION):
         raise CheckpointError(
             f"{source} has checkpoint format version {version} and this release reads "
-            f"{FORMAT_VERSION}: pip install --upgrade learned-optim"
+            f"{FORMAT_VERSION}: install the release that wrote it"
         )
 
 

@@ -156,8 +156,8 @@ def _usage(rule: UpdateRule, name: str) -> str:
         f'optimizer = LearnedOptimizer(model.parameters(), "{name}"{length})',
         "```",
         "",
-        "`pip install learned-optim`. There is no learning rate to tune: `lr` multiplies the "
-        "update and 1.0 is what the rule was trained for.",
+        "It needs the package `learned_optim`. There is no learning rate to tune: `lr` multiplies "
+        "the update and 1.0 is what the rule was trained for.",
     ]
     if rule.reads_horizon:
         lines.append(
@@ -186,6 +186,8 @@ def _training(record: dict[str, Any], recipe: dict[str, Any]) -> str:
         rows.append(f"- Trained for: {record['trained_for']}")
     if record.get("commit"):
         rows.append(f"- Source version: `{record['commit']}`")
+    if record.get("converted"):
+        rows.append(f"- Converted: {record['converted']}")
     details = as_json(record, indent=2)
     return "\n".join(rows) + (
         f"\n\n<details><summary>Full record</summary>\n\n```json\n{details}\n```\n\n</details>"
@@ -248,14 +250,15 @@ def _limits(
     steps = [entry["steps"] for entry in evaluation["tasks"].values()] if evaluation else []
     longest = max([*steps, _tested_horizon(recipe) or 0])
     tested = f"{longest:,}" if longest else unknown
-    state = rule.init_state(torch.zeros(64, 64)).values()
-    size = sum(entry.numel() * entry.element_size() for entry in state if entry.dim() > 1) / 64**2
+    matrix = torch.zeros(64, 64)
+    state = {**rule.init_state(matrix), **rule.init_matrices(matrix.shape, matrix.device)}
+    size = sum(e.numel() * e.element_size() for e in state.values() if e.dim() > 1) / 64**2
     runs = record.get("trained_for") or (f"runs of {trained} steps and tested on runs of {tested}")
     rows = [
         f"- Trained on {runs}; what it does beyond is unknown.",
         "- Tasks unlike those it was trained on may train slowly or diverge: compare with a tuned "
         "Adam first.",
-        f"- State takes {size:,.0f} bytes per parameter in float32 (Adam: 8).",
+        f"- State takes {size:,.0f} bytes per parameter of a square matrix in float32 (Adam: 8).",
     ]
     if not rule.zero_preserving:
         rows.append("- Parameters whose gradient stays exactly zero still drift.")

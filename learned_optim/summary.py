@@ -230,7 +230,9 @@ def _skipped(summary: dict[str, Any]) -> str:
 
 def _equals(found: dict[str, Any]) -> str:
     count = len(found["mean"])
-    return f"more than {count}" if found["equals"] is None else f"{found['equals']:.1f}"
+    if found["equals"] is None:
+        return f"more than {count}"
+    return f"{found['equals']:.1f}" if found["equals"] >= 1 else "less than 1"
 
 
 def _name(summary: dict[str, Any], name: str) -> str:

@@ -165,7 +165,7 @@ def test_sizes_are_compared_before_anything_is_built(good: Path, size: dict[str,
 @pytest.mark.parametrize(
     ("entry", "text", "message"),
     [
-        ("format_version", "3", "version 3 and this release reads 2: pip"),
+        ("format_version", "3", "version 3 and this release reads 2: install"),
         ("format", "pt", r"no learned_optim checkpoint: .* format='pt'"),
         ("sha256", "", "the file is damaged: its content does not have the digest"),
         ("rule", "gru", "unknown update rule 'gru'; known: .*lstm"),

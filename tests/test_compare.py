@@ -33,7 +33,7 @@ def test_worth_over_tasks() -> None:
     assert (found["equals"], found["tasks"]) == (pytest.approx(2.0), 2)
     # Two tasks, resampled, are either one twice with a chance of a quarter each.
     assert (found["low"][0], found["high"][0]) == pytest.approx((2.0, 5.25))
-    assert worth({"a": 3.0}, tuning)["equals"] == 1.0  # a single run is already as good
+    assert worth({"a": 3.0}, tuning)["equals"] == 0.0  # a single run is already better
     assert worth({"a": 1.0}, tuning)["equals"] is None  # ahead of the best of all
     assert worth({"c": math.inf}, tuning) is None
 

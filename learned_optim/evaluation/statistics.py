@@ -143,8 +143,8 @@ def worth(
     Returns:
         By ``k`` from 1, the geometric mean over tasks of the expected loss as ``mean``, between
         ``low`` and ``high`` (95 %, bootstrap over tasks); ``equals``, the number of tuned runs
-        whose best one the untuned run equals: ``None`` if it is ahead of the best of all; the
-        number of ``tasks``. ``None`` where no task counts.
+        whose best one the untuned run equals: 0 if one run is ahead of it, ``None`` if it is
+        ahead of the best of all; the number of ``tasks``. ``None`` where no task counts.
     """
     ratios = []
     for task, loss in untuned.items():
@@ -165,9 +165,9 @@ def worth(
 
 
 def _crossing(means: Sequence[float]) -> float | None:
-    """The smallest ``k`` at which ``means`` are 1, linear between whole ones; at least 1."""
+    """The smallest ``k`` at which ``means`` are 1, linear between whole ones; 0 if it is below."""
     if means[0] <= 1.0:
-        return 1.0
+        return float(means[0] == 1.0)
     for k, (above, below) in enumerate(pairwise(means), start=1):
         if below <= 1.0:
             return k + (above - 1.0) / (above - below)

@@ -244,7 +244,7 @@ CARDS = [
         "| validation | arithmetic | 48.5 |  |",
         "| test, 100 fresh runs | arithmetic | 49.25 | 3.125 |",
         "- Trained on runs of an unknown number of steps and tested on runs of 100;",
-        "- State takes 320 bytes per parameter in float32 (Adam: 8).",
+        "- State takes 320 bytes per parameter of a square matrix in float32 (Adam: 8).",
         "- Parameters whose gradient stays exactly zero still drift.",
     ]),
     ("adam", MIXTURE, [
