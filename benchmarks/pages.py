@@ -69,6 +69,8 @@ number of steps and runs at `lr=1`.
 ## Shorter runs, more tuned rivals
 
 The same tasks for 300 to 1,000 steps; every rival of this table is tuned for each task.
+Measured before steps had the [bound](how-it-works.md) of a tenth of the tensor's root mean square,
+which changed the means of whole runs by a percent.
 
 {short}
 
