@@ -11,7 +11,6 @@ PACKAGE = Path(learned_optim.__file__).parent
 #: From the lowest layer up (docs/design.md); a module may import its own layer and those before it.
 LAYERS = (
     ("_ambient", "_discovery", "_extras", "_fields", "_progress", "_tensors", "_warn"),
-    ("preprocessing",),
     ("kernels",),
     ("rules",),
     ("checkpoint", "summary"),

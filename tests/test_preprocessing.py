@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from learned_optim.preprocessing import log_and_sign
+from learned_optim.rules.lstm import log_and_sign
 
 
 @pytest.mark.parametrize(

@@ -114,12 +114,7 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
         "cifar10": datasets.CIFAR10,
     }
     try:
-        try:
-            images = builders[name](root, train=train, download=False)
-        except RuntimeError:  # torchvision's "Dataset not found"
-            if not download:
-                raise
-            images = builders[name](root, train=train, download=True)
+        images = builders[name](root, train=train, download=download)  # what is there is kept
     except (RuntimeError, OSError) as error:
         attempt = "downloading it failed" if download else "downloading is switched off"
         raise FileNotFoundError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Generator, Tensor
@@ -219,20 +219,6 @@ def _fair_share(sizes: Sequence[int], count: int) -> int:
 # ---- persistent evolution strategies
 
 
-@dataclass
-class Particles:
-    """Pairs of runs under opposite perturbations of the weights.
-
-    Attributes:
-        pairs: the two runs of each pair.
-        directions: each pair's perturbations summed over the unrolls so far, in units of sigma,
-            shape ``(pairs, weights)``.
-    """
-
-    pairs: list[tuple[Optimizees, Optimizees]]
-    directions: Tensor | float = 0.0
-
-
 def pes(
     rule: UpdateRule, optimizees: Optimizees, steps: int, options: EstimatorOptions
 ) -> MetaGradient:
@@ -251,17 +237,17 @@ def pes(
     The particles are kept in ``optimizees.carry`` and begin anew with every run.
     """
     if optimizees.carry is None:
-        copies = [(optimizees.copy(), optimizees.copy()) for _ in range(options.pairs)]
-        optimizees.carry = Particles(copies)
-    particles = cast(Particles, optimizees.carry)
+        copies = [optimizees.copy() for _ in range(2 * options.pairs)]
+        optimizees.carry = copies, torch.zeros((), dtype=rule.dtype)
+    particles, directions = optimizees.carry
     weights = list(rule.parameters())
     sizes = [weight.numel() for weight in weights]
     fresh = torch.randn(options.pairs, sum(sizes), generator=options.generator, dtype=rule.dtype)
-    particles.directions = particles.directions + fresh
-    runs: list[tuple[UpdateRule, Optimizees]] = []
-    for change, (plus, minus) in zip(options.sigma * fresh, particles.pairs, strict=True):
-        runs += [(_perturbed(rule, change), plus), (_perturbed(rule, -change), minus)]
-    runs.append((rule, optimizees))
+    directions = directions + fresh
+    optimizees.carry = particles, directions
+    changes = (options.sigma * torch.stack((fresh, -fresh), 1)).flatten(0, 1)
+    rules = [_perturbed(rule, change) for change in changes]
+    runs = [*zip(rules, particles, strict=True), (rule, optimizees)]
     rows = []
     for _ in range(steps):
         batch, dropout = optimizees.next_batch(), torch.get_rng_state()
@@ -272,7 +258,7 @@ def pes(
     # In float64: the difference within a pair is much smaller than the losses.
     fitness = losses[:, :-1].double().sum(0).mean(1).view(-1, 2)  # (pairs, 2)
     slopes = (fitness[:, 0] - fitness[:, 1]) / (2 * options.sigma)
-    flat = (slopes.to(rule.dtype).unsqueeze(1) * particles.directions).mean(0)
+    flat = (slopes.to(rule.dtype).unsqueeze(1) * directions).mean(0)
     grads = [part.view_as(w) for part, w in zip(flat.split(sizes), weights, strict=True)]
     return MetaGradient(losses[:, -1], grads)
 

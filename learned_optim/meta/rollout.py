@@ -54,7 +54,9 @@ class Optimizees:
         segments: which coordinate belongs to which tensor.
         state: of the rule, entries ``(n, k)`` or ``(m, k)``.
         step: number of inner steps taken.
-        carry: state of an estimator between the unrolls of these runs.
+        carry: of persistent evolution strategies, between the unrolls of these runs: the particles,
+            opposite ones side by side, and the sums of perturbations of their pairs, in units of
+            sigma, ``(pairs, weights)``.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Optimizees:
         # Of the tasks, before the forward pass of step `_buffered`, and after it.
         self._buffers = self._updated = [task.buffers() for task in self._tasks]
         self._buffered = 0
-        self.carry: object | None = None
+        self.carry: tuple[list[Optimizees], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._tasks)

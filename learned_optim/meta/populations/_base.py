@@ -102,12 +102,9 @@ class Population(ABC):
         Returns:
             Shape ``(B,)``; entry ``b`` depends on ``params[name][b]`` alone.
         """
-        return self.loss(self._unscaled(params), batch)
-
-    def _unscaled(self, params: Params) -> Params:
-        if self.scales is None:
-            return params
-        return {name: value * self.scales[name] for name, value in params.items()}
+        if self.scales is not None:
+            params = {name: value * self.scales[name] for name, value in params.items()}
+        return self.loss(params, batch)
 
 
 def draw_index(weights: Tensor | None, of: int, size: int, generator: Generator) -> Tensor:

@@ -8,7 +8,7 @@ of the runs is longer than 100 steps, up to 2,000: short runs alone teach greed,
 stalls later. Unrolls are long because what escapes a plateau pays late.
 """
 
-from learned_optim.meta.recipes._recipe import Recipe
+from learned_optim.meta.recipes import Recipe
 from learned_optim.rules.equivariant import EquivariantConfig
 
 RECIPE = Recipe(

@@ -7,7 +7,7 @@ weights were trained in two stages: 500 meta-steps on an earlier mixture without
 step confidence, 40 with it on this mixture; later configurations kept the weights.
 """
 
-from learned_optim.meta.recipes._recipe import EvolutionRecipe
+from learned_optim.meta.recipes import EvolutionRecipe
 from learned_optim.rules.horizon import HorizonConfig
 
 RECIPE = EvolutionRecipe(

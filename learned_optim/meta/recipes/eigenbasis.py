@@ -2,7 +2,7 @@
 An hour and a half on one core.
 """
 
-from learned_optim.meta.recipes._recipe import EvolutionRecipe
+from learned_optim.meta.recipes import EvolutionRecipe
 from learned_optim.rules.horizon import HorizonConfig
 
 RECIPE = EvolutionRecipe(

@@ -5,7 +5,7 @@ Sixty epochs instead of the thesis's twenty: single meta-gradients are mostly no
 a tenth of their size), so what a cosine to a hundredth and averaged weights gain needs time.
 """
 
-from learned_optim.meta.recipes._recipe import Recipe
+from learned_optim.meta.recipes import Recipe
 from learned_optim.rules.lstm import LSTMConfig
 
 RECIPE = Recipe(

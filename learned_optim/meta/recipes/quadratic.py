@@ -5,7 +5,7 @@ Rarely a function's steepest direction makes a whole run explode, and its meta-g
 32 functions per meta-step and clipping keep such runs from undoing the others.
 """
 
-from learned_optim.meta.recipes._recipe import Recipe
+from learned_optim.meta.recipes import Recipe
 from learned_optim.rules.lstm import LSTMConfig
 
 RECIPE = Recipe(

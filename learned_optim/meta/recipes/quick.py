@@ -4,7 +4,7 @@ A small network and short runs; nothing is downloaded. The rule learns this task
 summed loss ends below tuned Adam's. A general-purpose rule takes hours.
 """
 
-from learned_optim.meta.recipes._recipe import Recipe
+from learned_optim.meta.recipes import Recipe
 from learned_optim.rules.equivariant import EquivariantConfig
 
 RECIPE = Recipe(

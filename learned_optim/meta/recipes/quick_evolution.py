@@ -4,8 +4,7 @@ Whole runs of a small network, as `diagonal` was trained on a mixture; nothing i
 tasks of your own: `meta_train(task, "quick-evolution", folder=...)`.
 """
 
-from learned_optim.meta.recipes import diagonal
-from learned_optim.meta.recipes._recipe import EvolutionRecipe
+from learned_optim.meta.recipes import EvolutionRecipe, diagonal
 
 RECIPE = EvolutionRecipe(
     rule=diagonal.RECIPE.rule,

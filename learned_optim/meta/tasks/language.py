@@ -23,8 +23,6 @@ from learned_optim.meta.tasks._base import Batch, EvaluationTask, ModuleTask
 LENGTH = 64
 BATCH_SIZE = 16
 
-GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
 
 def text_of(path: Path | None) -> str:
     """The text to model: a file's, or else that of Python's ``argparse``.
@@ -96,13 +94,7 @@ class GRUModel(nn.Module):
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # nn.GRU caches its weights and would miss functional_call's: the functional form does not.
-        gru = self.gru
-        weights: list[Tensor] = [getattr(gru, f"{name}_l0") for name in GRU_WEIGHTS]
-        x = self.embed(tokens)
-        start = x.new_zeros(1, len(tokens), gru.hidden_size)
-        states, _ = torch.gru(x, start, weights, True, 1, 0.0, self.training, False, True)
-        return self.head(states)
+        return self.head(self.gru(self.embed(tokens))[0])
 
 
 class Block(nn.Module):

@@ -20,7 +20,7 @@ from learned_optim.meta.data import Images, halves, load_images
 from learned_optim.meta.sampler import Sampler
 from learned_optim.meta.tasks._base import Batch, ModuleTask, Params, Task, TaskFamily, TaskOptions
 from learned_optim.meta.tasks.images import THESIS_STD, mlp
-from learned_optim.meta.tasks.language import sequence_loss
+from learned_optim.meta.tasks.language import Block, sequence_loss
 from learned_optim.meta.tasks.quadratic import Quadratics
 
 
@@ -151,9 +151,7 @@ class SequenceNet(nn.Module):
         self.attention = attention
         if attention:
             self.place = nn.Parameter(0.02 * torch.randn(length, width))
-            self.norm_in, self.norm_mid = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            self.block = Block(width, heads=1)
         else:
             self.reset_update = nn.Linear(2 * width, 2 * width)
             self.candidate = nn.Linear(2 * width, width)
@@ -162,16 +160,8 @@ class SequenceNet(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
-        x = self._attend(x) if self.attention else self._recur(x)
+        x = self.block(x + self.place) if self.attention else self._recur(x)
         return self.head(self.norm_out(x))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        x = x + self.place
-        q, k, v = self.qkv(self.norm_in(x)).chunk(3, dim=-1)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        x = x + self.out(scores.masked_fill(future, -1e9).softmax(-1) @ v)
-        return x + self.down(F.gelu(self.up(self.norm_mid(x))))
 
     def _recur(self, x: Tensor) -> Tensor:
         h = torch.zeros_like(x[:, 0])
