@@ -167,6 +167,11 @@ def _step_tensors(call: Call, settings: StepSettings, loss: float | Tensor | Non
     rule, params = call.rule, call.params
     device = params[0].device
     if rule.needs_loss:
+        if loss is None:
+            raise ValueError(
+                f"the update rule {rule.name!r} of this optimizer reads the loss: call "
+                f"step(closure) with a closure that returns it"
+            )
         finite = torch.as_tensor(loss, dtype=rule.dtype, device=device)
         finite = torch.nan_to_num(finite, nan=0.0, posinf=0.0, neginf=0.0)
         settings = StepSettings(*settings[:-1], finite)

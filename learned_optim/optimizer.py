@@ -174,11 +174,6 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if loss is None and self._frozen.rule.needs_loss:
-            raise ValueError(
-                f"the update rule {self._frozen.rule.name!r} of this optimizer reads the loss: "
-                f"call step(closure) with a closure that returns it"
-            )
         compiling = torch.compiler.is_compiling()
         for index, group in enumerate(self.param_groups):
             if compiling:
