@@ -17,18 +17,15 @@ import contextlib
 import io
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import DOCS, ROOT
-from learned_optim.cli import main as learned_optim
 
 #: Pages whose commands build on their Python blocks.
 WITH_CODE = ("docs/meta-training.md",)
@@ -113,47 +110,27 @@ def execute(command: str) -> tuple[int, str]:
     """Runs a command in the current folder; returns its status and what it printed."""
     text, _, target = command.partition(" > ")
     words = shlex.split(text)
-    shown = io.StringIO()
-    if words[:2] == ["python", "-m"] or words[0] == "torchrun":
-        process = [sys.executable, *words[1:]] if words[0] == "python" else words
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-        done = subprocess.run(process, capture_output=True, text=True, env=environment)
-        return done.returncode, done.stdout + done.stderr
-    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-        try:
-            status = learned_optim(words[1:]) if words[0] == "learned-optim" else script(words)
-        except (Exception, SystemExit):  # one command's failure is not the end of the others
-            traceback.print_exc()
-            status = 1
+    if words[0] == "learned-optim":
+        words[:1] = ["python", "-m", "learned_optim"]
+    if words[0] == "python":
+        words[0] = sys.executable
+        if words[1] != "-m":
+            words[1] = str(ROOT / words[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if target:
-        Path(target.split()[0]).write_text(shown.getvalue())
-    return status, shown.getvalue()
-
-
-def script(words: list[str]) -> int:
-    """Runs ``python SCRIPT ...`` in this process."""
-    if words[0] != "python":
-        raise ValueError(f"cannot run {' '.join(words)!r}: neither learned-optim nor python")
-    before, sys.argv = sys.argv, words[1:]
-    try:
-        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
-    finally:
-        sys.argv = before
-    return 0
+        Path(target.split()[0]).write_text(done.stdout)
+    return done.returncode, done.stdout + done.stderr
 
 
 def missing(command: str, started: float) -> list[str]:
     """Returns the patterns of files that the command should have left since ``started``."""
-    wanted = [files for pattern, files in LEAVES.items() if re.search(pattern, command)]
     if "--help" in command:
         return []
-    fresh = [p for p in Path().rglob("*") if p.is_file() and p.stat().st_mtime >= started - 1]
-    return [
-        pattern
-        for files in wanted
-        for pattern in files
-        if not any(path.match(pattern) and path.stat().st_size for path in fresh)
-    ]
+    wanted = [f for start, files in LEAVES.items() if re.search(start, command) for f in files]
+    found = [(path, path.stat()) for path in Path().rglob("*") if path.is_file()]
+    fresh = [path for path, stat in found if stat.st_size and stat.st_mtime >= started - 1]
+    return [pattern for pattern in wanted if not any(path.match(pattern) for path in fresh)]
 
 
 def run_page(page: str) -> int:
@@ -186,13 +163,11 @@ def passes(page: str, command: str) -> bool:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
     parser.add_argument("folder", nargs="?", type=Path, help="where to run (a temporary one)")
     parser.add_argument("--pages", nargs="+", choices=all_pages(), metavar="PAGE")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)

@@ -208,14 +208,12 @@ def results_table(found: dict[str, Any]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
     parser.add_argument("tests", nargs="*", metavar="TEST", help="modules of lightbench")
     parser.add_argument("--steps", type=int, default=3000, help="of every attempt")
     parser.add_argument("--seconds", type=float, default=5.0, help="of the processor")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
     try:
         measure(options.tests, options.steps, options.seconds)
     except ImportError as error:

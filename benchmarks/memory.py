@@ -152,5 +152,4 @@ def memory_table(found: dict[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
     print(memory_table(save(OUTPUT, measure())))

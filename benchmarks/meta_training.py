@@ -94,6 +94,5 @@ def rate_table(found: dict[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
     torch.set_num_threads(1)
     print(rate_table(save(OUTPUT, measure())))

@@ -116,24 +116,19 @@ def task_ratio(task: dict[str, Any], name: str, rival: str, held_out: bool = Fal
     return mine / theirs if mine is not None and theirs is not None else None
 
 
-def held_out_ratio(summary: dict[str, Any], rival: str) -> str:
-    """Returns the geometric mean of held-out ratios over tasks, cut off at 1/10 and 10."""
-    name = learned_name(summary)
-    ratios = [task_ratio(task, name, rival, held_out=True) for task in summary["tasks"].values()]
-    return interval_text(geometric_mean([cut_off(r) for r in ratios if r is not None]))
-
-
 def rivals_table(summary: dict[str, Any], rivals: list[str]) -> str:
     """Returns a row per rival: the ratios, the tasks won, and a step's cost."""
-    name = learned_name(summary)
+    name, tasks = learned_name(summary), summary["tasks"].values()
     rows = []
     for rival in rivals:
-        ratios = [task_ratio(task, name, rival) for task in summary["tasks"].values()]
+        ratios = [task_ratio(task, name, rival) for task in tasks]
+        held_out = [task_ratio(task, name, rival, held_out=True) for task in tasks]
+        mean = interval_text(geometric_mean([cut_off(r) for r in held_out if r is not None]))
         ahead = sum(r is None or r <= 1 for r in ratios)  # `None`: the rival diverged
         row = [f"{rival}, tuned" if rival in summary["protocol"]["tuned"] else rival]
         row.append(interval_text(summary["untuned_pairs"][name][rival]))
         row.append(f"{median([r for r in ratios if r is not None]):.2f}")
-        row += [f"{ahead} of {len(ratios)}", held_out_ratio(summary, rival)]
+        row += [f"{ahead} of {len(ratios)}", mean]
         rows.append([*row, f"{summary['overall'][rival]['optimizer_milliseconds']:.2f}"])
     own = f"{summary['overall'][name]['optimizer_milliseconds']:.2f}"
     head = ["rival", "mean ratio [95 %]", "median", "ahead or level on", "held out"]
@@ -381,12 +376,10 @@ PAGES = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
     if options.check:
         if stale := [path.name for path, page in PAGES.items() if path.read_text() != page()]:
             raise SystemExit(f"not up to date: {', '.join(stale)}; run python -m benchmarks pages")

@@ -58,13 +58,11 @@ def without_curves(summary: Any) -> Any:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--workers", type=int, default=1, help="processes")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
     if unknown := set(options.groups) - set(GROUPS):
         raise SystemExit(f"unknown groups {sorted(unknown)}; known: {', '.join(GROUPS)}")
     for name in options.groups or GROUPS:

@@ -25,7 +25,7 @@ from benchmarks.common import (
     save,
     shipped,
 )
-from learned_optim import LearnedOptimizer, kernels
+from learned_optim import LearnedOptimizer, kernels, load_rule
 from learned_optim.pretrained import ALIASES
 from learned_optim.summary import table
 
@@ -58,17 +58,16 @@ NETWORKS: dict[str, tuple[list[tuple[int, ...]], int]] = {
 
 
 def step_of(name: str, shapes: list[tuple[int, ...]]) -> Callable[[], Any]:
-    """Returns the step of ``"adam"`` or of a checkpoint, with parameters of its own."""
+    """Returns the step of ``"adam"`` or of a checkpoint, with parameters of its own.
+
+    A checkpoint is told the length of the run if its rule reads it.
+    """
     params = parameters(shapes)
     if name == "adam":
         return torch.optim.Adam(params, fused=True).step
-    return learned(params, name).step
-
-
-def learned(params: list[torch.nn.Parameter], name: str) -> LearnedOptimizer:
-    """Returns a learned optimizer, told the length of the run if its rule reads it."""
-    total_steps = TOTAL_STEPS if LearnedOptimizer(params, name).rule.reads_horizon else None
-    return LearnedOptimizer(params, name, total_steps=total_steps)
+    rule = load_rule(name)
+    total_steps = TOTAL_STEPS if rule.reads_horizon else None
+    return LearnedOptimizer(params, rule, total_steps=total_steps).step
 
 
 def times(networks: list[str], names: list[str], threads: int = 1) -> list[dict[str, Any]]:
@@ -158,13 +157,11 @@ def checkpoint_table(found: dict[str, Any]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
     parser.add_argument("--quick", action="store_true", help="only the small network")
     parser.add_argument("--json", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
     torch.set_num_threads(1)
     if options.json:
         print(json.dumps(times(list(NETWORKS)[:3], options.json)))

@@ -201,12 +201,7 @@ def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -
 
 
 def check_weights(rule: UpdateRule, tensors: Mapping[str, Tensor]) -> None:
-    """Check that the rule can compute with these tensors.
-
-    Raises:
-        ValueError: a tensor of another kind than the rule's, weights of several dtypes, or weights
-            that are not finite. The message names the tensor.
-    """
+    """Raise ``ValueError``, naming the tensor, where the rule cannot compute with these."""
     weights = {name for name, _ in rule.named_parameters()}
     for name, own in rule.state_dict().items():
         if name not in tensors:

@@ -131,6 +131,7 @@ def model_card(
     evolution = recipe.get("method") == "evolution"
     by = "evolution strategies on whole runs" if evolution else "gradient descent"
     weights = sum(weight.numel() for weight in rule.parameters())
+    steps = recipe.get("validation_horizon") or recipe.get("horizon")  # of the record's figures
     sections = [
         f"---\nlicense: {license}\nlibrary_name: {FORMAT}\ntags:\n- learned-optimizer\n"
         f"- meta-learning\n- learning-to-optimize\n- pytorch\n---",
@@ -139,8 +140,8 @@ def model_card(
         f"weights{f', trained by {by}' if recipe else ''}, used in place of `torch.optim.Adam`.",
         f"## Use\n\n{_usage(rule, name)}",
         f"## Training\n\n{_training(record, recipe)}",
-        f"## Evaluation\n\n{_results(record, recipe, evaluation, curves or [])}",
-        f"## Limits\n\n{_limits(rule, record, recipe, evaluation)}",
+        f"## Evaluation\n\n{_results(record, recipe, evaluation, curves or [], steps)}",
+        f"## Limits\n\n{_limits(rule, record, evaluation, steps)}",
         f"## Licence\n\n{license}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -177,17 +178,16 @@ def _usage(rule: UpdateRule, name: str) -> str:
 def _training(record: dict[str, Any], recipe: dict[str, Any]) -> str:
     if not recipe:
         return "The checkpoint holds no record of its training."
-    tasks = recipe.get("task") or []
+    tasks, commit = recipe.get("task") or [], record.get("commit")
     names = [tasks] if isinstance(tasks, str) else map(str, tasks)
-    rows = [f"- Tasks: {', '.join(f'`{name}`' for name in names) or 'not recorded'}"]
-    if record.get("data_sets"):
-        rows.append(f"- Image sets: {', '.join(map(str, record['data_sets']))}")
-    if record.get("trained_for"):
-        rows.append(f"- Trained for: {record['trained_for']}")
-    if record.get("commit"):
-        rows.append(f"- Source version: `{record['commit']}`")
-    if record.get("converted"):
-        rows.append(f"- Converted: {record['converted']}")
+    facts = {
+        "Tasks": ", ".join(f"`{name}`" for name in names) or "not recorded",
+        "Image sets": ", ".join(map(str, record.get("data_sets") or [])),
+        "Trained for": record.get("trained_for"),
+        "Source version": commit and f"`{commit}`",
+        "Converted": record.get("converted"),
+    }
+    rows = [f"- {name}: {fact}" for name, fact in facts.items() if fact]
     details = as_json(record, indent=2)
     return "\n".join(rows) + (
         f"\n\n<details><summary>Full record</summary>\n\n```json\n{details}\n```\n\n</details>"
@@ -203,6 +203,7 @@ def _results(
     recipe: dict[str, Any],
     evaluation: dict[str, Any] | None,
     curves: list[str],
+    steps: int | None,
 ) -> str:
     parts = []
     if evaluation is not None:
@@ -228,27 +229,21 @@ def _results(
         spread = f"{test['std']:.4g}" if mean == "mean" and _is_number(test, "std") else ""
         rows.append([runs, kind, f"{test[mean]:.4g}", spread])
     if rows:
-        steps = _tested_horizon(recipe)
         summed = f"loss summed over {steps:,} steps" if steps else "summed loss"
         parts.append(table([summed, "mean", "value", "standard deviation"], rows))
     return "\n\n".join(parts) or "None was recorded."
 
 
-def _tested_horizon(recipe: dict[str, Any]) -> int | None:
-    """Inner steps of the runs behind the record's figures, if known."""
-    return recipe.get("validation_horizon") or recipe.get("horizon")
-
-
 def _limits(
     rule: UpdateRule,
     record: dict[str, Any],
-    recipe: dict[str, Any],
     evaluation: dict[str, Any] | None,
+    tested_steps: int | None,
 ) -> str:
     unknown = "an unknown number of"
     trained = f"up to {rule.trained_steps:,}" if rule.trained_steps else unknown
     steps = [entry["steps"] for entry in evaluation["tasks"].values()] if evaluation else []
-    longest = max([*steps, _tested_horizon(recipe) or 0])
+    longest = max([*steps, tested_steps or 0])
     tested = f"{longest:,}" if longest else unknown
     matrix = torch.zeros(64, 64)
     state = {**rule.init_state(matrix), **rule.init_matrices(matrix.shape, matrix.device)}

@@ -149,15 +149,7 @@ def _download(hub_id: str, local_files_only: bool) -> Path:
     """The checkpoint file of a Hub repository, through the Hub's cache.
 
     ``config.json`` comes first, so that a foreign repository is refused before its weights are
-    fetched. The weights are taken from the same commit.
-
-    Args:
-        hub_id: ``"user/repo"``, optionally ``"@revision"``.
-        local_files_only: read the cache alone.
-
-    Raises:
-        FileNotFoundError: no such repository, revision or file, or no way to reach the Hub.
-        CheckpointError: the repository is no learned_optim rule, or of a newer format.
+    fetched. The weights are taken from the same commit. Errors are those of :func:`load_rule`.
     """
     repo, _, revision = hub_id.partition("@")
     config = _fetch(repo, CONFIG_FILE, revision or None, local_files_only)
@@ -191,26 +183,24 @@ def _fetch(repo: str, file: str, revision: str | None, local_files_only: bool) -
                 f"check the network, or use a shipped checkpoint"
             )
         raise FileNotFoundError(cause) from error
-    except errors.EntryNotFoundError as error:
-        if file == CONFIG_FILE:
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        if isinstance(error, errors.EntryNotFoundError) and file == CONFIG_FILE:
             raise CheckpointError(
                 f"the Hub repository {at!r} has no {CONFIG_FILE}: it is no learned_optim rule"
             ) from error
-        cause = f"the Hub repository {at!r} has no file {file}, and only safetensors are loaded"
-        raise FileNotFoundError(f"{cause} ({_first_line(error)})") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        if isinstance(error, errors.GatedRepoError):
-            cause = f"the Hub repository {at!r} is gated: ask its owner for access, then log in"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            cause = (
-                f"the Hub has no repository {at!r}, or it is private: check the spelling, or log "
-                f"in with `hf auth login`"
-            )
-        elif isinstance(error, errors.RevisionNotFoundError):
-            cause = f"the Hub repository has no such revision: {at!r}"
-        else:
-            cause = f"{file} could not be had from the Hub repository {at!r}"
-        raise FileNotFoundError(f"{cause} ({_first_line(error)})") from error
+        causes = {
+            errors.EntryNotFoundError: f"the Hub repository {at!r} has no file {file}, and only "
+            f"safetensors are loaded",
+            errors.GatedRepoError: f"the Hub repository {at!r} is gated: ask its owner for "
+            f"access, then log in",
+            errors.RepositoryNotFoundError: f"the Hub has no repository {at!r}, or it is private: "
+            f"check the spelling, or log in with `hf auth login`",
+            errors.RevisionNotFoundError: f"the Hub repository has no such revision: {at!r}",
+            Exception: f"{file} could not be had from the Hub repository {at!r}",
+        }
+        cause = next(text for kind, text in causes.items() if isinstance(error, kind))
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"{cause} ({first_line})") from error
 
 
 def _answers(repo: str, file: str, revision: str | None) -> bool:
@@ -227,7 +217,3 @@ def _answers(repo: str, file: str, revision: str | None) -> bool:
     except Exception:  # a timeout or no connection; the type depends on the client's HTTP library
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,8 +19,6 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 #: Most tasks whose figures are printed one by one, and whose curves are drawn.
 FEW = 8
 
-EDGE = "‡: at the edge of the grid of learning rates; beyond it there may be a better one."
-
 
 # ---- tables
 
@@ -32,12 +30,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
-    """A mean with half its interval, as ``"12.3 ± 0.4"``.
-
-    Args:
-        interval: ``mean`` and ``half`` of a summary; ``None`` for what was not measured gives "".
-        digits: after the decimal point.
-    """
+    """A mean with half its interval, as ``"12.3 ± 0.4"``; "" for ``None``."""
     if interval is None:
         return ""
     if interval["mean"] is None:
@@ -47,12 +40,7 @@ def value_text(interval: dict[str, Any] | None, digits: int = 1) -> str:
 
 
 def ratio_text(ratio: dict[str, Any] | None) -> str:
-    """A ratio with its interval, ``"0.61 [0.58, 0.64]"``; bold below 1.
-
-    Args:
-        ratio: ``mean``, ``low`` and ``high`` of a summary; ``None``, where there was no baseline
-            to compare with, gives "".
-    """
+    """A ratio with its interval, ``"0.61 [0.58, 0.64]"``, bold below 1; "" for ``None``."""
     if ratio is None:
         return ""
     if ratio["mean"] is None:
@@ -106,7 +94,8 @@ def describe(summary: dict[str, Any]) -> str:
         f"{protocol['tuning_seeds']} other. The final loss is the mean over the last 5 % of the "
         f"steps. Means over tasks are geometric, of ratios cut off at 1/10 and 10; a run that "
         f"diverged counts as 10. Bold: the whole 95 % interval is below 1. Times are processor "
-        f"time of one thread. {EDGE}"
+        f"time of one thread. ‡: at the edge of the grid of learning rates; beyond it there may be "
+        f"a better one."
     )
     return "\n\n".join(part for part in (text, _skipped(summary)) if part)
 
@@ -129,24 +118,14 @@ def tuned_table(summary: dict[str, Any]) -> str:
     if not any("ratio" in row for row in summary["overall"].values()):
         return "No tuned rival took part."
     head = ["optimizer", "final loss / best tuned [95 %]", "held-out loss", "summed loss",
-            "at most the tuned one's", "within 5 %", "reaches it on", "share of its steps",
-            "diverged", "stalled", "optimizer ms per step", "state, MB over all tasks"]  # fmt: skip
+            "at most the tuned one's", "diverged", "optimizer ms per step"]  # fmt: skip
     rows = []
     for name, row in summary["overall"].items():
-        share, spent = row["step_share_to_target"], row["optimizer_milliseconds"]
-        counts = row["at_most_tuned"], row["within_5_percent"], row["reached"]
-        rows.append(
-            [
-                _name(summary, name),
-                *(ratio_text(row[ratio]) for ratio in ("ratio", "test_ratio", "sum_ratio")),
-                *(f"{count} of {row['tasks']}" for count in counts),
-                "never" if share is None else f"{share:.0%}",
-                f"{row['diverged']:.0%}",
-                f"{row['stalled']:.0%}",
-                "" if spent is None else f"{spent:.2f}",
-                f"{row['state_bytes'] / 1e6:.2f}",
-            ]
-        )
+        ratios = [ratio_text(row[ratio]) for ratio in ("ratio", "test_ratio", "sum_ratio")]
+        counts = [f"{row['at_most_tuned']} of {row['tasks']}", f"{row['diverged']:.0%}"]
+        spent = row["optimizer_milliseconds"]
+        time = "" if spent is None else f"{spent:.2f}"
+        rows.append([_name(summary, name), *ratios, *counts, time])
     return table(head, rows)
 
 
@@ -197,8 +176,7 @@ def in_words(summary: dict[str, Any]) -> str:
         groups: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
         for other, found in summary["untuned_pairs"][name].items():
             if other in protocol["untuned"]:
-                ahead = found["high"] is not None and found["high"] < 1
-                behind = found["low"] is not None and found["low"] > 1
+                ahead, behind = (found["high"] or 1) < 1, (found["low"] or 1) > 1
                 where = "ahead of" if ahead else "behind" if behind else "level with"
                 groups[where].append(other)
         text = f"- `{name}`, untuned:"
@@ -215,9 +193,8 @@ def in_words(summary: dict[str, Any]) -> str:
         for rival, found in summary["worth"][name].items():
             if "all" in found:
                 text += f" One run equals the best of {_equals(found['all'])} {rival} runs."
-        for kind in ("diverged", "stalled"):
-            tasks = [t for t, e in summary["tasks"].items() if e["optimizers"][name][kind]]
-            text += f" It {kind} on {', '.join(tasks)}." if tasks else f" It never {kind}."
+        tasks = [t for t, e in summary["tasks"].items() if e["optimizers"][name]["diverged"]]
+        text += f" It diverged on {', '.join(tasks)}." if tasks else " It never diverged."
         lines.append(text)
     return "\n".join(lines)
 
@@ -292,10 +269,7 @@ def plot_curves(summary: dict[str, Any], task: str, path: Path) -> None:
 def draw_curves(curves: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     """Loss by step, log scale; labels ending in ``(learned)`` are solid.
 
-    Args:
-        curves: ``step``, ``mean`` and ``half`` by label; a curve ends where its mean is ``None``.
-        path: the image; its suffix says which kind.
-        title: of the plot.
+    A curve has lists ``step``, ``mean`` and ``half``, and ends where its mean is ``None``.
     """
     figure, axes = _axes(title, "step", "training loss")
     for (label, curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):

@@ -158,3 +158,26 @@ def trajectory(
 def fresh_states(rule: UpdateRule, params: list[Tensor]) -> list[State]:
     """States as :meth:`UpdateRule.step_` takes them."""
     return [{"step": torch.zeros(()), **rule.init_state(param)} for param in params]
+
+
+#: A module with an update rule of a user's own.
+OWN_RULE = """
+import torch
+from dataclasses import dataclass
+from learned_optim.rules import RuleConfig, UpdateRule
+
+@dataclass(frozen=True)
+class MineConfig(RuleConfig):
+    scale: float = 0.01
+
+class Mine(UpdateRule):
+    name = "mine-of-{name}"
+    Config = MineConfig
+
+    def __init__(self, config=None):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.tensor(self.config.scale))
+
+    def forward(self, grad, state, param, segments, context):
+        return -self.scale * grad, {{}}
+"""

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from conftest import random_rule
+from conftest import OWN_RULE, random_rule
 from test_trainer import SMALL
 
 import learned_optim
@@ -224,35 +224,12 @@ def test_progress_goes_on_where_an_earlier_process_stopped(
         assert bar.tqdm.initial == 3  # time left follows from what is done here
 
 
-RULE_OF_MINE = """
-import torch
-from dataclasses import dataclass
-from learned_optim.rules import RuleConfig, UpdateRule
-
-@dataclass(frozen=True)
-class MineConfig(RuleConfig):
-    scale: float = 0.01
-    \"\"\"How large the first step is.\"\"\"
-
-class Mine(UpdateRule):
-    name = "mine-of-{name}"
-    Config = MineConfig
-
-    def __init__(self, config=None):
-        super().__init__(config)
-        self.scale = torch.nn.Parameter(torch.tensor(self.config.scale))
-
-    def forward(self, grad, state, param, segments, context):
-        return -self.scale * grad, {{}}
-"""
-
-
 def test_rules_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As ``module:name`` in options and recipes; as a module where a checkpoint is loaded."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rules_of_mine.py").write_text(RULE_OF_MINE.format(name="cli"))
+    (tmp_path / "rules_of_mine.py").write_text(OWN_RULE.format(name="cli"))
     reference = "rules_of_mine:mine-of-cli"
     tiny = TINY[: TINY.index("--hidden-size")]
     command = ["train", "quadratic", *tiny, "--folder", "run", "--rule", reference]

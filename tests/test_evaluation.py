@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_rule
+from conftest import OWN_RULE, random_rule
 
 from learned_optim import LearnedOptimizer, save_rule
 from learned_optim.evaluation import (
@@ -34,7 +34,6 @@ from learned_optim.evaluation.statistics import (
     interval,
     pooled,
     ratio_interval,
-    smooth,
 )
 from learned_optim.meta import DataOptions
 from learned_optim.meta.tasks import Batch, Params, Task, field_steps, field_tasks
@@ -81,7 +80,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Script:
             values = losses(spec)
             good = all(map(math.isfinite, values))
             test = {"loss": 1.0, "accuracy": 0.75} if good else {}
-            return Run(values, 0.5 if good else math.inf, test, 0.25, 8)
+            return Run(values, 0.5 if good else math.inf, test, 0.25)
 
         monkeypatch.setattr(runs, "run", run)
         return asked
@@ -129,8 +128,6 @@ def test_geometric_mean_by_hand() -> None:
 
 
 def test_small_statistics_by_hand() -> None:
-    found = smooth(torch.arange(12.0)[None], 10)[0].tolist()
-    assert found == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.5, 6.5]
     assert pooled([1.0, 2.0, 3.0, 4.0, 5.0], 2) == [1.5, 4.0]
     assert pooled([1.0, math.inf], 1) == [math.inf]
     # Two values 2 apart: t at 1 degree of freedom is 12.7062, and so is half the interval.
@@ -145,12 +142,12 @@ def test_small_statistics_by_hand() -> None:
 
 def figures(label: str, losses: list[float], seconds: float = 1.0) -> Figures:
     """One seed's figures over 100 steps."""
-    done = Run(losses, seconds if math.isfinite(losses[-1]) else math.inf, {}, 0.5, 64)
+    done = Run(losses, seconds if math.isfinite(losses[-1]) else math.inf, {}, 0.5)
     return Figures.of(OptimizerSpec(label, "baseline", label, label), 0.1, 100, [done])
 
 
 def test_summary_by_hand() -> None:
-    """A rival falls at step 50, another at 25; one stalls, one diverges."""
+    """A rival falls at step 50, another at 25; one hardly falls, one diverges."""
     everybody = {
         "rival": figures("rival", [2.0] * 10 + [1.0] * 10),
         "fast": figures("fast", [2.0] * 5 + [0.5] * 15, seconds=4.0),
@@ -164,14 +161,10 @@ def test_summary_by_hand() -> None:
     assert final_loss(Run([3.0] * 19 + [1.0], 1.0, {})) == 1.0
     assert rows["fast"]["ratio"]["mean"] == 0.5
     assert rows["fast"]["sum"]["mean"] == pytest.approx(100 * (5 * 2.0 + 15 * 0.5) / 20)
-    assert (rows["stuck"]["stalled"], rows["stuck"]["diverged"]) == (1, 0)
-    assert (rows["gone"]["stalled"], rows["gone"]["diverged"]) == (0, 1)
+    assert (rows["stuck"]["diverged"], rows["gone"]["diverged"]) == (0, 1)
     overall = found["overall"]
     assert overall["gone"]["ratio"]["mean"] == pytest.approx(10.0)
-    assert (overall["gone"]["diverged"], overall["stuck"]["stalled"]) == (1.0, 1.0)
-    assert overall["rival"]["step_share_to_target"] == pytest.approx(0.55)
-    assert overall["fast"]["step_share_to_target"] == pytest.approx(0.3)
-    assert overall["stuck"]["step_share_to_target"] is None
+    assert overall["gone"]["diverged"] == 1.0
     assert found["untuned_pairs"]["stuck"]["fast"]["mean"] == pytest.approx(3.9)
     json.dumps(found, allow_nan=False)
 
@@ -309,17 +302,11 @@ def test_protocol_of_the_field(scripted: Script, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
-def test_long_runs_are_kept_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_runs_are_kept_short() -> None:
     (adam,) = runs.optimizer_specs([], ["adam-1e-3"])
-    spec = RunSpec("regression", adam, 1e-3, "test", 0, 300)
-    short = runs.run(spec, DataOptions())
+    short = runs.run(RunSpec("regression", adam, 1e-3, "test", 0, 300), DataOptions())
     assert len(short.losses) == 100
-    monkeypatch.setattr(runs, "STRETCHES", 300)
-    long = runs.run(spec, DataOptions())
-    assert len(long.losses) == 300
-    assert sum(long.losses) / 300 == pytest.approx(sum(short.losses) / 100)
     assert 0.0 < short.optimizer_seconds < short.seconds
-    assert short.state_bytes == 2 * 4 * 385 + 4 * 4
 
 
 def test_usual_values_of_the_suites() -> None:
@@ -620,29 +607,12 @@ def test_shipped_rules_beat_tuned_adam(
     assert summary["overall"][checkpoint]["sum_ratio"]["mean"] < limit
 
 
-OWN_RULE = """
-from dataclasses import dataclass
-from learned_optim.rules import RuleConfig, UpdateRule
-
-@dataclass(frozen=True)
-class OwnConfig(RuleConfig):
-    lr: float = 0.01
-
-class OwnRule(UpdateRule):
-    name = "own-of-the-evaluation"
-    Config = OwnConfig
-
-    def forward(self, grad, state, param, segments, context):
-        return -self.config.lr * grad, {}
-"""
-
-
 @pytest.mark.slow
 def test_two_workers_give_the_same_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They know rules of one's own."""
-    (tmp_path / "own_rule_of_the_evaluation.py").write_text(OWN_RULE)
+    (tmp_path / "own_rule_of_the_evaluation.py").write_text(OWN_RULE.format(name="evaluation"))
     monkeypatch.syspath_prepend(tmp_path)
-    own = importlib.import_module("own_rule_of_the_evaluation").OwnRule
+    own = importlib.import_module("own_rule_of_the_evaluation").Mine
     monkeypatch.setitem(RULES, own.name, RULES.pop(own.name))  # of this test alone
     save_rule(own(), tmp_path / "own.safetensors")
     config = EvaluateConfig(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from learned_optim import load_rule
-from learned_optim.explain import _figures, _probe, _report, _runs, explain
+from learned_optim.explain import _figures, _probe, explain
 from learned_optim.explain._probe import Curve, Dependence, Probe
 from learned_optim.rules.classical import AdamConfig, AdamRule, SGDConfig, SGDRule
 from tests.conftest import random_rule, trajectory
@@ -71,11 +71,11 @@ def test_words_follow_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         name: [{"step_ratio": ratio, "effective_lr": ratio, "part/g": 1.0, "gain/g": 1.0}] * 2
         for name, ratio in (("a", 0.5), ("b", 0.2))
     }
-    runs = {"with total_steps": _runs.Watched([4.0, 2.0], layers)}
-    runs |= {f"Adam {lr:g}": _runs.Watched([lr], {}) for lr in _runs.ADAM_LRS}
-    monkeypatch.setattr(_report, "curves", lambda _: curves)
-    monkeypatch.setattr(_report, "dependence", lambda _: dependence)
-    monkeypatch.setattr(_report, "watch_digits", lambda _: runs)
+    runs = {"with total_steps": _probe.Watched([4.0, 2.0], layers)}
+    runs |= {f"Adam {lr:g}": _probe.Watched([lr], {}) for lr in _probe.ADAM_LRS}
+    monkeypatch.setattr(_probe, "curves", lambda _: curves)
+    monkeypatch.setattr(_probe, "dependence", lambda _: dependence)
+    monkeypatch.setattr(_probe, "watch_digits", lambda _: runs)
     text = explain("default-fast", tmp_path).read_text()
     for words in (
         "3 times as large where gradients repeat, equal where they are noise and 0.1",
@@ -94,7 +94,7 @@ def test_a_report(name: str, images: int, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(_probe, "SETTLED", 20)
     monkeypatch.setattr(_probe, "_POINTS", 3)
     monkeypatch.setattr(_probe, "LENGTH", 30)
-    monkeypatch.setattr(_runs, "WATCHED_STEPS", 12)
+    monkeypatch.setattr(_probe, "WATCHED_STEPS", 12)
     reported: list[str] = []
     text = explain(name, tmp_path, progress=reported.append).read_text()
     assert load_rule(name).fingerprint() in text

@@ -133,9 +133,9 @@ def _options(name: str, args: list[str]) -> tuple[str, dict[str, Any], list[str]
 
         rules, args = _take(args, "--rule")
         return _train.options(args, rules[-1] if rules else None)
-    module = "_evaluate" if name == "evaluate" else "_inspect"
-    commands = importlib.import_module(f"learned_optim.cli.{module}")
-    return name, {"f": getattr(commands, name.capitalize())}, args
+    from learned_optim.cli import _commands
+
+    return name, {"f": getattr(_commands, name.capitalize())}, args
 
 
 def _one_line(box: str) -> str:

@@ -56,8 +56,6 @@ class _Train:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainUnrolls(_Train):
-    """Meta-train an update rule; an interrupted run goes on when started again."""
-
     recipe: Recipe
     threads: int = 1
     """Threads of torch. Small optimizees are no faster with more, and differ in the last bits."""
@@ -71,8 +69,6 @@ class TrainUnrolls(_Train):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainWholeRuns(_Train):
-    """Meta-train an update rule; an interrupted run goes on when started again."""
-
     recipe: EvolutionRecipe
     workers: int = 1
     """Processes that share the tasks of a meta-step, a core each."""
@@ -82,15 +78,7 @@ class TrainWholeRuns(_Train):
 
 
 def options(args: list[str], rule: str | None) -> tuple[str, dict[str, Any], list[str]]:
-    """The configuration of one recipe, or of all if none is given.
-
-    Args:
-        args: after ``train``, without ``--rule``.
-        rule: that option's value, which replaces the recipe's update rule.
-
-    Raises:
-        ValueError: no such recipe or update rule, or an option before the recipe.
-    """
+    """What tyro needs for one recipe, its rule perhaps replaced, or for all if none is given."""
     if args and not args[0].startswith("-"):
         config = configuration(args[0], rule)
         options = {"f": type(config), "default": config, "description": DESCRIPTION}

@@ -6,7 +6,7 @@ learning rate. Without one, evaluation tunes it per task. Baselines know the num
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -148,20 +148,14 @@ def _torch(optimizer: Callable[..., Optimizer], **options: Any) -> Make:
     return lambda params, lr, total_steps: optimizer(params, lr=lr, **options)
 
 
-def _packaged(
-    package: str,
-    name: str,
-    schedule: Schedule | None = None,
-    lr: float | None = None,
-    **options: Any,
-) -> Baseline:
+def _packaged(package: str, name: str, lr: float | None = None, **options: Any) -> Baseline:
     """An optimizer of an optional package, which is imported when one is made."""
 
     def make(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
         found: Optimizer = getattr(importlib.import_module(package), name)(params, lr=lr, **options)
         return found
 
-    return Baseline(make, schedule, lr, package=package)
+    return Baseline(make, lr=lr, package=package)
 
 
 def _schedule_free(params: list[Tensor], lr: float, total_steps: int) -> Optimizer:
@@ -240,15 +234,11 @@ def why_missing(name: str) -> str | None:
     package = baseline(name).package
     if name.startswith("muon") and not hasattr(torch.optim, "Muon"):
         return f"the baseline {name!r} needs torch.optim.Muon: torch 2.9 or later"
-    if package is None:
-        return None
     try:
-        present = importlib.util.find_spec(package) is not None
-    except ValueError:  # a module that was put into sys.modules by hand
-        present = False
-    if present:
-        return None
-    return f"the baseline {name!r} needs its package: {how_to_install('baselines')}"
+        importlib.import_module(package or "torch")
+    except ImportError:
+        return f"the baseline {name!r} needs its package: {how_to_install('baselines')}"
+    return None
 
 
 def make_baseline(name: str, params: Iterable[Tensor], lr: float, total_steps: int) -> Optimizer:

@@ -65,24 +65,14 @@ class Comparison:
 class _OwnTask(ModuleTask):
     """A user's task with held-out figures of the user's."""
 
-    def __init__(
-        self,
-        build: Callable[[], nn.Module],
-        batches: Any,
-        loss: Callable[[nn.Module, Any], Tensor],
-        figures: Callable[[nn.Module], dict[str, float]] | None,
-    ) -> None:
-        super().__init__(build, batches, loss=loss)
-        self._figures = figures
+    figures: Callable[[nn.Module], dict[str, float]]
 
+    @torch.no_grad()
     def test(self, params: Params) -> dict[str, float]:
-        if self._figures is None:
-            return {}
         self.module.load_state_dict({**params, **self.buffers()}, strict=False)
         self.module.eval()
         try:
-            with torch.no_grad():
-                return {name: float(x) for name, x in self._figures(self.module).items()}
+            return {name: float(x) for name, x in self.figures(self.module).items()}
         finally:
             self.module.train()
 
@@ -126,21 +116,22 @@ def compare(
     if steps < 1 or not lrs:
         raise ValueError(f"compare needs steps and learning rates, got {steps} and {list(lrs)}")
     folder = Path(output)
-    family = FixedTask(_OwnTask(make_model, make_batches(), loss, test), stackable=False)
+    task = _OwnTask(make_model, make_batches(), loss=loss)
+    task.figures = test or (lambda model: {})
+    family = FixedTask(task, stackable=False)
     conditions = provenance.conditions([], DataOptions())
     conditions |= provenance.conditions_of_given(name, family)
-    remedy = "give another output or name"
-    provenance.remember(folder, provenance.check(folder, conditions, remedy))
+    conditions = provenance.check(folder, conditions, "give another output or name")
+    provenance.remember(folder, conditions)
     learned, adamw = runs.optimizer_specs([checkpoint], [RIVAL])
     specs = {lr: RunSpec(name, adamw, lr, "test", seed, steps) for lr in lrs}
     own = RunSpec(name, learned, 1.0, "test", seed, steps)
     log = RunLog(folder / "runs.jsonl")
-
-    def show(done: int, total: int, what: str) -> None:
-        print(f"{name}: {done} of {total} runs", file=sys.stderr)
-
     perform = partial(runs.run, data=DataOptions(), families={name: family})
-    runs.run_missing(log, [own, *specs.values()], perform, show)
+    runs.run_missing(
+        log, [own, *specs.values()], perform,
+        lambda done, total, what: print(f"{name}: {done} of {total} {what}", file=sys.stderr),
+    )  # fmt: skip
     rivals = {lr: log.runs[spec.key] for lr, spec in specs.items()}
     found = Comparison(name, log.runs[own.key], rivals)
     curves = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +22,10 @@ from learned_optim.evaluation.statistics import (
     geometric_mean,
     interval,
     ratio_interval,
-    smooth,
 )
 
 #: Share of the run whose mean loss is the final one.
 FINAL_SHARE = 0.05
-#: A run stalls if it makes less than this share of the progress of the best tuned rival.
-STALLED_SHARE = 0.1
 
 
 def final_loss(run: Run) -> float:
@@ -55,15 +52,11 @@ class Figures:
     final: Tensor
     test: dict[str, Tensor]
     step_seconds: Tensor
-    state_bytes: int
 
     @staticmethod
     def of(optimizer: OptimizerSpec, lr: float, steps: int, found: Sequence[Run]) -> Figures:
         """The figures of an optimizer's test runs."""
-
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64)
-
+        column = partial(torch.tensor, dtype=torch.float64)
         names = sorted({name for run in found for name in run.test})
         missing = {name: math.inf if name == "loss" else math.nan for name in names}
         tests = [{**missing, **run.test} for run in found]
@@ -71,11 +64,10 @@ class Figures:
             optimizer,
             lr,
             steps,
-            torch.tensor([run.losses for run in found], dtype=torch.float64),
+            column([run.losses for run in found]),
             column([final_loss(run) for run in found]),
             {name: column([test[name] for test in tests]) for name in names},
             column([run.optimizer_seconds for run in found]) / steps,
-            max(run.state_bytes for run in found),
         )
 
     @property
@@ -87,23 +79,6 @@ class Figures:
     def diverged(self) -> Tensor:
         """Seeds that diverged, ``(seeds,)`` bool."""
         return ~self.final.isfinite()
-
-    def stalled(self, rival: Figures | None) -> Tensor:
-        """Seeds that made hardly any progress without diverging, ``(seeds,)`` bool."""
-        if rival is None:
-            return torch.zeros_like(self.diverged)
-        wanted = STALLED_SHARE * (rival.losses[:, 0] - rival.final)
-        return (self.losses[:, 0] - self.final < wanted) & ~self.diverged
-
-    def steps_to(self, target: Tensor) -> Tensor:
-        """Steps until a running mean over 5 % of the run is at most ``target``.
-
-        Shape ``(seeds,)``, as ``target``; infinite where it never is.
-        """
-        width = math.ceil(FINAL_SHARE * self.losses.shape[1])
-        reached = smooth(self.losses, width) <= target.unsqueeze(1)
-        steps = (reached.int().argmax(1) + 1).double() * self.steps / self.losses.shape[1]
-        return torch.where(reached.any(1), steps, math.inf)
 
 
 def summarize(
@@ -165,13 +140,11 @@ def _row(entry: Figures, best: Figures | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "lr": entry.lr,
         "diverged": int(entry.diverged.sum()),
-        "stalled": int(entry.stalled(best).sum()),
         "final": interval(entry.final),
         "sum": interval(entry.losses.mean(1) * entry.steps),
         "test": {name: interval(values) for name, values in entry.test.items()},
         "curve": curve(entry.losses, entry.steps),
         "optimizer_milliseconds": interval(1000 * entry.step_seconds),
-        "state_bytes": entry.state_bytes,
     }
     if best is not None:
         row["ratio"] = ratio_interval(entry.final, best.final)
@@ -180,21 +153,16 @@ def _row(entry: Figures, best: Figures | None) -> dict[str, Any]:
 
 def _overall(entries: Sequence[Figures], best_tuned: Sequence[Figures | None]) -> dict[str, Any]:
     """One optimizer over all tasks, against the best tuned rival of each."""
-    pairs = list(zip(entries, best_tuned, strict=True))
+    pairs = zip(entries, best_tuned, strict=True)
     compared = [(entry, best) for entry, best in pairs if best is not None]
-    runs = sum(len(entry.final) for entry in entries)
+    times = torch.stack([1000 * entry.step_seconds.mean() for entry in entries])
     row: dict[str, Any] = {
         "tasks": len(entries),
-        "diverged": sum(int(entry.diverged.sum()) for entry in entries) / runs,
-        "stalled": sum(int(entry.stalled(best).sum()) for entry, best in pairs) / runs,
-        "optimizer_milliseconds": _mean(
-            [1000 * entry.step_seconds.mean().item() for entry in entries]
-        ),
-        "state_bytes": sum(entry.state_bytes for entry in entries),
+        "diverged": torch.cat([entry.diverged for entry in entries]).double().mean().item(),
+        "optimizer_milliseconds": finite(times[times.isfinite()].mean().item()),
     }
     if compared:
         ratios = [ratio(entry.final, best.final) for entry, best in compared]
-        reached = [median(e.steps_to(best.final).tolist()) / e.steps for e, best in compared]
         row |= {
             "ratio": geometric_mean(ratios),
             "test_ratio": geometric_mean(
@@ -204,14 +172,5 @@ def _overall(entries: Sequence[Figures], best_tuned: Sequence[Figures | None]) -
                 [ratio(e.losses.mean(1), best.losses.mean(1)) for e, best in compared]
             ),
             "at_most_tuned": sum(r <= 1.0 for r in ratios),
-            "within_5_percent": sum(r <= 1.05 for r in ratios),
-            "reached": sum(map(math.isfinite, reached)),
-            "step_share_to_target": finite(median(reached)),
         }
     return row
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    """Mean of the finite ``values``, if there are any."""
-    alive = [x for x in values if math.isfinite(x)]
-    return sum(alive) / len(alive) if alive else None

@@ -208,15 +208,15 @@ class Evaluation:
         write_text(config.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
+    def _figures(self, task: str, optimizer: OptimizerSpec) -> Figures:
+        lr = self._lr(task, optimizer)
+        done = self._done(task, optimizer, lr, "test")
+        return Figures.of(optimizer, lr, self.steps[task], done)
+
     def summary(self) -> dict[str, Any]:
         """Every figure of the finished runs."""
         config = self.config
-        figures: dict[str, dict[str, Figures]] = {task: {} for task in config.tasks}
-        for task, row in figures.items():
-            for optimizer in self.optimizers:
-                lr = self._lr(task, optimizer)
-                done = self._done(task, optimizer, lr, "test")
-                row[optimizer.label] = Figures.of(optimizer, lr, self.steps[task], done)
+        figures = {t: {o.label: self._figures(t, o) for o in self.optimizers} for t in config.tasks}
         tuned = [o.label for o in self.optimizers if o.tuned]
         untuned = [o.label for o in self.optimizers if not o.tuned]
         protocol = {
@@ -246,15 +246,11 @@ class Evaluation:
             for rival in self.optimizers
             if rival.tuned
         }
-        learned = [o.label for o in self.optimizers if o.kind == "learned"]
-        mine = {
-            name: {task: row[name].final.mean().item() for task, row in figures.items()}
-            for name in learned
-        }
-        return {
-            name: {rival: worth_by_group(losses, rows) for rival, rows in tuning.items()}
-            for name, losses in mine.items()
-        }
+        worth: dict[str, Any] = {}
+        for name in (o.label for o in self.optimizers if o.kind == "learned"):
+            losses = {task: row[name].final.mean().item() for task, row in figures.items()}
+            worth[name] = {rival: worth_by_group(losses, rows) for rival, rows in tuning.items()}
+        return worth
 
     # ---- which runs
 
@@ -312,12 +308,7 @@ class Evaluation:
 
 
 def check_blind(checkpoints: Sequence[str], families: Mapping[str, TaskFamily]) -> None:
-    """Refuse tasks whose images meta-trained a checkpoint, by its record.
-
-    Raises:
-        ValueError: a task draws on all images of a set that meta-trained a checkpoint with a half
-            of them; the message names a task that keeps to the other half.
-    """
+    """Refuse tasks that draw on images which meta-trained a checkpoint, by its record."""
     for checkpoint in checkpoints:
         trained_on = set(load_record(checkpoint).get("data_sets", ()))
         for name, family in families.items():

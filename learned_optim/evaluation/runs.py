@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from learned_optim.evaluation.baselines import baseline, make_baseline, mark_outer
 from learned_optim.evaluation.statistics import finite, pooled
@@ -70,11 +69,7 @@ class OptimizerSpec:
         return self.lr is None
 
     def make(self, params: Iterable[Tensor], lr: float, total_steps: int) -> Optimizer:
-        """The optimizer itself; ``lr`` multiplies a learned update.
-
-        Raises:
-            ValueError: the checkpoint file is no longer the one that takes part.
-        """
+        """The optimizer itself; ``lr`` multiplies a learned update."""
         if self.kind == "baseline":
             return make_baseline(self.source, params, lr, total_steps)
         rule = load_rule(self.source)
@@ -94,12 +89,8 @@ def optimizer_specs(
     """The optimizers of an evaluation, the learned ones first.
 
     A checkpoint given as a path is labelled by its file's stem (a folder by its name), unless
-    something else of the evaluation would have the same label: then by the path as given.
-
-    Raises:
-        ValueError: an unknown checkpoint or baseline; the message lists those that exist.
-        FileNotFoundError: a checkpoint file that does not exist.
-        ImportError: the package of a baseline is not installed.
+    something else of the evaluation would have the same label: then by the path as given. Errors
+    are those of :func:`load_rule` and :func:`make_baseline`.
     """
     short = {checkpoint: _short_name(checkpoint) for checkpoint in checkpoints}
     uses = Counter([*short.values(), *baselines])
@@ -161,14 +152,12 @@ class Run:
             not counted. Infinite for a run that diverged.
         test: held-out figures after the last step.
         optimizer_seconds: the part of ``seconds`` spent in the optimizer's steps.
-        state_bytes: size of the tensors that the optimizer keeps between steps.
     """
 
     losses: list[float]
     seconds: float
     test: dict[str, float]
     optimizer_seconds: float = math.inf
-    state_bytes: int = 0
 
 
 def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | None = None) -> Run:
@@ -203,18 +192,10 @@ def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | N
             if not math.isfinite(losses[-1]):
                 losses[-1:] = [math.inf] * (spec.steps - step)
                 return Run(pooled(losses, STRETCHES), math.inf, {})
-        size = state_bytes(optimizer)
         if hasattr(optimizer, "eval"):  # schedule-free methods evaluate at their averaged weights
             optimizer.eval()
         test = task.test({n: p.detach() for n, p in params.items()})
-    return Run(pooled(losses, STRETCHES), seconds, test, optimizer_seconds, size)
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Size of the tensors in an optimizer's state, each storage counted once."""
-    leaves = tree_leaves([dict(state) for state in optimizer.state.values()])
-    storages = [t.untyped_storage() for t in leaves if torch.is_tensor(t)]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    return Run(pooled(losses, STRETCHES), seconds, test, optimizer_seconds)
 
 
 class RunLog:
@@ -252,7 +233,6 @@ class RunLog:
                 "seconds": finite(round(finished.seconds, 4)),
                 "test": {name: finite(x) for name, x in finished.test.items()},
                 "optimizer_seconds": finite(round(finished.optimizer_seconds, 4)),
-                "state_bytes": finished.state_bytes,
             }
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +248,6 @@ class RunLog:
             _number(entry["seconds"]),
             {name: math.nan if x is None else x for name, x in entry["test"].items()},
             _number(entry["optimizer_seconds"]),
-            entry["state_bytes"],
         )
 
 
@@ -277,15 +256,9 @@ def _number(x: float | None) -> float:
     return math.inf if x is None else x
 
 
-def _modules_of_own_rules() -> list[str]:
-    """Modules outside of the package that define rules."""
-    modules = {rule_class(name).__module__ for name in rule_names()}
-    return sorted(m for m in modules if not m.startswith("learned_optim.") and m != "__main__")
-
-
-def _import_modules(modules: list[str]) -> None:
-    """Import, in a worker, what :func:`_modules_of_own_rules` found."""
-    for module in modules:
+def _import_modules(modules: set[str]) -> None:
+    """Import, in a worker, the modules that define update rules."""
+    for module in modules - {"__main__"}:
         with suppress(ImportError):  # a rule that no run needs may live in a notebook or a test
             importlib.import_module(module)
 
@@ -297,9 +270,9 @@ def _outcomes(
     if workers == 1:
         yield from ((spec, perform(spec)) for spec in specs)
         return
-    spawn, modules = get_context("spawn"), _modules_of_own_rules()
+    modules = {rule_class(name).__module__ for name in rule_names()}
     # Processes start when first needed.
-    pool = ProcessPoolExecutor(workers, spawn, _import_modules, (modules,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _import_modules, (modules,))
     try:
         futures = {pool.submit(perform, spec): spec for spec in specs}
         yield from ((futures[future], future.result()) for future in as_completed(futures))

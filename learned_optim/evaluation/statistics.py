@@ -49,11 +49,7 @@ def interval(values: Tensor) -> dict[str, float | None]:
 
 def ratio_interval(mine: Tensor, theirs: Tensor) -> dict[str, float | None]:
     """Ratio of two means with its 95 % bootstrap interval over the pairs."""
-
-    def ratio(a: Any, b: Any, axis: int) -> Any:
-        return a.mean(axis) / b.mean(axis)
-
-    return _bootstrapped((mine, theirs), ratio)
+    return _bootstrapped((mine, theirs), lambda a, b, axis: a.mean(axis) / b.mean(axis))
 
 
 def geometric_mean(ratios: Sequence[float]) -> dict[str, float | None]:
@@ -90,12 +86,6 @@ def pooled(losses: Sequence[float], stretches: int) -> list[float]:
     count = min(stretches, len(losses))
     edges = [round(i * len(losses) / count) for i in range(count + 1)]
     return [math.fsum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
-
-
-def smooth(losses: Tensor, width: int) -> Tensor:
-    """Running mean over the last ``width`` columns (fewer at the start), same shape."""
-    head = losses[:, : width - 1].cumsum(1) / torch.arange(1, width)
-    return torch.cat((head, losses.unfold(1, width, 1).mean(2)), dim=1)
 
 
 def curve(losses: Tensor, steps: int) -> dict[str, list[float | None]]:
@@ -190,6 +180,5 @@ def best_of(values: Sequence[float], k: int) -> float:
     """Expected minimum of ``k`` different ones of ``values``, exact over all subsets."""
     ordered, n = sorted(values), len(values)
     # The i-th smallest is the minimum of those subsets whose other members are larger.
-    return math.fsum(v * math.comb(n - 1 - i, k - 1) for i, v in enumerate(ordered)) / math.comb(
-        n, k
-    )
+    total = math.fsum(v * math.comb(n - 1 - i, k - 1) for i, v in enumerate(ordered))
+    return total / math.comb(n, k)

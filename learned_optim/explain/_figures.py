@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learned_optim.explain._probe import Curve, Dependence
-from learned_optim.explain._runs import Watched
+from learned_optim.explain._probe import Curve, Dependence, Watched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

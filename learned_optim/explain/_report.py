@@ -9,10 +9,7 @@ from pathlib import Path
 
 from learned_optim import load_rule
 from learned_optim.checkpoint import write_text
-from learned_optim.explain import _figures
-from learned_optim.explain._probe import Curve, Dependence, curves, dependence
-from learned_optim.explain._runs import ADAM_LRS, WATCHED_STEPS, Watched, watch_digits
-from learned_optim.rules import UpdateRule
+from learned_optim.explain import _figures, _probe
 from learned_optim.summary import table
 
 REPORT = "README.md"
@@ -46,23 +43,26 @@ def explain(
     """
     import matplotlib  # noqa: F401 - an error before anything is computed
 
-    rule = load_rule(checkpoint)
-    folder = Path(output)
+    rule, name, folder = load_rule(checkpoint), os.fspath(checkpoint), Path(output)
+    count = sum(p.numel() for p in rule.parameters())
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         # Probes may be longer than the runs of the meta-training.
         warnings.filterwarnings("ignore", "step .* is past", UserWarning)
-        by_history = curves(rule)
+        by_history = _probe.curves(rule)
         progress("response to the current gradient")
-        by_variable = dependence(rule)
+        by_variable = _probe.dependence(rule)
         progress("scale, shape, noise and progress")
-        runs = watch_digits(rule)
+        runs = _probe.watch_digits(rule)
         progress("training runs")
     _figures.plot_histories(by_history, folder / "histories.png")
     _figures.plot_dependence(by_variable, folder / "dependence.png")
     _figures.plot_run(runs, folder / "run.png")
     sections = [
-        _head(rule, os.fspath(checkpoint)),
+        f"# What `{name}` has learned\n\nAn update rule of type `{rule.name}` with {count:,} "
+        f"weights, fingerprint `{rule.fingerprint()}`. `learned-optim explain {name}` computed "
+        f"everything here, words included. The runs show what the rule does, not how well; "
+        f"`learned-optim evaluate` measures that.",
         _bullets(_in_short(by_history, by_variable)),
         f"## The step as a function of the current gradient\n\nA tensor of 32 x 32 sees a hundred "
         f"gradients of one kind; then one gradient is varied. The learning rates of the "
@@ -72,9 +72,9 @@ def explain(
         "## Scale, shape, noise, progress\n\nThe step after a hundred typical gradients, one "
         "variable at a time.\n\n![Dependence](dependence.png)",
         f"## A training run\n\nA 64-32-32-10 ReLU network on scikit-learn's digits, batches of 64, "
-        f"{WATCHED_STEPS} steps, one seed. The effective learning rate is that of a gradient "
-        f"descent that goes as far along the gradient.\n\n![Loss, relative step and effective "
-        f"learning rate](run.png)\n\n{_bullets(_of_run(runs))}",
+        f"{_probe.WATCHED_STEPS} steps, one seed. The effective learning rate is that of a "
+        f"gradient descent that goes as far along the gradient.\n\n![Loss, relative step and "
+        f"effective learning rate](run.png)\n\n{_bullets(_of_run(runs))}",
     ]
     if _figures.plot_gains(next(iter(runs.values())), folder / "gains.png"):
         sections.append(
@@ -85,17 +85,7 @@ def explain(
     return folder / REPORT
 
 
-def _head(rule: UpdateRule, name: str) -> str:
-    count = sum(p.numel() for p in rule.parameters())
-    return (
-        f"# What `{name}` has learned\n\nAn update rule of type `{rule.name}` with {count:,} "
-        f"weights, fingerprint `{rule.fingerprint()}`. `learned-optim explain {name}` computed "
-        f"everything here, words included. The runs show what the rule does, not how well; "
-        f"`learned-optim evaluate` measures that."
-    )
-
-
-def _in_short(curves: dict[str, Curve], found: Dependence) -> list[str]:
+def _in_short(curves: dict[str, _probe.Curve], found: _probe.Dependence) -> list[str]:
     """Sentences on history, noise, the tensor's scale and progress."""
     steps = {name: curve.size["learned"] / curve.size["Adam"] for name, curve in curves.items()}
     growth = found.scale[3.0] / found.scale[0.3]
@@ -122,9 +112,9 @@ def _compared(ratio: float) -> str:
     return f"{ratio:.2g} times as large"
 
 
-def _of_run(runs: dict[str, Watched]) -> list[str]:
+def _of_run(runs: dict[str, _probe.Watched]) -> list[str]:
     """Sentences on final losses and on the layers' steps."""
-    best = min((f"Adam {lr:g}" for lr in ADAM_LRS), key=lambda name: runs[name].final)
+    best = min((f"Adam {lr:g}" for lr in _probe.ADAM_LRS), key=lambda name: runs[name].final)
     lines = []
     for name, run in runs.items():
         if name.startswith("Adam"):
@@ -134,9 +124,9 @@ def _of_run(runs: dict[str, Watched]) -> list[str]:
         small, large = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
         lines.append(
             f"{name.capitalize()}, the final loss is {run.final:.3g}; that of the best of "
-            f"{len(ADAM_LRS)} Adams ({best.removeprefix('Adam ')}) is {runs[best].final:.3g}. Half "
-            f"way through, steps are {steps[small]:.2g} of the tensor for `{small}` and "
-            f"{steps[large]:.2g} for `{large}`."
+            f"{len(_probe.ADAM_LRS)} Adams ({best.removeprefix('Adam ')}) is "
+            f"{runs[best].final:.3g}. Half way through, steps are {steps[small]:.2g} of the tensor "
+            f"for `{small}` and {steps[large]:.2g} for `{large}`."
         )
     return lines
 
@@ -145,7 +135,7 @@ def _bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _sizes(found: dict[str, Curve]) -> str:
+def _sizes(found: dict[str, _probe.Curve]) -> str:
     """A table of step sizes at the end of every history."""
     rules = list(next(iter(found.values())).size)
     rows = [

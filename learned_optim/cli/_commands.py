@@ -1,4 +1,4 @@
-"""``learned-optim list``, ``show`` and ``explain``: what ships, and what a checkpoint does."""
+"""``learned-optim list``, ``show``, ``evaluate`` and ``explain``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,22 @@ from pathlib import Path
 
 import tyro
 
+from learned_optim import model_card
+from learned_optim._progress import ProgressBar
+from learned_optim.checkpoint import as_json, check_writable
+from learned_optim.evaluation import BASELINES, EvaluateConfig, Evaluation, brief, write_report
+from learned_optim.explain import explain
+from learned_optim.meta.recipes import recipe_descriptions
+from learned_optim.meta.tasks import described_families
+from learned_optim.pretrained import (
+    ALIASES,
+    checkpoint_path,
+    list_pretrained,
+    load_record,
+    load_rule,
+)
+from learned_optim.rules import rule_class, rule_names
+
 # Parts of a model card that are for the Hub: front matter, the record as JSON, the licence.
 FOR_THE_HUB = re.compile(r"\A---.*?---\n+|\n*<details>.*?</details>|\n*## Licence.*", re.DOTALL)
 
@@ -22,12 +38,6 @@ class List:
     """Print the shipped checkpoints, update rules, tasks, recipes and baselines."""
 
     def run(self) -> int:
-        from learned_optim.evaluation.baselines import BASELINES
-        from learned_optim.meta.recipes import recipe_descriptions
-        from learned_optim.meta.tasks import described_families
-        from learned_optim.pretrained import ALIASES, list_pretrained
-        from learned_optim.rules import rule_class, rule_names
-
         recipes = recipe_descriptions()
         shipped = {
             name: f"stands for {ALIASES[name]}" if name in ALIASES else recipes.get(name, "")
@@ -83,10 +93,6 @@ class Show:
     """Print the configuration and the whole record of the training as JSON."""
 
     def run(self) -> int:
-        from learned_optim import model_card
-        from learned_optim.checkpoint import as_json
-        from learned_optim.pretrained import checkpoint_path, load_record, load_rule
-
         path = checkpoint_path(self.checkpoint)
         rule, record = load_rule(path), load_record(path)
         if self.json:
@@ -106,6 +112,25 @@ class Show:
 
 
 @dataclass(frozen=True)
+class Evaluate(EvaluateConfig):
+    """Compare learned optimizers, untuned, with hand-written ones tuned for each task.
+
+    Writes tables and plots. Run again, the same command does only the missing runs.
+    "--suite field" evaluates on the field, real training runs.
+    """
+
+    def run(self) -> int:
+        with ProgressBar("evaluation") as show:
+            evaluation = Evaluation(self, show)
+            check_writable(self.output / "table.md")
+            summary = evaluation.execute()
+        print(f"{brief(summary)}\n")
+        for path in write_report(summary, self.output):
+            print(f"wrote {path}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Explain:
     """Write a report with plots on what a checkpoint's update rule does."""
 
@@ -115,8 +140,6 @@ class Explain:
     """Folder of the report; runs/explain-CHECKPOINT if not given."""
 
     def run(self) -> int:
-        from learned_optim.explain import explain
-
         output = self.output or Path("runs") / f"explain-{Path(self.checkpoint).stem}"
         progress = partial(print, file=sys.stderr, flush=True)
         print(explain(self.checkpoint, output, progress=progress))
