@@ -243,27 +243,22 @@ def draw(summary: dict[str, Any], folder: Path) -> list[str]:
     Curves of every task if there are few, and what an untuned run is worth if there were learned
     optimizers and tuned rivals.
     """
-    names = []
-    if len(summary["tasks"]) <= FEW:
-        for task in summary["tasks"]:
-            names.append(f"{task.replace(':', '.')}.png")
-            plot_curves(summary, task, folder / names[-1])
+    names, protocol = [], summary["protocol"]
+    tasks = summary["tasks"] if len(summary["tasks"]) <= FEW else {}
+    for task, entry in tasks.items():
+        curves = {
+            f"{name} (learned)"
+            if name in protocol["checkpoints"]
+            else f"{name} (lr {_lr(summary, name, row['lr'])})": row["curve"]
+            for name, row in entry["optimizers"].items()
+        }
+        names.append(f"{task.replace(':', '.')}.png")
+        title = f"{task}, mean of {_counted(protocol['seeds'], 'seed')}"
+        draw_curves(curves, folder / names[-1], title)
     if any("all" in found for by in summary["worth"].values() for found in by.values()):
         names.append("worth.png")
         plot_worth(summary["worth"], folder / names[-1])
     return names
-
-
-def plot_curves(summary: dict[str, Any], task: str, path: Path) -> None:
-    """Learning curves of one task with 95 % intervals."""
-    entry, protocol = summary["tasks"][task], summary["protocol"]
-    curves = {
-        f"{name} (learned)"
-        if name in protocol["checkpoints"]
-        else f"{name} (lr {_lr(summary, name, row['lr'])})": row["curve"]
-        for name, row in entry["optimizers"].items()
-    }
-    draw_curves(curves, path, f"{task}, mean of {_counted(protocol['seeds'], 'seed')}")
 
 
 def draw_curves(curves: dict[str, dict[str, Any]], path: Path, title: str) -> None:

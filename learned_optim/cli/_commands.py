@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ class List:
         }
         tasks: list[str] = []
         for about, names in described_families().items():
-            tasks += [f"  {about}", *_names(names, 6)]
+            tasks += [f"  {about}", *_wrapped(", ".join(names), " " * 6, " " * 6)]
         groups = {
             "checkpoints": _described(shipped),
             "update rules": _described(
@@ -55,7 +55,7 @@ class List:
             "recipes": _described(
                 {n: "of the checkpoint" if n in shipped else text for n, text in recipes.items()}
             ),
-            "baselines": _names(BASELINES, 2),
+            "baselines": _wrapped(", ".join(BASELINES), "  ", "  "),
         }
         print("\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in groups.items()))
         return 0
@@ -69,10 +69,6 @@ def _described(texts: Mapping[str, str]) -> list[str]:
         for name, text in texts.items()
         for line in _wrapped(text.replace("`", ""), f"  {name}".ljust(left), " " * left)
     ]
-
-
-def _names(names: Iterable[str], indent: int) -> list[str]:
-    return _wrapped(", ".join(names), " " * indent, " " * indent)
 
 
 def _wrapped(text: str, first: str, later: str) -> list[str]:

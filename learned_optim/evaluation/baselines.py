@@ -75,12 +75,9 @@ OUTER = "is_embedding_or_output_parameter"
 def mark_outer(params: dict[str, Tensor], module: nn.Module | None = None) -> None:
     """Mark embeddings, output layers and the first convolution, which Muon leaves to AdamW.
 
-    The output layer is the last matrix, unless ``module.output_layers`` names others.
-
-    Args:
-        params: the parameters by name, in the module's order.
-        module: the network. Its embedding tables, layers named ``embed`` and matrices held by no
-            layer (tables of positions) count as embeddings.
+    ``params`` are in the module's order. The output layer is the last matrix, unless
+    ``module.output_layers`` names others. Embedding tables, layers named ``embed`` and matrices
+    held by no layer (tables of positions) count as embeddings.
     """
     matrices = [name for name, p in params.items() if p.dim() >= 2]
     outer = set(getattr(module, "output_layers", matrices[-1:]))
@@ -219,11 +216,7 @@ BASELINES: dict[str, Baseline] = {
 
 
 def baseline(name: str) -> Baseline:
-    """An entry of :data:`BASELINES`.
-
-    Raises:
-        ValueError: unknown name; the message lists those that exist.
-    """
+    """An entry of :data:`BASELINES`; an unknown name raises ``ValueError``, which lists them."""
     if name not in BASELINES:
         raise unknown_name("baseline", name, list(BASELINES))
     return BASELINES[name]

@@ -46,9 +46,8 @@ class OptimizerSpec:
     Attributes:
         label: its name in tables and plots, unique in an evaluation.
         source: checkpoint file, or name of a baseline.
-        identity: what its runs are remembered by: a baseline's name, a checkpoint's fingerprint
-            (so that a retrained file of the same name is not mistaken for the one evaluated
-            before, and a file that was moved is known again).
+        identity: what its runs are remembered by: a baseline's name, or a checkpoint's fingerprint,
+            which a retrained file of the same name does not share.
         told: whether a learned optimizer is told the number of steps.
     """
 
@@ -163,8 +162,7 @@ class Run:
 def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | None = None) -> Run:
     """Train one optimizee with one optimizer, on one thread of torch.
 
-    Args:
-        families: tasks that have no registered name, by the name that ``spec`` has for them.
+    ``families`` are tasks without a registered name, by the name that ``spec`` has for them.
     """
     given = (families or {}).get(spec.task)
     family = given or build_tasks(spec.task, TaskOptions("evaluation", data))
@@ -201,13 +199,8 @@ def run(spec: RunSpec, data: DataOptions, families: Mapping[str, TaskFamily] | N
 class RunLog:
     """Finished runs in a JSON-lines file, so that an interrupted evaluation goes on.
 
-    Infinite losses and seconds are ``null`` in the file, since JSON has no infinity.
-
-    Args:
-        path: the file; it and its folder appear with the first run added.
-
-    Attributes:
-        runs: everything in the file, by :attr:`RunSpec.key`.
+    Infinite losses and seconds are ``null`` in the file, since JSON has no infinity. The file and
+    its folder appear with the first run added. ``runs`` has its content by :attr:`RunSpec.key`.
     """
 
     def __init__(self, path: Path) -> None:

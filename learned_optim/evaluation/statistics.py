@@ -89,12 +89,7 @@ def pooled(losses: Sequence[float], stretches: int) -> list[float]:
 
 
 def curve(losses: Tensor, steps: int) -> dict[str, list[float | None]]:
-    """Mean and 95 % interval over the seeds, for plotting.
-
-    Args:
-        losses: means over equal stretches of a run, ``(seeds, stretches)``.
-        steps: length of the run.
-    """
+    """Mean and 95 % interval over the seeds of ``losses``, ``(seeds, stretches)``, for plotting."""
     cells = [interval(column) for column in losses.t()]
     return {
         "step": [(i + 0.5) * steps / len(cells) for i in range(len(cells))],

@@ -30,13 +30,9 @@ REFERENCES: dict[str, Callable[[], UpdateRule]] = {
 
 
 class Probe:
-    """A tensor that is put back after every step.
+    """A tensor that is put back after every step; rules that read the loss are shown a loss of 1.
 
-    Args:
-        rule: the update rule; a rule that reads the loss is shown a loss of 1.
-        shape: shape of the tensor.
-        scale: root mean square of its entries; ``None`` for the usual one of the shape.
-        total_steps: length of the run, for rules that read it.
+    ``scale`` is the root mean square of its entries; ``None`` for the usual one of the shape.
     """
 
     def __init__(
