@@ -113,7 +113,7 @@ def model_card(
     curves: list[str] | None = None,
     license: str = "mit",
 ) -> str:
-    """The model card of a rule; it names what is unknown.
+    """The model card of a rule, Markdown with the Hub's YAML; it names what is unknown.
 
     Args:
         rule: the update rule.
@@ -122,9 +122,6 @@ def model_card(
         evaluation: the summary that ``learned-optim evaluate`` writes.
         curves: names of image files beside the card.
         license: as the Hub spells it.
-
-    Returns:
-        Markdown with the Hub's YAML front matter.
     """
     record = record or {}
     recipe = record.get("recipe") or {}

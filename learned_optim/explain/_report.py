@@ -107,9 +107,7 @@ def _in_short(curves: dict[str, _probe.Curve], found: _probe.Dependence) -> list
 
 
 def _compared(ratio: float) -> str:
-    if 1 / LEVEL < ratio < LEVEL:
-        return "equal"
-    return f"{ratio:.2g} times as large"
+    return "equal" if 1 / LEVEL < ratio < LEVEL else f"{ratio:.2g} times as large"
 
 
 def _of_run(runs: dict[str, _probe.Watched]) -> list[str]:
