@@ -17,8 +17,8 @@ from learned_optim.hub import model_card
 from learned_optim.meta import MetaTrainer, whole_runs
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.meta_optimizer import MetaOptimizer
-from learned_optim.meta.populations import MIXTURES, TRAINED_FOR, Draw, draw
 from learned_optim.meta.populations._base import UnusableTaskError
+from learned_optim.meta.populations.mixture import MIXTURES, TRAINED_FOR, Draw, draw
 from learned_optim.meta.populations.quadratics import Quadratic
 from learned_optim.meta.recipes import (
     MIXTURE_NAMES,

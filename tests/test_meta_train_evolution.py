@@ -12,7 +12,8 @@ from torch.nn.utils import parameters_to_vector
 
 from learned_optim import load_record
 from learned_optim.meta import FixedTask, ModuleTask, meta_train
-from learned_optim.meta.populations import Draw, roll
+from learned_optim.meta.populations.mixture import Draw
+from learned_optim.meta.populations.rollout import roll
 from learned_optim.meta.whole_runs import TaskPopulation
 from learned_optim.rules._base import RULES
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule

@@ -11,28 +11,23 @@ from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, kernels
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.populations import (
+from learned_optim.meta.populations._base import Params, Population, UnusableTaskError
+from learned_optim.meta.populations._perceptron import Perceptron
+from learned_optim.meta.populations.boundary import BoundaryValue
+from learned_optim.meta.populations.classification import Classification, FewExamples
+from learned_optim.meta.populations.convolutions import ConvNet
+from learned_optim.meta.populations.mixture import MIXTURES, Draw, draw, run_generators
+from learned_optim.meta.populations.quadratics import Quadratic
+from learned_optim.meta.populations.restarts import Restart
+from learned_optim.meta.populations.rollout import (
     ADAMW_LRS,
-    MIXTURES,
-    Draw,
-    Params,
-    Population,
-    draw,
+    CopiesOptimizer,
     fitness,
+    rise,
     roll,
     roll_adamw,
     scores,
 )
-from learned_optim.meta.populations._base import UnusableTaskError
-from learned_optim.meta.populations._driver import CopiesOptimizer
-from learned_optim.meta.populations._mixture import run_generators
-from learned_optim.meta.populations._perceptron import Perceptron
-from learned_optim.meta.populations._rollout import rise
-from learned_optim.meta.populations.boundary import BoundaryValue
-from learned_optim.meta.populations.classification import Classification, FewExamples
-from learned_optim.meta.populations.convolutions import ConvNet
-from learned_optim.meta.populations.quadratics import Quadratic
-from learned_optim.meta.populations.restarts import Restart
 from learned_optim.meta.populations.sequences import Sequences
 from learned_optim.meta.populations.tabular import HeldOutTeacher, Teacher
 from learned_optim.meta.sampler import Sampler

@@ -21,9 +21,9 @@ from learned_optim.kernels._cpu import (
     StepCall,
     StepSettings,
     are_plain,
+    lstm_step_,
     under_a_mode,
 )
-from learned_optim.kernels._lstm import lstm_step_
 
 __all__ = [
     "BoundStep",

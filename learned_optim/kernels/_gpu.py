@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
@@ -361,7 +361,7 @@ def launch(kernels: ModuleType, launches: Launches, settings: _cpu.StepSettings)
     layout, bias = launches.layout, launches.network[1]
     m, chunks, device = len(layout.integers), len(layout.chunk_tensor), layout.integers.device
     on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or INTERPRETED)
-    with _on(device):
+    with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
         addresses = launches.addresses
         if isinstance(addresses, list):
             rows, addresses = addresses, torch.empty((m, 8), dtype=torch.int64, device=device)
@@ -383,10 +383,6 @@ def launch(kernels: ModuleType, launches: Launches, settings: _cpu.StepSettings)
             PARAM_TYPE=_triton_type(layout.types[0]), STATE_TYPE=_triton_type(layout.types[1]),
             CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=launches.aligned,
         )  # fmt: skip
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache

@@ -58,26 +58,21 @@ def share_threads(library: ctypes.CDLL) -> None:
     library.lo_use_openmp(ctypes.cast(parallel, ctypes.c_void_p))
 
 
+_warned = False
+
+
 def library() -> ctypes.CDLL | None:
     """The compiled library, or ``None``.
 
     Warns once per process if it is missing although kernels are enabled.
     """
-    found, why = loaded()
-    if found is None and not why.startswith("off"):
-        _warn(why)
-    return found
-
-
-_warned = False
-
-
-def _warn(why: str) -> None:
     global _warned
-    if not _warned:
+    found, why = loaded()
+    if found is None and not why.startswith("off") and not _warned:
         _warned = True  # before the warning, which may be an error
         warn(
             f"learned_optim runs without its compiled kernel, several times slower ({why}). "
             f"{REMEDY}",
             RuntimeWarning,
         )
+    return found

@@ -39,7 +39,10 @@ def check_family(family: TaskFamily, name: str) -> None:
         return
     for index in range(2):
         task = family.sample(seeded("check", index))
-        _check_task(task.separate(), name)
+        alone = task.separate()
+        params, batch = _parameters(alone, name), _batch(alone, name)
+        _check_gradients(_loss(alone, params, batch, name), params, name, all_used=True)
+        _check_state(alone, batch, name)
         obstacle = obstacle_to_stacking(task) if family.stackable else None
         if obstacle is not None:
             raise ValueError(
@@ -47,13 +50,6 @@ def check_family(family: TaskFamily, name: str) -> None:
                 f"batch norm that tracks statistics, dropout or batches of changing shapes: set "
                 f"stackable=False"
             )
-
-
-def _check_task(task: Task, name: str) -> None:
-    params, batch = _parameters(task, name), _batch(task, name)
-    loss = _loss(task, params, batch, name)
-    _check_gradients(loss, params, name, all_used=True)
-    _check_state(task, batch, name)
 
 
 def check_finite(task: Task, name: str) -> None:

@@ -14,6 +14,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -140,17 +141,15 @@ def source_version() -> str:
     """The commit of the source tree in use, or the installed version."""
     from learned_optim import __version__
 
-    def git(*arguments: str) -> str:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, env=environment,
-            capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
-        return done.stdout.strip()
-
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    git = partial(
+        subprocess.check_output, cwd=Path(__file__).parent, env=environment,
+        stderr=subprocess.DEVNULL, text=True, timeout=10,
+    )  # fmt: skip
     try:
         # Installed inside somebody else's repository, the package is not among its files.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty", "--abbrev=12") or __version__
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
+        described: str = git(["git", "describe", "--always", "--dirty", "--abbrev=12"])
+        return described.strip() or __version__
     except (OSError, subprocess.SubprocessError):
         return __version__

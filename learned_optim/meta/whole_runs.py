@@ -32,21 +32,17 @@ from learned_optim.meta.checks import check_picklable
 from learned_optim.meta.data import DataOptions, load_images
 from learned_optim.meta.meta_optimizer import MetaOptimizer
 from learned_optim.meta.method import Method, Report, Round, TrainingError, Validation
-from learned_optim.meta.populations import ADAMW_LRS as MIXTURE_LRS
-from learned_optim.meta.populations import (
+from learned_optim.meta.populations._base import Batch, Params, Population
+from learned_optim.meta.populations.mixture import (
     MIXTURES,
+    SHORTEST_RUN,
     TRAINED_FOR,
-    Batch,
+    UNKNOWN_SHARE,
     Draw,
-    Params,
-    Population,
     draw,
-    fitness,
-    roll,
-    roll_adamw,
-    scores,
 )
-from learned_optim.meta.populations._mixture import SHORTEST_RUN, UNKNOWN_SHARE
+from learned_optim.meta.populations.rollout import ADAMW_LRS as MIXTURE_LRS
+from learned_optim.meta.populations.rollout import fitness, roll, roll_adamw, scores
 from learned_optim.meta.recipes import EvolutionRecipe
 from learned_optim.meta.rollout import floating
 from learned_optim.meta.seeding import global_generator_seeded, seeded

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from learned_optim import kernels
 from learned_optim._ambient import plain_arithmetic
+from learned_optim.kernels import constants as c
 from learned_optim.rules._base import UpdateRule
 from learned_optim.rules._basis import Rotation
 from learned_optim.rules._basis_operator import TracedRotation
 from learned_optim.rules._context import Shards, State, StepFunction, StepSettings
+from learned_optim.rules._features import largest_momentum
 from learned_optim.rules._step import restore_where_zero_, states_before
 
 _shape_of = attrgetter("shape")
@@ -26,7 +28,10 @@ class KernelRule(UpdateRule):
     @property
     def momentum_bounds(self) -> tuple[float, float]:
         """Bounds of the fast and the slow momentum in roots of the mean square."""
-        raise NotImplementedError
+        return (
+            largest_momentum(c.FAST_BETA, c.SQUARE_BETA),
+            largest_momentum(c.SLOW_BETA, c.SQUARE_BETA),
+        )
 
     def step_(
         self,

@@ -48,7 +48,6 @@ from learned_optim.rules import _history as history
 from learned_optim.rules._base import RuleConfig, State, StepContext
 from learned_optim.rules._features import (
     bias_correction,
-    largest_momentum,
     momentum_before,
     zeros_by_column,
 )
@@ -138,14 +137,6 @@ class HorizonRule(KernelRule):
         fast, slow = self.momentum_bounds
         mixed = (1 + 2 * c.MIX_BOUND) * fast + c.MIX_BOUND * (slow + c.LARGEST_RATIO)
         return c.BASE_STEP * math.exp(c.STEP_BOUND) * mixed
-
-    @property
-    def momentum_bounds(self) -> tuple[float, float]:
-        """Bounds of the fast and the slow momentum in units of r."""
-        return (
-            largest_momentum(c.FAST_BETA, c.SQUARE_BETA),
-            largest_momentum(c.SLOW_BETA, c.SQUARE_BETA),
-        )
 
     # ---- coordinates: moments, and the directions of the update
 
