@@ -23,21 +23,14 @@ def global_generator_seeded(*parts: object) -> Iterator[None]:
 
     Dropout and the like draw from the global generator; everything else has its own generator.
     """
-    with default_generator_seeded(_seed_of(*parts)):
-        yield
-
-
-@contextmanager
-def default_generator_seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator of the CPU inside, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(_seed_of(*parts))
         yield
 
 
 @contextmanager
 def every_generator_seeded(seed: int, more: Iterable[Generator] = ()) -> Iterator[None]:
-    """Seed the generators that data pipelines draw from, and restore them afterwards.
+    """Seed the generators that users' code draws from, and restore them afterwards.
 
     These are the global generators of torch (on the CPU), of Python's ``random`` and, if it is
     imported, of numpy.

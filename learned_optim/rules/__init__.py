@@ -1,7 +1,7 @@
 """Update rules, one file each, registered by being there."""
 
+from learned_optim.kernels import StepSettings
 from learned_optim.rules._base import RuleConfig, UpdateRule
-from learned_optim.rules._context import Shards, State, StepContext, StepSettings
 from learned_optim.rules._registry import (
     build_rule,
     rule_class,
@@ -10,6 +10,7 @@ from learned_optim.rules._registry import (
     rule_reference,
 )
 from learned_optim.rules._segments import Segments
+from learned_optim.rules._step import Shards, State, StepContext
 
 __all__ = [
     "RuleConfig",

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim._tensors import tensor_bytes
+from learned_optim.kernels import StepSettings
 from learned_optim.kernels.constants import DECAY_UNIT
-from learned_optim.rules._context import Shards, State, StepContext, StepFunction, StepSettings
 from learned_optim.rules._segments import Product, Segments, segments_of
 from learned_optim.rules._step import (
     BLOCK,
     MOST_PACKED,
     Piece,
+    Shards,
+    State,
+    StepContext,
+    StepFunction,
     pieces_of,
     restore_where_zero_,
     sanitize_grad,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from learned_optim._tensors import has_values, lie_side_by_side
 from learned_optim.kernels import constants as c
-from learned_optim.rules._context import State
+from learned_optim.rules._step import State
 
 #: State entries of a rotated matrix: bases, covariances, and the number of gradients so far,
 #: ``(1, 1)``. That one is on the CPU, because it decides when a basis is refreshed.

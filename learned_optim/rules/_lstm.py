@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import kernels
-from learned_optim.rules._context import State
 from learned_optim.rules._features import zeros_by_column
+from learned_optim.rules._step import State
 
 
 class LSTMStack(nn.Module):

@@ -1,4 +1,4 @@
-"""Parts of the step in place that do not depend on the rule.
+"""Arguments of a step, and the parts of the step in place that do not depend on the rule.
 
 Small tensors are packed, large ones cut into blocks.
 """
@@ -6,14 +6,15 @@ Small tensors are packed, large ones cut into blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from learned_optim.kernels import StepSettings
 from learned_optim.kernels.constants import LARGEST_GRAD
-from learned_optim.rules._context import State
 from learned_optim.rules._segments import Segments, cached_in_eager, is_plain_eager
 
 # Coordinates per block: temporaries of a block stay in the cache, and calls cost little beside it.
@@ -21,6 +22,50 @@ BLOCK = 1 << 15
 # Larger tensors are not packed by rules with dozens of state entries per coordinate: copying those
 # costs more than another round of calls.
 MOST_PACKED = 1 << 13
+
+State = dict[str, Tensor]
+#: A step of tensors that are already known, see :meth:`UpdateRule.bind`.
+StepFunction: TypeAlias = Callable[[Sequence[Tensor], StepSettings], bool]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Inputs of a step besides gradients, state and parameters.
+
+    Attributes:
+        step: number of earlier updates of each tensor, in the rule's dtype, shape ``(m,)``.
+        loss: the loss at the parameters, shape ``()`` or, one per tensor, ``(m,)``; ``None``
+            unless the rule has :attr:`UpdateRule.needs_loss`.
+        total_steps: length of the run, a number or a tensor of shape ``()`` or ``(m,)``; ``None``
+            if it is unknown.
+        rotated: 1 for matrices that are stepped in an eigenbasis, else 0, shape ``(m,)``; ``None``
+            if there is none.
+    """
+
+    step: Tensor
+    loss: Tensor | None = None
+    total_steps: float | Tensor | None = None
+    rotated: Tensor | None = None
+
+    def of(self, tensors: slice) -> StepContext:
+        """The context of some of the tensors."""
+
+        def part(value: Any) -> Any:
+            return value[tensors] if isinstance(value, Tensor) and value.dim() else value
+
+        return StepContext(*map(part, (self.step, self.loss, self.total_steps, self.rotated)))
+
+
+class Shards(NamedTuple):
+    """The sharded tensors whose local parts a step takes.
+
+    Attributes:
+        shapes: of the whole tensors.
+        groups: process groups over which all of them are sharded.
+    """
+
+    shapes: Sequence[torch.Size]
+    groups: tuple[Any, ...]
 
 
 # ---- gradients and rates

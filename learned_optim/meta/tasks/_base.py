@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions
-from learned_optim.meta.seeding import default_generator_seeded, global_generator_seeded, seeded
+from learned_optim.meta.seeding import every_generator_seeded, global_generator_seeded, seeded
 from learned_optim.meta.tasks._batches import BatchSource, Source, flatten, unflatten
 
 #: Examples per forward pass on a held-out set: convolutions of a whole set would fill gigabytes.
@@ -102,7 +102,7 @@ class ModuleTask(Task):
         ... )
 
     Args:
-        build: makes the module, a class for example; called under a seeded global generator, so
+        build: makes the module, a class for example; called under seeded global generators, so
             that every optimizee starts from fresh weights, which follow from its seed. A module
             instead of a function: every optimizee starts from its weights, as in fine-tuning.
         batches: a data loader, another iterable of batches, or a function that returns a batch:
@@ -152,7 +152,7 @@ class ModuleTask(Task):
         self._buffers = {name: b.clone() for name, b in self._first_buffers.items()}
         self._source.reset()
         if self._init_std is None:
-            with default_generator_seeded(int(torch.randint(2**62, (), generator=generator))):
+            with every_generator_seeded(int(torch.randint(2**62, (), generator=generator))):
                 fresh = self._build()
             return {name: p.detach().clone() for name, p in _trainable(fresh)}
         return {

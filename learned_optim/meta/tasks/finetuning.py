@@ -79,11 +79,11 @@ def with_adapters(network: nn.Module) -> nn.Module:
     """A copy of ``network`` with adapters, its only parameters, on linear layers."""
     network = copy.deepcopy(network)
     for module in list(network.modules()):
+        if isinstance(module, nn.Linear):
+            continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not isinstance(module, nn.Linear):
-                delattr(module, name)
-                module.register_buffer(name, parameter.detach())
-    for module in list(network.modules()):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, LowRank(child))
