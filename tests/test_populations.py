@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learned_optim import LearnedOptimizer, kernels
+from learned_optim import LearnedOptimizer
 from learned_optim.meta.data import DataOptions
 from learned_optim.meta.populations._base import Params, Population, UnusableTaskError
 from learned_optim.meta.populations._perceptron import Perceptron
@@ -344,16 +344,11 @@ def test_held_out_losses_are_those_before_and_after_a_run() -> None:
     assert roll(rule, flat(rule)[None], run_of(2), seed=1)[1] is None
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("eigenbasis", [False, True])
 @pytest.mark.parametrize("total", [None, 30])
-def test_copies_step_as_the_optimizer_does(
-    total: int | None, eigenbasis: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each by its own weights; with the kernel, where there is one, and without."""
-    if not compiled:
-        monkeypatch.setattr(kernels, "step_", lambda *_, **__: False)
-        monkeypatch.setattr(kernels, "bind", lambda *_, **__: None)
+def test_copies_step_as_the_optimizer_does(total: int | None, eigenbasis: bool) -> None:
+    """Each by its own weights."""
     rule = HorizonRule(HorizonConfig(hidden_size=4, eigenbasis=eigenbasis))
     weights = horizon_weights(rule, 2)
     shapes = {"w": (6, 4), "v": (6, 4), "b": (3,), "c": ()}

@@ -1,6 +1,7 @@
 """The contract every registered update rule keeps, over the configurations that it declares."""
 
 import copy
+import math
 import os
 import pickle
 import subprocess
@@ -24,7 +25,7 @@ from learned_optim.rules import (
 )
 from learned_optim.rules.equivariant import EquivariantConfig, EquivariantRule
 from learned_optim.rules.horizon import HorizonConfig
-from learned_optim.rules.lstm import LSTMConfig, LSTMRule
+from learned_optim.rules.lstm import LSTMConfig, LSTMRule, log_and_sign
 
 RULES = rule_names()
 EVERY = [(name, config) for name in RULES for config in range(len(test_configs(name)))]
@@ -234,6 +235,39 @@ def test_names_are_taken_once() -> None:
 
 
 # ---- the LSTM's own numbers
+
+
+@pytest.mark.parametrize(
+    ("grad", "p", "expected"),
+    [
+        (1.0, 10.0, (0.0, 1.0)),
+        (-math.e, 10.0, (0.1, -1.0)),
+        (math.exp(-5), 10.0, (-0.5, 1.0)),
+        (math.exp(-10), 10.0, (-1.0, 1.0)),  # at the threshold both branches agree
+        (-math.exp(-10), 10.0, (-1.0, -1.0)),
+        (math.exp(-10) * 1.001, 10.0, ((-10 + math.log(1.001)) / 10, 1.0)),
+        (math.exp(-10) * 0.999, 10.0, (-1.0, 0.999)),
+        (-math.exp(-12), 10.0, (-1.0, -math.exp(-2))),
+        (0.0, 10.0, (-1.0, 0.0)),
+        (math.exp(-3), 2.0, (-1.0, math.exp(-1))),
+        (1e-300, 10.0, (-1.0, 1e-300 * math.exp(10))),
+    ],
+)
+def test_log_and_sign_by_hand(grad: float, p: float, expected: tuple[float, float]) -> None:
+    features = log_and_sign(torch.tensor([grad], dtype=torch.float64), p)
+    torch.testing.assert_close(features, torch.tensor([expected], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_log_and_sign_of_extremes(dtype: torch.dtype) -> None:
+    """Infinity reads as the largest number, NaN stays; exp(p) is infinite in float16."""
+    largest = torch.finfo(dtype).max
+    grad = torch.tensor([math.inf, -math.inf, largest, -largest, 0.0, 1e-4, math.nan], dtype=dtype)
+    features = log_and_sign(grad, p=15.0)
+    assert torch.equal(features[:2], features[2:4])
+    assert features[:2, 1].tolist() == [1.0, -1.0]
+    assert features[:6].isfinite().all()
+    assert features[6].isnan().all()
 
 
 def reference_lstm(rule: LSTMRule, features: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from learned_optim.meta import TaskOptions, build_tasks, task_names
-from learned_optim.meta.data import DATA_VARIABLE, DataOptions, Images, halves, load_images
+from learned_optim.meta.data import DATA_VARIABLE, DataOptions, Images, halves
 from learned_optim.meta.seeding import seeded
-from learned_optim.meta.tasks.images import META_SETS
 
 THESIS = {
     "mnist": (784, [20], 10),
@@ -104,20 +103,6 @@ def test_halves_are_disjoint_complete_and_fixed() -> None:
     assert sorted(meta.labels.tolist() + evaluation.labels.tolist()) == list(range(101))
     # Pinned: a change of the split would silently mix the halves of earlier checkpoints.
     assert meta.labels[:5].tolist() == [64, 40, 58, 75, 59]
-
-
-@pytest.mark.parametrize("image_set", META_SETS)
-def test_meta_training_and_evaluation_images_are_disjoint(
-    image_set: str, image_data: DataOptions
-) -> None:
-    images = load_images(image_set, True, image_data)
-    tagged = Images(images.pixels, torch.arange(len(images)), len(images))
-    meta, evaluation = halves(tagged)
-    assert not set(meta.labels.tolist()) & set(evaluation.labels.tolist())
-    task = build_tasks(image_set, TaskOptions("meta", image_data)).sample(seeded(0))
-    rows = {x.numpy().tobytes() for x in meta.pixels.float().div_(images.white)}
-    x, _ = task.batch(seeded("draw"))
-    assert all(image.numpy().tobytes() in rows for image in x)
 
 
 def test_missing_data_names_folder_variable_and_option(
