@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from learned_optim.meta.data import DataOptions, load_images
-from learned_optim.meta.tasks._base import Batch
+from learned_optim.meta.tasks._base import Batch, ModuleTask
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,17 @@ class Examples:
             return self.inputs[index], self.targets[index]
 
         return draw
+
+    def task(
+        self,
+        build: Callable[[], nn.Module],
+        size: int,
+        criterion: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+        held_out: float = 0.2,
+    ) -> ModuleTask:
+        """The training of a network on batches of ``size``, with a share of examples held out."""
+        train, rest = self.split(held_out)
+        return ModuleTask(build, train.batches(size), criterion, tests=rest.all)
 
     def all(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets, as a task's held-out set is given."""

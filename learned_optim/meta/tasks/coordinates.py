@@ -74,8 +74,7 @@ def _pixels() -> Examples:
 
 
 def _photograph(build: Callable[[], nn.Module], data: DataOptions) -> ModuleTask:
-    train, held_out = _pixels().split(0.1)
-    return ModuleTask(build, train.batches(BATCH_SIZE), F.mse_loss, tests=held_out.all)
+    return _pixels().task(build, BATCH_SIZE, F.mse_loss, held_out=0.1)
 
 
 FAMILIES = {

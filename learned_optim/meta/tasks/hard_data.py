@@ -44,13 +44,8 @@ def _heavy_tails(data: DataOptions) -> ModuleTask:
     # Student's t with 2 degrees of freedom: a normal over the root of a mean of two squares.
     squares = torch.randn(count, 2, generator=generator).square().mean(1, keepdim=True)
     noise = torch.randn(count, 1, generator=generator) / squares.sqrt()
-    train, held_out = Examples(x, clean + 0.3 * noise).split()
-    return ModuleTask(
-        lambda: mlp(20, (64, 64), 1, nn.ReLU),
-        train.batches(BATCH_SIZE),
-        F.huber_loss,
-        tests=held_out.all,
-    )
+    examples = Examples(x, clean + 0.3 * noise)
+    return examples.task(lambda: mlp(20, (64, 64), 1, nn.ReLU), BATCH_SIZE, F.huber_loss)
 
 
 def _rare_classes(data: DataOptions) -> ModuleTask:
@@ -60,12 +55,7 @@ def _rare_classes(data: DataOptions) -> ModuleTask:
     labels = torch.multinomial(frequency, count, replacement=True, generator=generator)
     centres = torch.randn(CLASSES, FEATURES, generator=generator)
     inputs = centres[labels] + 1.2 * torch.randn(count, FEATURES, generator=generator)
-    train, held_out = Examples(inputs, labels).split()
-    return ModuleTask(
-        lambda: mlp(FEATURES, (128,), CLASSES, nn.ReLU),
-        train.batches(128),
-        tests=held_out.all,
-    )
+    return Examples(inputs, labels).task(lambda: mlp(FEATURES, (128,), CLASSES, nn.ReLU), 128)
 
 
 FAMILIES = {

@@ -71,13 +71,8 @@ def _tabular(
     name: str, data: DataOptions, build: Callable[[int, int], nn.Module] = tabular_network
 ) -> ModuleTask:
     examples, classes = _table(name)
-    train, held_out = examples.split()
-    return ModuleTask(
-        build=partial(build, examples.inputs.shape[1], classes or 1),
-        batches=train.batches(BATCH_SIZE),
-        criterion=F.cross_entropy if classes else F.mse_loss,
-        tests=held_out.all,
-    )
+    network = partial(build, examples.inputs.shape[1], classes or 1)
+    return examples.task(network, BATCH_SIZE, F.cross_entropy if classes else F.mse_loss)
 
 
 FAMILIES = {
