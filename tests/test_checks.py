@@ -1,5 +1,6 @@
 """Tasks that meta-training can do nothing with are refused before it begins; the others train."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -168,7 +169,8 @@ def test_several_in_a_meta_step_do_not_see_each_other(estimator: str, kind: str)
     def build() -> nn.Module:
         # No bias: before batch norm, its gradient is rounding noise, which the rule enlarges.
         convolution = nn.Conv2d(1, 4, 3, stride=2, bias=False)
-        return nn.Sequential(convolution, *(ALONE | TOGETHER)[kind]()[1:]).double()
+        rest = copy.deepcopy((ALONE | TOGETHER)[kind]()[1:])
+        return nn.Sequential(convolution, *rest).double()
 
     task = ModuleTask(build, images)
 
