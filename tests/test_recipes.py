@@ -48,10 +48,6 @@ def test_recipes_in_toml_and_json(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "short.toml")).rule == LSTMConfig()
     MetaTrainer(SMALL, tmp_path / "run")
     assert load_recipe(str(tmp_path / "run")) == SMALL
-    (tmp_path / "run" / "recipe.json").write_text('{"task": "quad')
-    message = r"recipe\.json: Unterminated string .* delete it, .* and --folder .*run: nothing else"
-    with pytest.raises(ValueError, match=message):
-        load_recipe(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

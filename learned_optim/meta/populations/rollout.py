@@ -67,10 +67,10 @@ def _roll(
     params, rows = optimizer.params, []
 
     @torch.no_grad()
-    def held_out_losses() -> Tensor | None:
-        return None if task.held_out is None else task.losses(params, task.held_out)
+    def held_out_losses() -> list[Tensor]:
+        return [] if task.held_out is None else [task.losses(params, task.held_out)]
 
-    before = held_out_losses()
+    held_out = held_out_losses()
     for _ in range(run.steps):
         losses = task.losses(params, task.batch(generator))
         total = losses.sum()
@@ -78,11 +78,8 @@ def _roll(
             total = total * math.exp(task.jitter * torch.randn((), generator=jitter).item())
         optimizer.step(torch.autograd.grad(total, list(params.values())))
         rows.append(losses.detach())
-    training = torch.stack(rows).double()
-    after = held_out_losses()
-    if before is None or after is None:
-        return training, None
-    return training, torch.stack((before, after)).double()
+    held_out += held_out_losses()
+    return torch.stack(rows).double(), torch.stack(held_out).double() if held_out else None
 
 
 # ---- optimizers of all copies
