@@ -66,6 +66,12 @@ number of steps and runs at `lr=1`.
 
 "Held out" is the ratio of held-out losses. It never diverged in these runs.
 
+## The cheap form
+
+The same for `{fast_name}`, whose step costs what Adam's does:
+
+{fast}
+
 ## Shorter runs, more tuned rivals
 
 The same tasks for 300 to 1,000 steps; every rival of this table is tuned for each task.
@@ -188,7 +194,7 @@ def draw_field(summary: dict[str, Any], path: Path) -> None:
 
 def results_page() -> str:
     """Returns docs/results.md."""
-    whole, short = load(RESULTS / "field.json"), load(RESULTS / "field-quick.json")
+    whole, fast, short = (load(RESULTS / f"field{end}.json") for end in ("", "-fast", "-quick"))
     name, protocol = learned_name(whole), whole["protocol"]
     rivals = [n for n in (*protocol["tuned"], *protocol["untuned"]) if n != name]
     text = RESULTS_PAGE.format(
@@ -199,6 +205,8 @@ def results_page() -> str:
         matrix_rates=", ".join(f"{lr:g}" for lr in MATRIX_LRS),
         worth=worth_table(whole),
         whole=rivals_table(whole, rivals),
+        fast_name=learned_name(fast),
+        fast=rivals_table(fast, fast["protocol"]["tuned"]),
         short=rivals_table(short, short["protocol"]["tuned"]),
         best=interval_text(short["overall"][learned_name(short)]["ratio"]),
         tasks=tasks_table(whole),

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, save, shipped
 from learned_optim.cli import main as learned_optim
+from learned_optim.pretrained import ALIASES
 
 NETWORKS = "mnist mnist-40 mnist-2layer mnist-relu fashion emnist-letters cifar10"
 FOUR = "sgd nesterov rmsprop adam"
@@ -23,6 +24,8 @@ SHORT = f"--checkpoints {shipped()[0]} coordinatewise"
 GROUPS = {
     "field": f"--suite field --checkpoints {shipped()[0]} --seeds 2 "
     "--baselines adamw-cosine muon-cosine soap-cosine nadamw-1.75e-3",
+    "field-fast": f"--suite field --checkpoints {ALIASES['default-fast']} --seeds 2 "
+    "--baselines adamw-cosine muon-cosine soap-cosine",
     "field-quick": f"--suite field --quick --checkpoints {shipped()[0]} "
     "--baselines adamw-cosine adamw-linear muon-cosine soap-cosine schedulefree",
     "unknown-length": f"--suite field --quick --checkpoints {shipped()[0]} --no-told "
