@@ -138,13 +138,13 @@ def constants_of(shapes: Sequence[torch.Size]) -> list[float]:
     return constants
 
 
-def increment_versions(params: Sequence[Tensor]) -> None:
-    """Count a change of parameters, so that graphs which saved them raise errors."""
-    try:
-        torch._C._increment_version(params)
-    except (RuntimeError, TypeError):  # before torch 2.5, one tensor at a time
-        for param in params:
-            torch._C._increment_version(param)
+def _increment_each(params: Sequence[Tensor]) -> None:
+    for param in params:
+        torch._C._increment_version(param)
+
+
+#: Counts a change of parameters, so that graphs which saved them raise errors.
+increment_versions = torch._C._increment_version if torch.__version__ >= "2.5" else _increment_each
 
 
 # ---- the step
@@ -153,7 +153,7 @@ def increment_versions(params: Sequence[Tensor]) -> None:
 def step_(call: StepCall) -> bool:
     """See :func:`learned_optim.kernels.step_`."""
     bound = bind(call.network, call.params, call.states)
-    return bound is not None and bound.run(call.grads, call.settings, call.updates)
+    return bound is not None and bound(call.grads, call.settings, call.updates)
 
 
 def bind(
@@ -212,28 +212,14 @@ class BoundStep:
         settings: StepSettings,
         updates: Sequence[Tensor | None] | None = None,
     ) -> bool:
-        """One step; false, and nothing done, if a tensor has moved or has another shape."""
+        """One step; false, and nothing done, if a tensor does not suit the library or has moved."""
+        lr, params, layout, pointers = settings.lr, self.params, self.layout, self.pointers
         if (
             under_a_mode()
             or list(map(Tensor.data_ptr, self.fixed)) != self.addresses
-            or list(map(_shape_of, self.params)) != self.shapes
+            or list(map(_shape_of, params)) != self.shapes
         ):
             return False
-        return self.run(grads, settings, updates)
-
-    def run(
-        self,
-        grads: Sequence[Tensor],
-        settings: StepSettings,
-        updates: Sequence[Tensor | None] | None = None,
-    ) -> bool:
-        """One step right after :func:`bind`, which has checked state and weights.
-
-        Returns:
-            False, and nothing done, if parameters, gradients or updates do not suit the library.
-        """
-        lr = settings.lr
-        params, layout, pointers = self.params, self.layout, self.pointers
         varying, m = [*params, *grads], len(params)
         if len(varying) != 2 * m or (isinstance(lr, Tensor) and not lr.is_cpu):
             return False
