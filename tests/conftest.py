@@ -1,9 +1,8 @@
 """Shared fixtures: one thread, fixed seeds, and the data folder where there is one."""
 
-import inspect
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,8 +45,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--only-data"):
-        # Some ask for the fixture in their body, for the tasks that need it.
-        chosen = [item for item in items if "image_data" in inspect.getsource(item.obj)]
+        fixtures = {"image_data", "data_for"}
+        chosen = [item for item in items if fixtures & {*getattr(item, "fixturenames", ())}]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 
@@ -101,6 +100,12 @@ def image_data() -> DataOptions:
     if not folder or not (Path(folder) / "MNIST").is_dir():
         pytest.skip(f"needs MNIST and others in the folder that ${DATA_VARIABLE} names")
     return DataOptions(Path(folder), download=False)
+
+
+@pytest.fixture
+def data_for(request: pytest.FixtureRequest) -> Callable[[bool], DataOptions]:
+    """Data of a task, by whether it reads image sets: :func:`image_data` is then asked for."""
+    return lambda images: request.getfixturevalue("image_data") if images else DataOptions()
 
 
 def test_configs(name: str) -> tuple[RuleConfig, ...]:

@@ -593,13 +593,12 @@ def test_pinned_figures(task: str, tmp_path: Path) -> None:
 )
 def test_shipped_rules_beat_tuned_adam(
     checkpoint: str, task: str, lrs: tuple[float, ...], seeds: int, limit: float,
-    tmp_path: Path, request: pytest.FixtureRequest,
+    tmp_path: Path, data_for: Callable[[bool], DataOptions],
 ) -> None:  # fmt: skip
     """In the loss summed over 100 steps, as in the thesis."""
-    data = request.getfixturevalue("image_data") if task == "mnist" else DataOptions()
     config = EvaluateConfig(
         checkpoints=(checkpoint,), tasks=(task,), baselines=("adam",), lrs=lrs, seeds=seeds,
-        output=tmp_path, data=data,
+        output=tmp_path, data=data_for(task == "mnist"),
     )  # fmt: skip
     summary = Evaluation(config).execute()
     rows = summary["tasks"][task]["optimizers"]

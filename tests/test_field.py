@@ -1,6 +1,7 @@
 """The field: its tasks, and pinned final losses."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -39,11 +40,10 @@ def test_stated_steps() -> None:
 
 @pytest.mark.parametrize("name", sorted(field_tasks()))
 def test_every_task_trains(
-    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    name: str, data_for: Callable[[bool], DataOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few of Adam's steps lower the loss on one batch; weights and batches are the seeds'."""
-    reads_images = field_tasks()[name].data_set is not None
-    data = request.getfixturevalue("image_data") if reads_images else DataOptions()
+    data = data_for(field_tasks()[name].data_set is not None)
     pretrained = finetuning.pretrained
     shortened = lambda task, steps, lr=1e-3: pretrained(task, 20, lr)  # noqa: E731
     monkeypatch.setattr(finetuning, "pretrained", shortened)

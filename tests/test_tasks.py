@@ -1,6 +1,7 @@
 """Tasks: what the thesis defines, and the split that keeps meta-training honest."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -204,7 +205,7 @@ def test_mixture_of_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", task_names())
 def test_splits_differ_or_are_refused(
-    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    name: str, data_for: Callable[[bool], DataOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No family gives meta-training what evaluation will see; a refusal loads nothing."""
     halved = ("mnist", "digits", "quadratic", "small-tasks", "all-but")
@@ -217,8 +218,8 @@ def test_splits_differ_or_are_refused(
         return
     if name == "quadratic":
         return  # fresh random functions for everybody: there is nothing to leak
-    image_data, batches = request.getfixturevalue("image_data"), []
+    data, batches = data_for(True), []
     for split in ("meta", "evaluation"):
         draws = seeded("split", name)
-        batches.append(build_tasks(name, TaskOptions(split, image_data)).sample(draws).batch(draws))
+        batches.append(build_tasks(name, TaskOptions(split, data)).sample(draws).batch(draws))
     assert not torch.equal(batches[0][0], batches[1][0])
