@@ -112,14 +112,7 @@ def soap(tensor: Tensor) -> float:
 
 def learned(rule: UpdateRule) -> Callable[[Tensor], float]:
     """Returns the bytes of a rule's state as a function of the parameter."""
-
-    def state(tensor: Tensor) -> float:
-        param = torch.empty(tensor.shape, device="meta")
-        matrices = rule.init_matrices(param.shape, param.device)
-        values = {**rule.init_state(param), **matrices}.values()
-        return sum(value.numel() * value.element_size() for value in values)
-
-    return state
+    return lambda tensor: rule.state_bytes(tensor.shape)
 
 
 def optimizers() -> dict[str, Callable[[Tensor], float]]:

@@ -14,8 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from learned_optim.checkpoint import FORMAT, FORMAT_VERSION, as_json, save_rule
 from learned_optim.pretrained import (
     CHECKPOINT_FILE,
@@ -242,9 +240,7 @@ def _limits(
     steps = [entry["steps"] for entry in evaluation["tasks"].values()] if evaluation else []
     longest = max([*steps, tested_steps or 0])
     tested = f"{longest:,}" if longest else unknown
-    matrix = torch.zeros(64, 64)
-    state = {**rule.init_state(matrix), **rule.init_matrices(matrix.shape, matrix.device)}
-    size = sum(e.numel() * e.element_size() for e in state.values() if e.dim() > 1) / 64**2
+    size = rule.state_bytes((64, 64)) / 64**2
     runs = record.get("trained_for") or (f"runs of {trained} steps and tested on runs of {tested}")
     rows = [
         f"- Trained on {runs}; what it does beyond is unknown.",

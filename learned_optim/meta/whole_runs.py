@@ -224,7 +224,7 @@ class TaskResult:
 
     Attributes:
         seed: of the task.
-        family: kind of the task; empty if none could be drawn.
+        family: kind of the task.
         fitness: of ``weights + perturbation`` for every pair, then of ``weights - perturbation``,
             float64 of shape ``(2 * pairs,)``; ``None`` if the run failed.
         error: cause of the failure.

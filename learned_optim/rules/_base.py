@@ -161,6 +161,12 @@ class UpdateRule(nn.Module):
         """
         return {}
 
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of the state of a tensor of this shape; nothing is allocated."""
+        param = torch.empty(shape, device="meta")
+        state = {**self.init_state(param), **self.init_matrices(param.shape, param.device)}
+        return sum(value.numel() * value.element_size() for value in state.values())
+
     def moments(self, grad: Tensor, state: State) -> State:
         """New values of the per-coordinate entries outside :attr:`network_state`; elementwise.
 
