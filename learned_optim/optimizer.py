@@ -319,6 +319,8 @@ class LearnedOptimizer(Optimizer):
         rule = state.pop("_rule", None)
         super().__setstate__(state)
         if rule is None:  # called by load_state_dict
+            for group in self.param_groups:
+                group.update(self.defaults | group)  # a tool may have left out values
             self._forget_steps()
         else:
             self._use(FrozenRule(rule), state["_source"])

@@ -89,8 +89,9 @@ def plain(
     for age, raw in enumerate(grads):
         grad = raw.to(param.dtype).to(dtype).reshape(matrix)
         share = max(1 - basis.COVARIANCE_BETA, 1 / (age + 1))
-        covs = [(1 - share) * covs[0] + share * grad @ grad.T,
-                (1 - share) * covs[1] + share * grad.T @ grad]  # fmt: skip
+        if basis.refresh_is_near(age, stagger):
+            covs = [(1 - share) * covs[0] + share * grad @ grad.T,
+                    (1 - share) * covs[1] + share * grad.T @ grad]  # fmt: skip
         old = list(turns)
         if basis.refresh_is_due(age, stagger):
             for side in (side for side in range(2) if sides[side]):
@@ -119,9 +120,9 @@ def plain(
 
 
 def test_steps_of_float64_are_those_of_a_plain_account() -> None:
-    """Both sides, the shorter side alone, kernels, vectors; over all periods of refreshes."""
+    """Both sides, the shorter side alone, kernels, vectors; covariances of some gradients."""
     rule = eigenbasis_rule(torch.float64)
-    params, grads = problem(SHAPES, 40)
+    params, grads = problem(SHAPES, 110)
     found, states = run(rule, params, grads, maximize=True, **NUMBERS)
     assert ["basis_age" in state for state in states] == [True] * 4 + [False, True, False]
     for index, (param, moved) in enumerate(zip(params, found, strict=True)):
@@ -318,6 +319,29 @@ def test_refreshes_come_within_their_period_and_are_spread() -> None:
             assert now - last <= basis.refresh_period(now) <= basis.LONGEST_PERIOD
     for age in range(200, 300):
         assert sum(basis.refresh_is_due(age, stagger) for stagger in range(64)) == 2
+        assert sum(basis.refresh_is_near(age, stagger) for stagger in range(64)) == 2 * basis.WINDOW
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_large_products_are_rounded_where_that_is_faster(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates and covariances to a hundredth, rotated gradients to float32's precision."""
+    monkeypatch.setattr(basis, "_multiplies_bfloat16", lambda device: fast)
+    monkeypatch.setattr(basis, "FEWEST_ROUNDED", 32**3)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 32, 32, generator=generator)
+    rows = torch.linalg.qr(torch.randn(2, 32, 32, generator=generator))[0]
+    wide = x.double()
+    back = basis.rotate_back(x, rows, rows, basis.rounded_product)
+    cov = torch.zeros(2, 32, 32)
+    basis.accumulate_(cov, x, [0, 0])
+    expected = torch.cat([rows.double() @ wide @ rows.double().mT, wide @ wide.mT])
+    found = torch.cat([back, cov]).double()
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert 1e-4 < error < 1e-2 if fast else error < 1e-6
+    turned = basis.rotate_grad(x, rows, None).double()
+    torch.testing.assert_close(turned, rows.double().mT @ wide, rtol=1e-5, atol=1e-5)
 
 
 def test_bases_stay_orthogonal_and_find_the_eigenvectors() -> None:

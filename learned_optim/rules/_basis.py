@@ -15,8 +15,9 @@ and ``(b, c, c)``; ``None`` stands for a side that is not rotated.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,6 +28,9 @@ from torch import Tensor
 from learned_optim._tensors import has_values, lie_side_by_side
 from learned_optim.kernels import constants as c
 from learned_optim.rules._step import State
+
+#: A matrix product.
+Product = Callable[[Tensor, Tensor], Tensor]
 
 #: State entries of a rotated matrix: bases, covariances, and the number of gradients so far,
 #: ``(1, 1)``. That one is on the CPU, because it decides when a basis is refreshed.
@@ -40,9 +44,11 @@ LONGEST_SIDE = 1024  # beyond it a QR takes longer than a batch's gradient
 LONGEST_RATIO = 4.0
 KERNEL_RATIO = 10.0  # of convolutions: 3x3 kernels have nine columns per input channel
 SHORTEST_SIDE = 2
+FEWEST_ROUNDED = 1 << 20  # multiplications of a product; in smaller ones rounding costs more
 FIRST_ITERATIONS = 3  # of subspace iteration at the first gradient, from the identity
 FRESH_AGE = 5  # bases of this age are refreshed at every step, older ones at a fifth of their age
 LONGEST_PERIOD = 32  # steps between two refreshes
+WINDOW = 8  # gradients before a refresh that enter the covariances; 4 to 32 are level
 _SHIFT = 1e-4  # share of the old basis in the new one: directions without a gradient stay
 
 
@@ -79,6 +85,12 @@ def refresh_is_due(age: int, stagger: int = 0) -> bool:
     same step.
     """
     return (age + stagger) % refresh_period(age) == 0
+
+
+def refresh_is_near(age: int, stagger: int = 0) -> bool:
+    """True if the next refresh is fewer than :data:`WINDOW` gradients away."""
+    period = refresh_period(age)
+    return -(age + stagger) % period < WINDOW
 
 
 def init_bases(
@@ -125,10 +137,38 @@ def without_rounding(turned: Tensor, before: Tensor) -> Tensor:
     return torch.where(turned.abs() < error, 0.0, turned)
 
 
-def rotate_back(x: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+def rotate_back(
+    x: Tensor, rows: Tensor | None, cols: Tensor | None, product: Product = torch.matmul
+) -> Tensor:
     """``Q_L x Q_R^T``, ``(b, r, c)``."""
-    x = x if rows is None else rows @ x
-    return x if cols is None else x @ cols.mT
+    x = x if rows is None else product(rows, x)
+    return x if cols is None else product(x, cols.mT)
+
+
+def rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, of rounded matrices if these are large and the device multiplies bfloat16 faster.
+
+    For updates and covariances. Gradients are rotated without: there the error of a large entry
+    would hide the small ones, which count as much.
+    """
+    multiplications = a.shape[-2] * a.shape[-1] * b.shape[-1]
+    if (
+        a.dtype != torch.float32
+        or multiplications < FEWEST_ROUNDED
+        or not _multiplies_bfloat16(a.device)
+    ):
+        return a @ b
+    return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # torch before 2.10 does not say what the processor has
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(known.get(f"{unit}_bf16") for unit in ("avx512", "amx"))
 
 
 def accumulate_(
@@ -145,10 +185,7 @@ def accumulate_(
         shard_groups: process groups over which the ``k`` columns are sharded.
     """
     shares = [max(1 - COVARIANCE_BETA, 1 / (age + 1)) for age in ages]
-    if len({*shares}) == 1 and not shard_groups:
-        torch.baddbmm(cov, factor, factor.mT, beta=1 - shares[0], alpha=shares[0], out=cov)
-        return
-    product = factor @ factor.mT
+    product = rounded_product(factor, factor.mT)
     for group in shard_groups:
         torch.distributed.all_reduce(product, group=group)
     cov.lerp_(product, cov.new_tensor(shares)[:, None, None])
@@ -183,8 +220,9 @@ def carry_over_(
         turns: ``Q_new^T Q_old`` of rows and columns.
         bounds: of each momentum.
     """
+    rows, cols = turns
     for momentum, bound in zip(momenta, bounds, strict=True):
-        momentum.copy_(without_rounding(rotate_back(momentum, *turns), momentum))
+        momentum.copy_(without_rounding(rotate_back(momentum, rows, cols), momentum))
         torch.maximum(square, (momentum / bound).square(), out=square)
 
 
@@ -328,7 +366,7 @@ class Rotation:
     def rotate_back(self) -> None:
         """Add the updates, rotated back, to the parameters."""
         for group in self._groups:
-            steps = rotate_back(group.updates, *group.rotation)
+            steps = rotate_back(group.updates, *group.rotation, rounded_product)
             for index, step in zip(group.indices, steps.unbind(), strict=True):
                 param, wide = self._params[index], self.wide[index]
                 wide.add_(step.view(param.shape))
@@ -338,15 +376,19 @@ class Rotation:
     def _update_bases(self, group: _Group, grad: Tensor) -> None:
         """Update the covariances of a group by gradients ``(b, r, c)``; refresh what is due."""
         ages = [_age(self._states[index]) for index in group.indices]
+        phases = [(age, self._staggers[i]) for age, i in zip(ages, group.indices, strict=True)]
+        near = [i for i, phase in enumerate(phases) if refresh_is_near(*phase)]
+        due = [i for i, phase in enumerate(phases) if refresh_is_due(*phase)]
+        whole = len(near) == len(ages)
         for side, factor in zip(group.sides, (grad, grad.mT), strict=True):
-            if side is not None:
-                accumulate_(side[1].value, factor, ages, self._shard_groups)
-                side[1].store()
-        due = [
-            i
-            for i, (age, index) in enumerate(zip(ages, group.indices, strict=True))
-            if refresh_is_due(age, self._staggers[index])
-        ]
+            if side is None or not near:
+                continue
+            cov = side[1].value
+            own, seen = (cov, factor) if whole else (cov[near], factor[near])
+            accumulate_(own, seen, [ages[i] for i in near], self._shard_groups)
+            if not whole:
+                cov[near] = own
+            side[1].store()
         for fresh in (True, False):
             chosen = [i for i in due if (ages[i] == 0) is fresh]
             if chosen:

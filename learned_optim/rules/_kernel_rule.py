@@ -14,7 +14,7 @@ from learned_optim._ambient import plain_arithmetic
 from learned_optim.kernels import StepSettings
 from learned_optim.kernels import constants as c
 from learned_optim.rules._base import UpdateRule
-from learned_optim.rules._basis import MOMENTS, Rotation, matrix_shape, rotate_back
+from learned_optim.rules._basis import MOMENTS, Rotation, matrix_shape, rotate_back, rounded_product
 from learned_optim.rules._features import largest_momentum
 from learned_optim.rules._step import (
     Shards,
@@ -203,7 +203,8 @@ class TracedRotation:
         for index, update, state in zip(self._indices, self._updates, self._own, strict=True):
             param, wide = self._params[index], self.wide[index]
             matrix = update.reshape(matrix_shape(param.shape))
-            step = rotate_back(matrix, state.get("row_basis"), state.get("col_basis"))
+            bases = state.get("row_basis"), state.get("col_basis")
+            step = rotate_back(matrix, *bases, rounded_product)
             wide.add_(step.reshape(param.shape))
             if wide is not param:
                 param.copy_(wide)

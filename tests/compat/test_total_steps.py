@@ -215,6 +215,11 @@ def test_other_values_of_groups_are_the_saved_ones() -> None:
     fresh.load_state_dict(opt.state_dict())
     (group,) = fresh.param_groups
     assert (group["lr"], group["weight_decay"], group["warmup"]) == (0.5, 3.0, 7)
+    saved = opt.state_dict()
+    saved["param_groups"][0] = {"params": [0]}  # a tool has left out the rest
+    fresh = LearnedOptimizer([Parameter(torch.ones(1))], Annealed(), total_steps=4)
+    fresh.load_state_dict(saved)
+    assert fresh.param_groups[0]["lr"] == 1.0
 
 
 # ---- the warm-up
