@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def rotate_grad(grad: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tenso
 
 
 def without_rounding(turned: Tensor, before: Tensor) -> Tensor:
-    """``turned`` with entries below the rotation's rounding error set to zero.
+    """``turned`` with entries below the rotation's rounding error set to zero, in place.
 
     Steps do not depend on the size of gradients. So rounding errors would move a direction without
     a gradient as far as any other.
@@ -134,7 +134,7 @@ def without_rounding(turned: Tensor, before: Tensor) -> Tensor:
     """
     norm = torch.linalg.vector_norm(before, dim=(-2, -1), keepdim=True)
     error = 4 * torch.finfo(before.dtype).eps * norm
-    return torch.where(turned.abs() < error, 0.0, turned)
+    return turned.masked_fill_(turned.abs() < error, 0.0)
 
 
 def rotate_back(
@@ -184,11 +184,12 @@ def accumulate_(
         ages: gradients that each covariance has seen.
         shard_groups: process groups over which the ``k`` columns are sharded.
     """
-    shares = [max(1 - COVARIANCE_BETA, 1 / (age + 1)) for age in ages]
     product = rounded_product(factor, factor.mT)
     for group in shard_groups:
         torch.distributed.all_reduce(product, group=group)
-    cov.lerp_(product, cov.new_tensor(shares)[:, None, None])
+    shares = [max(1 - COVARIANCE_BETA, 1 / (age + 1)) for age in ages]
+    same = len({*shares}) == 1
+    cov.lerp_(product, shares[0] if same else cov.new_tensor(shares)[:, None, None])
 
 
 def next_basis(basis: Tensor, cov: Tensor) -> Tensor:
@@ -379,16 +380,11 @@ class Rotation:
         phases = [(age, self._staggers[i]) for age, i in zip(ages, group.indices, strict=True)]
         near = [i for i, phase in enumerate(phases) if refresh_is_near(*phase)]
         due = [i for i, phase in enumerate(phases) if refresh_is_due(*phase)]
-        whole = len(near) == len(ages)
         for side, factor in zip(group.sides, (grad, grad.mT), strict=True):
-            if side is None or not near:
-                continue
-            cov = side[1].value
-            own, seen = (cov, factor) if whole else (cov[near], factor[near])
-            accumulate_(own, seen, [ages[i] for i in near], self._shard_groups)
-            if not whole:
-                cov[near] = own
-            side[1].store()
+            if side is not None:
+                for run in _runs(near):
+                    accumulate_(side[1].value[run], factor[run], ages[run], self._shard_groups)
+                side[1].store()
         for fresh in (True, False):
             chosen = [i for i in due if (ages[i] == 0) is fresh]
             if chosen:
@@ -421,6 +417,13 @@ class Rotation:
         for key, value in zip(MOMENTS, moments, strict=True):
             for state, carried in zip(states, value.unbind(), strict=True):
                 state[key].copy_(carried.view(state[key].shape))
+
+
+def _runs(indices: Sequence[int]) -> Iterator[slice]:
+    """Increasing indices as slices of consecutive ones."""
+    for _, pairs in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        own = [index for _, index in pairs]
+        yield slice(own[0], own[-1] + 1)
 
 
 def _address(tensor: Tensor) -> int:
