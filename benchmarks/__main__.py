@@ -10,7 +10,7 @@ import importlib
 
 #: Modules of this package by the name of their command.
 NAMES = (
-    "step", "memory", "meta-training", "light-bench", "results", "pages", "commands",
+    "step", "cost", "memory", "meta-training", "light-bench", "results", "pages", "commands",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import light_bench, memory, meta_training, results, step
+from benchmarks import cost, light_bench, memory, meta_training, results, step
 from benchmarks.common import DOCS, RESULTS, load
 from learned_optim.evaluation.baselines import MATRIX_LRS
 from learned_optim.evaluation.statistics import cut_off, geometric_mean
@@ -306,6 +306,7 @@ within a table. {machine}
 
 ```sh
 python -m benchmarks step             # a minute
+python -m benchmarks cost             # a minute
 python -m benchmarks memory           # seconds
 python -m benchmarks meta-training    # some minutes
 python -m benchmarks pages            # writes this page
@@ -317,10 +318,9 @@ python -m benchmarks pages            # writes this page
 
 The step is compiled C++ that is built when the package is installed. Without a compiler the same
 rule runs in PyTorch; those columns are its cost on one thread. A step of `diagonal` is bound by
-memory on large tensors: it reads and writes one number per parameter more than Adam. A step of
-`eigenbasis` is bound by matrix products, three per side, and by QR decompositions at refreshes,
-which are frequent in a first hundred steps: in long runs it is shorter than here. A side over 1,024
-is not rotated, so the largest tensor costs least per parameter.
+memory on large tensors: it reads and writes one number per parameter more than Adam. Steps of
+`eigenbasis` are the first ones of a run here, with a refresh of the bases in each. Later ones are
+in the next section.
 
 Under `torch.compile` a step of the small network takes {graph} times the eager one.
 
@@ -330,6 +330,23 @@ The shipped checkpoints on a million parameters in one tensor:
 
 On a GPU the step runs in Triton kernels, which were tested in Triton's interpreter and never
 timed.
+
+## What the eigenbasis costs
+
+The default rotates the gradient of a matrix, updates the covariances of its sides, rotates the
+update back, and refreshes its bases every 32 steps. One matrix of an old run, on one thread:
+
+{shapes}
+
+Updates and covariances are multiplied in bfloat16 where the processor has units for it, as this one
+has. A side over 1,024 is not rotated. These operations do not depend on the batch, so the
+optimizer's share of a step falls with it. Predicted from the rates of the largest square matrix,
+for gradients that run at the rate of its float32 products:
+
+{networks}
+
+A width of 2,048 is not rotated at all, so most of the decoder steps as in `diagonal`.
+{cost_machine}
 
 ## Memory
 
@@ -361,13 +378,17 @@ def machine_text(found: dict[str, Any]) -> str:
 
 def performance_page() -> str:
     """Returns docs/performance.md."""
-    steps, bytes_, rates = map(load, (step.OUTPUT, memory.OUTPUT, meta_training.OUTPUT))
+    outputs = step.OUTPUT, cost.OUTPUT, memory.OUTPUT, meta_training.OUTPUT
+    steps, costs, bytes_, rates = map(load, outputs)
     graph = steps["graph"]
     return PERFORMANCE_PAGE.format(
         machine=machine_text(steps),
         step=step.step_table(steps),
         graph=f"{graph['compiled'] / graph['eager']:.1f}",
         checkpoints=step.checkpoint_table(steps),
+        shapes=cost.shape_table(costs),
+        networks=cost.network_table(costs),
+        cost_machine=machine_text(costs),
         memory=memory.memory_table(bytes_),
         meta_machine=machine_text(rates),
         meta=meta_training.rate_table(rates),
