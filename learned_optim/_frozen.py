@@ -16,11 +16,7 @@ from learned_optim.rules._registry import plain_defaults
 
 
 class FrozenRule:
-    """A frozen update rule with its copies on other devices.
-
-    Args:
-        rule: frozen in place.
-    """
+    """An update rule, frozen in place, with its copies on other devices."""
 
     def __init__(self, rule: UpdateRule) -> None:
         self.rule = rule.requires_grad_(False).eval()

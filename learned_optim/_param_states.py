@@ -66,10 +66,7 @@ class ParamStates:
     def lay_out(self, index: int, params: list[Tensor], states: Mapping[Tensor, Any]) -> None:
         """Create missing state of parameters with gradients; bring replaced entries into layout.
 
-        Args:
-            index: of the parameter group.
-            params: of the group.
-            states: the optimizer's, by parameter.
+        ``index`` and ``params`` are a group's, ``states`` the optimizer's, by parameter.
 
         Raises:
             RuntimeError: a gradient is sparse.

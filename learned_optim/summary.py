@@ -304,9 +304,7 @@ def draw_curves(curves: dict[str, dict[str, Any]], path: Path, title: str) -> No
 def plot_worth(worth: dict[str, Any], path: Path) -> None:
     """The best of ``k`` tuned runs over one run of the first learned optimizer.
 
-    Args:
-        worth: the entry of that name of a summary.
-        path: the image; its suffix says which kind.
+    ``worth`` is a summary's entry of that name. The suffix of ``path`` says which kind of image.
     """
     name, rivals = next(iter(worth.items()))
     label = f"final loss of their best, times one run of {name}"

@@ -89,12 +89,7 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def addresses_of(tensors: Sequence[Tensor], is_here: Callable[[Tensor], bool]) -> list[int] | None:
-    """Addresses of contiguous, plain tensors on the device; else ``None``.
-
-    Args:
-        tensors: of a call.
-        is_here: true for tensors on the kernel's kind of device.
-    """
+    """Addresses of contiguous, plain tensors on the kernel's kind of device; else ``None``."""
     if not are_plain(tensors):
         return None
     try:

@@ -21,11 +21,7 @@ from learned_optim.meta.tasks import (
 
 
 def check_family(family: TaskFamily, name: str) -> None:
-    """Try a step of two tasks of a family.
-
-    Args:
-        family: the family; of a mixture, all members are checked.
-        name: its name in errors.
+    """Try a step of two tasks of a family, or of every member of a mixture.
 
     Raises:
         ValueError: a task without parameters, a source without batches, batches that are no tuples

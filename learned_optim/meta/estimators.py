@@ -164,12 +164,9 @@ def replay(
 def _backpropagate_gains(
     rule: UpdateRule, features: Tensor, grad_gains: Tensor, start: State
 ) -> list[Tensor]:
-    """The gradient of ``sum(gains * grad_gains)``, slice by slice of rows.
+    """The gradient of ``sum(gains * grad_gains)``, each ``(T, r, d)``, slice by slice of rows.
 
-    Args:
-        rule: whose network is run over the features, ``(T, r, f)``.
-        grad_gains: shape ``(T, r, d)``.
-        start: the network's state before step 0, entries ``(r, k)``.
+    The rule's network runs over the features, ``(T, r, f)``, from the state ``start``, ``(r, k)``.
     """
     weights: list[Tensor] = list(rule.parameters())
     meta = [torch.zeros_like(w) for w in weights]

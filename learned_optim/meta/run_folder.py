@@ -45,12 +45,7 @@ class RunFolder:
         return any((path / name).exists() for name in (RESUME, METRICS, BEST_FILE, LOCK))
 
     def claim(self, recipe: AnyRecipe, conditions: dict[str, str], write: bool) -> None:
-        """Compare a recipe and its conditions with those of the folder's run.
-
-        Args:
-            recipe: of the run.
-            conditions: of the run, other than the recipe.
-            write: write both into the folder.
+        """Compare a recipe and its other conditions with the folder's; ``write`` both into it.
 
         Raises:
             ValueError: they differ, or ``recipe.json`` is damaged; the message says what to do.

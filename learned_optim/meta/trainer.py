@@ -293,10 +293,7 @@ class MetaTrainer:
         return all(record.get(name) == value for name, value in done.items())
 
     def train(self, report: Report | None = None) -> None:
-        """Run the remaining rounds.
-
-        Args:
-            report: takes a line on the progress after every run and meta-step.
+        """Run the remaining rounds; ``report`` takes a line after every run and meta-step.
 
         Raises:
             TrainingError: nothing in a round was finite.

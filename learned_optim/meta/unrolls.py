@@ -61,15 +61,7 @@ def plan_of_run(recipe: Recipe, generator: Generator) -> list[tuple[int, bool]]:
 class Unrolls(Method):
     """Epochs of runs; the best validation selects the weights, which fresh runs test.
 
-    Ranks share the tasks of a run.
-
-    Args:
-        recipe: what to train, and how.
-        data: where image sets are looked for.
-        folder: the run folder.
-        family: the tasks, if they have no registered name.
-        test_family: tasks of the test runs, if not those of the recipe's ``test_task`` or ``task``.
-        against_adamw: tune AdamW on the validation runs.
+    Ranks share the tasks of a run. Arguments are those of :class:`learned_optim.meta.MetaTrainer`.
     """
 
     unit, keeps_best = "epoch", True
@@ -152,10 +144,7 @@ class Unrolls(Method):
     def train_run(self, optimizer: MetaOptimizer, epoch: int, run: int) -> float:
         """Train the rule on one run of ``tasks_per_meta_step`` optimizees side by side.
 
-        Args:
-            optimizer: takes a step per unroll.
-            epoch: number of the epoch, from 1.
-            run: number of the run in it, from 0.
+        The optimizer takes a step per unroll. Epochs are counted from 1, runs in them from 0.
 
         Returns:
             The mean over optimizees of the mean loss times the horizon. Infinite if a loss or

@@ -115,9 +115,7 @@ def summed_losses(
     Args:
         optimizer: a frozen rule, or the constant learning rate of AdamW: rules do not know the
             length of these runs.
-        family: of the optimizees.
         horizon: inner steps.
-        seeds: of the runs.
         together: runs side by side.
         on_runs: takes the number of runs done.
     """

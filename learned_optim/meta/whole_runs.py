@@ -76,12 +76,7 @@ RunMap: TypeAlias = Callable[[Callable[["Runs", Any], Any], Iterable[Any]], Iter
 class WholeRuns(Method):
     """Meta-steps on whole runs; validation compares final losses with tuned AdamW's.
 
-    Args:
-        recipe: what to train, and how.
-        data: where images are looked for.
-        folder: the run folder, which holds AdamW's scores.
-        workers: processes that share the tasks of a meta-step.
-        family: the tasks, if they have no registered name.
+    Arguments are those of :class:`learned_optim.meta.MetaTrainer`.
     """
 
     unit, keeps_best = "meta-step", False
@@ -249,12 +244,7 @@ def perturbations(seed: int, pairs: int, count: int) -> Tensor:
 def meta_gradient(
     results: Sequence[TaskResult], pairs: int, count: int
 ) -> tuple[Tensor, list[TaskResult]]:
-    """The meta-gradient, up to its length, from the fitness of perturbed weights.
-
-    Args:
-        results: one per task.
-        pairs: perturbations per task.
-        count: number of weights.
+    """The meta-gradient, up to its length, from the fitness of ``count`` perturbed weights.
 
     Returns:
         ``(gradient, used)``: the gradient of the fitness, a log loss, of shape ``(count,)``; and
@@ -304,10 +294,8 @@ class Runs:
     def draw(self, seed: int, large: bool = False, shortest: int = SHORTEST_RUN) -> Draw:
         """The run of a seed.
 
-        Args:
-            seed: of the run.
-            large: of mixtures: take sizes from the upper part of their ranges.
-            shortest: of mixtures: least number of steps.
+        Of mixtures, ``large`` takes sizes from the upper part of their ranges, and ``shortest`` is
+        the least number of steps.
         """
         recipe, family = self.recipe, self.family
         if family is None:
@@ -323,8 +311,7 @@ class Runs:
     def train(self, job: tuple[int, Tensor, bool]) -> TaskResult:
         """Run a task under all perturbed weights on the same batches.
 
-        Args:
-            job: seed, weights of shape ``(n,)``, and whether the task is a large one.
+        ``job``: seed, weights of shape ``(n,)``, and whether the task is a large one.
         """
         seed, weights, large = job
         values, failure = None, ""
@@ -339,11 +326,7 @@ class Runs:
         return TaskResult(seed, run.task.name, values, failure)
 
     def validate(self, job: tuple[int, Tensor]) -> float:
-        """Log of the final over the first loss.
-
-        Args:
-            job: number of the validation task, and weights of shape ``(n,)``.
-        """
+        """Log of the final over the first loss, by validation task and weights ``(n,)``."""
         index, weights = job
         run, seed = self._validation_run(index)
         losses, _ = roll(self._rule, weights[None], run, seed)
@@ -365,11 +348,8 @@ class TaskPopulation(Population):
     """Copies of one optimizee under different weights of the rule.
 
     All copies see the same batches, and the same random numbers in their forward passes. Buffers,
-    such as batch norm's statistics, are each copy's own.
-
-    Args:
-        task: the task.
-        stacked: whether its loss runs under ``vmap``.
+    such as batch norm's statistics, are each copy's own. The loss of a ``stacked`` task runs under
+    ``vmap``.
     """
 
     def __init__(self, task: Task, stacked: bool) -> None:

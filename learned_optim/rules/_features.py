@@ -31,14 +31,9 @@ def log_ratio(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def bias_correction(step: Tensor, *betas: float) -> Tensor:
-    """Bias corrections ``1 - beta^t`` of running means after ``step`` updates.
+    """Bias corrections ``1 - beta^t`` of running means, ``(len(betas), *S)``.
 
-    Args:
-        step: number of updates, this one included, any shape ``S``.
-        betas: decays.
-
-    Returns:
-        Shape ``(len(betas), *S)``.
+    ``step``, of any shape ``S``, is the number of updates, this one included.
     """
     # expm1 keeps the digits that 1 - beta^t would lose while beta^t is near 1.
     return torch.stack([-torch.expm1(step * math.log(beta)) for beta in betas])

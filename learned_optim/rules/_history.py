@@ -117,9 +117,7 @@ def scale_of(seen: Tensor, stats: Tensor, entry: int = RMS) -> Tensor:
 def network_inputs(seen: Tensor, stats: Tensor) -> Tensor:
     """The network's inputs, ``(m, 23)``.
 
-    Args:
-        seen: the step, ``(m, f)``.
-        stats: of the steps before, ``(m, 14)``.
+    ``seen`` is the step, ``(m, f)``; ``stats`` are those before it, ``(m, 14)``.
     """
     step, natural = seen[:, STEP], seen[:, NATURAL]
     rms, first = scale_of(seen, stats), scale_of(seen, stats, FIRST_RMS)

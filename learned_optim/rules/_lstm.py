@@ -14,12 +14,7 @@ class LSTMStack(nn.Module):
     """LSTM layers with state ``hidden`` and ``cell``, layers side by side.
 
     The parameters are named and drawn as those of ``nn.LSTM``, which is not a base class because
-    torch.compile traces no module that holds one.
-
-    Args:
-        inputs: features per coordinate.
-        hidden_size: units per layer.
-        num_layers: layers.
+    torch.compile traces no module that holds one. ``inputs`` are features per coordinate.
     """
 
     STATE = ("hidden", "cell")

@@ -46,11 +46,7 @@ from learned_optim.kernels import constants as c
 from learned_optim.rules import _basis as basis
 from learned_optim.rules import _history as history
 from learned_optim.rules._base import RuleConfig, State, StepContext
-from learned_optim.rules._features import (
-    bias_correction,
-    momentum_before,
-    zeros_by_column,
-)
+from learned_optim.rules._features import bias_correction, momentum_before, zeros_by_column
 from learned_optim.rules._kernel_rule import KernelRule
 from learned_optim.rules._segments import Product, Segments
 
@@ -251,11 +247,8 @@ class HorizonRule(KernelRule):
 def _length(mix: Tensor, stats: Tensor) -> Tensor:
     """Root mean square of a step's sum of directions, at most, ``(m, 1)``.
 
-    That of the momenta in units of r is known from the step before; that of the gradient is 1.
-
-    Args:
-        mix: shares of the directions, ``(m, 4)``.
-        stats: ``(m, 14)``.
+    That of the momenta in units of r is known from the step before, in ``stats``, ``(m, 14)``; that
+    of the gradient is 1. ``mix`` are shares of the directions, ``(m, 4)``.
     """
     fast, slow, grad, cautious = mix.unsqueeze(-1).unbind(1)
     signals = (0.5 * stats[:, [history.FAST_SIGNAL, history.SLOW_SIGNAL]]).exp()
@@ -266,12 +259,7 @@ def _length(mix: Tensor, stats: Tensor) -> Tensor:
 def rate_schedule(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
     """Linear warm-up to 1; where the length of the run is known, a cosine to its end as well.
 
-    Args:
-        step: number of earlier updates of each tensor, ``(m,)``.
-        total_steps: length of the run, ``()`` or ``(m,)``; ``None`` if unknown.
-
-    Returns:
-        Shape ``(m,)``.
+    By the number of earlier updates of each tensor and the length, ``()`` or ``(m,)``: ``(m,)``.
     """
     if total_steps is None:
         return ((step + 1) / c.WARMUP_STEPS).clamp(max=1.0)

@@ -80,15 +80,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: boo
 
 
 def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of every copy.
+    """Mean cross entropy of every copy, ``(B,)``, with label smoothing.
 
-    Args:
-        logits: ``(B, ..., classes)``.
-        target: int64 of shape ``(...)``, shared by the copies.
-        smoothing: label smoothing.
-
-    Returns:
-        Shape ``(B,)``.
+    Logits are ``(B, ..., classes)``, targets int64 of shape ``(...)``, shared by the copies.
     """
     copies = logits.shape[0]
     losses = F.cross_entropy(

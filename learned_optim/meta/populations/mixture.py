@@ -89,13 +89,7 @@ _COPIES = 8
 
 @dataclass(frozen=True)
 class Draw:
-    """A run to be made.
-
-    Attributes:
-        task: the population.
-        steps: length of the run.
-        known: whether the rule is told the length.
-    """
+    """A run to be made; ``known`` is whether the rule is told its length."""
 
     task: Population
     steps: int
@@ -137,9 +131,7 @@ def draw(
 def longest_run(task: Population, longer: float = 1) -> int:
     """Most steps of a run of the task, by its family and the cost of a step.
 
-    Args:
-        task: the population.
-        longer: factor on both, to 10,000 steps.
+    ``longer`` is a factor on both, to 10,000 steps.
     """
     params = task.init(Generator().manual_seed(0))
     count = sum(value.numel() for value in params.values())

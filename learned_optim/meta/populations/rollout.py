@@ -127,11 +127,7 @@ class CopiesOptimizer:
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor]) -> None:
-        """One step of all copies.
-
-        Args:
-            grads: gradients of :attr:`params`, in their order.
-        """
+        """One step of all copies, by gradients of :attr:`params` in their order."""
         slices = [s for grad in grads for s in grad.contiguous().unbind()]
         states, settings = self._states, self._settings
         seen: Sequence[Tensor] = slices
@@ -203,8 +199,7 @@ class _AdamW:
 def scores(losses: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of every copy's run, the lower the better.
 
-    Args:
-        losses: ``(steps, B)``; what is not finite counts as a thousand times the first loss.
+    Losses, ``(steps, B)``, that are not finite count as a thousand times the first one.
 
     Returns:
         ``(final, mean)``, each of shape ``(B,)``: the log of the mean loss of the last twentieth,

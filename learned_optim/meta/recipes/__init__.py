@@ -282,10 +282,7 @@ def _modules() -> dict[str, ModuleType]:
 
 
 def load_recipe(source: str) -> AnyRecipe:
-    """A recipe by name, from a file, or from a run folder.
-
-    Args:
-        source: a shipped name, a TOML or JSON file, or a run folder.
+    """A recipe by its shipped name, from a TOML or JSON file, or from a run folder.
 
     Raises:
         ValueError: neither a shipped name nor a readable recipe file; the message names the file.

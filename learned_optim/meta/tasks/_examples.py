@@ -68,14 +68,10 @@ def standardized(x: Tensor) -> Tensor:
 
 
 def noised(rows: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Rows mixed with a random share of noise, and the noise.
+    """Rows ``(N, F)`` mixed with a random share of noise, and the noise.
 
-    Args:
-        rows: shape ``(N, F)``.
-
-    Returns:
-        Mixture and share, ``(N, F + 1)``, and the noise, ``(N, F)``: input and target of a
-        denoiser (Ho et al. 2020).
+    Mixture and share, ``(N, F + 1)``, and the noise, ``(N, F)``, are input and target of a denoiser
+    (Ho et al. 2020).
     """
     share = torch.rand(len(rows), 1, generator=generator)
     noise = torch.randn(rows.shape, generator=generator)

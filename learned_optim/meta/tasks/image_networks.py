@@ -28,11 +28,7 @@ def convnet(
 ) -> nn.Module:
     """Two blocks of 3x3 convolution, optional batch norm, ReLU and 2x2 max-pooling; then linear.
 
-    Args:
-        shape: ``(C, H, W)`` of the images.
-        classes: outputs.
-        widths: channels of the two convolutions.
-        batch_norm: normalize after each convolution.
+    ``widths`` are the channels of the two convolutions.
     """
     channels, height, width = shape
     layers: list[nn.Module] = []

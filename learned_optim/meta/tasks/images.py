@@ -72,11 +72,8 @@ def image_task(
     """The training of one network on one image set.
 
     Args:
-        image_set: which images.
         build: makes the network from the shape ``(C, H, W)`` of the images and their classes.
-        data: where the images are.
         half: which of their :func:`halves` is read; all images if not given.
-        batch_size: images per batch.
         init_std: as :class:`ModuleTask` takes it.
         held_out: how many test images are read; all of them if not given.
     """
@@ -107,9 +104,7 @@ def image_family(
     """The family of an :func:`image_task`, with its split of the images.
 
     Args:
-        image_set: which images.
         build: as :func:`image_task` takes it.
-        options: which split, and where data is.
         halved: whether each split has its half of the images; of :data:`META_SETS` if not given.
         stackable: as :class:`FixedTask` takes it.
         **settings: of :func:`image_task`.

@@ -57,8 +57,6 @@ def next_character_task(
         alphabet: the tokens, in order.
         build: makes a module from tokens ``(batch, length)`` to logits ``(batch, length,
             vocabulary)``.
-        length: of the sequences.
-        batch_size: sequences per batch.
         most_tests: sequences of the test; all of the last tenth if not given.
     """
     index = {character: i for i, character in enumerate(alphabet)}

@@ -9,12 +9,7 @@ from learned_optim.meta.tasks._base import Batch, Params, Task, TaskFamily
 
 
 class Quadratic(Task):
-    """One draw of ``W`` and ``y``; every batch is the pair itself.
-
-    Args:
-        w: shape ``(n, n)``.
-        y: shape ``(n,)``.
-    """
+    """One draw of ``W``, ``(n, n)``, and ``y``, ``(n,)``; every batch is the pair itself."""
 
     def __init__(self, w: Tensor, y: Tensor) -> None:
         self.w, self.y = w, y
