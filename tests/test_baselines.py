@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from compat.common import descend, step_with
 
 from learned_optim.evaluation.baselines import (
     BASELINES,
@@ -22,28 +23,25 @@ from learned_optim.meta.tasks.image_networks import VisionTransformer
 from learned_optim.meta.tasks.language import Transformer
 
 
-def descend(name: str, lr: float, steps: int) -> tuple[torch.nn.Parameter, list[float]]:
+def descent(name: str, lr: float, steps: int) -> tuple[torch.nn.Parameter, list[float]]:
     """Half a square from 1, and the learning rates that its steps had."""
     param, used = torch.nn.Parameter(torch.ones(2, 2)), []
     optimizer = make_baseline(name, [param], lr, steps)
     optimizer.register_step_post_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (0.5 * param.square().sum()).backward()
-        optimizer.step()
+    descend(optimizer, steps, lambda: 0.5 * param.square().sum())
     return param, used
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
 def test_every_baseline_descends(name: str) -> None:
-    param, _ = descend(name, max(0.1, BASELINES[name].lr or 0.0), 50)
+    param, _ = descent(name, max(0.1, BASELINES[name].lr or 0.0), 50)
     assert param.abs().max() < 0.9
 
 
 @pytest.mark.parametrize(("name", "moved"), [("sgd", 0.1), ("nesterov", 0.19), ("adam", 0.1)])
 def test_first_steps_by_hand(name: str, moved: float) -> None:
     """SGD's is lr times g, Nesterov's 1 + 0.9 times that, Adam's is lr whatever g is."""
-    param, _ = descend(name, 0.1, 1)
+    param, _ = descent(name, 0.1, 1)
     assert param[0, 0].item() == pytest.approx(1.0 - moved, abs=1e-6)
 
 
@@ -59,7 +57,7 @@ def test_schedules_by_hand() -> None:
 
 
 def test_schedule_sets_the_rate_of_every_step() -> None:
-    param, used = descend("sgd-linear", 0.5, 20)
+    param, used = descent("sgd-linear", 0.5, 20)
     assert used == pytest.approx([0.5 * warmup_linear((t + 0.5) / 20) for t in range(20)])
     value = 1.0
     for lr in used:
@@ -67,15 +65,14 @@ def test_schedule_sets_the_rate_of_every_step() -> None:
     assert param[0, 0].item() == pytest.approx(value)
     # More steps than were said: no negative rates.
     optimizer = make_baseline("sgd-cosine", [param], 0.5, 2)
-    param.grad = torch.ones_like(param)
     for _ in range(4):
-        optimizer.step()
+        step_with(optimizer, torch.ones_like(param))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
 
 
 def test_constant_baselines_keep_their_rate() -> None:
     for name in ("adam", "adam-1e-3", "nesterov"):
-        assert descend(name, 0.01, 5)[1] == [0.01] * 5
+        assert descent(name, 0.01, 5)[1] == [0.01] * 5
 
 
 def test_nadamw_is_nesterovs_adam_with_decay() -> None:
@@ -84,8 +81,7 @@ def test_nadamw_is_nesterovs_adam_with_decay() -> None:
     optimizer = BASELINES["nadamw-1.75e-3"].make([param], 0.01, 100)
     theta, m, v, b1, b2 = 1.0, 0.0, 0.0, 0.933, 0.9955
     for t, grad in enumerate((0.5, -1.0, 2.0), start=1):
-        param.grad = torch.tensor([grad], dtype=torch.float64)
-        optimizer.step()
+        step_with(optimizer, torch.tensor([grad], dtype=torch.float64))
         m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
         ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * grad / (1 - b1**t)
         theta *= 1 - 0.01 * 0.081
@@ -146,11 +142,9 @@ def test_soap_is_adam_in_the_eigenbasis_of_past_gradients() -> None:
     param = torch.nn.Parameter(torch.zeros(3, 3))
     first, second = torch.randn(2, 3, 3, generator=seeded("soap"))
     optimizer = make_baseline("soap", [param], 0.1, 10)
-    param.grad = first.clone()
-    optimizer.step()
+    step_with(optimizer, first.clone())
     assert not param.any()
-    param.grad = second.clone()
-    optimizer.step()
+    step_with(optimizer, second.clone())
     left, right = (torch.linalg.eigh(m).eigenvectors for m in (first @ first.T, first.T @ first))
     turned = left @ (left.T @ second @ right).sign() @ right.T
     torch.testing.assert_close(param.detach(), -0.1 * turned * (1 - 0.1 * 0.01), rtol=0, atol=1e-4)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat.common import small_batch, small_net
+from compat.common import flat, small_batch, small_net, step_with
 from conftest import random_rule
 from torch import nn
 
@@ -90,8 +90,7 @@ def test_signal_share_tells_repetition_from_noise() -> None:
         optimizer.diagnose()
         grad = torch.randn(60, 60, generator=generator)
         for _ in range(100):
-            param.grad = torch.randn(60, 60, generator=generator) if noisy else grad
-            optimizer.step()
+            step_with(optimizer, torch.randn(60, 60, generator=generator) if noisy else grad)
         share = optimizer.diagnostics()["0/0"]["signal_share"]
         assert share == pytest.approx(expected, rel=0.1)
 
@@ -114,15 +113,12 @@ def test_gains_of_the_untrained_rule_are_its_schedule_and_scale() -> None:
 
 
 def test_recording_changes_no_step_and_copies_record_nothing() -> None:
-    plain, _ = trained("diagonal", 6)
-    model = small_net()
-    optimizer = LearnedOptimizer(model.parameters(), "diagonal")
+    (plain, _), (model, optimizer) = trained("diagonal", 6), trained("diagonal", 0)
     optimizer.diagnose()
     for step in range(6):
         backward(model, step)
         optimizer.step()
-    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert torch.equal(flat(plain), flat(model))
     with pytest.raises(RuntimeError, match="no step has been recorded"):
         copy.deepcopy(optimizer).diagnostics()
     optimizer.diagnose(False)
@@ -155,10 +151,8 @@ def test_half_precision_and_complex_parameters() -> None:
     ]
     optimizer = LearnedOptimizer(params, state_dtype=torch.bfloat16)
     optimizer.diagnose()
-    for param in params:
-        param.grad = torch.randn_like(param)
     before = [param.detach().clone() for param in params]
-    optimizer.step()
+    step_with(optimizer, *map(torch.randn_like, params))
     found = optimizer.diagnostics()
     assert list(found) == ["0/0", "0/1", "0/2"]
     for old, param, numbers in zip(before, params, found.values(), strict=True):

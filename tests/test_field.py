@@ -6,17 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from compat.common import descend
 
 from learned_optim.evaluation.figures import final_loss
 from learned_optim.evaluation.runs import STRETCHES, RunSpec, optimizer_specs, run
 from learned_optim.meta import DataOptions
 from learned_optim.meta.seeding import seeded
-from learned_optim.meta.tasks import (
-    TaskOptions,
-    build_tasks,
-    field_tasks,
-    finetuning,
-)
+from learned_optim.meta.tasks import TaskOptions, build_tasks, field_tasks, finetuning
 from learned_optim.meta.tasks.finetuning import with_adapters
 from learned_optim.meta.tasks.physics import DIFFUSION, solution, source
 from learned_optim.meta.tasks.surrogates import (
@@ -47,16 +43,15 @@ def test_every_task_trains(
     pretrained = finetuning.pretrained
     shortened = lambda task, steps, lr=1e-3: pretrained(task, 20, lr)  # noqa: E731
     monkeypatch.setattr(finetuning, "pretrained", shortened)
+    for trained in ("_trained_convnet", "_trained_transformer"):
+        uncached = getattr(finetuning, trained).__wrapped__
+        monkeypatch.setattr(finetuning, trained, uncached)
     starts = []
     for drawn_before in range(2):
-        for cached in (finetuning._trained_convnet, finetuning._trained_transformer):
-            cached.cache_clear()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(drawn_before)
             task = build_tasks(name, TaskOptions(data=data)).sample(seeded(0))
             starts.append((task.init(seeded(1)), task.batch(seeded(2))))
-    for cached in (finetuning._trained_convnet, finetuning._trained_transformer):
-        cached.cache_clear()
     (initial, batch), (again, other) = starts
     assert all(torch.equal(p, again[n]) for n, p in initial.items())
     assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
@@ -65,10 +60,7 @@ def test_every_task_trains(
     # These two do not descend their loss: they have tests of their own.
     steps = 0 if name in ("policy-gradient", "adversarial-pair") else 15
     optimizer = torch.optim.Adam(first.values(), lr=1e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        task.loss(first, batch).backward()
-        optimizer.step()
+    descend(optimizer, steps, lambda: task.loss(first, batch))
     after = task.loss(first, batch).item()
     assert after < before or not steps
     figures = task.test({n: p.detach() for n, p in first.items()})
@@ -92,10 +84,7 @@ def test_policy_gradient_learns_to_hold_the_pendulum() -> None:
     params = {n: torch.nn.Parameter(p) for n, p in task.init(seeded(1)).items()}
     before = task.test(params)["cost at the end"]
     optimizer, generator = torch.optim.Adam(params.values(), lr=1e-2), seeded(2)
-    for _ in range(100):
-        optimizer.zero_grad()
-        task.loss(params, task.batch(generator)).backward()
-        optimizer.step()
+    descend(optimizer, 100, lambda: task.loss(params, task.batch(generator)))
     assert before > 2.0
     assert task.test(params)["cost at the end"] < 0.2
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from compat.common import descend
 from conftest import random_rule
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -39,14 +40,8 @@ def test_wrapper_equals_differentiable_unroll(name: str, task_name: str) -> None
     task = family.sample(generator)
     weights = {n: nn.Parameter(p) for n, p in task.init(generator).items()}
     optimizer = LearnedOptimizer(weights.values(), rule, warmup=0)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = task.loss(weights, task.batch(generator))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    torch.testing.assert_close(torch.stack(losses), unrolled, rtol=2e-4, atol=1e-5)
+    losses = descend(optimizer, steps, lambda: task.loss(weights, task.batch(generator)))
+    torch.testing.assert_close(torch.tensor(losses), unrolled, rtol=2e-4, atol=1e-5)
 
 
 def test_making_an_optimizer_leaves_the_global_generator_alone() -> None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from compat.common import descend, flat, step_with
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer
@@ -77,11 +78,10 @@ def find(family: type[P], fits: Callable[[P], bool]) -> P:
 def copies_of(task: Population, copies: int) -> Params:
     """Copies of the initial parameters, each moved a little by random numbers of its own."""
     noise = generator(3)
-    stacked = {}
-    for name, value in task.initial(generator(0)).items():
-        moved = [value + 0.03 * torch.randn(value.shape, generator=noise) for _ in range(copies)]
-        stacked[name] = torch.stack(moved)
-    return stacked
+    return {
+        name: value + 0.03 * torch.randn(copies, *value.shape, generator=noise)
+        for name, value in task.initial(generator(0)).items()
+    }
 
 
 # ---- families
@@ -323,10 +323,6 @@ def run_of(steps: int = 12, known: bool = True) -> Draw:
     return Draw(task, steps, known)
 
 
-def flat(rule: UpdateRule) -> Tensor:
-    return nn.utils.parameters_to_vector(rule.parameters()).detach()
-
-
 def horizon_weights(rule: UpdateRule, copies: int) -> Tensor:
     return flat(rule) + 0.2 * torch.randn(copies, len(flat(rule)), generator=generator(5))
 
@@ -362,11 +358,9 @@ def test_copies_step_as_the_optimizer_does(total: int | None, eigenbasis: bool) 
         params = [nn.Parameter(value.clone()) for value in initial.values()]
         optimizer = LearnedOptimizer(params, rule, total_steps=total)
         for step in range(30):
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad[step, copy]
-            optimizer.step()
-        for param, stack in zip(params, copies.params.values(), strict=True):
-            torch.testing.assert_close(stack[copy], param, rtol=1e-4, atol=1e-5)
+            step_with(optimizer, *(grad[step, copy] for grad in grads))
+        own = [stack[copy] for stack in copies.params.values()]
+        torch.testing.assert_close(own, params, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -383,14 +377,11 @@ def test_adamw_is_that_of_torch(known: bool) -> None:
         return min(1.0, (step + 1) / (0.05 * steps)) * cosine
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = run.task.losses({"x": param}, run.task.batch(batches)).sum()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+
+    def loss() -> Tensor:
+        return run.task.losses({"x": param}, run.task.batch(batches)).sum()
+
+    losses = descend(optimizer, steps, loss, after_step=schedule.step)
     assert found[:, ADAMW_LRS.index(1e-2)].tolist() == pytest.approx(losses, rel=1e-4)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compat.common import descend
 
 from learned_optim.meta import TaskOptions, build_tasks, task_names
 from learned_optim.meta.data import DATA_VARIABLE, DataOptions, Images, halves
@@ -155,11 +156,8 @@ def test_language_models(name: str, tmp_path: Path) -> None:
     )
     torch.testing.assert_close(before[:, :40], after[:, :40])
     assert not torch.allclose(before[:, 40:], after[:, 40:])
-    optimizer = torch.optim.Adam(params.values(), lr=0.01)
-    for step in range(40):
-        optimizer.zero_grad()
-        task.loss(params, task.batch(seeded(step))).backward()
-        optimizer.step()
+    optimizer, generator = torch.optim.Adam(params.values(), lr=0.01), seeded(3)
+    descend(optimizer, 40, lambda: task.loss(params, task.batch(generator)))
     trained = task.test({n: p.detach() for n, p in params.items()})["loss"]
     assert trained < 0.75 * math.log(vocabulary)
 

@@ -4,6 +4,7 @@ A case that still fails is a strict expected failure, so that a checkpoint that 
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compat.common import descend
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from learned_optim import LearnedOptimizer
 from learned_optim.meta import build_tasks
@@ -66,24 +69,6 @@ def digits() -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(found.data), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(found.data / 16, dtype=torch.float32)
     return images[order], torch.tensor(found.target)[order]
-
-
-def descend(
-    optimizer: Optimizer,
-    steps: int,
-    loss_of: Callable[[], Tensor],
-    after_step: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Train; returns the loss before each step."""
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        after_step()
-    return losses
 
 
 def supervised(
@@ -384,14 +369,13 @@ def test_tasks_in_turn_on_one_trunk(learned: Make) -> None:
             return F.cross_entropy(out, (targets, targets % 2, targets, shuffled)[task][index])
 
         optimizer = make([*trunk.parameters(), *heads.parameters()])
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400) if anneal else None
-        generator = torch.Generator().manual_seed(0)
-        for step in range(400):
-            optimizer.zero_grad()
-            loss(step % 4, torch.randint(1200, (32,), generator=generator)).backward()
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
+        after_step = CosineAnnealingLR(optimizer, 400).step if anneal else lambda: None
+        generator, turns = torch.Generator().manual_seed(0), itertools.cycle(range(4))
+
+        def objective() -> Tensor:
+            return loss(next(turns), torch.randint(1200, (32,), generator=generator))
+
+        descend(optimizer, 400, objective, after_step)
         with torch.no_grad():
             return [loss(task, torch.arange(1200, 1797)).item() for task in range(4)]
 

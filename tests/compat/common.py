@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from learned_optim import list_pretrained, load_rule
 from learned_optim.pretrained import ALIASES
-from learned_optim.rules import (
-    Segments,
-    State,
-    StepContext,
-    UpdateRule,
-    rule_class,
-    rule_names,
-)
+from learned_optim.rules import Segments, State, StepContext, UpdateRule, rule_class, rule_names
 from learned_optim.rules.horizon import HorizonRule
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
@@ -148,18 +141,37 @@ def small_batch(seed: int = 0, n: int = 16) -> tuple[Tensor, Tensor]:
     return x, x[:, :3].argmax(1)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """Plain full-batch training in the model's dtype; the losses before every step."""
-    x, y = small_batch()
-    x = x.to(next(model.parameters()).dtype)
+def descend(
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    loss_of: Callable[[], Tensor],
+    after_step: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Train; returns the loss before each step."""
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
+        loss = loss_of()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        after_step()
     return losses
+
+
+def step_with(optimizer: torch.optim.Optimizer, *grads: Tensor | None) -> None:
+    """One step with these gradients of all parameters, in the order of the groups."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    optimizer.step()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """:func:`descend` on the whole :func:`small_batch` in the model's dtype."""
+    x, y = small_batch()
+    x = x.to(next(model.parameters()).dtype)
+    return descend(optimizer, steps, lambda: nn.functional.cross_entropy(model(x), y))
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from learned_optim import LearnedOptimizer, load_rule, save_rule
 from learned_optim.rules import UpdateRule
 
-from .common import small_batch, small_net
+from .common import small_batch, small_net, step_with
 
 Mode = Callable[[], AbstractContextManager[object]]
 
@@ -58,10 +58,8 @@ def run(rule: UpdateRule, mode: Mode, built_inside: bool) -> tuple[list[Tensor],
     with mode() if built_inside else nullcontext():
         opt = LearnedOptimizer(params, rule, weight_decay=0.1)
     for step, given in enumerate(grads):
-        for param, grad in zip(params, given, strict=True):
-            param.grad = grad
         with mode() if step != (3 if built_inside else 0) else nullcontext():
-            opt.step()
+            step_with(opt, *given)
     saved = opt.state_dict()["state"]
     return [p.detach().clone() for p in params], [v for s in saved.values() for v in s.values()]
 
@@ -148,6 +146,4 @@ def test_fake_parameters_alone(rule: UpdateRule) -> None:
         model = nn.Linear(10, 3)
     opt = LearnedOptimizer(model.parameters(), rule)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for param in model.parameters():
-            param.grad = torch.empty_like(param)
-        opt.step()
+        step_with(opt, *map(torch.empty_like, model.parameters()))

@@ -32,7 +32,7 @@ from torch.testing._internal.common_optimizers import (
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 
-from .common import descending_lstm, flat, make_rule, small_net, train
+from .common import descending_lstm, flat, make_rule, small_net, step_with, train
 
 EXACT = {"rtol": 0, "atol": 0}
 #: Schedulers of a run, and whether it maximizes.
@@ -67,10 +67,8 @@ def loss_of(params: list[Parameter], x: Tensor) -> Tensor:
 
 def step_with_random_grads(opt: torch.optim.Optimizer, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for group in opt.param_groups:
-        for p in group["params"]:
-            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    opt.step()
+    params = [p for group in opt.param_groups for p in group["params"]]
+    step_with(opt, *(torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in params))
 
 
 # ---- errors
@@ -135,10 +133,8 @@ def test_groups_have_their_own_lr_and_weight_decay(rule: UpdateRule) -> None:
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         for p, opt in zip(apart, each, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator)
-            opt.step()
-    for a, b in zip(together, apart, strict=True):
-        assert torch.equal(a, b)
+            step_with(opt, torch.randn(p.shape, generator=generator))
+    assert all(map(torch.equal, together, apart))
 
 
 def test_add_param_group_takes_part_from_then_on() -> None:
@@ -172,8 +168,7 @@ def test_tensor_lr_equals_float_lr(rule: UpdateRule, shape) -> None:
         for seed in range(5):
             step_with_random_grads(opt, seed)
         results.append(params)
-    for a, b in zip(*results, strict=True):
-        assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 # ---- complex numbers
@@ -190,10 +185,8 @@ def test_complex_parameters_are_pairs_of_reals(rule: UpdateRule, shape, dtype) -
     for _ in range(5):
         # A conjugate view is what autograd hands out for some complex operations.
         grad = torch.randn(shape, dtype=dtype).conj()
-        as_complex.grad = grad
-        as_real.grad = torch.view_as_real(grad.resolve_conj())
-        for opt in opts:
-            opt.step()
+        step_with(opts[0], grad)
+        step_with(opts[1], torch.view_as_real(grad.resolve_conj()))
     assert torch.equal(torch.view_as_real(as_complex.detach()), as_real.detach())
     assert_close(opts[0].state[as_complex], opts[1].state[as_real], **EXACT)
 
@@ -220,9 +213,7 @@ def test_zero_gradients_no_change_where_promised(rule: UpdateRule) -> None:
     opt = LearnedOptimizer(params, rule)
     before = [p.detach().clone() for p in params]
     for _ in range(20):
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        opt.step()
+        step_with(opt, *map(torch.zeros_like, params))
     moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
     assert not (rule.zero_preserving and any(moved))
 
@@ -238,18 +229,15 @@ def test_a_step_at_lr_zero_creates_state_and_leaves_no_trace(rule: UpdateRule, l
         opt = LearnedOptimizer(params, rule, weight_decay=0.1)
         for step in range(6):
             if interlude and step in (0, 3):
-                for p in params:
-                    p.grad = torch.zeros_like(p)
                 opt.param_groups[0]["lr"] = lr
-                opt.step()
+                step_with(opt, *map(torch.zeros_like, params))
                 assert all(opt.state[p] for p in params)
                 opt.param_groups[0]["lr"] = 1.0
             opt.zero_grad()
             loss_of(params, x).backward()
             opt.step()
         results.append((params, opt.state_dict()["state"]))
-    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
-    assert_close(results[0][1], results[1][1], **EXACT)
+    assert_close(*results, **EXACT)
 
 
 # ---- state dicts
@@ -366,9 +354,8 @@ def test_step_hooks_run_around_the_step() -> None:
         register_optimizer_step_pre_hook(lambda *_: order.append("all pre")),
         register_optimizer_step_post_hook(lambda *_: order.append("all post")),
     ]
-    param.grad = torch.ones(2)
     try:
-        opt.step()
+        step_with(opt, torch.ones(2))
     finally:
         for handle in handles:
             handle.remove()

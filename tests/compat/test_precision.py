@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 
-from .common import descending_lstm, flat, small_batch, small_net, train
+from .common import descending_lstm, flat, small_batch, small_net, step_with, train
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -25,8 +25,7 @@ def test_the_update_is_rounded_once(rule: UpdateRule, dtype) -> None:
     param = Parameter(start.clone())
     horizon = 100 if rule.reads_horizon else None
     opt = LearnedOptimizer([param], rule, lr=0.5, warmup=0, total_steps=horizon)
-    param.grad = grad
-    opt.step()
+    step_with(opt, grad)
     assert all(value.dtype is torch.float32 for value in opt.state[param].values())
     update = trajectory(rule, grad.float().unsqueeze(0), start.float())[0]
     expected = (start.to(torch.promote_types(dtype, torch.float32)) + 0.5 * update).to(dtype)
@@ -40,8 +39,7 @@ def test_state_dtype_is_used_for_coordinates_and_kept(rule: UpdateRule, dtype) -
     param = Parameter(torch.randn(4, 3))
     opt = LearnedOptimizer([param], rule, state_dtype=dtype)
     for _ in range(90):
-        param.grad = torch.randn(4, 3)
-        opt.step()
+        step_with(opt, torch.randn(4, 3))
     state = opt.state[param]
     assert state["step"].item() == 90.0
     for key, value in state.items():

@@ -15,7 +15,7 @@ from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
-from .common import ALL_RULES, flat, make_rule, small_net, train
+from .common import ALL_RULES, flat, make_rule, small_net, step_with, train
 
 
 def finite(tensor: Tensor) -> bool:
@@ -33,8 +33,7 @@ def test_a_bad_entry_counts_as_zero(rule: UpdateRule, bad: float) -> None:
             grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
             if step == 1:
                 grad[1, 2] = value
-            param.grad = grad
-            opt.step()
+            step_with(opt, grad)
         results.append((param.detach(), opt.state[param]))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
@@ -44,9 +43,7 @@ def test_training_stays_finite_after_a_batch_of_huge_gradients(descending: Updat
     model = small_net()
     opt = LearnedOptimizer(model.parameters(), descending, weight_decay=0.1)
     train(model, opt, 5)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 3e38)
-    opt.step()
+    step_with(opt, *(torch.full_like(p, 3e38) for p in model.parameters()))
     train(model, opt, 30)
     assert finite(flat(model))
     assert all(finite(v) for state in opt.state.values() for v in state.values())
@@ -58,8 +55,7 @@ def test_finite_gradients_beyond_float32_do_not_count_as_infinite(rule: UpdateRu
     for value in (1e300, 2.0**48, -1e300):
         param = Parameter(torch.zeros(2, dtype=torch.float64))
         opt = LearnedOptimizer([param], rule)
-        param.grad = torch.full((2,), value, dtype=torch.float64)
-        opt.step()
+        step_with(opt, torch.full((2,), value, dtype=torch.float64))
         assert finite(param)
         assert all(finite(v) for v in opt.state[param].values())
         updates.append(param.detach())
@@ -90,8 +86,8 @@ def test_a_bad_loss_counts_as_zero_for_a_rule_that_reads_it(bad: float) -> None:
 def test_the_users_gradients_are_left_alone(rule: UpdateRule) -> None:
     param = Parameter(torch.ones(4))
     grad = torch.tensor([1.0, float("nan"), float("inf"), 1e30])
-    param.grad = grad.clone()
-    LearnedOptimizer([param], rule, maximize=True, weight_decay=0.1).step()
+    opt = LearnedOptimizer([param], rule, maximize=True, weight_decay=0.1)
+    step_with(opt, grad.clone())
     torch.testing.assert_close(param.grad, grad, rtol=0, atol=0, equal_nan=True)
 
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 
-from .common import flat, make_rule, small_net, train
+from .common import flat, make_rule, small_net, step_with, train
 
 KEEP = torch.arange(20) < 15
 
@@ -41,12 +41,11 @@ def operate(opt: LearnedOptimizer, param: Parameter, cut: Callable[[Tensor], Ten
     return new
 
 
-def stepped(rule: UpdateRule, shape: tuple[int, ...] = (20, 3), n: int = 3, **settings):
+def stepped(rule: UpdateRule, shape: tuple[int, ...] = (20, 3), **settings):
     param = Parameter(torch.randn(shape))
     opt = LearnedOptimizer([param], rule, **settings)
-    for _ in range(n):
-        param.grad = torch.randn(shape)
-        opt.step()
+    for _ in range(3):
+        step_with(opt, torch.randn(shape))
     return opt, param
 
 
@@ -56,8 +55,7 @@ def test_rows_can_be_cut_and_appended(rule: UpdateRule, cut: str, shape) -> None
     opt, param = stepped(rule, shape)
     param = operate(opt, param, CUTS[cut])
     for _ in range(2):
-        param.grad = torch.randn(param.shape)
-        opt.step()
+        step_with(opt, torch.randn(param.shape))
         assert torch.isfinite(param).all()
         for key, value in opt.state[param].items():
             assert key == "step" or value.shape[0] == param.shape[0]
@@ -65,9 +63,9 @@ def test_rows_can_be_cut_and_appended(rule: UpdateRule, cut: str, shape) -> None
     saved = copy.deepcopy(opt.state_dict())
     twin = LearnedOptimizer([Parameter(param.detach().clone())], rule)
     twin.load_state_dict(saved)
-    param.grad = twin.param_groups[0]["params"][0].grad = torch.randn(param.shape)
-    opt.step()
-    twin.step()
+    grad = torch.randn(param.shape)
+    step_with(opt, grad)
+    step_with(twin, grad)
     # Where the rows lie in memory decides the last bits of products.
     assert_close(param, twin.param_groups[0]["params"][0], rtol=1e-5, atol=1e-6)
 
@@ -80,9 +78,8 @@ def test_other_rows_do_not_notice_the_pruned_ones(rule: UpdateRule) -> None:
     param = operate(opt, param, CUTS["prune"])
     for _ in range(2):
         grad = torch.randn(20, 3)
-        other.grad, param.grad = grad, grad[KEEP]
-        whole.step()
-        opt.step()
+        step_with(whole, grad)
+        step_with(opt, grad[KEEP])
     if rule.coordinatewise:
         assert_close(param.detach(), other.detach()[KEEP], rtol=1e-4, atol=1e-5)
     for key in rule.tensor_state:
@@ -108,8 +105,7 @@ def test_matrices_that_fit_no_longer_start_anew(cut: str) -> None:
     opt, param = stepped(make_rule("checkpoint:eigenbasis"), (20, 8))
     before = opt.state_dict()["state"][0]["col_cov"].clone()
     param = operate(opt, param, CUTS[cut])
-    param.grad = torch.zeros_like(param)
-    opt.step()
+    step_with(opt, torch.zeros_like(param))
     state = opt.state_dict()["state"][0]
     ratio = state["col_cov"] / before  # of a zero gradient, covariances only decay
     assert_close(ratio, ratio[0, 0].expand(8, 8), rtol=1e-4, atol=0)
@@ -128,8 +124,7 @@ def test_matrices_that_are_missing_or_misshapen_start_anew() -> None:
     assert torch.equal(state["col_basis"], torch.eye(3))
     assert torch.equal(state["col_cov"], torch.zeros(3, 3))
     del opt.state[param]["col_basis"]  # a tool takes it away
-    param.grad = torch.randn(20, 3)
-    opt.step()
+    step_with(opt, torch.randn(20, 3))
     assert opt.state_dict()["state"][0]["col_basis"].shape == (3, 3)
 
 
@@ -149,8 +144,7 @@ def test_entries_of_wrappers_pass_through(rule: UpdateRule, dtype) -> None:
     }
     opt.state[param].update(extra)  # before the first step: the rule's entries come beside them
     for _ in range(2):
-        param.grad = torch.ones_like(param)
-        opt.step()
+        step_with(opt, torch.ones_like(param))
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)

@@ -24,7 +24,7 @@ from learned_optim import LearnedOptimizer
 from learned_optim.rules import RuleConfig, UpdateRule
 from learned_optim.rules.classical import SGDConfig, SGDRule
 
-from .common import descending_lstm
+from .common import descending_lstm, step_with
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def more(opt: LearnedOptimizer, steps: int) -> list[float]:
     (param,), moves = opt.param_groups[0]["params"], []
     for _ in range(steps):
         before = param.item()
-        param.grad = torch.ones(1)
-        opt.step()
+        step_with(opt, torch.ones(1))
         moves.append(param.item() - before)
     return moves
 
@@ -108,8 +107,7 @@ def test_groups_have_their_own_length_and_warmup() -> None:
     groups = [{"params": [a], "total_steps": 2}, {"params": [b], "warmup": 4}]
     opt = LearnedOptimizer(groups, Annealed(), total_steps=8, weight_decay=0.0)
     for _ in range(2):
-        a.grad = b.grad = torch.ones(1)
-        opt.step()
+        step_with(opt, torch.ones(1), torch.ones(1))
     assert a.item() == pytest.approx(-1.5)
     assert b.item() == pytest.approx(-(0.25 + 0.5 * 7 / 8))
 
@@ -237,9 +235,7 @@ def test_tensors_that_thaw_later_have_a_ramp_of_their_own() -> None:
     first, later = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
     opt = LearnedOptimizer([first, later], SGDRule(SGDConfig(lr=1.0)), warmup=2)
     for step in range(4):
-        first.grad = torch.ones(1)
-        later.grad = torch.ones(1) if step >= 3 else None
-        opt.step()
+        step_with(opt, torch.ones(1), torch.ones(1) if step >= 3 else None)
     assert first.item() == pytest.approx(-3.5)
     assert later.item() == pytest.approx(-0.5)
 
@@ -259,8 +255,7 @@ def test_what_is_no_warmup(bad: object) -> None:
 def test_weight_decay_is_not_warmed_up() -> None:
     param = Parameter(torch.ones(1))
     opt = LearnedOptimizer([param], descending_lstm(), warmup=100, weight_decay=100.0)
-    param.grad = torch.zeros(1)
-    opt.step()
+    step_with(opt, torch.zeros(1))
     assert param.item() == pytest.approx(0.9)
 
 
@@ -270,10 +265,10 @@ def test_the_first_updates_do_not_undo_a_layer() -> None:
     def change(**settings: Any) -> float:
         torch.manual_seed(0)
         weight = Parameter(torch.nn.Linear(128, 128).weight.detach().clone())
-        start, weight.grad = weight.detach().clone(), torch.randn(128, 128)
+        start, grad = weight.detach().clone(), torch.randn(128, 128)
         opt = LearnedOptimizer([weight], "coordinatewise", **settings)
         for _ in range(3):
-            opt.step()
+            step_with(opt, grad)
         return float((weight.detach() - start).norm() / start.norm())
 
     assert change() < 0.25

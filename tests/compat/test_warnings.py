@@ -17,21 +17,19 @@ from torch.optim.swa_utils import SWALR
 from learned_optim import LearnedOptimizer
 from learned_optim.rules.classical import SGDRule
 
-from .common import descending_lstm
+from .common import descending_lstm, step_with
 from .test_total_steps import Annealed, more
 
 
 @pytest.fixture
 def issued() -> Iterator[Callable[[], list[str]]]:
-    """Messages so far; each must point at this file or at the shared loop of these tests."""
+    """Messages so far; each must point at this file or at the step that these tests share."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
 
         def messages() -> list[str]:
             for w in caught:
-                assert w.filename.endswith(
-                    ("compat/test_warnings.py", "compat/test_total_steps.py")
-                )
+                assert w.filename.endswith(("compat/test_warnings.py", "compat/common.py"))
             return [str(w.message) for w in caught]
 
         yield messages
@@ -42,10 +40,7 @@ def optimizer(n: int = 1, **settings: Any) -> LearnedOptimizer:
 
 
 def step(opt: LearnedOptimizer, *grads: float | None) -> None:
-    params = [p for group in opt.param_groups for p in group["params"]]
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = None if grad is None else torch.full_like(param, grad)
-    opt.step()
+    step_with(opt, *(None if grad is None else torch.tensor([grad]) for grad in grads))
 
 
 # ---- a scheduler beside total_steps
@@ -166,11 +161,10 @@ def test_a_few_bad_batches_are_no_word_worth(issued) -> None:
     opt = optimizer()
     for t in range(100):
         step(opt, math.nan if t % 64 < 4 else 1.0)
-    param = Parameter(torch.zeros(3))
-    opt = LearnedOptimizer([param, Parameter(torch.zeros(0))], descending_lstm())
+    params = [Parameter(torch.zeros(3)), Parameter(torch.zeros(0))]
+    opt = LearnedOptimizer(params, descending_lstm())
     for _ in range(10):
-        param.grad = torch.tensor([math.nan, 1.0, math.nan])
-        opt.step()
+        step_with(opt, torch.tensor([math.nan, 1.0, math.nan]), None)
     assert issued() == []
 
 
