@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from learned_optim import kernels
+from learned_optim import kernels, save_rule
 from learned_optim.meta.data import DATA_VARIABLE, DataOptions
+from learned_optim.meta.rollout import pack_states
 from learned_optim.rules import RuleConfig, Segments, State, StepContext, UpdateRule, rule_class
 
 # Drawn examples are the same in every run, and no test depends on time.
@@ -85,6 +88,24 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def python(*arguments: object, folder: Path | None = None, **environment: str) -> str:
+    """What Python prints in a process of its own, in this working directory."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture
+def rule_file(tmp_path: Path) -> Path:
+    """A checkpoint of an LSTM."""
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_rule("lstm"), path)
+    return path
+
+
 @pytest.fixture(params=["compiled", "pure"])
 def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step by the kernel, and without it."""
@@ -134,22 +155,12 @@ def context(rule: UpdateRule, step: int, m: int = 1, loss: Tensor | None = None)
     return StepContext(torch.full((m,), float(step), dtype=rule.dtype), loss, horizon)
 
 
-def pack(rule: UpdateRule, states: list[State]) -> State:
-    """States of single tensors as one packed state."""
-    return {
-        key: torch.stack([s[key] for s in states])
-        if key in rule.tensor_state
-        else torch.cat([s[key].reshape(-1, s[key].shape[-1]) for s in states])
-        for key in states[0]
-    }
-
-
 def trajectory(
     rule: UpdateRule, grads: Tensor, param: Tensor, loss: Tensor | None = None
 ) -> Tensor:
     """Updates of the pure form, of one tensor, over ``grads`` of shape ``(T, *shape)``."""
     segments = Segments([param.shape], dtype=rule.dtype)
-    state, updates = pack(rule, [rule.init_state(param)]), []
+    state, updates = pack_states(rule, [rule.init_state(param)]), []
     param = param.reshape(-1)
     with torch.no_grad():
         for step, grad in enumerate(grads):

@@ -87,8 +87,7 @@ def test_batches_follow_from_the_generator_alone(name: str) -> None:
     random.seed()
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(drawn(task, 1)[0], first[0])
-    for a, b in zip(first, drawn(again, 0), strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, first, drawn(again, 0)))
     # Side by side, each optimizee reads from the beginning and does not move the other along.
     tasks, generators = [task.separate(), task.separate()], [seeded("batches", 0) for _ in range(2)]
     for one, generator in zip(tasks, generators, strict=True):

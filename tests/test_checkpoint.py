@@ -17,19 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import learned_optim
-from learned_optim import (
-    CheckpointError,
-    LearnedOptimizer,
-    load_record,
-    load_rule,
-    save_rule,
-)
-from learned_optim.checkpoint import (
-    DTYPES,
-    check_writable,
-    content_digest,
-    write_atomically,
-)
+from learned_optim import CheckpointError, LearnedOptimizer, load_record, load_rule, save_rule
+from learned_optim.checkpoint import DTYPES, check_writable, content_digest, write_atomically
 from learned_optim.rules import UpdateRule, rule_names
 
 
@@ -74,31 +63,24 @@ def test_how_a_rule_is_used_survives(tmp_path: Path) -> None:
     }
 
 
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
-    path = tmp_path / "good.safetensors"
-    save_rule(random_rule("lstm"), path)
-    return path
-
-
 def rewritten(
-    good: Path, change: Callable[[Tensor], Tensor] = lambda tensor: tensor, **entries: str
+    rule_file: Path, change: Callable[[Tensor], Tensor] = lambda tensor: tensor, **entries: str
 ) -> Path:
     """The checkpoint with changed tensors and entries of its metadata, and a digest that fits."""
-    with safe_open(good, framework="pt") as file:
+    with safe_open(rule_file, framework="pt") as file:
         metadata = {**file.metadata(), **entries}
-    tensors = {name: change(tensor) for name, tensor in load_file(good).items()}
+    tensors = {name: change(tensor) for name, tensor in load_file(rule_file).items()}
     if "sha256" not in entries and all(tensor.dtype in DTYPES for tensor in tensors.values()):
         metadata["sha256"] = content_digest(metadata, tensors)
-    save_file(tensors, good, metadata)
-    return good
+    save_file(tensors, rule_file, metadata)
+    return rule_file
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, world, this is no header", None])
-def test_damaged_files_and_files_of_another_kind(good: Path, content: bytes | None) -> None:
-    good.write_bytes(good.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(CheckpointError, match=r"good\.safetensors is .* incomplete or of another"):
-        load_rule(good)
+def test_damaged_files_and_files_of_another_kind(rule_file: Path, content: bytes | None) -> None:
+    rule_file.write_bytes(rule_file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(CheckpointError, match=r"rule\.safetensors is .* incomplete or of another"):
+        load_rule(rule_file)
 
 
 SHIPPED = sorted((Path(learned_optim.__file__).parent.parent / "pretrained").glob("*.safetensors"))
@@ -138,28 +120,28 @@ def test_a_flipped_bit_of_a_shipped_file_is_noticed(path: Path, tmp_path: Path) 
     ],
 )
 def test_weights_that_cannot_compute(
-    good: Path, change: Callable[[Tensor], Tensor], message: str
+    rule_file: Path, change: Callable[[Tensor], Tensor], message: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=rf"good\.safetensors.* .*{message}"):
-        load_rule(rewritten(good, change))
+    with pytest.raises(CheckpointError, match=rf"rule\.safetensors.* .*{message}"):
+        load_rule(rewritten(rule_file, change))
 
 
-def test_what_could_not_be_loaded_is_not_saved(good: Path) -> None:
-    rule, before = random_rule("lstm"), good.read_bytes()
+def test_what_could_not_be_loaded_is_not_saved(rule_file: Path) -> None:
+    rule, before = random_rule("lstm"), rule_file.read_bytes()
     rule.readout.bias.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"the rule cannot be saved: .* not finite"):
-        save_rule(rule, good)
+        save_rule(rule, rule_file)
     with pytest.raises(ValueError, match=r"the rule cannot be saved: .* dtype torch.float8_e4"):
-        save_rule(random_rule("lstm").to(torch.float8_e4m3fn), good)
-    assert good.read_bytes() == before
+        save_rule(random_rule("lstm").to(torch.float8_e4m3fn), rule_file)
+    assert rule_file.read_bytes() == before
 
 
 @pytest.mark.parametrize("size", [{"num_layers": 10**7}, {"hidden_size": 15_000}])
-def test_sizes_are_compared_before_anything_is_built(good: Path, size: dict[str, int]) -> None:
+def test_sizes_are_compared_before_anything_is_built(rule_file: Path, size: dict[str, int]) -> None:
     """Building these rules would take hours, or four gigabytes."""
-    config = json.dumps({**load_rule(good).config_dict(), **size})
-    with pytest.raises(CheckpointError, match=r"good\.safetensors.* is that of a larger rule"):
-        load_rule(rewritten(good, config=config))
+    config = json.dumps({**load_rule(rule_file).config_dict(), **size})
+    with pytest.raises(CheckpointError, match=r"rule\.safetensors.* is that of a larger rule"):
+        load_rule(rewritten(rule_file, config=config))
 
 
 @pytest.mark.parametrize(
@@ -184,22 +166,22 @@ def test_sizes_are_compared_before_anything_is_built(good: Path, size: dict[str,
         ("record", "[]", r"its record is no JSON object: \[\]"),
     ],
 )
-def test_bad_headers(good: Path, entry: str, text: str, message: str) -> None:
-    assert load_rule(rewritten(good)).name == "lstm"
-    with pytest.raises(CheckpointError, match=rf"(?s)good\.safetensors.*{message}"):
-        load_rule(rewritten(good, **{entry: text}))
+def test_bad_headers(rule_file: Path, entry: str, text: str, message: str) -> None:
+    assert load_rule(rewritten(rule_file)).name == "lstm"
+    with pytest.raises(CheckpointError, match=rf"(?s)rule\.safetensors.*{message}"):
+        load_rule(rewritten(rule_file, **{entry: text}))
 
 
-def test_records_are_valid_json(good: Path) -> None:
+def test_records_are_valid_json(rule_file: Path) -> None:
     record = {"validation": math.nan, "figures": (1.0, -math.inf), "runs": [{"best": math.inf}]}
-    save_rule(load_rule(good), good, record)
-    with safe_open(good, framework="pt") as file:
+    save_rule(load_rule(rule_file), rule_file, record)
+    with safe_open(rule_file, framework="pt") as file:
         text = file.metadata()["record"]
     strict = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert strict == {"validation": None, "figures": [1.0, None], "runs": [{"best": None}]}
-    assert load_record(good) == strict
+    assert load_record(rule_file) == strict
     with pytest.raises(TypeError, match="not JSON serializable"):
-        save_rule(load_rule(good), good, {"weights": torch.zeros(2)})
+        save_rule(load_rule(rule_file), rule_file, {"weights": torch.zeros(2)})
 
 
 def test_run_folders_are_checkpoints(tmp_path: Path) -> None:
@@ -268,17 +250,17 @@ def test_unnamed_rule_cannot_be_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_failed_write_leaves_the_old_file(good: Path) -> None:
-    before = good.read_bytes()
+def test_failed_write_leaves_the_old_file(rule_file: Path) -> None:
+    before = rule_file.read_bytes()
 
     def fail(path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(good, fail)
-    assert good.read_bytes() == before
-    assert [p.name for p in good.parent.iterdir()] == ["good.safetensors"]
+        write_atomically(rule_file, fail)
+    assert rule_file.read_bytes() == before
+    assert [p.name for p in rule_file.parent.iterdir()] == ["rule.safetensors"]
 
 
 FULL_DISK_AND_KILL = """
@@ -299,18 +281,18 @@ write_atomically(sys.argv[1], die)
 """
 
 
-def test_full_disks_and_kills_lose_nothing(good: Path) -> None:
+def test_full_disks_and_kills_lose_nothing(rule_file: Path) -> None:
     """A limit on the size of files stands in for a disk without space."""
-    before = good.read_bytes()
+    before = rule_file.read_bytes()
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK_AND_KILL, str(good)],
+        [sys.executable, "-c", FULL_DISK_AND_KILL, str(rule_file)],
         env={**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)},
-        cwd=good.parent, stdout=subprocess.PIPE, text=True, check=False,
+        cwd=rule_file.parent, stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL
-    assert f"cannot write {good}: " in done.stdout
-    assert "['good.safetensors']" in done.stdout
-    assert good.read_bytes() == before
+    assert f"cannot write {rule_file}: " in done.stdout
+    assert "['rule.safetensors']" in done.stdout
+    assert rule_file.read_bytes() == before
 
 
 def test_writability_is_known_beforehand(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from learned_optim.rules.classical import AdamRule
 
 COMMANDS = ("list", "show", "train", "evaluate", "explain")
 ENV = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
-PROCESS = [sys.executable, "-m", "learned_optim"]
 
 
 def stderr(capsys: pytest.CaptureFixture[str]) -> str:
@@ -252,7 +251,7 @@ def test_rules_of_ones_own(
 def test_reader_that_has_seen_enough() -> None:
     """``learned-optim list | head -1``: no broken pipe on the screen."""
     process = subprocess.Popen(
-        [*PROCESS, "list"],
+        [sys.executable, "-m", "learned_optim", "list"],
         env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import OWN_RULE, random_rule
 
-from learned_optim import LearnedOptimizer, save_rule
+from learned_optim import LearnedOptimizer, load_rule, save_rule
 from learned_optim.evaluation import (
     BASELINES,
     EvaluateConfig,
@@ -51,21 +51,6 @@ FIELD = EvaluateConfig(
 
 Losses = Callable[[RunSpec], list[float]]
 Script = Callable[[Losses], list[RunSpec]]
-
-
-@pytest.fixture
-def rule_file(tmp_path: Path) -> Path:
-    path = tmp_path / "rule.safetensors"
-    save_rule(random_rule("lstm"), path)
-    return path
-
-
-@pytest.fixture
-def adam_checkpoint(tmp_path: Path) -> Path:
-    """A checkpoint whose behaviour is known: Adam at lr 0.1 as an update rule."""
-    path = tmp_path / "handmade.safetensors"
-    save_rule(AdamRule(AdamConfig(lr=0.1)), path)
-    return path
 
 
 @pytest.fixture
@@ -232,12 +217,14 @@ def test_a_learned_optimizer_runs_as_its_users_run_it(
     assert made == users
 
 
-def test_the_same_optimizer_twice(monkeypatch: pytest.MonkeyPatch, adam_checkpoint: Path) -> None:
+def test_the_same_optimizer_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Adam under two names, and as an update rule run like a learned one."""
     monkeypatch.setitem(BASELINES, "adam-again", BASELINES["adam"])
+    path = tmp_path / "handmade.safetensors"
+    save_rule(AdamRule(AdamConfig(lr=0.1)), path)
     config = replace(
-        NOTHING_LEARNED, checkpoints=(str(adam_checkpoint),), baselines=("adam", "adam-again"),
-        lrs=(0.01, 0.1), output=adam_checkpoint.parent,
+        NOTHING_LEARNED, checkpoints=(str(path),), baselines=("adam", "adam-again"),
+        lrs=(0.01, 0.1), output=tmp_path,
     )  # fmt: skip
     rows = without_times(Evaluation(config).execute()["tasks"]["quadratic"]["optimizers"])
     assert rows["adam"] == rows["adam-again"]
@@ -399,23 +386,23 @@ def test_a_line_cut_short_is_done_again(scripted: Script, tmp_path: Path) -> Non
     assert asked == []
 
 
-def test_retrained_checkpoint_is_run_again(scripted: Script, tmp_path: Path) -> None:
-    path = tmp_path / "rule.safetensors"
-    rule = random_rule("lstm")
-    save_rule(rule, path)
+def test_retrained_checkpoint_is_run_again(
+    scripted: Script, rule_file: Path, tmp_path: Path
+) -> None:
+    rule = load_rule(rule_file)
     asked = scripted(lambda spec: [1.0] * 20)
-    config = replace(NOTHING_LEARNED, checkpoints=(str(path),), output=tmp_path / "out")
+    config = replace(NOTHING_LEARNED, checkpoints=(str(rule_file),), output=tmp_path / "out")
     Evaluation(config).execute()
     before = len(asked)
     with torch.no_grad():
         next(rule.parameters()).add_(1e-3)
-    save_rule(rule, path)
+    save_rule(rule, rule_file)
     Evaluation(config).execute()
     learned = [(s.optimizer.kind, s.phase, s.seed) for s in asked[before:]]
     assert learned == [("learned", "test", 0), ("learned", "test", 1)]
     # The same weights in another place are known again.
     before = len(asked)
-    moved = path.rename(tmp_path / "moved.safetensors")
+    moved = rule_file.rename(tmp_path / "moved.safetensors")
     summary = Evaluation(replace(config, checkpoints=(str(moved),))).execute()
     assert len(asked) == before
     assert summary["protocol"]["checkpoints"] == {"moved": rule.fingerprint()}

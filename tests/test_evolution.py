@@ -20,12 +20,7 @@ from learned_optim.meta.meta_optimizer import MetaOptimizer
 from learned_optim.meta.populations._base import UnusableTaskError
 from learned_optim.meta.populations.mixture import MIXTURES, TRAINED_FOR, Draw, draw
 from learned_optim.meta.populations.quadratics import Quadratic
-from learned_optim.meta.recipes import (
-    MIXTURE_NAMES,
-    EvolutionRecipe,
-    Recipe,
-    recipe_from_json,
-)
+from learned_optim.meta.recipes import MIXTURE_NAMES, EvolutionRecipe, Recipe, recipe_from_json
 from learned_optim.meta.sampler import Sampler
 from learned_optim.meta.validation import read_references
 from learned_optim.meta.whole_runs import (

@@ -3,23 +3,14 @@
 import json
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import python
 
 FOLDER = Path(__file__).parent.parent / "examples"
-
-
-def run(folder: Path, example: str, *arguments: str) -> str:
-    """What the example prints, in a process and a folder of its own."""
-    command = [sys.executable, str(FOLDER / example), *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def main_of(name: str) -> Any:
@@ -32,7 +23,7 @@ def falls(losses: list[float], share: float) -> bool:
 
 def test_compare_with_adamw(tmp_path: Path) -> None:
     """Three tables of eight runs, what each says, and four pictures in a folder."""
-    output = run(tmp_path, "compare_with_adamw.py", "--steps", "6")
+    output = python(FOLDER / "compare_with_adamw.py", "--steps", "6", folder=tmp_path)
     assert len(re.findall(r"^\| (?:learned optimizer|AdamW, lr \S+) \|", output, re.M)) == 24
     verdicts = re.findall(r"^(\w+): training loss (?:ahead of|behind) that of", output, re.M)
     assert verdicts == ["digits", "table", "text"]
@@ -44,7 +35,7 @@ def test_compare_with_adamw(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_thesis(tmp_path: Path) -> None:
-    output = run(tmp_path, "thesis.py", "--steps", "30", "--seeds", "2")
+    output = python(FOLDER / "thesis.py", "--steps", "30", "--seeds", "2", folder=tmp_path)
     rows = re.findall(r"^\| digits, 30 steps \| \**(\w+)\** .*\| (\S+) ± \S+ \|", output, re.M)
     assert [name for name, _ in rows] == ["mnist", "adam", "sgd"]
     assert float(rows[0][1]) < float(rows[1][1])  # summed, than Adam tuned for it
@@ -54,7 +45,7 @@ def test_thesis(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_meta_train_your_own(tmp_path: Path) -> None:
     tiny = ("--steps", "12", "--seeds", "2", "--epochs", "1", "--runs-per-epoch", "2")
-    output = run(tmp_path, "meta_train_your_own.py", *tiny)
+    output = python(FOLDER / "meta_train_your_own.py", *tiny, folder=tmp_path)
     rows = re.findall(r"^\| network, 12 steps \| \**([\w-]+)\** \| (\S+) \| (\S+) ±", output, re.M)
     assert {name for name, _, _ in rows} == {"my-optimizer", "coordinatewise", "adam", "adamw"}
     assert all(0 < float(final) < 3.5 for _, _, final in rows)
@@ -69,7 +60,7 @@ def test_search_for_a_meta_learning_rate(tmp_path: Path) -> None:
         "horizon = 4\nvalidation_runs = 2\n"
     )
     options = ("--recipe", "small.toml", "--trials", "2", "--epochs", "1", "--folder", "search")
-    output = run(tmp_path, "search_meta_lr.py", *options)
+    output = python(FOLDER / "search_meta_lr.py", *options, folder=tmp_path)
     assert re.search(r"^best: meta_lr=\S+, validation \S+$", output, re.M)
     assert (tmp_path / "search" / "1" / "best.safetensors").is_file()
 

@@ -2,15 +2,18 @@
 
 import math
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from conftest import fresh_states, pack, random_rule
+from compat.common import descend, step_with
+from conftest import fresh_states, random_rule
 from torch import Tensor
 from torch.nn import Parameter
 
 from learned_optim import LearnedOptimizer
+from learned_optim.meta.rollout import pack_states
 from learned_optim.rules import Segments, StepContext, StepSettings
 from learned_optim.rules import _history as history
 from learned_optim.rules.horizon import HorizonRule
@@ -90,12 +93,9 @@ def test_untrained_it_is_adam_in_natural_units_with_schedule_and_confidence(
     own, found, seen = Parameter(param.clone()), [], []
     opt = LearnedOptimizer([own], HorizonRule().double(), total_steps=total, weight_decay=0.0)
     for step, grad in enumerate(grads):
-        own.grad = grad
-        if total == 40 and step == 40:
-            with pytest.warns(UserWarning, match="past total_steps=40"):
-                opt.step()
-        else:
-            opt.step()
+        past = total == 40 and step == 40
+        with pytest.warns(UserWarning, match="past total_steps=40") if past else nullcontext():
+            step_with(opt, grad)
         found.append(own.detach().clone())
         seen.append(opt.state[own]["stats"].flatten()[history.CONFIDENCE].item())
     torch.testing.assert_close(torch.stack(found), expected, rtol=1e-6, atol=1e-9)
@@ -112,7 +112,7 @@ def test_the_length_of_the_run_counts_for_each_tensor() -> None:
         own = params[chosen]
         flat = torch.cat([p.reshape(-1) for p in own])
         segments = Segments([p.shape for p in own], dtype=torch.float64)
-        state = pack(rule, [rule.init_state(p) for p in own])
+        state = pack_states(rule, [rule.init_state(p) for p in own])
         part = grad[4:] if chosen == slice(1, 2) else grad[: len(flat)]
         context = StepContext(step[chosen], None, totals)
         with torch.no_grad():
@@ -131,14 +131,15 @@ def test_it_anneals_where_the_length_is_unknown() -> None:
     generator = torch.Generator().manual_seed(3)
     target = torch.randn(40, generator=generator)
     weight = torch.zeros(1, 40, requires_grad=True)
-    optimizer, excess = LearnedOptimizer([weight], "diagonal"), []
-    for _ in range(1500):
+    excess = []
+
+    def loss() -> Tensor:
         x = torch.randn(8, 40, generator=generator)
         noise = 3 * torch.randn(8, generator=generator)
-        optimizer.zero_grad()
-        ((weight @ x.T)[0] - x @ target - noise).square().mean().backward()
-        optimizer.step()
         excess.append((weight.detach()[0] - target).square().sum().item())
+        return ((weight @ x.T)[0] - x @ target - noise).square().mean()
+
+    descend(LearnedOptimizer([weight], "diagonal"), 1500, loss)
     assert sum(excess[-300:]) < 0.75 * sum(excess[300:600])
 
 

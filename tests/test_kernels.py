@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fresh_states, random_rule
+from conftest import fresh_states, python, random_rule
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, kernels
 from learned_optim.kernels import _build, _library
+from learned_optim.meta.seeding import torch_threads
 from learned_optim.rules import State, StepSettings, UpdateRule
 from learned_optim.rules import _history as history
 from learned_optim.rules.horizon import HorizonConfig, HorizonRule
@@ -47,11 +48,11 @@ def kernel_step_(
     grads: list[Tensor],
     states: list[State],
     updates: list[Tensor | None] | None = None,
+    kernel: Callable[..., bool] = kernels.step_,
     **numbers: Any,
 ) -> bool:
     """The kernel alone."""
-    options = StepSettings(**numbers)
-    return kernels.step_(rule.network(), params, grads, states, options, updates)
+    return kernel(rule.network(), params, grads, states, StepSettings(**numbers), updates)
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -196,13 +197,11 @@ def test_equals_the_pure_form() -> None:
 @needs_kernel
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
-    rule, results = horizon_rule(), []
-    before, library = torch.get_num_threads(), _library.library()
+    rule, results, library = horizon_rule(), [], _library.library()
     assert library is not None
     shapes: list[tuple[int, ...]] = [(600, 500), (5,), (3, 90_001)]
     try:
         for threads in (1, 2, 7, -2):
-            torch.set_num_threads(abs(threads))
             if threads < 0:
                 library.lo_use_openmp(None)  # threads of its own
             params, grads = problem(shapes, dtype=dtype)
@@ -210,10 +209,10 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
             for _ in range(2):
                 numbers = {"total_steps": 30, "weight_decay": 100.0}
                 updates = [update, None, None]
-                assert kernel_step_(rule, params, grads, states, updates, **numbers)
+                with torch_threads(abs(threads)):
+                    assert kernel_step_(rule, params, grads, states, updates, **numbers)
             results.append([*params, update, *(v for state in states for v in state.values())])
     finally:
-        torch.set_num_threads(before)
         _library.share_threads(library)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -246,9 +245,7 @@ assert torch.equal(ours[0][0], childs[0][0])
 @needs_kernel
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_forked_child_steps_on_threads_of_its_own() -> None:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", FORKED], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", FORKED, PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), *sys.path]))
 
 
 @needs_kernel

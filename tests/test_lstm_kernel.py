@@ -14,6 +14,7 @@ from test_kernels import Subclass, from_inference, needs_kernel, one_byte_off
 from torch import Tensor
 
 from learned_optim import kernels
+from learned_optim.meta.seeding import torch_threads
 from learned_optim.rules import StepSettings, rule_names
 from learned_optim.rules._lstm import LSTMStack
 
@@ -96,15 +97,11 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     torch.manual_seed(1)
     stack, results = LSTMStack(15, 16, 1).requires_grad_(False), []
     x, start = torch.randn(15, 20_011).t(), torch.randn(16, 20_011)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            hidden, cell = start.clone().t(), start.clone().t()
+    for threads in (1, 2, 7):
+        hidden, cell = start.clone().t(), start.clone().t()
+        with torch_threads(threads):
             assert step_(stack, x, hidden, cell)
-            results.append((hidden, cell))
-    finally:
-        torch.set_num_threads(before)
+        results.append((hidden, cell))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 

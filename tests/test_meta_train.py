@@ -3,12 +3,13 @@
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compat.common import descend
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,9 +29,9 @@ from learned_optim.meta import (
 from learned_optim.meta.recipes import recipe_from_json
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.unrolls import Unrolls
-from learned_optim.rules import RuleConfig, Segments, State, StepContext, UpdateRule
+from learned_optim.rules import State
 from learned_optim.rules._base import RULES
-from learned_optim.rules.classical import SGDRule
+from learned_optim.rules.classical import SGDConfig, SGDRule
 from learned_optim.rules.equivariant import EquivariantConfig
 
 INPUTS = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
@@ -192,15 +193,12 @@ def test_users_get_what_was_measured(tmp_path: Path) -> None:
     draws, model = seeded("user"), network()
     model.load_state_dict(task.init(draws))
     optimizer = LearnedOptimizer(model.parameters(), trained.path)
-    losses = []
-    for _ in range(SHORT["horizon"]):
+
+    def loss() -> Tensor:
         x, y = of_a_generator(draws)
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses == pytest.approx(measured, rel=1e-3)
+        return F.mse_loss(model(x), y)
+
+    assert descend(optimizer, SHORT["horizon"], loss) == pytest.approx(measured, rel=1e-3)
     assert optimizer.rule.trained_steps == SHORT["horizon"]
 
 
@@ -312,28 +310,21 @@ def test_other_tasks_for_the_test_figures(tmp_path: Path) -> None:
 # ---- recipes and rules
 
 
-@dataclass(frozen=True)
-class OwnConfig(RuleConfig):
-    lr: float = 0.01
+class OwnConfig(SGDConfig):
+    pass
 
 
-class OwnRule(UpdateRule):
+class OwnRule(SGDRule):
     """SGD with a learned rate, which does not split into observation and response."""
 
     name = "own-of-test-meta-train"
     Config = OwnConfig
-    config: OwnConfig
 
     def __init__(self, config: OwnConfig | None = None) -> None:
         super().__init__(config)
         self.log_lr = nn.Parameter(torch.tensor(self.config.lr).log())
 
-    def init_state(self, param: Tensor) -> State:
-        return {}
-
-    def forward(
-        self, grad: Tensor, state: State, param: Tensor, segments: Segments, context: StepContext
-    ) -> tuple[Tensor, State]:
+    def forward(self, grad: Tensor, *_: Any) -> tuple[Tensor, State]:
         return -self.log_lr.exp() * grad, {}
 
 

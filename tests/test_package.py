@@ -1,15 +1,13 @@
 """The distribution: its files, and that they work on their own."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import python
 
 from learned_optim import list_pretrained, load_rule
 from learned_optim.kernels._build import HEADER, LIBRARY, SOURCES, compilers, switched_off
@@ -27,9 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Source distribution, and the wheel built from it."""
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "build", "--no-isolation", "--outdir", out, ROOT)
     return out
 
 
@@ -38,23 +34,14 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel's content; everything else comes from the environment."""
     target = tmp_path_factory.mktemp("installed")
     (wheel,) = dist.glob("*.whl")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
-         "--target", str(target), str(wheel)],
-        check=True,
-    )  # fmt: skip
+    options = ("--quiet", "--no-deps", "--no-index", "--target", target)
+    python("-m", "pip", "install", *options, wheel)
     return target
 
 
-def python(installed: Path, folder: Path, *arguments: str) -> str:
-    """What Python prints in ``folder`` with only the installed package on its path."""
-    env = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(installed: Path, folder: Path, *arguments: str) -> str:
+    """What Python prints with only the installed package on its path."""
+    return python(*arguments, folder=folder, PYTHONPATH=str(installed), HF_HUB_OFFLINE="1")
 
 
 def test_contents(dist: Path) -> None:
@@ -80,10 +67,10 @@ def test_contents(dist: Path) -> None:
 
 
 def test_the_command_lists_what_ships(installed: Path, tmp_path: Path) -> None:
-    shown = python(installed, tmp_path, "-m", "learned_optim", "list").splitlines()
+    shown = run(installed, tmp_path, "-m", "learned_optim", "list").splitlines()
     for name in (*SHIPPED, "default", "default-fast", *recipes()):
         assert any(line.startswith(f"  {name} ") for line in shown), name
-    version = python(installed, tmp_path, "-m", "learned_optim", "--version").split()[1]
+    version = run(installed, tmp_path, "-m", "learned_optim", "--version").split()[1]
     assert (installed / f"learned_optim-{version}.dist-info").is_dir()
     assert (installed / "bin" / "learned-optim").is_file()
 
@@ -153,7 +140,7 @@ def test_core_dependencies_are_enough(installed: Path, tmp_path: Path) -> None:
     snippet = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
     assert snippet is not None
     commands = ("list", "show default", "train quick", "evaluate")
-    lines = python(installed, tmp_path, "-c", CORE, snippet[1], *commands).splitlines()
+    lines = run(installed, tmp_path, "-c", CORE, snippet[1], *commands).splitlines()
     where, loss, fingerprints, printed = json.loads(lines[-1])
     assert Path(where) == installed / "learned_optim" / "__init__.py"
     assert 0 < loss < 2.5

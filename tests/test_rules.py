@@ -4,16 +4,16 @@ import copy
 import math
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import context, fresh_states, pack, random_rule, test_configs, trajectory
+from conftest import context, fresh_states, python, random_rule, test_configs, trajectory
 from torch import Tensor
 
+from learned_optim.meta.rollout import pack_states
 from learned_optim.rules import (
     Segments,
     StepContext,
@@ -81,7 +81,7 @@ def test_forward_is_pure(name: str, config: int) -> None:
     rule = random_rule(name, config=config)
     segments = Segments([torch.Size((4, 2)), torch.Size((3,))])
     param, grad = torch.randn(11), torch.randn(11)
-    state = pack(rule, [rule.init_state(torch.zeros(4, 2)), rule.init_state(torch.zeros(3))])
+    state = pack_states(rule, [rule.init_state(torch.zeros(4, 2)), rule.init_state(torch.zeros(3))])
     before = copy.deepcopy((param, grad, state, rule.state_dict()))
     first, new = rule(grad, state, param, segments, context(rule, 0, 2))
     second, _ = rule(grad, state, param, segments, context(rule, 0, 2))
@@ -179,7 +179,9 @@ def test_response_to_a_sequence_equals_the_steps(name: str, config: int) -> None
     rule = random_rule(name, torch.float64, config)
     shapes = [torch.Size((3, 2)), torch.Size((5,))]
     segments, param = Segments(shapes, dtype=torch.float64), gradients(1, 11)[0]
-    state = pack(rule, [rule.init_state(torch.zeros(s, dtype=torch.float64)) for s in shapes])
+    state = pack_states(
+        rule, [rule.init_state(torch.zeros(s, dtype=torch.float64)) for s in shapes]
+    )
     start = {key: state[key].clone() for key in rule.network_state}
     moving = {key: state[key].clone() for key in rule.network_state}
     features, gains = [], []
@@ -375,7 +377,7 @@ def test_loss_input() -> None:
     rule.step_([moved], list(grads), fresh_states(rule, [param]), numbers)
     torch.testing.assert_close(moved, high[0])
     segments = Segments([torch.Size((3,)), torch.Size((3,))], dtype=torch.float64)
-    states = pack(rule, [rule.init_state(param)] * 2)
+    states = pack_states(rule, [rule.init_state(param)] * 2)
     losses = torch.tensor([0.1, 10.0])
     both, _ = rule(
         grads[0].repeat(2), states, param.repeat(2), segments, context(rule, 0, 2, losses)
@@ -470,10 +472,7 @@ def test_a_new_rule_is_one_file_and_no_other_edit(tmp_path: Path) -> None:
         f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-n', '0', '-k', 'scaled', "
         f"*{[str(tests / file) for file in files]!r}]))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), *sys.path])}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tests
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    passed = int(run.stdout.split(" passed")[0].split()[-1])
+    path = os.pathsep.join([str(tests.parent), *sys.path])
+    printed = python("-c", code, folder=tests, PYTHONPATH=path)
+    passed = int(printed.split(" passed")[0].split()[-1])
     assert passed > 30

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from compat.common import flat
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 import learned_optim
 from learned_optim import CheckpointError, load_record, load_rule
@@ -143,18 +146,12 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def assert_same(one: Any, other: Any) -> None:
     """Equal to the bit, but for durations."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            if "second" not in str(key):
-                assert_same(value, other[key])
-    elif isinstance(one, (list, tuple)):
-        for pair in zip(one, other, strict=True):
-            assert_same(*pair)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
+    leaves = map(tree_leaves_with_path, (one, other))
+    for (path, value), (place, wanted) in zip(*leaves, strict=True):
+        assert path == place
+        if "second" not in keystr(path):
+            same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+            assert same(value, wanted), path
 
 
 def test_resuming_under_other_conditions_is_refused(
@@ -427,8 +424,7 @@ def test_two_ranks_equal_one_although_one_died(tmp_path: Path) -> None:
     one, two = MetaTrainer(recipe, tmp_path / "one"), MetaTrainer(recipe, tmp_path / "two")
     one.train()
     assert two.round == recipe.epochs
-    for a, b in zip(two.ema_rule.parameters(), one.ema_rule.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(flat(two.ema_rule), flat(one.ema_rule), rtol=1e-4, atol=1e-6)
     for figure in ("validation", "ratio_to_adamw"):
         found = [[getattr(m, figure) for m in t.history] for t in (one, two)]
         assert found[0] == pytest.approx(found[1], rel=1e-4)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import python
 
 from learned_optim import kernels
 from learned_optim.kernels import _build, _gpu
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", _build.SWITCH: "1"}
-ENVIRONMENT.pop("PYTEST_ADDOPTS", None)
+ENVIRONMENT = {"TRITON_INTERPRET": "1", _build.SWITCH: "1", "PYTEST_ADDOPTS": ""}
 TESTS = Path(__file__).parent
 POINTERS = {
     "addresses": "*i64", "integers": "*i64", "constants": "*fp64", "gains": "*fp64",
@@ -30,16 +27,8 @@ POINTERS = {
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     # Triton is interpreted if the variable is set before anything imports it.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, str(TESTS / "triton_interpreted.py")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=TESTS.parent,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    options = ("-q", "-x", "-p", "no:cacheprovider", TESTS / "triton_interpreted.py")
+    python("-m", "pytest", *options, folder=TESTS.parent, **ENVIRONMENT)
 
 
 def compiled(kernel: Any, constants: dict[str, Any], capability: int) -> Any:

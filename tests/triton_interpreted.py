@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from conftest import fresh_states
-from test_kernels import compare_with_the_pure_form, copies, draw_case, horizon_rule, problem
-from torch import Tensor
+from test_kernels import (
+    compare_with_the_pure_form,
+    copies,
+    draw_case,
+    horizon_rule,
+    kernel_step_,
+    problem,
+)
 
 from learned_optim.kernels import _cpu, _gpu
-from learned_optim.rules import State, StepSettings
-from learned_optim.rules.horizon import HorizonRule
+from learned_optim.rules import StepSettings
 
 SHAPES = [(5, 7), (9, 2), (), (0, 3), (33,), (_gpu.CHUNK + 5,), (2, _gpu.CHUNK)]
 
 
-def triton_step_(
-    rule: HorizonRule,
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[State],
-    updates: list[Tensor | None] | None = None,
-    **numbers: Any,
-) -> bool:
-    settings = StepSettings(**numbers)
-    return _gpu.step_(_cpu.StepCall(rule.network(), params, grads, states, settings, updates))
+triton_step_ = partial(kernel_step_, kernel=lambda *call: _gpu.step_(_cpu.StepCall(*call)))
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ class Optimizees:
         self._owners = torch.tensor([b for b, _ in order])  # (m,)
         self.packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
         self.segments = Segments([tensor.shape for tensor in tensors], dtype=dtype)
-        self.state = _pack_states(rule, [rule.init_state(tensor) for tensor in tensors])
+        self.state = pack_states(rule, [rule.init_state(tensor) for tensor in tensors])
         self.step = 0
         # Of the tasks, before the forward pass of step `_buffered`, and after it.
         self._buffers = self._updated = [task.buffers() for task in self._tasks]
@@ -182,9 +182,7 @@ class Optimizees:
     def advance(self, rule: UpdateRule, batch: list[Batch] | None = None) -> Tensor:
         """One inner step without a graph; returns the losses before it, ``(B,)``.
 
-        Args:
-            rule: the update rule.
-            batch: of :meth:`next_batch`, which is called if none is given.
+        :meth:`next_batch` is called if no batch is given.
         """
         if rule.rows != "none":
             return self.advance_recorded(rule, batch).losses
@@ -221,7 +219,7 @@ def floating(batch: Batch, dtype: torch.dtype = torch.float32) -> Batch:
     return tuple(part.to(dtype) if part.is_floating_point() else part for part in batch)
 
 
-def _pack_states(rule: UpdateRule, states: Sequence[State]) -> State:
+def pack_states(rule: UpdateRule, states: Sequence[State]) -> State:
     """States of single tensors as one packed state of contiguous columns."""
     packed = {}
     for key in states[0]:
