@@ -3,7 +3,8 @@
     python -m benchmarks results [GROUP ...] [--workers N]    # all groups: hours; resumable
 
 Every group is one call of `learned-optim evaluate`. Single runs stay in runs/results-GROUP, the
-summary goes to docs/results/GROUP.json. Image tasks need $LEARNED_OPTIM_DATA.
+summary goes to docs/results/GROUP.json. Image tasks need $LEARNED_OPTIM_DATA. The larger groups
+take hours each and are run once per release.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from learned_optim.pretrained import ALIASES
 NETWORKS = "mnist mnist-40 mnist-2layer mnist-relu fashion emnist-letters cifar10"
 FOUR = "sgd nesterov rmsprop adam"
 SHORT = f"--checkpoints {shipped()[0]} coordinatewise"
+LARGER = (
+    f"--suite field --checkpoints {shipped()[0]} --seeds 1 --lrs 1e-3 3e-3 1e-2 "
+    "--baselines adamw-cosine muon-cosine soap-cosine"
+)
 #: Arguments of `learned-optim evaluate` by group.
 GROUPS = {
     "field": f"--suite field --checkpoints {shipped()[0]} --seeds 2 "
@@ -30,8 +35,12 @@ GROUPS = {
     "--baselines adamw-cosine adamw-linear muon-cosine soap-cosine schedulefree",
     "unknown-length": f"--suite field --quick --checkpoints {shipped()[0]} --no-told "
     "--baselines adamw nesterov",
-    "larger": f"--suite field --checkpoints {shipped()[0]} --tasks char-lm-gpt --steps 400 "
-    "--lrs 1e-3 3e-3 1e-2 --baselines adamw-cosine muon-cosine soap-cosine --seeds 1",
+    "gpt": f"{LARGER} --tasks char-lm-gpt --steps 400",
+    "larger-language": f"{LARGER} --tasks char-lm-gpt --steps 2000",
+    "larger-resnet": f"{LARGER} --tasks benchmarks.larger:resnet --steps 3900",
+    "larger-vit": f"{LARGER} --tasks benchmarks.larger:vit --steps 3900",
+    "larger-table": f"{LARGER} --tasks benchmarks.larger:table --steps 5000",
+    "larger-fine-tuning": f"{LARGER} --tasks benchmarks.larger:fine-tuning --steps 2000",
     "thesis": f"{SHORT} mnist --tasks {NETWORKS} "
     f"--baselines {FOUR} adamw schedulefree",
     "thesis-200": f"{SHORT} mnist --tasks {NETWORKS} --steps 200 "

@@ -57,12 +57,12 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three blocks of 16, 32 and 64 channels at stride 2, global average pooling, linear."""
+    """A block at stride 2 for each width, global average pooling, linear."""
 
-    def __init__(self, shape: Shape, classes: int) -> None:
+    def __init__(self, shape: Shape, classes: int, widths: tuple[int, ...] = (16, 32, 64)) -> None:
         super().__init__()
-        widths = (shape[0], 16, 32, 64)
-        self.blocks = nn.Sequential(*(ResidualBlock(a, b, 2) for a, b in pairwise(widths)))
+        channels = pairwise((shape[0], *widths))
+        self.blocks = nn.Sequential(*(ResidualBlock(a, b, 2) for a, b in channels))
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,23 +70,24 @@ class ResNet(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Sixteen patches, two pre-norm blocks with four heads; the tokens' mean into a linear layer.
+    """``side`` by ``side`` patches, pre-norm blocks with four heads, the tokens' mean; linear.
 
     Position embeddings have a standard deviation of 0.02.
     """
 
-    def __init__(self, shape: Shape, classes: int, width: int = 64) -> None:
+    def __init__(
+        self, shape: Shape, classes: int, width: int = 64, depth: int = 2, side: int = 4
+    ) -> None:
         super().__init__()
-        channels, side, _ = shape
-        self.patch = side // 4
-        self.embed = nn.Linear(channels * self.patch**2, width)
-        self.place = nn.Parameter(0.02 * torch.randn(16, width))
-        self.blocks = nn.Sequential(*(Block(width, 4, causal=False) for _ in range(2)))
+        self.patch = shape[1] // side
+        self.embed = nn.Linear(shape[0] * self.patch**2, width)
+        self.place = nn.Parameter(0.02 * torch.randn(side**2, width))
+        self.blocks = nn.Sequential(*(Block(width, 4, causal=False) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         patches = F.unfold(4.0 * x - 2.0, self.patch, stride=self.patch).transpose(1, 2)
-        tokens = self.blocks(self.embed(patches) + self.place)  # (batch, 16, width)
+        tokens = self.blocks(self.embed(patches) + self.place)  # (batch, side^2, width)
         return self.head(self.norm(tokens).mean(1))
 
 
