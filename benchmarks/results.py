@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.common import RESULTS, save, shipped
 from learned_optim.cli import main as learned_optim
+from learned_optim.evaluation.figures import FINAL_SHARE, final_loss
+from learned_optim.evaluation.runs import Run, RunLog
 from learned_optim.pretrained import ALIASES
 
 NETWORKS = "mnist mnist-40 mnist-2layer mnist-relu fashion emnist-letters cifar10"
@@ -69,6 +73,38 @@ def without_curves(summary: Any) -> Any:
     return [without_curves(v) for v in summary] if isinstance(summary, list) else summary
 
 
+def reached(log: RunLog, summary: dict[str, Any]) -> dict[str, Any]:
+    """Returns when the learned optimizer has a tuned rival's final loss, by task and rival.
+
+    As shares of the rival's steps and processor seconds, means over the seeds; ``None`` where a
+    run never has it.
+    """
+    runs = {tuple(key.split("|")): run for key, run in log.runs.items() if "|test|" in key}
+    found: dict[str, Any] = {}
+    for task, entry in summary["tasks"].items():
+        mine = {k[5]: run for k, run in runs.items() if k[:2] == (task, "learned")}
+        for rival in summary["protocol"]["tuned"]:
+            rate = entry["optimizers"][rival]["lr"]
+            shares = [
+                _share(mine[key[5]], run)
+                for key, run in runs.items()
+                if key[0] == task and key[2].split()[0] == rival and float(key[3]) == rate
+            ]
+            whole = [share for share in shares if share is not None]
+            means = [fmean(column) for column in zip(*whole, strict=True)]
+            found.setdefault(task, {})[rival] = means if len(whole) == len(shares) else None
+    return found
+
+
+def _share(mine: Run, theirs: Run) -> tuple[float, float] | None:
+    target, count = final_loss(theirs), len(mine.losses)
+    width = math.ceil(FINAL_SHARE * count)  # a final loss is a mean over so many stretches
+    for end in range(width, count + 1):
+        if fmean(mine.losses[end - width : end]) <= target:
+            return end / count, end / count * mine.seconds / theirs.seconds
+    return None
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--workers", type=int, default=1, help="processes")
@@ -84,4 +120,6 @@ def run(options: argparse.Namespace) -> None:
         if status:
             raise SystemExit(status)
         summary = json.loads((output / "summary.json").read_text())
+        if summary["protocol"]["suite"] == "field":
+            summary["reached"] = reached(RunLog(output / "runs.jsonl"), summary)
         save(RESULTS / f"{name}.json", without_curves(summary))
