@@ -259,7 +259,8 @@ def _length(mix: Tensor, stats: Tensor) -> Tensor:
 def rate_schedule(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
     """Linear warm-up to 1; where the length of the run is known, a cosine to its end as well.
 
-    By the number of earlier updates of each tensor and the length, ``()`` or ``(m,)``: ``(m,)``.
+    ``step`` is the number of earlier updates of each tensor, ``(m,)``; the result has its shape.
+    ``total_steps`` is ``()`` or ``(m,)``.
     """
     if total_steps is None:
         return ((step + 1) / c.WARMUP_STEPS).clamp(max=1.0)
