@@ -9,9 +9,7 @@ import argparse
 import importlib
 
 #: Modules of this package by the name of their command.
-NAMES = (
-    "step", "cost", "memory", "meta-training", "light-bench", "results", "pages", "commands",
-)  # fmt: skip
+NAMES = ("step", "cost", "memory", "light-bench", "results", "pages", "commands")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import cost, light_bench, memory, meta_training, results, step
+from benchmarks import cost, light_bench, memory, results, step
 from benchmarks.common import DOCS, RESULTS, load
 from learned_optim.evaluation.baselines import MATRIX_LRS
 from learned_optim.evaluation.statistics import cut_off, geometric_mean
@@ -311,7 +311,6 @@ within a table. {machine}
 python -m benchmarks step             # a minute
 python -m benchmarks cost             # a minute
 python -m benchmarks memory           # seconds
-python -m benchmarks meta-training    # some minutes
 python -m benchmarks pages            # writes this page
 ```
 
@@ -360,13 +359,6 @@ formulas).
 {memory}
 
 `state_dtype=torch.bfloat16` halves the state of learned optimizers.
-
-## Meta-training
-
-Perceptrons by number of parameters, on batches of 128 random vectors and one thread. Steps of all
-networks that train side by side count. {meta_machine}
-
-{meta}
 """
 
 
@@ -381,8 +373,7 @@ def machine_text(found: dict[str, Any]) -> str:
 
 def performance_page() -> str:
     """Returns docs/performance.md."""
-    outputs = step.OUTPUT, cost.OUTPUT, memory.OUTPUT, meta_training.OUTPUT
-    steps, costs, bytes_, rates = map(load, outputs)
+    steps, costs, bytes_ = map(load, (step.OUTPUT, cost.OUTPUT, memory.OUTPUT))
     graph = steps["graph"]
     return PERFORMANCE_PAGE.format(
         machine=machine_text(steps),
@@ -393,8 +384,6 @@ def performance_page() -> str:
         networks=cost.network_table(costs),
         cost_machine=machine_text(costs),
         memory=memory.memory_table(bytes_),
-        meta_machine=machine_text(rates),
-        meta=meta_training.rate_table(rates),
     )
 
 
