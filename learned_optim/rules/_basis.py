@@ -148,8 +148,8 @@ def rotate_back(
 def rounded_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, of rounded matrices if these are large and the device multiplies bfloat16 faster.
 
-    For updates and covariances. Gradients are rotated without: there the error of a large entry
-    would hide the small ones, which count as much.
+    For updates. With rounded gradients or covariances a direction without a gradient would have
+    one of rounding errors, and be stepped as far as any other.
     """
     multiplications = a.shape[-2] * a.shape[-1] * b.shape[-1]
     if (
@@ -184,7 +184,7 @@ def accumulate_(
         ages: gradients that each covariance has seen.
         shard_groups: process groups over which the ``k`` columns are sharded.
     """
-    product = rounded_product(factor, factor.mT)
+    product = factor @ factor.mT
     for group in shard_groups:
         torch.distributed.all_reduce(product, group=group)
     shares = [max(1 - COVARIANCE_BETA, 1 / (age + 1)) for age in ages]
