@@ -340,8 +340,9 @@ update back, and refreshes its bases every 32 steps. One matrix of an old run, o
 
 {shapes}
 
-Updates are multiplied in bfloat16 where the processor has units for it, as this one has. A side over 1,024 is not rotated. These operations do not depend on the batch, so the
-optimizer's share of a step falls with it. Predicted from the rates of the largest square matrix,
+Updates are multiplied in bfloat16 where the processor has units for it, as this one has. A side
+over 1,024 is not rotated. These operations do not depend on the batch, so the optimizer's share of
+a step falls with it. Predicted from the rates of the largest square matrix,
 for gradients that run at the rate of its float32 products:
 
 {networks}
