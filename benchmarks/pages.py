@@ -82,6 +82,22 @@ The same tasks for 300 to 1,000 steps; every rival of this table is tuned for ea
 
 Against the best of them on each task: {best}.
 
+## Without a known length
+
+The same short runs, of which `{name}` is not told the length; rivals have a constant rate.
+
+{untold}
+
+Against the better of them on each task: {best_untold}.
+
+## A larger model
+
+A decoder of 3.2 million parameters on Python's library, 400 steps of 1,024 characters, one seed
+(`python -m benchmarks results gpt`). Groups `larger-*` of the same command hold longer runs of it
+and of four other tasks. They take hours each and were not run.
+
+{larger}
+
 ## By task
 
 Final losses over each tuned rival's, in whole runs. ‡: the best learning rate is at the edge of
@@ -161,6 +177,23 @@ def tasks_table(whole: dict[str, Any]) -> str:
     return table(["task, steps", "AdamW's rate", *tuned, f"held out, over {tuned[0]}"], rows)
 
 
+def larger_table(summary: dict[str, Any]) -> str:
+    """Returns a row per task and rival of the larger tier."""
+    name, rows = learned_name(summary), []
+    for task, entry in summary["tasks"].items():
+        for rival in summary["protocol"]["tuned"]:
+            ratios = [task_ratio(entry, name, rival, held_out) for held_out in (False, True)]
+            times = summary["reached"][task][rival] or (math.inf, math.inf)
+            cells = ["it diverged" if r is None else f"{r:.2f}" for r in ratios]
+            rate = entry["optimizers"][rival]["lr"]
+            ms = entry["optimizers"][rival]["optimizer_milliseconds"]["mean"]
+            shares = "; ".join(f"{share:.2f}" for share in times)
+            rows.append([task, f"{rival} at {rate:g}", *cells, shares, f"{ms:.0f}"])
+    own = next(iter(summary["tasks"].values()))["optimizers"][name]["optimizer_milliseconds"]
+    head = ["task", "rival", "final", "held out", "steps; seconds to its loss"]
+    return table([*head, f"ms per step ({name}: {own['mean']:.0f})"], rows)
+
+
 def draw_field(summary: dict[str, Any], path: Path) -> None:
     """Draws the final loss by task over tuned AdamW's, with an untuned rival beside it."""
     from matplotlib.figure import Figure
@@ -197,7 +230,8 @@ def draw_field(summary: dict[str, Any], path: Path) -> None:
 
 def results_page() -> str:
     """Returns docs/results.md."""
-    whole, fast, short = (load(RESULTS / f"field{end}.json") for end in ("", "-fast", "-quick"))
+    groups = "field", "field-fast", "field-quick", "unknown-length", "gpt"
+    whole, fast, short, untold, larger = (load(RESULTS / f"{group}.json") for group in groups)
     name, protocol = learned_name(whole), whole["protocol"]
     rivals = [n for n in (*protocol["tuned"], *protocol["untuned"]) if n != name]
     text = RESULTS_PAGE.format(
@@ -212,6 +246,9 @@ def results_page() -> str:
         fast=rivals_table(fast, fast["protocol"]["tuned"]),
         short=rivals_table(short, short["protocol"]["tuned"]),
         best=interval_text(short["overall"][learned_name(short)]["ratio"]),
+        untold=rivals_table(untold, untold["protocol"]["tuned"]),
+        best_untold=interval_text(untold["overall"][name]["ratio"]),
+        larger=larger_table(larger),
         tasks=tasks_table(whole),
     )
     if whole["overall"][name]["diverged"]:
