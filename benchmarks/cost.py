@@ -1,11 +1,11 @@
 """What the eigenbasis costs: microseconds by shape, and its share of a step of known networks.
 
-    python -m benchmarks cost        # minutes; writes docs/performance/cost.json
+    python -m benchmarks cost        # a minute; writes docs/performance/cost.json
 
 Shapes are measured on one thread, as means over the steps between two refreshes of an old basis.
 Networks are predicted from the rates of the largest square matrix: products and refreshes by
-their floating point operations, the pass by its coordinates. Their gradients are taken to run at
-the same rate of float32 products.
+their floating point operations, what remains of a step by the number of coordinates. Their
+gradients are taken to run at the rate of its float32 products.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,19 +29,12 @@ SHAPES = ((64, 64), (256, 64), (256, 256), (1024, 256), (1024, 1024), (4096, 102
 OLD = 1024  # gradients that a basis has seen: refreshes are as rare as they become
 
 
-class Batch(NamedTuple):
-    """A usual batch, and the operations of its gradients per example: three forward passes."""
-
-    size: int
-    unit: str
-    operations: float
-
-
+#: Usual batches, and the operations of gradients per example, those of three forward passes.
 BATCHES = {
-    "ResNet-50": Batch(256, "images", 3 * 8.2e9),
-    "ViT-B/16": Batch(1024, "images", 3 * 35.1e9),
-    "GPT-2": Batch(524_288, "tokens", 6 * 124e6),
-    "decoder": Batch(1_048_576, "tokens", 6 * 1236e6),
+    "ResNet-50": (256, "images", 3 * 8.2e9),
+    "ViT-B/16": (1024, "images", 3 * 35.1e9),
+    "GPT-2": (524_288, "tokens", 6 * 124e6),
+    "decoder": (1_048_576, "tokens", 6 * 1236e6),
 }
 
 
@@ -124,8 +117,8 @@ def measure() -> dict[str, Any]:
             seconds += of_products / products * multiplied
             seconds += of_refreshes / refreshes * known["refreshes"]
             seconds += tensor.size / torch.Size(largest).numel() * rest
-        batch = BATCHES[name]
-        gradients = batch.size * batch.operations * known["gradients"] / products
+        size, _, per_example = BATCHES[name]
+        gradients = size * per_example * known["gradients"] / products
         networks[name] = {"seconds": seconds, "share": seconds / gradients}
     return {"machine": machine(), "shapes": shapes, "networks": networks}
 
@@ -144,10 +137,9 @@ def network_table(found: dict[str, Any]) -> str:
     """Returns the table of networks, Markdown."""
     rows = []
     for name, row in found["networks"].items():
-        batch = BATCHES[name]
-        tenth = batch.size * row["share"] / 0.1
-        cells = [name, f"{batch.size:,} {batch.unit}", f"{100 * row['share']:.2f} %"]
-        rows.append([*cells, f"{tenth:,.0f}"])
+        size, unit, _ = BATCHES[name]
+        cells = [name, f"{size:,} {unit}", f"{100 * row['share']:.2f} %"]
+        rows.append([*cells, f"{size * row['share'] / 0.1:,.0f}"])
     return table(["network", "batch", "optimizer / gradients", "a tenth at a batch of"], rows)
 
 

@@ -1,4 +1,4 @@
-"""The tasks of the larger tier, 10 to 60 minutes of one core a run, for `benchmarks results`.
+"""The tasks of the larger tier, for `benchmarks results`.
 
 A residual network and a vision transformer on CIFAR-10 with random crops and flips for ten epochs,
 a table of 50,000 rows, and a language model that goes on with a text which it has not seen. The

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,6 +125,11 @@ def interval_text(found: dict[str, Any]) -> str:
     return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
+def times_text(shares: Iterable[float]) -> str:
+    """Returns shares of a rival's steps and seconds."""
+    return "; ".join("never" if share == math.inf else f"{share:.2f}" for share in shares)
+
+
 def learned_name(summary: dict[str, Any]) -> str:
     """Returns the first checkpoint of a summary."""
     return next(iter(summary["protocol"]["checkpoints"]))
@@ -152,7 +158,7 @@ def rivals_table(summary: dict[str, Any], rivals: list[str]) -> str:
         row.append(f"{median([r for r in ratios if r is not None]):.2f}")
         row += [f"{ahead} of {len(ratios)}", mean]
         times = [task[rival] or (math.inf, math.inf) for task in summary["reached"].values()]
-        row.append("; ".join(f"{median(column):.2f}" for column in zip(*times, strict=True)))
+        row.append(times_text(median(column) for column in zip(*times, strict=True)))
         rows.append([*row, f"{summary['overall'][rival]['optimizer_milliseconds']:.2f}"])
     own = f"{summary['overall'][name]['optimizer_milliseconds']:.2f}"
     head = ["rival", "mean ratio [95 %]", "median", "ahead or level on", "held out"]
@@ -187,8 +193,7 @@ def larger_table(summary: dict[str, Any]) -> str:
             cells = ["it diverged" if r is None else f"{r:.2f}" for r in ratios]
             rate = entry["optimizers"][rival]["lr"]
             ms = entry["optimizers"][rival]["optimizer_milliseconds"]["mean"]
-            shares = "; ".join(f"{share:.2f}" for share in times)
-            rows.append([task, f"{rival} at {rate:g}", *cells, shares, f"{ms:.0f}"])
+            rows.append([task, f"{rival} at {rate:g}", *cells, times_text(times), f"{ms:.0f}"])
     own = next(iter(summary["tasks"].values()))["optimizers"][name]["optimizer_milliseconds"]
     head = ["task", "rival", "final", "held out", "steps; seconds to its loss"]
     return table([*head, f"ms per step ({name}: {own['mean']:.0f})"], rows)
@@ -358,8 +363,8 @@ python -m benchmarks pages            # writes this page
 The step is compiled C++ that is built when the package is installed. Without a compiler the same
 rule runs in PyTorch; those columns are its cost on one thread. A step of `diagonal` is bound by
 memory on large tensors: it reads and writes one number per parameter more than Adam. Steps of
-`eigenbasis` are the first ones of a run here, with a refresh of the bases in each. Later ones are
-in the next section.
+`eigenbasis` are the fastest of the first steps of a run, mostly without a refresh of the bases. The
+next section has the mean step of a long run.
 
 Under `torch.compile` a step of the small network takes {graph} times the eager one.
 
@@ -373,13 +378,13 @@ timed.
 ## What the eigenbasis costs
 
 The default rotates the gradient of a matrix, updates the covariances of its sides, rotates the
-update back, and refreshes its bases every 32 steps. One matrix of an old run, on one thread:
+update back, and refreshes its bases every 32 steps. One matrix after 1,024 steps, on one thread:
 
 {shapes}
 
 Updates are multiplied in bfloat16 where the processor has units for it, as this one has. A side
 over 1,024 is not rotated. These operations do not depend on the batch, so the optimizer's share of
-a step falls with it. Predicted from the rates of the largest square matrix,
+a step falls as the batch grows. Predicted from the rates of the largest square matrix,
 for gradients that run at the rate of its float32 products:
 
 {networks}

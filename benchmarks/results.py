@@ -4,7 +4,7 @@
 
 Every group is one call of `learned-optim evaluate`. Single runs stay in runs/results-GROUP, the
 summary goes to docs/results/GROUP.json. Image tasks need $LEARNED_OPTIM_DATA. The larger groups
-take hours each and are run once per release.
+take hours each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NETWORKS = "mnist mnist-40 mnist-2layer mnist-relu fashion emnist-letters cifar1
 FOUR = "sgd nesterov rmsprop adam"
 SHORT = f"--checkpoints {shipped()[0]} coordinatewise"
 LARGER = (
-    f"--suite field --checkpoints {shipped()[0]} --seeds 1 --lrs 1e-3 3e-3 1e-2 "
+    f"--suite field --checkpoints {shipped()[0]} --seeds 1 --lrs 3e-4 1e-3 3e-3 1e-2 "
     "--baselines adamw-cosine muon-cosine soap-cosine"
 )
 #: Arguments of `learned-optim evaluate` by group.
@@ -74,21 +74,30 @@ def without_curves(summary: Any) -> Any:
 
 
 def reached(log: RunLog, summary: dict[str, Any]) -> dict[str, Any]:
-    """Returns when the learned optimizer has a tuned rival's final loss, by task and rival.
+    """Returns when the learned optimizer has a rival's final loss, by task and rival.
 
     As shares of the rival's steps and processor seconds, means over the seeds; ``None`` where a
     run never has it.
     """
     runs = {tuple(key.split("|")): run for key, run in log.runs.items() if "|test|" in key}
+    protocol = summary["protocol"]
+    ((name, fingerprint),) = protocol["checkpoints"].items()
+    rivals = {*protocol["tuned"], *protocol["untuned"]} - {name}
     found: dict[str, Any] = {}
     for task, entry in summary["tasks"].items():
-        mine = {k[5]: run for k, run in runs.items() if k[:2] == (task, "learned")}
-        for rival in summary["protocol"]["tuned"]:
+        steps = str(entry["steps"])
+        mine = {
+            key[5]: run
+            for key, run in runs.items()
+            if key[:3] == (task, "learned", fingerprint) and key[6] == steps
+        }
+        for rival in sorted(rivals):
             rate = entry["optimizers"][rival]["lr"]
             shares = [
                 _share(mine[key[5]], run)
                 for key, run in runs.items()
-                if key[0] == task and key[2].split()[0] == rival and float(key[3]) == rate
+                if (key[0], key[2].split()[0], key[6]) == (task, rival, steps)
+                and float(key[3]) == rate
             ]
             whole = [share for share in shares if share is not None]
             means = [fmean(column) for column in zip(*whole, strict=True)]
@@ -100,7 +109,7 @@ def _share(mine: Run, theirs: Run) -> tuple[float, float] | None:
     target, count = final_loss(theirs), len(mine.losses)
     width = math.ceil(FINAL_SHARE * count)  # a final loss is a mean over so many stretches
     for end in range(width, count + 1):
-        if fmean(mine.losses[end - width : end]) <= target:
+        if fmean(mine.losses[end - width : end]) <= target < math.inf:
             return end / count, end / count * mine.seconds / theirs.seconds
     return None
 

@@ -16,15 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    PERFORMANCE,
-    ROOT,
-    best_seconds,
-    machine,
-    parameters,
-    save,
-    shipped,
-)
+from benchmarks.common import PERFORMANCE, ROOT, best_seconds, machine, parameters, save, shipped
 from learned_optim import LearnedOptimizer, kernels, load_rule
 from learned_optim.pretrained import ALIASES
 from learned_optim.summary import table

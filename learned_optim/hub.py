@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from learned_optim.checkpoint import FORMAT, FORMAT_VERSION, as_json, save_rule
-from learned_optim.pretrained import (
-    CHECKPOINT_FILE,
-    CONFIG_FILE,
-    is_hub_id,
-    load_record,
-    load_rule,
-)
+from learned_optim.pretrained import CHECKPOINT_FILE, CONFIG_FILE, is_hub_id, load_record, load_rule
 from learned_optim.rules import UpdateRule
 from learned_optim.summary import draw, markdown, table
 

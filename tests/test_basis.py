@@ -120,7 +120,7 @@ def plain(
 
 
 def test_steps_of_float64_are_those_of_a_plain_account() -> None:
-    """Both sides, the shorter side alone, kernels, vectors; covariances of some gradients."""
+    """Sides, kernels and vectors, also where covariances skip gradients."""
     rule = eigenbasis_rule(torch.float64)
     params, grads = problem(SHAPES, 110)
     found, states = run(rule, params, grads, maximize=True, **NUMBERS)

@@ -346,6 +346,7 @@ from learned_optim import *
 from torch import nn
 for name in list_pretrained():
     LearnedOptimizer(nn.Linear(2, 2).parameters(), name)
+assert "torch._dynamo" not in sys.modules
 heavy = {"huggingface_hub", "transformers", "lightning", "accelerate", "matplotlib"}
 assert not heavy & {name.partition(".")[0] for name in sys.modules}
 """

@@ -29,7 +29,7 @@ from learned_optim.meta import (
 from learned_optim.meta.recipes import recipe_from_json
 from learned_optim.meta.seeding import seeded
 from learned_optim.meta.unrolls import Unrolls
-from learned_optim.rules import State
+from learned_optim.rules import State, UpdateRule
 from learned_optim.rules._base import RULES
 from learned_optim.rules.classical import SGDConfig, SGDRule
 from learned_optim.rules.equivariant import EquivariantConfig
@@ -314,15 +314,19 @@ class OwnConfig(SGDConfig):
     pass
 
 
-class OwnRule(SGDRule):
+class OwnRule(UpdateRule):
     """SGD with a learned rate, which does not split into observation and response."""
 
     name = "own-of-test-meta-train"
     Config = OwnConfig
+    config: OwnConfig
 
     def __init__(self, config: OwnConfig | None = None) -> None:
         super().__init__(config)
         self.log_lr = nn.Parameter(torch.tensor(self.config.lr).log())
+
+    def init_state(self, param: Tensor) -> State:
+        return {}
 
     def forward(self, grad: Tensor, *_: Any) -> tuple[Tensor, State]:
         return -self.log_lr.exp() * grad, {}

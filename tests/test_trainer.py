@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from compat.common import flat
-from torch.utils._pytree import keystr, tree_leaves_with_path
+from torch.utils._pytree import keystr, tree_leaves_with_path, tree_structure
 
 import learned_optim
 from learned_optim import CheckpointError, load_record, load_rule
@@ -109,6 +110,12 @@ def die_at(when: str, what: str, count: int) -> None:
     Path.replace, torch.optim.Adam.step = dying_rename, dying_step  # type: ignore[method-assign]
 
 
+def dying_training(recipe: AnyRecipe, folder: Path, point: tuple[str, str, int]) -> None:
+    """What the killed process does."""
+    die_at(*point)
+    MetaTrainer(recipe, folder).train()
+
+
 @pytest.mark.parametrize(
     ("point", "recipe"),
     [*itertools.product(KILLS, RECIPES[:1]), *itertools.product(KILLS[2::3], RECIPES[1:])],
@@ -118,12 +125,13 @@ def test_a_kill_changes_nothing(
     recipe: AnyRecipe, point: tuple[str, str, int], tmp_path: Path, whole_runs: dict[str, Path]
 ) -> None:
     folder, whole = tmp_path / "run", whole_runs[type(recipe).__name__]
-    child = os.fork()
-    if not child:
-        die_at(*point)
-        MetaTrainer(recipe, folder).train()
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    # Not forked from this process, in which other tests may have left threads with locks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["learned_optim.meta", "torch"])
+    child = context.Process(target=dying_training, args=(recipe, folder, point))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     for checkpoint in folder.glob("*.safetensors"):
         load_rule(checkpoint)
     MetaTrainer(recipe, folder).train()
@@ -146,6 +154,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def assert_same(one: Any, other: Any) -> None:
     """Equal to the bit, but for durations."""
+    assert tree_structure(one) == tree_structure(other)
     leaves = map(tree_leaves_with_path, (one, other))
     for (path, value), (place, wanted) in zip(*leaves, strict=True):
         assert path == place

@@ -15,7 +15,6 @@ and ``(b, c, c)``; ``None`` stands for a side that is not rotated.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,6 @@ from torch import Tensor
 from learned_optim._tensors import has_values, lie_side_by_side
 from learned_optim.kernels import constants as c
 from learned_optim.rules._step import State
-
-#: A matrix product.
-Product = Callable[[Tensor, Tensor], Tensor]
 
 #: State entries of a rotated matrix: bases, covariances, and the number of gradients so far,
 #: ``(1, 1)``. That one is on the CPU, because it decides when a basis is refreshed.
@@ -48,7 +44,7 @@ FEWEST_ROUNDED = 1 << 20  # multiplications of a product; in smaller ones roundi
 FIRST_ITERATIONS = 3  # of subspace iteration at the first gradient, from the identity
 FRESH_AGE = 5  # bases of this age are refreshed at every step, older ones at a fifth of their age
 LONGEST_PERIOD = 32  # steps between two refreshes
-WINDOW = 8  # gradients before a refresh that enter the covariances; 4 to 32 are level
+WINDOW = 8  # gradients before a refresh that enter the covariances: best of 4 to 32
 _SHIFT = 1e-4  # share of the old basis in the new one: directions without a gradient stay
 
 
@@ -88,7 +84,10 @@ def refresh_is_due(age: int, stagger: int = 0) -> bool:
 
 
 def refresh_is_near(age: int, stagger: int = 0) -> bool:
-    """True if the next refresh is fewer than :data:`WINDOW` gradients away."""
+    """True if the next refresh is fewer than :data:`WINDOW` gradients away.
+
+    That is while the stagger, the place among tensors with a gradient, stays the same.
+    """
     period = refresh_period(age)
     return -(age + stagger) % period < WINDOW
 
@@ -138,7 +137,10 @@ def without_rounding(turned: Tensor, before: Tensor) -> Tensor:
 
 
 def rotate_back(
-    x: Tensor, rows: Tensor | None, cols: Tensor | None, product: Product = torch.matmul
+    x: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Tensor:
     """``Q_L x Q_R^T``, ``(b, r, c)``."""
     x = x if rows is None else product(rows, x)
@@ -161,14 +163,16 @@ def rounded_product(a: Tensor, b: Tensor) -> Tensor:
     return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
 def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     # torch before 2.10 does not say what the processor has
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and any(known.get(f"{unit}_bf16") for unit in ("avx512", "amx"))
+
+
+# A constant of torch.compile's graph, as in `kernels/_operator.py`.
+_multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def accumulate_(
@@ -181,7 +185,7 @@ def accumulate_(
     Args:
         cov: ``(b, n, n)``.
         factor: gradients, ``(b, n, k)``.
-        ages: gradients that each covariance has seen.
+        ages: gradients that each matrix has had.
         shard_groups: process groups over which the ``k`` columns are sharded.
     """
     product = factor @ factor.mT

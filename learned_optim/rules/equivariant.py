@@ -23,12 +23,7 @@ from torch import Tensor, nn
 
 from learned_optim.kernels.constants import TINY
 from learned_optim.rules._base import RuleConfig, State, StepContext, UpdateRule
-from learned_optim.rules._features import (
-    bias_correction,
-    inverse_root,
-    log_ratio,
-    zeros_by_column,
-)
+from learned_optim.rules._features import bias_correction, inverse_root, log_ratio, zeros_by_column
 from learned_optim.rules._lstm import LSTMStack
 from learned_optim.rules._segments import Product, Segments
 

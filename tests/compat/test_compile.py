@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from learned_optim import LearnedOptimizer, kernels
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.horizon import HorizonRule
+from learned_optim.rules import _basis as basis
+from learned_optim.rules.horizon import HorizonConfig, HorizonRule
 
 from .common import TRAINED, flat, make_rule
 
@@ -142,6 +143,14 @@ def test_the_graph_calls_the_kernel_and_gives_its_bits(
     assert torch.equal(compiled, eager)
     for state, wanted in zip(opt.state.values(), other.state.values(), strict=True):
         assert all(torch.equal(state[key], value) for key, value in wanted.items())
+
+
+def test_rounded_products_are_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(basis, "FEWEST_ROUNDED", 0)
+    rule, backend = HorizonRule(HorizonConfig(eigenbasis=True)), CountingBackend("aot_eager")
+    compiled, _ = run(rule, backend, torch.tensor(1.0), steps=4)
+    assert backend.graphs == 1
+    assert torch.equal(compiled, run(rule, None, torch.tensor(1.0), steps=4)[0])
 
 
 def test_what_the_kernel_does_not_take_is_traced() -> None:
