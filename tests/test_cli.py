@@ -344,9 +344,9 @@ assert "torch" not in sys.modules
 assert set(learned_optim.__all__) <= set(dir(learned_optim))
 from learned_optim import *
 from torch import nn
+assert "torch._dynamo" not in sys.modules
 for name in list_pretrained():
     LearnedOptimizer(nn.Linear(2, 2).parameters(), name)
-assert "torch._dynamo" not in sys.modules
 heavy = {"huggingface_hub", "transformers", "lightning", "accelerate", "matplotlib"}
 assert not heavy & {name.partition(".")[0] for name in sys.modules}
 """
