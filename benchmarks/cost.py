@@ -28,7 +28,6 @@ OUTPUT = PERFORMANCE / "cost.json"
 SHAPES = ((64, 64), (256, 64), (256, 256), (1024, 256), (1024, 1024), (4096, 1024))
 OLD = 1024  # gradients that a basis has seen: refreshes are as rare as they become
 
-
 #: Usual batches, and the operations of gradients per example, those of three forward passes.
 BATCHES = {
     "ResNet-50": (256, "images", 3 * 8.2e9),

@@ -7,12 +7,10 @@ language model of the tier is the package's own task ``char-lm-gpt``.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import string
 from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ from learned_optim.meta.tasks._examples import Examples, first_images, standardi
 from learned_optim.meta.tasks.finetuning import pretrained
 from learned_optim.meta.tasks.image_networks import ResNet, VisionTransformer
 from learned_optim.meta.tasks.images import Shape
-from learned_optim.meta.tasks.language import Transformer, next_character_task
+from learned_optim.meta.tasks.language import Transformer, library_modules, next_character_task
 from learned_optim.meta.tasks.tabular import tabular_network
 
 BATCH_SIZE = 128
@@ -72,8 +70,7 @@ def large_table(data: DataOptions) -> ModuleTask:
 @lru_cache(maxsize=1)
 def trained_model() -> tuple[nn.Module, str]:
     """Returns a language model after 1,000 steps on half of Python's library; the other half."""
-    files = sorted(Path(argparse.__file__).parent.glob("*.py"))
-    texts = [file.read_text(encoding="utf-8") for file in files]
+    texts = library_modules()
     half = len(texts) // 2
     build = partial(Transformer, len(string.printable), width=192, depth=4, length=128)
     task = next_character_task("".join(texts[:half]), string.printable, build, 128, 8)

@@ -42,6 +42,12 @@ def text_of(path: Path | None) -> str:
     return text
 
 
+def library_modules() -> list[str]:
+    """The modules of Python's standard library, in the order of their names."""
+    files = sorted(Path(argparse.__file__).parent.glob("*.py"))
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
 def next_character_task(
     text: str,
     alphabet: str,
@@ -149,9 +155,7 @@ def _char_lm(model: Callable[[int], nn.Module], data: DataOptions) -> ModuleTask
 
 def _gpt(data: DataOptions) -> ModuleTask:
     """Four layers of width 256 on batches of 8 x 128 characters."""
-    library = Path(argparse.__file__).parent
-    modules = [file.read_text(encoding="utf-8") for file in sorted(library.glob("*.py"))]
-    text = "".join(modules) if data.text is None else text_of(data.text)
+    text = "".join(library_modules()) if data.text is None else text_of(data.text)
     model = partial(Transformer, len(string.printable), width=256, depth=4, length=128)
     return next_character_task(
         text, string.printable, model, length=128, batch_size=8, most_tests=200
