@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from learned_optim._param_states import ParamStates, without_rows
-from learned_optim._views import local, local_grad, real, real_shape, shard_groups
+from learned_optim._views import local, real_shape, shard_groups
 from learned_optim.kernels.constants import DECAY_UNIT, FAST_BETA, SQUARE_BETA, TINY
 from learned_optim.rules import Segments, State, StepContext, UpdateRule
 from learned_optim.rules import _basis as basis
@@ -60,10 +60,14 @@ class Recorder:
     @torch.no_grad()
     def _copy(self, optimizer: Any, *_: Any) -> None:
         self._before = {}
+        owners = self._states.owners
         for group in optimizer.param_groups:
+            owners.assign(group["params"])
             for param in group["params"]:
                 rule, state = self._states.rule_on(param), optimizer.state.get(param, {})
-                own = real(local(param)).detach().clone()
+                own = owners.seen(param, param).detach().clone()
+                if owners.elsewhere(param):
+                    continue
                 entries = state if "step" in state else rule.init_state(own)
                 copied = {
                     key: _entry(rule, key, entries, param).clone()
@@ -74,16 +78,23 @@ class Recorder:
     @torch.no_grad()
     def _measure(self, optimizer: Any, *_: Any) -> None:
         self.found = {}
+        owners = self._states.owners
         for number, group in enumerate(optimizer.param_groups):
             params = group["params"]
             names = group.get("param_names") or [f"{number}/{i}" for i in range(len(params))]
             for name, param in zip(names, params, strict=True):
+                if param.grad is None:
+                    continue
+                grad, now = owners.seen(param, param.grad), owners.seen(param, param)
                 before = self._before.get(param)
                 state = optimizer.state.get(param, {})
                 # The count of a frozen tensor stays.
-                if param.grad is not None and before and state.get("step", 0.0) == before[0] + 1:
+                if before and state.get("step", 0.0) == before[0] + 1:
                     rule = self._states.rule_on(param)
-                    self.found[name] = _tensor_numbers(rule, state, group, param, before)
+                    groups = () if owners.has(param) else shard_groups(param)
+                    self.found[name] = _tensor_numbers(
+                        rule, state, group, param, before, grad, now, groups
+                    )
         self._before = {}
 
 
@@ -100,7 +111,7 @@ def _rotated(rule: UpdateRule, state: Mapping[str, Tensor], grad: Tensor, param:
         without_rows(rule, key, state[key], shape) if key in state else None
         for key in ("row_basis", "col_basis")
     )
-    matrix = grad.view(basis.matrix_shape(real(local(param)).shape))
+    matrix = grad.view(basis.matrix_shape(shape))
     return basis.rotate_grad(matrix, rows, cols).reshape(-1)
 
 
@@ -110,17 +121,18 @@ def _tensor_numbers(
     group: dict[str, Any],
     param: Tensor,
     before: tuple[float, Tensor, State],
+    raw: Tensor,
+    now: Tensor,
+    groups: tuple[Any, ...],
 ) -> dict[str, float]:
     step, start, copied = before
-    grad = sanitize_grad(
-        real(local_grad(param.grad, param)).reshape(-1), rule.dtype, group["maximize"]
-    )
+    grad = sanitize_grad(raw.reshape(-1), rule.dtype, group["maximize"])
     old = start.reshape(-1).to(rule.dtype)
     # In the parameter's own dtype first, which may be wider than the rule's.
-    moved = (real(local(param)) - start).reshape(-1).to(rule.dtype)
+    moved = (now - start).reshape(-1).to(rule.dtype)
     segments = Segments(
         [real_shape(param)], dtype=rule.dtype, device=grad.device, sizes=[len(grad)],
-        shard_groups=shard_groups(param),
+        shard_groups=groups,
     )  # fmt: skip
     squares = segments.mean(torch.stack((grad**2, old**2, moved**2, -grad * moved)))[:, 0]
     grad_square, square, moved_square, along = squares.tolist()

@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 
 from learned_optim import _groups
 from learned_optim._ambient import plain_arithmetic
+from learned_optim._owners import OwnersCall
 from learned_optim._param_states import ParamStates
 from learned_optim._views import local, local_grad, real, real_shape, shard_groups
 from learned_optim._watch import GroupWatch
@@ -53,15 +54,18 @@ class GroupStep:
         self._entries_of = itemgetter("step", *keys) if keys else (lambda state: (state["step"],))
         found = [[k for k in self._rule.matrix_state if k in s] for s in self._states]
         self._matrices = found if any(found) else []
+        # Elsewhere than at its owner a matrix has no entries.
+        self._complete = [state for state in self._states if not keys or keys[0] in state]
         self._entries = self._present_entries()
         self._settings: StepSettings | None = None  # of the last step
         self._calls = calls_of(index, group, states, state)
         self._bound = None
         if len(self._calls) == 1:
-            ((rule, params, own, shards),) = self._calls
+            (call,) = self._calls
+            plain = isinstance(call, Call) and call.shards is None and not call.rule.needs_loss
             # A bound step would keep views of complex parameters whose data have been replaced.
-            if shards is None and not rule.needs_loss and not any(map(Tensor.is_complex, params)):
-                self._bound = rule.bind(params, own)
+            if plain and not any(map(Tensor.is_complex, call.params)):
+                self._bound = call.rule.bind(call.params, call.states)
         if self._with_grad:
             watch.begin(self._states)
 
@@ -82,7 +86,7 @@ class GroupStep:
             return False
 
     def _present_entries(self) -> list[Tensor]:
-        entries = list(chain.from_iterable(map(self._entries_of, self._states)))
+        entries = list(chain.from_iterable(map(self._entries_of, self._complete)))
         for keys, state in zip(self._matrices, self._states, strict=False):
             entries += [state[key] for key in keys]
         return entries
@@ -147,17 +151,24 @@ class Call(NamedTuple):
 
 def calls_of(
     index: int, group: dict[str, Any], states: ParamStates, state: MutableMapping[Tensor, Any]
-) -> list[Call]:
+) -> list[Call | OwnersCall]:
     """The calls of a group's step; its state must be in layout."""
     buckets: dict[Any, list[int]] = {}
+    owners, places = states.owners, dict[int, int]()
     for position, param in enumerate(group["params"]):
         if param.grad is not None:
-            where = param.device, shard_groups(param), is_sharded(param)
+            places[position] = len(places)
+            dtype = param.dtype if owners.has(param) else None
+            where = param.device, shard_groups(param), is_sharded(param), dtype
             buckets.setdefault(where, []).append(position)
-    calls = []
-    for (_, groups, sharded), positions in buckets.items():
+    calls: list[Call | OwnersCall] = []
+    for (_, groups, sharded, dtype), positions in buckets.items():
         params = [group["params"][i] for i in positions]
         own = [states.for_rule(index, i, state[p]) for i, p in zip(positions, params, strict=True)]
+        if dtype is not None:
+            staggers = [places[position] for position in positions]
+            calls.append(OwnersCall(states.rule_on(params[0]), params, own, staggers, owners))
+            continue
         shards = Shards([real_shape(p) for p in params], groups) if sharded else None
         calls.append(Call(states.rule_on(params[0]), params, own, shards))
     return calls

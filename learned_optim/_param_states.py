@@ -19,8 +19,9 @@ from torch import Tensor
 from learned_optim._ambient import outliving_inference_mode
 from learned_optim._frozen import FrozenRule
 from learned_optim._groups import FOREIGN, OWN_KEYS
+from learned_optim._owners import Owners
 from learned_optim._tensors import has_values, lie_side_by_side
-from learned_optim._views import dense, local, real, real_shape, shard_like, sharded_dims
+from learned_optim._views import dense, local, real, real_shape, shard_like
 from learned_optim.rules import State, UpdateRule
 from learned_optim.rules._segments import is_sharded
 
@@ -41,6 +42,7 @@ class ParamStates:
     def __init__(self, rule: FrozenRule, dtype: torch.dtype | None) -> None:
         self.rule = rule.rule
         self._frozen, self._dtype = rule, dtype
+        self.owners = Owners(rule.rule)
         # Entries in layout, by group and position. Entries that the state holds as views with
         # repeated rows are also here without those rows, under compact_key().
         self._laid_out: list[list[State]] = []
@@ -54,13 +56,17 @@ class ParamStates:
     def create(self, param: Tensor) -> State:
         """State before the first gradient: the number of steps, and the rule's entries."""
         with outliving_inference_mode():
-            rule, own = self.rule_on(param), real(local(param))
-            state = rule.init_state(own)
+            rule, own, shape = self.rule_on(param), real(local(param)), real_shape(param)
+            step = torch.zeros((), dtype=torch.float32, device=param.device)
+            if self.owners.elsewhere(param):
+                return {"step": step}
+            owned = self.owners.has(param)
+            cut = is_sharded(param) and not owned
+            state = rule.init_state(own.new_empty(shape) if owned else own)
             for key in state.keys() - {*rule.tensor_state}:
                 value = dense(state[key].to(self._dtype or state[key].dtype))
-                state[key] = shard_like(param, value) if is_sharded(param) else value
-            step = torch.zeros((), dtype=torch.float32, device=param.device)
-            matrices = rule.init_matrices(real_shape(param), param.device, sharded_dims(param))
+                state[key] = shard_like(param, value) if cut else value
+            matrices = {} if cut else rule.init_matrices(shape, param.device)
             return {"step": step, **state, **matrices}
 
     def lay_out(self, index: int, params: list[Tensor], states: Mapping[Tensor, Any]) -> None:
@@ -74,6 +80,7 @@ class ParamStates:
         self._laid_out += ([] for _ in range(index + 1 - len(self._laid_out)))
         known = self._laid_out[index]
         known += ({} for _ in range(len(params) - len(known)))
+        self.owners.assign(params)
         for position, param in enumerate(params):
             if param.grad is None:
                 continue
@@ -144,13 +151,16 @@ class ParamStates:
     # ---- state dicts
 
     def compact(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> dict[Any, Any]:
-        """The state of a state dict without repeated rows."""
+        """The state of a state dict: without repeated rows, and sharded where ranks are owners."""
         own = [param for group in groups for param in group["params"]]
+        self.owners.assign(own)
         result = {}
         for index, entries in state.items():
             param = own[index] if isinstance(index, int) else index
             rule, shape = self.rule_on(param), real_shape(param)
-            result[index] = {k: without_rows(rule, k, v, shape) for k, v in entries.items()}
+            compact = {k: without_rows(rule, k, v, shape) for k, v in entries.items()}
+            owned = "step" in entries and self.owners.has(param)
+            result[index] = self.owners.spread(param, compact) if owned else compact
         return result
 
     def check(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
@@ -159,6 +169,7 @@ class ParamStates:
         if sizes != [len(group["params"]) for group in saved["param_groups"]]:
             return  # torch reports that
         self._check_identity(saved)
+        self.owners.assign([param for group in groups for param in group["params"]])
         for param, entries in _matched(groups, saved):
             if not entries:
                 continue
@@ -206,6 +217,8 @@ class ParamStates:
         for param, entries in _matched(groups, saved):
             if not entries:
                 continue
+            if self.owners.has(param):
+                states[param] = entries = self.owners.collect(param, entries)
             rule, state, shape = self.rule_on(param), states[param], real_shape(param)
             whole = {"step", *rule.tensor_state, *rule.matrix_state}
             for key, value in entries.items():

@@ -35,13 +35,6 @@ def shard_groups(param: Any) -> tuple[Any, ...]:
     )
 
 
-def sharded_dims(param: Any) -> tuple[int, ...]:
-    """Dimensions of ``param`` of which this rank holds a part."""
-    if not is_sharded(param):
-        return ()
-    return tuple({placement.dim for placement in param.placements if placement.is_shard()})
-
-
 def shard_like(param: Any, value: Tensor) -> Tensor:
     """Per-coordinate state of a shard as a DTensor sharded like ``param``."""
     from torch.distributed.tensor import DTensor

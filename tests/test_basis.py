@@ -311,8 +311,6 @@ def test_rotated_sides(shape: tuple[int, ...], sides: tuple[bool, bool]) -> None
     state = rule.init_matrices(torch.Size(shape), torch.device("meta"))
     assert ("row_basis" in state, "col_basis" in state) == sides
     assert ("basis_age" in state) == any(sides)
-    sharded = rule.init_matrices(torch.Size(shape), torch.device("meta"), [0])
-    assert ("row_basis" in sharded, "col_basis" in sharded) == (False, sides[1])
 
 
 def test_refreshes_come_within_their_period_and_are_spread() -> None:

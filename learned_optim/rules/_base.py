@@ -146,15 +146,12 @@ class UpdateRule(nn.Module):
         """
         return {}
 
-    def init_matrices(
-        self, shape: torch.Size, device: torch.device, sharded: Sequence[int] = ()
-    ) -> State:
+    def init_matrices(self, shape: torch.Size, device: torch.device) -> State:
         """Entries in :attr:`matrix_state` of one tensor before its first gradient.
 
         Args:
-            shape: of the whole tensor.
+            shape: of the tensor.
             device: of the tensor.
-            sharded: dimensions of which this process has a part.
 
         Returns:
             Tensors by name, in the rule's dtype; only the entries that this tensor has.

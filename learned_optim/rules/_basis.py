@@ -175,9 +175,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 _multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def accumulate_(
-    cov: Tensor, factor: Tensor, ages: Sequence[int], shard_groups: tuple[Any, ...] = ()
-) -> None:
+def accumulate_(cov: Tensor, factor: Tensor, ages: Sequence[int]) -> None:
     """Add ``factor @ factor^T`` to running covariances, in place.
 
     The mean of the first ten gradients is plain, then it is exponential.
@@ -186,11 +184,8 @@ def accumulate_(
         cov: ``(b, n, n)``.
         factor: gradients, ``(b, n, k)``.
         ages: gradients that each matrix has had.
-        shard_groups: process groups over which the ``k`` columns are sharded.
     """
     product = factor @ factor.mT
-    for group in shard_groups:
-        torch.distributed.all_reduce(product, group=group)
     shares = [max(1 - COVARIANCE_BETA, 1 / (age + 1)) for age in ages]
     same = len({*shares}) == 1
     cov.lerp_(product, shares[0] if same else cov.new_tensor(shares)[:, None, None])
@@ -294,7 +289,6 @@ class Rotation:
         states: of the tensors.
         bounds: of the fast and the slow momentum, in roots of the mean square.
         staggers: of each tensor, see :func:`refresh_is_due`; its index if not given.
-        shard_groups: process groups over which the tensors are sharded.
 
     Attributes:
         wide: the parameters as the rule steps them: rotated ones of half precision in float32.
@@ -306,9 +300,7 @@ class Rotation:
         states: Sequence[State],
         bounds: tuple[float, float],
         staggers: Sequence[int] | None = None,
-        shard_groups: tuple[Any, ...] = (),
     ) -> None:
-        self._shard_groups = shard_groups
         self._params, self._states, self._bounds = params, states, bounds
         self._staggers = range(len(params)) if staggers is None else staggers
         self.wide = list(params)
@@ -387,7 +379,7 @@ class Rotation:
         for side, factor in zip(group.sides, (grad, grad.mT), strict=True):
             if side is not None:
                 for run in _runs(near):
-                    accumulate_(side[1].value[run], factor[run], ages[run], self._shard_groups)
+                    accumulate_(side[1].value[run], factor[run], ages[run])
                 side[1].store()
         for fresh in (True, False):
             chosen = [i for i in due if (ages[i] == 0) is fresh]

@@ -52,22 +52,28 @@ class KernelRule(UpdateRule):
         Matrices with bases are rotated here. A caller that passes ``updates`` has rotated them.
         """
         if updates is None and any("basis_age" in state for state in states):
-            groups = () if shards is None else shards.groups
-            rotation: Rotation | TracedRotation = (
-                TracedRotation(params, states, self.momentum_bounds)
-                if torch.compiler.is_compiling()
-                else Rotation(params, states, self.momentum_bounds, None, groups)
-            )
-            before = states_before(settings.lr, states, (*self.state_keys, *self.matrix_state))
-            seen, updates = rotation.rotate(grads)
-            self.step_(rotation.wide, seen, states, settings, shards, updates)
-            rotation.rotate_back()
-            restore_where_zero_(settings.lr, states, before)
+            kind = TracedRotation if torch.compiler.is_compiling() else Rotation
+            rotation = kind(params, states, self.momentum_bounds)
+            self.step_rotated_(rotation, grads, states, settings)
             return
         whole = shards is None or not shards.groups
         tensors = params, grads, states, settings
         if not (whole and kernels.step_(self.network(), *tensors, updates)):
             super().step_(*tensors, shards, updates)
+
+    def step_rotated_(
+        self,
+        rotation: Rotation | TracedRotation,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        settings: StepSettings,
+    ) -> None:
+        """:meth:`step_` of the tensors of a rotation, which have these gradients and states."""
+        before = states_before(settings.lr, states, (*self.state_keys, *self.matrix_state))
+        seen, updates = rotation.rotate(grads)
+        self.step_(rotation.wide, seen, states, settings, None, updates)
+        rotation.rotate_back()
+        restore_where_zero_(settings.lr, states, before)
 
     def bind(self, params: Sequence[Tensor], states: Sequence[State]) -> StepFunction | None:
         """See :meth:`UpdateRule.bind`: a call of the CPU's kernel."""

@@ -113,15 +113,10 @@ class HorizonRule(KernelRule):
         stats[history.CONFIDENCE] = c.CONFIDENCE_START
         return {**moments, "stats": stats}
 
-    def init_matrices(
-        self, shape: torch.Size, device: torch.device, sharded: Sequence[int] = ()
-    ) -> State:
-        """Bases and covariances; a side of which this process has a part is not rotated."""
+    def init_matrices(self, shape: torch.Size, device: torch.device) -> State:
         if not self.config.eigenbasis:
             return {}
-        rows, cols = basis.rotated_sides(shape)
-        sides = rows and 0 not in sharded, cols and not any(dim > 0 for dim in sharded)
-        return basis.init_bases(shape, sides, self.dtype, device)
+        return basis.init_bases(shape, basis.rotated_sides(shape), self.dtype, device)
 
     @property
     def longest_step(self) -> float:

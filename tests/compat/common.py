@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from learned_optim import list_pretrained, load_rule
 from learned_optim.pretrained import ALIASES
 from learned_optim.rules import Segments, State, StepContext, UpdateRule, rule_class, rule_names
-from learned_optim.rules.horizon import HorizonRule
 from learned_optim.rules.lstm import LSTMConfig, LSTMRule
 
 #: Registered rules without a network, which descend as they are.
@@ -27,6 +26,8 @@ ALL_RULES = [*(TRAINED.get(name, name) for name in rule_names()), "lstm-descendi
 #: Those of which it may be asked that a loss goes down.
 DESCENDING_RULES = [*CLASSICAL, "lstm-descending", "normalized", *TRAINED.values()]
 
+#: The default, whose matrices have an owner among the ranks.
+MATRICES = "checkpoint:eigenbasis"
 # Rules with per-tensor statistics must reduce them over shards.
 _SHARDED = [
     "lstm-descending",
@@ -37,11 +38,12 @@ _SHARDED = [
 SCENARIO_RULES = {
     "ddp": ["lstm-descending", "normalized"],
     "zero": ["normalized"],
-    "hybrid": ["normalized"],
-    "fsdp2": ["adam", "columns", *_SHARDED],
-    "checkpoints": _SHARDED,
-    "bad-batch": ["normalized"],
-    "compiled": ["lstm-descending"],
+    "hybrid": ["normalized", MATRICES],
+    "fsdp2": ["adam", MATRICES, *_SHARDED],
+    "checkpoints": [MATRICES, *_SHARDED],
+    "bad-batch": ["normalized", MATRICES],
+    "compiled": ["lstm-descending", MATRICES],
+    "transformer": [MATRICES],
 }
 
 
@@ -91,17 +93,6 @@ class NormalizedRule(UpdateRule):
         return step * momentum, new_state
 
 
-class ColumnsRule(HorizonRule):
-    """The default, which rotates columns alone: all that a process with half of the rows can."""
-
-    name = ""  # not registered: its configuration is the default's
-
-    def init_matrices(
-        self, shape: torch.Size, device: torch.device, sharded: Sequence[int] = ()
-    ) -> State:
-        return super().init_matrices(shape, device, (0, *sharded))
-
-
 def make_rule(name: str) -> UpdateRule:
     """A rule by its name in :data:`ALL_RULES`, or a bad one; the same weights every time."""
     return copy.deepcopy(_made(name))
@@ -115,11 +106,6 @@ def _made(name: str) -> UpdateRule:
         return descending_lstm(step=-0.5)
     if name == "normalized":
         return NormalizedRule()
-    if name == "columns":
-        rule = load_rule("default")
-        columns = ColumnsRule(rule.config)
-        columns.load_state_dict(rule.state_dict())
-        return columns
     if name.startswith("checkpoint:"):
         return load_rule(name.removeprefix("checkpoint:"))
     with torch.random.fork_rng():

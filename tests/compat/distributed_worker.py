@@ -1,6 +1,7 @@
-"""The two processes of ``test_distributed.py``, run with a folder as their argument.
+"""The processes of ``test_distributed.py``, run with a folder as their argument.
 
-Rank 0 leaves a file ``<scenario>-<rule>.pt`` of whole tensors for every scenario.
+Rank 0 leaves a file ``<scenario>-<rule>.pt`` of whole tensors for every scenario. More than two
+processes run the last scenario alone.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from learned_optim import LearnedOptimizer
 
-from .common import SCENARIO_RULES, make_rule, small_batch, small_net, train
+from .common import MATRICES, SCENARIO_RULES, make_rule, small_batch, small_net, train
 
 SETTINGS: dict[str, Any] = {"lr": 0.5, "weight_decay": 1.0}
 FULL = StateDictOptions(full_state_dict=True)
@@ -57,8 +58,9 @@ def whole_params(model: nn.Module) -> list[Tensor]:
 
 
 def whole_state(opt: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
-    params = [p for group in opt.param_groups for p in group["params"]]
-    return [{key: whole(value) for key, value in opt.state[p].items()} for p in params]
+    """As saved: a matrix with an owner has its live state there alone."""
+    saved = opt.state_dict()["state"]
+    return [{key: whole(value) for key, value in saved[i].items()} for i in sorted(saved)]
 
 
 def sharded(
@@ -98,14 +100,48 @@ def fsdp2(rule: str, mesh: DeviceMesh) -> dict[str, Any]:
     """State is cut like its parameter; whole tensors' state is not."""
     model, opt = sharded(rule, mesh)
     local_steps(model, opt, 6)
+    saved = opt.state_dict()["state"]
     layouts = [
         (key, isinstance(value, DTensor) and value.placements == p.placements, *local_shapes(value))
-        for p in model.parameters()
-        for key, value in opt.state[p].items()
+        for index, p in enumerate(model.parameters())
+        for key, value in saved[index].items()
     ]
-    # Directions of a basis without a gradient are rounding: of "columns" parameters alone compare.
-    state = {} if rule == "columns" else {"state": whole_state(opt)}
-    return {"params": whole_params(model), "layouts": layouts, **state}
+    return {"params": whole_params(model), "layouts": layouts, "state": whole_state(opt)}
+
+
+def small_transformer() -> nn.Module:
+    """Two layers of width 12, an embedding and a readout; sides of 11 and 30 rows."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(12, 2, 30, dropout=0.0, batch_first=True)
+    body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(nn.Embedding(11, 12), body, nn.Linear(12, 11))
+
+
+def long_run(model: nn.Module) -> dict[str, dict[str, float]]:
+    """200 steps; diagnostics of the last one.
+
+    Gradients are drawn, because training would magnify the last bits of every sum.
+    """
+    opt = LearnedOptimizer(model.parameters(), make_rule(MATRICES), total_steps=200)
+    means = [torch.randn(p.shape) for p in small_transformer().parameters()]
+    for step in range(200):
+        for index, (p, mean) in enumerate(zip(model.parameters(), means, strict=True)):
+            generator = torch.Generator().manual_seed(100 * step + index)
+            grad = mean + torch.randn(p.shape, generator=generator)
+            sharded = isinstance(p, DTensor)
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if sharded else grad
+        opt.diagnose(step == 199)
+        opt.step()
+    return opt.diagnostics()
+
+
+def transformer(rule: str, mesh: DeviceMesh) -> dict[str, Any]:
+    """Parameters after a long run, and this rank's diagnostics."""
+    model = small_transformer()
+    for layer in (*model[1].layers, model):
+        fully_shard(layer, mesh=mesh)
+    numbers = long_run(model)
+    return {"params": whole_params(model), "numbers": numbers}
 
 
 def local_shapes(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -187,7 +223,7 @@ def main(folder: Path) -> None:
     )
     mesh = init_device_mesh("cpu", (world,))
     hybrid = init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))
-    for name, run, *more in (
+    scenarios: list[tuple[Any, ...]] = [
         ("ddp", ddp),
         ("zero", zero),
         ("fsdp2", fsdp2, mesh),
@@ -195,7 +231,9 @@ def main(folder: Path) -> None:
         ("checkpoints", checkpoints, mesh),
         ("bad-batch", bad_batch, mesh),
         ("compiled", compiled, mesh),
-    ):
+        ("transformer", transformer, mesh),
+    ]
+    for name, run, *more in scenarios[0 if world == 2 else -1 :]:
         for rule in SCENARIO_RULES[name]:
             place = [folder / f"dcp-{rule}"] if name == "checkpoints" else []
             result = run(rule, *more, *place)
@@ -203,7 +241,8 @@ def main(folder: Path) -> None:
                 torch.save(result, folder / f"{name}-{rule}.pt")
     dist.destroy_process_group()
     # Snippets of the documentation, each with a store of its own, as torchrun would set it up.
-    for name, (port, code) in json.loads((folder / "snippets.json").read_text()).items():
+    snippets = json.loads((folder / "snippets.json").read_text()) if world == 2 else {}
+    for name, (port, code) in snippets.items():
         os.environ["MASTER_PORT"] = str(port)
         names: dict[str, Any] = {"__name__": "snippet"}
         exec(compile(code, name, "exec"), names)
