@@ -9,7 +9,7 @@ import argparse
 import importlib
 
 #: Modules of this package by the name of their command.
-NAMES = ("step", "cost", "memory", "light-bench", "results", "pages", "commands")
+NAMES = ("step", "cost", "memory", "gpu", "light-bench", "results", "pages", "commands")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Bytes of optimizer state per parameter, on models that people know.
+"""Bytes of optimizer state per parameter, and bytes that ranks send, on models that people know.
 
     python -m benchmarks memory      # seconds; writes docs/performance/memory.json
 
@@ -24,11 +24,13 @@ import torch
 from benchmarks.common import PERFORMANCE, save, shipped
 from learned_optim import load_rule
 from learned_optim.rules import UpdateRule
+from learned_optim.rules._basis import rotated_sides
 from learned_optim.summary import table
 
 OUTPUT = PERFORMANCE / "memory.json"
 LONGEST_SIDE = 10_000  # of SOAP, `max_precond_dim`
 BLOCK, SMALLEST_8BIT = 256, 4096  # of bitsandbytes
+RANKS = (8, 64, 512)
 
 
 class Tensor(NamedTuple):
@@ -144,5 +146,28 @@ def memory_table(found: dict[str, Any]) -> str:
     return table(["bytes per parameter", *head], rows)
 
 
+def traffic_table() -> str:
+    """Returns the megabytes that a rank sends per step of float32 tensors, Markdown.
+
+    An all-gather or reduce-scatter of ``size`` elements sends ``size (n - 1) / n`` from each of
+    ``n`` ranks; an exchange with owners, of which a rank's part is ``size / n``, an n-th of that.
+    """
+    rows = []
+    for name in ("GPT-2", "decoder"):
+        model = MODELS[name]()
+        whole = sum(tensor.size for tensor in model)
+        rotated = sum(tensor.size for tensor in model if any(rotated_sides(tensor.shape)))
+        hidden = sum(tensor.size for tensor in model if not tensor.adam)
+        for what, sent, owned in (
+            ("FSDP2 itself", 3 * whole, False),
+            ("gathered updates", whole, False),
+            ("Muon with owners", 2 * hidden, True),
+            (f"`{shipped()[0]}`", 3 * rotated, True),
+        ):
+            sizes = (4e-6 * sent * (n - 1) / n / (n if owned else 1) for n in RANKS)
+            rows.append([name, what, *(f"{size:,.1f}" for size in sizes)])
+    return table(["", "megabytes per step and rank", *(f"{n} ranks" for n in RANKS)], rows)
+
+
 def run(options: argparse.Namespace) -> None:
-    print(memory_table(save(OUTPUT, measure())))
+    print(memory_table(save(OUTPUT, measure())), traffic_table(), sep="\n\n")

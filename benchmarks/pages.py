@@ -401,6 +401,18 @@ formulas).
 {memory}
 
 `state_dtype=torch.bfloat16` halves the state of learned optimizers.
+
+## Sharded over ranks
+
+A matrix that is sharded by `fully_shard` and rotated has an owner, the rank that steps it
+([Design](design.md#the-optimizer)). Megabytes that a rank sends per step, in float32:
+
+{traffic}
+
+FSDP2 sends parameters twice and gradients once. Distributed Shampoo (Shi et al. 2023, arXiv
+2309.06497) gathers all updates on all ranks. Muon's owners (Ahn et al. 2025, arXiv 2504.05295) are
+sent momenta and send updates; those of `eigenbasis` are sent parameters and gradients and send
+parameters. Most matrices of the decoder are not rotated. These figures are computed, not measured.
 """
 
 
@@ -426,6 +438,7 @@ def performance_page() -> str:
         networks=cost.network_table(costs),
         cost_machine=machine_text(costs),
         memory=memory.memory_table(bytes_),
+        traffic=memory.traffic_table(),
     )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from learned_optim._ambient import plain_arithmetic
-from learned_optim._views import local, local_grad, real, real_shape, shard_like
+from learned_optim._views import local, local_grad, real, real_shape, shard_groups, shard_like
+from learned_optim._warn import warn_once
 from learned_optim.rules import StepSettings, UpdateRule
 from learned_optim.rules._basis import matrix_shape
 from learned_optim.rules._segments import is_sharded
@@ -66,18 +67,31 @@ class Owners:
         self._rule = rule
         self._owners: dict[Tensor, tuple[Cut, int]] = {}
         self._loads: dict[Any, list[float]] = {}
+        self._warned: set[str] = set()
 
-    def assign(self, params: Sequence[Tensor]) -> None:
+    def assign(self, params: Sequence[Any]) -> None:
         """Give matrices that the rule rotates to the ranks with the least to do."""
         if not self._rule.matrix_state:
             return
         found = []
         for param in params:
-            if param not in self._owners and (cut := cut_of(param)) is not None:
-                shape = real_shape(param)
-                if self._rule.init_matrices(shape, torch.device("meta")):
-                    rows, cols = matrix_shape(shape)
-                    found.append((rows * cols * (rows + cols), cut, param))
+            if param in self._owners or not is_sharded(param):
+                continue
+            shape = real_shape(param)
+            if not self._rule.init_matrices(shape, torch.device("meta")):
+                continue
+            if (cut := cut_of(param)) is None:  # replicated, or cut several times
+                if shard_groups(param):
+                    warn_once(
+                        self._warned,
+                        "cut",
+                        f"a parameter of shape {tuple(shape)} has placements {param.placements}: "
+                        f"matrices that several mesh dimensions cut are stepped without an "
+                        f"eigenbasis. Shard it over one mesh dimension to have it rotated",
+                    )
+                continue
+            rows, cols = matrix_shape(shape)
+            found.append((rows * cols * (rows + cols), cut, param))
         for cost, cut, param in sorted(found, key=lambda each: each[0], reverse=True):
             loads = self._loads.setdefault(cut.group, [0.0] * cut.group.size())
             rank = loads.index(min(loads))

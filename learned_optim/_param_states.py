@@ -21,7 +21,7 @@ from learned_optim._frozen import FrozenRule
 from learned_optim._groups import FOREIGN, OWN_KEYS
 from learned_optim._owners import Owners
 from learned_optim._tensors import has_values, lie_side_by_side
-from learned_optim._views import dense, local, real, real_shape, shard_like
+from learned_optim._views import dense, local, real, real_shape, shard_groups, shard_like
 from learned_optim.rules import State, UpdateRule
 from learned_optim.rules._segments import is_sharded
 
@@ -66,7 +66,8 @@ class ParamStates:
             for key in state.keys() - {*rule.tensor_state}:
                 value = dense(state[key].to(self._dtype or state[key].dtype))
                 state[key] = shard_like(param, value) if cut else value
-            matrices = {} if cut else rule.init_matrices(shape, param.device)
+            in_part = cut and bool(shard_groups(param))
+            matrices = {} if in_part else rule.init_matrices(shape, param.device)
             return {"step": step, **state, **matrices}
 
     def lay_out(self, index: int, params: list[Tensor], states: Mapping[Tensor, Any]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import python
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -76,32 +75,6 @@ def test_fine_tuning() -> None:
 def test_character_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert falls(main_of("character_model")(40), 0.75)
     assert "'The data " in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("trainer", ["lightning", "accelerate"])
-def test_trainers(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(trainer)
-    monkeypatch.chdir(tmp_path)
-    losses = main_of(f"with_{trainer}")(2)
-    assert len(losses) == 58
-    assert falls(losses, 0.25)
-
-
-@pytest.mark.filterwarnings("ignore")  # torch.distributed's own
-def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one process, with everything but the exchange; two are in tests/compat."""
-    torch_fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(torch_fsdp, "fully_shard"):
-        pytest.skip("this torch has no fully_shard")
-    # A store that listens already: a port that is merely free now may be taken later.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for name, value in {
-        "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, str(value))
-    assert falls(main_of("with_fsdp2")(40), 0.3)
 
 
 def test_notebook() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import math
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from test_kernels import (
     problem,
 )
 
+from benchmarks import gpu
 from learned_optim.kernels import _cpu, _gpu
 from learned_optim.rules import StepSettings
 
@@ -37,6 +40,15 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equals_the_pure_form(seed: int) -> None:
     case = draw_case(seed, SHAPES, tensors=2)
     compare_with_the_pure_form({**case, "steps": min(2, case["steps"])}, triton_step_)
+
+
+@pytest.mark.usefixtures("no_trial")
+def test_the_checks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_the_cpu = argparse.Namespace(device="cpu")
+    gpu.run(on_the_cpu)
+    monkeypatch.setattr(gpu, "checks", lambda _: {"float32": 0.9, "float16": math.nan})
+    with pytest.raises(SystemExit, match=r"beyond their tolerance: float16$"):
+        gpu.run(on_the_cpu)
 
 
 @pytest.mark.usefixtures("no_trial")

@@ -44,6 +44,7 @@ SCENARIO_RULES = {
     "bad-batch": ["normalized", MATRICES],
     "compiled": ["lstm-descending", MATRICES],
     "transformer": [MATRICES],
+    "placements": [MATRICES],
 }
 
 

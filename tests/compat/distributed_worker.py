@@ -1,7 +1,7 @@
 """The processes of ``test_distributed.py``, run with a folder as their argument.
 
-Rank 0 leaves a file ``<scenario>-<rule>.pt`` of whole tensors for every scenario. More than two
-processes run the last scenario alone.
+Rank 0 leaves a file ``<scenario>-<rule>.pt`` of whole tensors for every scenario. Four
+processes run a long one, and other placements.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from learned_optim import LearnedOptimizer
@@ -106,7 +107,9 @@ def fsdp2(rule: str, mesh: DeviceMesh) -> dict[str, Any]:
         for index, p in enumerate(model.parameters())
         for key, value in saved[index].items()
     ]
-    return {"params": whole_params(model), "layouts": layouts, "state": whole_state(opt)}
+    # Directions of a basis without a gradient are rounding, and the statistics with them.
+    state = {} if rule == MATRICES else {"state": whole_state(opt)}
+    return {"params": whole_params(model), "layouts": layouts, **state}
 
 
 def small_transformer() -> nn.Module:
@@ -117,20 +120,20 @@ def small_transformer() -> nn.Module:
     return nn.Sequential(nn.Embedding(11, 12), body, nn.Linear(12, 11))
 
 
-def long_run(model: nn.Module) -> dict[str, dict[str, float]]:
-    """200 steps; diagnostics of the last one.
+def long_run(model: nn.Module, steps: int = 200) -> dict[str, dict[str, float]]:
+    """Steps of the default; diagnostics of the last one.
 
     Gradients are drawn, because training would magnify the last bits of every sum.
     """
-    opt = LearnedOptimizer(model.parameters(), make_rule(MATRICES), total_steps=200)
+    opt = LearnedOptimizer(model.parameters(), make_rule(MATRICES), total_steps=steps)
     means = [torch.randn(p.shape) for p in small_transformer().parameters()]
-    for step in range(200):
+    for step in range(steps):
         for index, (p, mean) in enumerate(zip(model.parameters(), means, strict=True)):
             generator = torch.Generator().manual_seed(100 * step + index)
             grad = mean + torch.randn(p.shape, generator=generator)
             sharded = isinstance(p, DTensor)
             p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if sharded else grad
-        opt.diagnose(step == 199)
+        opt.diagnose(step == steps - 1)
         opt.step()
     return opt.diagnostics()
 
@@ -142,6 +145,33 @@ def transformer(rule: str, mesh: DeviceMesh) -> dict[str, Any]:
         fully_shard(layer, mesh=mesh)
     numbers = long_run(model)
     return {"params": whole_params(model), "numbers": numbers}
+
+
+def placements(rule: str, mesh: DeviceMesh) -> dict[str, Any]:
+    """Parameters after 30 steps by placement, and warnings where two dimensions cut a matrix."""
+    grid = init_device_mesh("cpu", (2, 2))
+    found: dict[str, Any] = {}
+    for name, own, matrices, others in (
+        ("columns", mesh, [Shard(1)], [Replicate()]),
+        ("replicas of columns", grid, [Replicate(), Shard(1)], [Replicate(), Shard(0)]),
+        ("cut twice", grid, [Shard(0), Shard(1)], [Replicate(), Replicate()]),
+    ):
+        model = small_transformer()
+        place_params(model, own, matrices, others)
+        with warnings.catch_warnings(record=True) as caught:
+            long_run(model, 30)
+        found[name] = whole_params(model)
+    return {**found, "cut twice": [str(warning.message) for warning in caught]}
+
+
+def place_params(
+    model: nn.Module, mesh: DeviceMesh, matrices: list[Placement], others: list[Placement]
+) -> None:
+    """Replace parameters by DTensors of these placements."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            places = matrices if p.dim() == 2 else others
+            setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), mesh, places)))
 
 
 def local_shapes(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -233,7 +263,9 @@ def main(folder: Path) -> None:
         ("compiled", compiled, mesh),
         ("transformer", transformer, mesh),
     ]
-    for name, run, *more in scenarios[0 if world == 2 else -1 :]:
+    if world > 2:
+        scenarios = [scenarios[-1], ("placements", placements, mesh)]
+    for name, run, *more in scenarios:
         for rule in SCENARIO_RULES[name]:
             place = [folder / f"dcp-{rule}"] if name == "checkpoints" else []
             result = run(rule, *more, *place)
