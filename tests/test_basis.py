@@ -1,7 +1,5 @@
 """Matrices in the eigenbasis of their gradients: steps against a plain account, and promises."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """The compiled step against the pure form, which it must equal up to rounding."""
 
-from __future__ import annotations
-
 import math
 import os
 import random

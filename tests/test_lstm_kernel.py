@@ -1,7 +1,5 @@
 """The compiled step of LSTM stacks against the differentiable sequence and the pure form."""
 
-from __future__ import annotations
-
 import math
 import random
 from typing import Any

@@ -1,7 +1,5 @@
 """The Triton step: its kernels are interpreted in another process, and compiled for GPUs here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The Triton kernels in Triton's interpreter; test_triton.py runs this in a process of its own."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from typing import Any

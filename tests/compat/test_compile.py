@@ -1,7 +1,5 @@
 """``torch.compile(opt.step)``: one graph, no break, no recompilation, the numbers of eager."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

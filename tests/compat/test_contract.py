@@ -3,8 +3,6 @@
 The checks follow upstream's ``OptimizerInfo`` tests; the error inputs are upstream's own.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

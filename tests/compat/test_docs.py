@@ -3,8 +3,6 @@
 Blocks for torchrun run in ``test_distributed.py``, that of the Hub in ``test_hub.py``.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

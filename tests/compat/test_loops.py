@@ -1,7 +1,5 @@
 """Idioms of plain training loops: resumed schedulers, moved and frozen parameters."""
 
-from __future__ import annotations
-
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 

@@ -1,7 +1,5 @@
 """Parameters in every floating dtype, half-precision state, loss scaling."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import trajectory

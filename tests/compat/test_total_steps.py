@@ -1,7 +1,5 @@
 """``total_steps`` and ``warmup``: group values that rules and the optimizer act on."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -1,7 +1,5 @@
 """What the optimizer says of misuse: once, at the user's line, and only where it is true."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator
