@@ -57,6 +57,16 @@ def test_a_chosen_state_dtype_wins_over_the_saved_one() -> None:
     train(model, half, 1)
 
 
+def test_a_model_moved_after_construction_keeps_training() -> None:
+    """``model.double()`` swaps the data under the parameters, as ``model.to(device)`` does."""
+    model = small_net()
+    opt = LearnedOptimizer(model.parameters(), descending_lstm())
+    model.double()
+    losses = train(model, opt, 20)
+    assert losses[-1] < losses[0]
+    assert flat(model).dtype is torch.float64
+
+
 @pytest.mark.parametrize("name", ["default", "default-fast", "mnist"])
 def test_grad_scaler_skips_overflows_without_a_trace(name: str) -> None:
     """Skipped steps change nothing, so the run equals one in which they never happened."""
