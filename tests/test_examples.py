@@ -80,9 +80,9 @@ def test_character_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("trainer", ["lightning", "accelerate"])
-def test_trainers(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("working_folder")
+def test_trainers(trainer: str) -> None:
     pytest.importorskip(trainer)
-    monkeypatch.chdir(tmp_path)
     losses = main_of(f"with_{trainer}")(2)
     assert len(losses) == 58
     assert falls(losses, 0.25)

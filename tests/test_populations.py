@@ -151,7 +151,6 @@ def test_scales_and_jitter_change_gradients_and_not_losses() -> None:
 def test_held_out_examples_are_in_no_batch(family: type[FewExamples | HeldOutTeacher]) -> None:
     """Their loss is that of the task, whatever the units of the parameters."""
     task = find(family, lambda t: t.net.norm == "none")
-    assert task.held_out is not None
     others, targets, _ = task.held_out
     rows = task.pixels if isinstance(task, FewExamples) else task.examples
     count = 512 if isinstance(task, FewExamples) else (len(others) + len(rows)) // 3
@@ -241,10 +240,7 @@ def test_recurrent_layers_are_those_of_torch(kind: str) -> None:
 @pytest.mark.usefixtures("images")
 @pytest.mark.parametrize("normalized", [False, True])
 def test_convnet_is_a_sequence_of_torch_layers(normalized: bool) -> None:
-    task = find(
-        ConvNet,
-        lambda t: t.normalized == normalized and t.depth == 2 and not t.residual,
-    )
+    task = find(ConvNet, lambda t: (t.normalized, t.depth, t.residual) == (normalized, 2, False))
     params = copies_of(task, 2)
     images, labels = task.batch(generator(1))
     found = task.losses(params, (images, labels))
@@ -330,10 +326,8 @@ def horizon_weights(rule: UpdateRule, copies: int) -> Tensor:
 def test_held_out_losses_are_those_before_and_after_a_run() -> None:
     rule, task = HorizonRule(), build(HeldOutTeacher, 2)
     losses, held_out = roll(rule, flat(rule).repeat(2, 1), Draw(task, 40, True), seed=1)
-    assert held_out is not None
     assert losses.shape == (40, 2)
     start = {name: value[None] for name, value in task.initial(run_generators(1)[0]).items()}
-    assert task.held_out is not None
     first = task.losses(start, task.held_out)
     assert held_out[0].tolist() == pytest.approx([first.item()] * 2, rel=1e-5)
     assert (held_out[1] < held_out[0]).all()

@@ -32,8 +32,8 @@ TORCHRUN = [n for n, code in SNIPPETS.items() if code.startswith("# torchrun")]
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", HERE)
-def test_snippet(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("working_folder")
+def test_snippet(name: str) -> None:
     names: dict[str, Any] = {"__name__": "snippet"}
     exec(compile(SHARED + SNIPPETS[name], name, "exec"), names)
     if "losses" not in SNIPPETS[name]:  # shows construction alone
