@@ -126,10 +126,14 @@ def test_the_length_of_the_run_counts_for_each_tensor() -> None:
 
 def test_it_anneals_where_the_length_is_unknown() -> None:
     """A regression on noisy labels; the excess loss falls though the noise stays."""
-    target, weight, excess = torch.randn(40), torch.zeros(1, 40, requires_grad=True), []
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(40, generator=generator)
+    weight = torch.zeros(1, 40, requires_grad=True)
+    excess = []
 
     def loss() -> Tensor:
-        x, noise = torch.randn(8, 40), 3 * torch.randn(8)
+        x = torch.randn(8, 40, generator=generator)
+        noise = 3 * torch.randn(8, generator=generator)
         excess.append((weight.detach()[0] - target).square().sum().item())
         return ((weight @ x.T)[0] - x @ target - noise).square().mean()
 
