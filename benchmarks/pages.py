@@ -183,20 +183,23 @@ def tasks_table(whole: dict[str, Any]) -> str:
     return table(["task, steps", "AdamW's rate", *tuned, f"held out, over {tuned[0]}"], rows)
 
 
-def larger_table(summary: dict[str, Any]) -> str:
-    """Returns a row per task and rival of the larger tier."""
-    name, rows = learned_name(summary), []
-    for task, entry in summary["tasks"].items():
+def single_runs_table(*summaries: dict[str, Any]) -> str:
+    """Returns a row per task and rival of groups with one seed."""
+    name, rows = learned_name(summaries[0]), []
+    pairs = [(summary, *pair) for summary in summaries for pair in summary["tasks"].items()]
+    for summary, task, entry in pairs:
+        own = entry["optimizers"][name]["optimizer_milliseconds"]["mean"]
+        label = f"{task}, {entry['steps']:,}"
         for rival in summary["protocol"]["tuned"]:
             ratios = [task_ratio(entry, name, rival, held_out) for held_out in (False, True)]
             times = summary["reached"][task][rival] or (math.inf, math.inf)
             cells = ["it diverged" if r is None else f"{r:.2f}" for r in ratios]
             rate = entry["optimizers"][rival]["lr"]
             ms = entry["optimizers"][rival]["optimizer_milliseconds"]["mean"]
-            rows.append([task, f"{rival} at {rate:g}", *cells, times_text(times), f"{ms:.0f}"])
-    own = next(iter(summary["tasks"].values()))["optimizers"][name]["optimizer_milliseconds"]
-    head = ["task", "rival", "final", "held out", "steps; seconds to its loss"]
-    return table([*head, f"ms per step ({name}: {own['mean']:.0f})"], rows)
+            time = f"{ms:.3g} ({own:.3g})"
+            rows.append([label, f"{rival} at {rate:g}", *cells, times_text(times), time])
+    head = ["task, steps", "rival", "final", "held out", "steps; seconds to its loss"]
+    return table([*head, f"ms per step ({name}'s)"], rows)
 
 
 def draw_field(summary: dict[str, Any], path: Path) -> None:
@@ -253,7 +256,7 @@ def results_page() -> str:
         best=interval_text(short["overall"][learned_name(short)]["ratio"]),
         untold=rivals_table(untold, untold["protocol"]["tuned"]),
         best_untold=interval_text(untold["overall"][name]["ratio"]),
-        larger=larger_table(larger),
+        larger=single_runs_table(larger),
         tasks=tasks_table(whole),
     )
     if whole["overall"][name]["diverged"]:

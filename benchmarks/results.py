@@ -40,7 +40,10 @@ GROUPS = {
     "unknown-length": f"--suite field --quick --checkpoints {shipped()[0]} --no-told "
     "--baselines adamw nesterov",
     "gpt": f"{LARGER} --tasks char-lm-gpt --steps 400",
-    "larger-language": f"{LARGER} --tasks char-lm-gpt --steps 2000",
+    "larger-language": f"{LARGER} --tasks char-lm-gpt --steps 2000 "
+    "--baselines adamw-cosine muon-cosine --lrs 1e-3 3e-3",
+    "long": f"{LARGER} --tasks autoencoder tabular-classes heavy-tails --steps 20000 "
+    "--baselines adamw-cosine muon-cosine --lrs 1e-3 3e-3",
     "larger-resnet": f"{LARGER} --tasks benchmarks.larger:resnet --steps 3900",
     "larger-vit": f"{LARGER} --tasks benchmarks.larger:vit --steps 3900",
     "larger-table": f"{LARGER} --tasks benchmarks.larger:table --steps 5000",

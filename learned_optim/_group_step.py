@@ -54,8 +54,6 @@ class GroupStep:
         self._entries_of = itemgetter("step", *keys) if keys else (lambda state: (state["step"],))
         found = [[k for k in self._rule.matrix_state if k in s] for s in self._states]
         self._matrices = found if any(found) else []
-        # Elsewhere than at its owner a matrix has no entries.
-        self._complete = [state for state in self._states if not keys or keys[0] in state]
         self._entries = self._present_entries()
         self._settings: StepSettings | None = None  # of the last step
         self._calls = calls_of(index, group, states, state)
@@ -86,7 +84,7 @@ class GroupStep:
             return False
 
     def _present_entries(self) -> list[Tensor]:
-        entries = list(chain.from_iterable(map(self._entries_of, self._complete)))
+        entries = list(chain.from_iterable(map(self._entries_of, self._states)))
         for keys, state in zip(self._matrices, self._states, strict=False):
             entries += [state[key] for key in keys]
         return entries
@@ -154,7 +152,8 @@ def calls_of(
 ) -> list[Call | OwnersCall]:
     """The calls of a group's step; its state must be in layout."""
     buckets: dict[Any, list[int]] = {}
-    owners, places = states.owners, dict[int, int]()
+    owners = states.owners
+    places: dict[int, int] = {}
     for position, param in enumerate(group["params"]):
         if param.grad is not None:
             places[position] = len(places)

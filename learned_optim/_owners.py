@@ -137,28 +137,26 @@ class Owners:
         source, rank = dist.get_global_rank(cut.group, owner), cut.group.rank()
         rule, result = self._rule, {"step": state["step"]}  # keys in one order on all ranks
         per_coordinate = {*rule.state_keys} - {*rule.tensor_state}
-        own = {key: state[key] for key in (*rule.state_keys, *rule.matrix_state) if key in state}
+        keys = (*rule.state_keys, *rule.matrix_state)
+        own = {key: state[key] for key in keys if key in state} if rank == owner else {}
         # The count of a basis is on the CPU, where some groups send nothing but objects.
-        known = [{key: v if v.numel() == 1 else v.to("meta") for key, v in own.items()}]
-        dist.broadcast_object_list(known, source, group=cut.group, device=param.device)
-        for key, like in known[0].items():
-            value = like
-            if like.is_meta:
-                value = (
-                    own[key].contiguous()
-                    if key in own
-                    else torch.empty_like(
-                        like, device=param.device, memory_format=torch.contiguous_format
-                    )
-                )
-                dist.broadcast(value, source, group=cut.group)
+        kinds = [{k: v.item() if v.numel() == 1 else (v.shape, v.dtype) for k, v in own.items()}]
+        dist.broadcast_object_list(kinds, source, group=cut.group, device=param.device)
+        for key, kind in kinds[0].items():
+            if isinstance(kind, float):
+                result[key] = torch.full((1, 1), kind)
+                continue
+            shape, dtype = kind
+            mine = own.get(key, torch.empty(0, device=param.device))
+            value = mine.contiguous() if key in own else mine.new_empty(shape, dtype=dtype)
+            dist.broadcast(value, source, group=cut.group)
             if key in per_coordinate:
-                value = shard_like(param, cut.part(value, rank).contiguous())
-            elif key in rule.matrix_state and like.is_meta:
+                value = shard_like(param, cut.part(value, rank).clone())
+            elif key in rule.matrix_state:
                 by_rows: list[Any] = [Replicate() for _ in param.placements]
                 by_rows[cut.mesh_dim] = Shard(0)
                 value = DTensor.from_local(
-                    cut._replace(dim=0).part(value, rank).contiguous(),
+                    cut._replace(dim=0).part(value, rank).clone(),
                     param.device_mesh,
                     by_rows,
                     run_check=False,
@@ -166,7 +164,7 @@ class Owners:
                     stride=value.stride(),
                 )
             result[key] = value
-        return {**result, **{key: value for key, value in state.items() if key not in own}}
+        return {**result, **{key: value for key, value in state.items() if key not in keys}}
 
     def collect(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Undo :meth:`spread`: other ranks than the owner are left the number of steps.
@@ -187,7 +185,8 @@ class OwnersCall(NamedTuple):
     Attributes:
         rule: on the parameters' device.
         params: with gradients.
-        states: as :meth:`UpdateRule.step_` takes them; elsewhere than at the owner ``step`` alone.
+        states: as :meth:`UpdateRule.step_` takes them; elsewhere than at the owner ``step`` alone
+            counts.
         staggers: of each parameter, as if all of the group's were stepped here.
         owners: of the parameters.
     """

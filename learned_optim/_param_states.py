@@ -59,7 +59,10 @@ class ParamStates:
             rule, own, shape = self.rule_on(param), real(local(param)), real_shape(param)
             step = torch.zeros((), dtype=torch.float32, device=param.device)
             if self.owners.elsewhere(param):
-                return {"step": step}
+                # Empty entries: tools ask the live state for its keys, and all ranks must agree.
+                matrices = rule.init_matrices(shape, torch.device("meta"))
+                empty = torch.empty(0, device=param.device)
+                return {"step": step, **dict.fromkeys((*rule.state_keys, *matrices), empty)}
             owned = self.owners.has(param)
             cut = is_sharded(param) and not owned
             state = rule.init_state(own.new_empty(shape) if owned else own)
@@ -172,7 +175,7 @@ class ParamStates:
         self._check_identity(saved)
         self.owners.assign([param for group in groups for param in group["params"]])
         for param, entries in _matched(groups, saved):
-            if not entries:
+            if not entries or self.owners.elsewhere(param):
                 continue
             rule, shape = self.rule_on(param), real_shape(param)
             found = _shapes(rule, entries, shape)
@@ -219,7 +222,8 @@ class ParamStates:
             if not entries:
                 continue
             if self.owners.has(param):
-                states[param] = entries = self.owners.collect(param, entries)
+                entries = self.owners.collect(param, entries)
+                states[param] = entries = {**self.create(param), **entries}
             rule, state, shape = self.rule_on(param), states[param], real_shape(param)
             whole = {"step", *rule.tensor_state, *rule.matrix_state}
             for key, value in entries.items():

@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+import learned_optim
 from learned_optim import kernels, save_rule
 from learned_optim.meta.data import DATA_VARIABLE, DataOptions
 from learned_optim.meta.rollout import pack_states
@@ -88,14 +89,27 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def python(*arguments: object, folder: Path | None = None, **environment: str) -> str:
+#: Where a process that is started elsewhere finds this package.
+SOURCE = {"PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
+
+
+def python(
+    *arguments: object, folder: Path | None = None, timeout: float | None = None, **environment: str
+) -> str:
     """What Python prints in a process of its own, in this working directory."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+        [sys.executable, *map(str, arguments)], cwd=folder, env={**os.environ, **environment},
+        capture_output=True, text=True, check=False, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
+
+
+@pytest.fixture
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """A step bound to its tensors notices whatever is done to them between steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

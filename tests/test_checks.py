@@ -48,21 +48,25 @@ class Part(Task):
 
 CALLS = count(1)  # of a loss that keeps state
 
+#: What is only trained is refused for these, too.
+NOT_FINITE = [
+    ({"loss": lambda p, b: p["w"].square()}, r"of shape \(\), and has shape \(3,\): average over"),
+    ({"loss": lambda p, b: p["w"].sum() * torch.nan}, "the loss is nan at the initial parameters"),
+    ({"loss": lambda p, b: (p["w"] * 0).sqrt().sum()}, "the gradient of 'w' is not finite"),
+]
 USELESS = [
+    *NOT_FINITE,
     ({"init": lambda g: {}}, r"has no parameters to optimize: init\(\) returned \{\}"),
     ({"init": lambda g: {"w": torch.ones(3).int()}}, r"'w' is a torch\.int32, and parameters are"),
     ({"init": lambda g: {"w": [1.0]}}, "'w' is a list, and parameters are floating tensors"),
     ({"batch": lambda g: {"x": torch.ones(2), "y": 1}}, r"dict with 'x', 'y': return tuple\(batch"),
     ({"batch": lambda g: torch.ones(2)}, r"and is a Tensor: return \(x,\) for a single tensor"),
     ({"batch": lambda g: (torch.ones(2), 3)}, r"and is \(Tensor, int\)"),
-    ({"loss": lambda p, b: p["w"].square()}, r"of shape \(\), and has shape \(3,\): average over"),
-    ({"loss": lambda p, b: p["w"].sum() * torch.nan}, "the loss is nan at the initial parameters"),
     ({"loss": lambda p, b: p["w"].sum() + torch.inf}, "the loss is inf at the initial parameters"),
     ({"loss": lambda p, b: 1.0}, "is a float, through which no gradient flows"),
     ({"loss": lambda p, b: b[0].sum()}, "does not depend on the parameters"),
     ({"loss": lambda p, b: p["w"].detach().sum()}, "does not depend on the parameters"),
     ({"init": lambda g: {"w": torch.ones(3), "idle": torch.ones(2)}}, "does not use .* idle"),
-    ({"loss": lambda p, b: (p["w"] * 0).sqrt().sum()}, "the gradient of 'w' is not finite"),
     ({"loss": lambda p, b: next(CALLS) * p["w"].norm()}, r"state that init\(\) does not reset"),
     ({"loss": lambda p, b: p["w"] @ torch.ones(2)}, "the loss cannot be computed: .*size"),
     ({"init": lambda g: {"w": torch.ones(3, device="meta")}}, "is on meta, and meta-training"),
@@ -76,14 +80,7 @@ def test_useless_tasks_are_refused(parts: dict[str, Callable[..., Any]], message
         check_family(FixedTask(Part(**parts)), "part")
 
 
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ({"loss": lambda p, b: p["w"].sum() + torch.nan}, "the loss is nan at the initial"),
-        ({"loss": lambda p, b: (p["w"] * 0).sqrt().sum()}, "the gradient of 'w' is not finite"),
-        ({"loss": lambda p, b: p["w"].square()}, r"of shape \(\), and has shape \(3,\)"),
-    ],
-)
+@pytest.mark.parametrize(("parts", "message"), NOT_FINITE)
 def test_what_is_only_trained_must_be_finite(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"task 'part': .*{message}"):
         check_finite(Part(**parts), "part")

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from conftest import OWN_RULE, random_rule
+from conftest import OWN_RULE, SOURCE, python, random_rule
 from test_trainer import SMALL
 
 import learned_optim
@@ -25,7 +25,6 @@ from learned_optim.rules._base import RULES
 from learned_optim.rules.classical import AdamRule
 
 COMMANDS = ("list", "show", "train", "evaluate", "explain")
-ENV = {**os.environ, "PYTHONPATH": str(Path(learned_optim.__file__).parent.parent)}
 
 
 def stderr(capsys: pytest.CaptureFixture[str]) -> str:
@@ -78,18 +77,17 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_extra_is_named_before_any_work(
     command: str,
     module: str,
-    tmp_path: Path,
+    working_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
     assert main(command.split()) == 1
     assert stderr(capsys) == (
         f"learned-optim: {command.split()[0]} needs {module}: install the extra 'meta' "
         f"(pip install '.[meta]' in a checkout of learned_optim)\n"
     )
-    assert not list(tmp_path.rglob("*"))
+    assert not list(working_folder.rglob("*"))
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,19 +173,18 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_folders_recipe_goes_on_in_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     assert main(["train", "quadratic", *TINY, "--folder", "runs/mine"]) == 0
     capsys.readouterr()
     for source in ("runs/mine/recipe.json", "runs/mine", "runs/mine/"):
         assert main(["train", source]) == 0
         assert capsys.readouterr().out.endswith("wrote runs/mine/mine.safetensors\n")
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
+    assert [path.name for path in (working_folder / "runs").iterdir()] == ["mine"]
     assert load_record("runs/mine")["rounds"] == 2
     # A recipe in a folder that is no run folder names a run after that folder.
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "runs" / "mine" / "recipe.json").rename(tmp_path / "recipes" / "recipe.json")
+    Path("recipes").mkdir()
+    Path("runs/mine/recipe.json").rename("recipes/recipe.json")
     assert main(["train", "recipes/recipe.json", "--help"]) == 0
     assert "(default: runs/recipes)" in capsys.readouterr().out
 
@@ -214,7 +211,6 @@ def test_progress_goes_on_where_an_earlier_process_stopped(
     trainer = MetaTrainer(replace(recipe, epochs=2), tmp_path)
     assert trainer.progress == (3, 6)
     trainer.run(progress=True)
-    assert trainer.best is not None
     best = f"best {trainer.best.validation:.4g}, {trainer.best.ratio_to_adamw:.2f} of tuned AdamW's"
     assert re.search(rf"6/6 .*test 8/8, {re.escape(best)}, [\d.e+]+ runs/s", stderr(capsys))
     bar = ProgressBar("again")
@@ -224,16 +220,15 @@ def test_progress_goes_on_where_an_earlier_process_stopped(
 
 
 def test_rules_of_ones_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As ``module:name`` in options and recipes; as a module where a checkpoint is loaded."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rules_of_mine.py").write_text(OWN_RULE.format(name="cli"))
+    (working_folder / "rules_of_mine.py").write_text(OWN_RULE.format(name="cli"))
     reference = "rules_of_mine:mine-of-cli"
     tiny = TINY[: TINY.index("--hidden-size")]
     command = ["train", "quadratic", *tiny, "--folder", "run", "--rule", reference]
     assert main([*command, "--scale", "0.02"]) == 0
-    stored = json.loads((tmp_path / "run" / "recipe.json").read_text())["rule"]
+    stored = json.loads((working_folder / "run" / "recipe.json").read_text())["rule"]
     assert stored == {"name": reference, "config": {"scale": 0.02}}
     assert main(["train", "quadratic", "--rule", reference, "--help"]) == 0
     capsys.readouterr()
@@ -250,16 +245,13 @@ def test_rules_of_ones_own(
 
 def test_reader_that_has_seen_enough() -> None:
     """``learned-optim list | head -1``: no broken pipe on the screen."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "learned_optim", "list"],
-        env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout is not None
-    process.stdout.close()  # before anything is written
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait() == 141
+        env={**os.environ, **SOURCE}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        process.stdout.close()  # before anything is written
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,12 +304,10 @@ def test_errors(
     status: int,
     command: str,
     message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    working_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One line names the fault and the remedy, and no file is written; 2 for a usage error."""
-    monkeypatch.chdir(tmp_path)
     assert main(command.split()) == status
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -325,7 +315,7 @@ def test_errors(
     assert error.startswith("learned-optim: ")
     assert not [line for line in bar if "learned-optim" in line or "Traceback" in line]
     assert message in error
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(working_folder.rglob("*.safetensors"))
     assert status == 1 or ("--help" in error and not bar)
 
 
@@ -354,6 +344,6 @@ assert not heavy & {name.partition(".")[0] for name in sys.modules}
 
 def test_public_names_are_imported_when_first_used() -> None:
     """Shipped checkpoints need no client of the Hub, and no trainer."""
-    subprocess.run([sys.executable, "-c", IMPORTS], env=ENV, check=True)
+    python("-c", IMPORTS, **SOURCE)
     with pytest.raises(AttributeError, match="module 'learned_optim' has no attribute 'Adam'"):
         learned_optim.Adam  # noqa: B018

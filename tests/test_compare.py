@@ -17,7 +17,6 @@ from learned_optim.evaluation.statistics import worth_by_group
 def test_worth_by_hand() -> None:
     """Of rates with the losses 4, 2 and 1, one of each kind in the pairs: 7/3, 4/3, 1."""
     found = worth({"a": 1.5}, {"a": [4.0, 1.0, 2.0]})
-    assert found is not None
     assert found["mean"] == pytest.approx([7 / 4.5, 4 / 4.5, 1 / 1.5])
     # From 14/9 at one run to 8/9 at two: 1 is five sixths of the way.
     assert found["equals"] == pytest.approx(1 + 5 / 6)
@@ -28,7 +27,6 @@ def test_worth_over_tasks() -> None:
     """Geometric means; a diverged run counts ten times the untuned one, whatever it reached."""
     tuning = {"a": [2.0, 2.0], "b": [math.inf, 0.5], "c": [1.0, 1.0]}
     found = worth({"a": 1.0, "b": 1.0, "c": math.inf, "d": 1.0}, tuning)
-    assert found is not None
     assert found["mean"] == pytest.approx([(2.0 * 5.25) ** 0.5, 1.0])
     assert (found["equals"], found["tasks"]) == (pytest.approx(2.0), 2)
     # Two tasks, resampled, are either one twice with a chance of a quarter each.

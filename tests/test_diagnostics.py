@@ -37,19 +37,23 @@ def trained(rule: Any, steps: int, **options: Any) -> tuple[nn.Module, LearnedOp
     return model, optimizer
 
 
+def diagnosed(model: nn.Module, optimizer: LearnedOptimizer, seed: int) -> list[dict[str, Any]]:
+    """A step of which the optimizer reports."""
+    optimizer.diagnose()
+    backward(model, seed)
+    optimizer.step()
+    return [*optimizer.diagnostics().values()]
+
+
 @pytest.mark.parametrize("name", [*SHIPPED, *rule_names()])
 @pytest.mark.parametrize("steps", [0, 5])
 def test_numbers_are_those_of_the_step(name: str, steps: int) -> None:
     rule = name if name in SHIPPED else random_rule(name)
     model, optimizer = trained(rule, steps, warmup=0, weight_decay=0.0)
-    optimizer.diagnose()
-    backward(model, steps)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer.step()
-    found = optimizer.diagnostics()
-    assert list(found) == ["0/0", "0/1", "0/2", "0/3"]
-    for old, param, numbers in zip(before, model.parameters(), found.values(), strict=True):
-        assert param.grad is not None
+    found = diagnosed(model, optimizer, steps)
+    assert list(optimizer.diagnostics()) == ["0/0", "0/1", "0/2", "0/3"]
+    for old, param, numbers in zip(before, model.parameters(), found, strict=True):
         moved = param.detach() - old
         assert numbers["step"] == steps
         assert numbers["step_rms"] == pytest.approx(rms(moved), rel=1e-5)
@@ -73,24 +77,19 @@ def test_parts_of_rotated_matrices_are_those_of_the_eigenbasis() -> None:
         rule.readout.bias[1] = -2 * math.atanh(0.5)  # no fast momentum
         rule.readout.bias[3] = 1.0  # the gradient
         rule.direct.weight[0, -1] = 1.0  # a longer step of rotated matrices
-    model, optimizer = trained(rule, 4)
-    optimizer.diagnose()
-    backward(model, 4)
-    optimizer.step()
-    for numbers in optimizer.diagnostics().values():
+    for numbers in diagnosed(*trained(rule, 4), 4):
         assert numbers["part/gradient"] == pytest.approx(numbers["step_rms"], rel=1e-4)
         assert numbers["part/fast"] == pytest.approx(0.0, abs=1e-6 * numbers["step_rms"])
 
 
 def test_signal_share_tells_repetition_from_noise() -> None:
-    generator = torch.Generator().manual_seed(0)
-    param = nn.Parameter(0.1 * torch.randn(60, 60, generator=generator))
+    param = nn.Parameter(0.1 * torch.randn(60, 60))
     for noisy, expected in ((False, 1.0), (True, 0.1 / 1.9)):
         optimizer = LearnedOptimizer([param])
         optimizer.diagnose()
-        grad = torch.randn(60, 60, generator=generator)
+        grad = torch.randn(60, 60)
         for _ in range(100):
-            step_with(optimizer, torch.randn(60, 60, generator=generator) if noisy else grad)
+            step_with(optimizer, torch.randn(60, 60) if noisy else grad)
         share = optimizer.diagnostics()["0/0"]["signal_share"]
         assert share == pytest.approx(expected, rel=0.1)
 
@@ -98,13 +97,10 @@ def test_signal_share_tells_repetition_from_noise() -> None:
 def test_gains_of_the_untrained_rule_are_its_schedule_and_scale() -> None:
     rule = HorizonRule()  # its network answers zero
     model, optimizer = trained(rule, 4, total_steps=40)
-    optimizer.diagnose()
     scales = [
         max(min(rms(p), 0.1), 0.25 * min(init_scale(p.shape), 0.1)) for p in model.parameters()
     ]
-    backward(model, 4)
-    optimizer.step()
-    for scale, numbers in zip(scales, optimizer.diagnostics().values(), strict=True):
+    for scale, numbers in zip(scales, diagnosed(model, optimizer, 4), strict=True):
         gain = 0.1 * numbers["schedule"] * numbers["step_confidence"] * scale
         # The scale is that of the step before.
         assert numbers["gain/fast"] == pytest.approx(gain, rel=0.15)
@@ -114,10 +110,8 @@ def test_gains_of_the_untrained_rule_are_its_schedule_and_scale() -> None:
 
 def test_recording_changes_no_step_and_copies_record_nothing() -> None:
     (plain, _), (model, optimizer) = trained("diagonal", 6), trained("diagonal", 0)
-    optimizer.diagnose()
     for step in range(6):
-        backward(model, step)
-        optimizer.step()
+        diagnosed(model, optimizer, step)
     assert torch.equal(flat(plain), flat(model))
     with pytest.raises(RuntimeError, match="no step has been recorded"):
         copy.deepcopy(optimizer).diagnostics()

@@ -108,7 +108,7 @@ def test_meta_optimizer_is_adam_with_a_cosine_and_an_average() -> None:
 
 
 def test_validation_is_against_tuned_adamw(tmp_path: Path) -> None:
-    """References are run once, and the excess of the averaged weights is reported."""
+    """References are run once; the averaged weights' excess is reported, and they are kept."""
     trainer, told = MetaTrainer(SMALL, tmp_path), []
     trainer.train(told.append)
     assert sum(text.startswith("AdamW ") for text in told) == 2
@@ -125,23 +125,19 @@ def test_validation_is_against_tuned_adamw(tmp_path: Path) -> None:
     assert trainer.history[-1].ratio_to_adamw == pytest.approx(math.exp(found["mean"]))
     assert [m.round for m in trainer.history if m.validation is not None] == [2, 3]
     MetaTrainer(SMALL, tmp_path).train(lambda _: pytest.fail("nothing is left to do"))
-    (tmp_path / "references.json").write_text("[{}]")
-    with pytest.raises(ValueError, match=r"references\.json is damaged .*delete it"):
-        trainer.validate()
-
-
-def test_finished_checkpoint(tmp_path: Path) -> None:
-    """Averaged weights of the end, whatever validation was best, and the record of these."""
-    trainer = MetaTrainer(SMALL, tmp_path / "run")
-    path = trainer.run()
-    assert path == tmp_path / "run" / "run.safetensors"
+    # The checkpoint has the weights of the end, whatever validation was best, and their record.
+    path = trainer.finish()
+    assert path == tmp_path / f"{tmp_path.name}.safetensors"
     rule, record = load_rule(path), load_record(path)
     assert rule.fingerprint() == trainer.ema_rule.fingerprint()
     assert (rule.warmup_steps, rule.trained_steps) == (0, 3000)
     assert recipe_from_json(record["recipe"]) == SMALL
     assert (record["meta_steps"], record["dropped"]) == (3, 0)
-    assert record["behind_adamw"]["average"]["mean"] == trainer.history[-1].validation
-    assert load_rule(tmp_path / "run" / "best.safetensors").name == "horizon"
+    assert record["behind_adamw"]["average"]["mean"] == found["mean"]
+    assert load_rule(tmp_path / "best.safetensors").name == "horizon"
+    (tmp_path / "references.json").write_text("[{}]")
+    with pytest.raises(ValueError, match=r"references\.json is damaged .*delete it"):
+        trainer.validate()
 
 
 @pytest.mark.parametrize(("share", "large"), [(1.0, [True, True]), (0.5, [True, False])])

@@ -78,14 +78,12 @@ def test_untrained_it_is_adam_in_natural_units_with_schedule_and_confidence(
     kind: str, shape: tuple[int, ...], total: int | None
 ) -> None:
     """Confidence grows where gradients agree, those of touched rows included; noise earns none."""
-    generator = torch.Generator().manual_seed(0)
-    param = torch.randn(shape, generator=generator, dtype=torch.float64)
-    grads = torch.randn(60, *shape, generator=generator, dtype=torch.float64)
-    signal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    grads = torch.randn(60, *shape, dtype=torch.float64)
+    param, signal = torch.randn(2, *shape, dtype=torch.float64)
     if kind == "drift":
         grads = grads + 2 * signal
     elif kind == "rows":  # as of an embedding
-        touched = torch.rand(60, shape[0], 1, generator=generator) < 0.3
+        touched = torch.rand(60, shape[0], 1) < 0.3
         grads = touched * (grads + 2 * signal)
     elif kind == "turns":
         grads = grads + signal * torch.tensor([1.0, -1.0]).double().repeat(30).view(60, 1, 1)
@@ -190,7 +188,7 @@ def test_without_a_weight_decay_given_runs_of_known_length_have_one() -> None:
 
 @pytest.mark.usefixtures("either_form")
 def test_rows_without_a_gradient_do_not_shrink() -> None:
-    table = Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
+    table = Parameter(torch.randn(5, 3))
     other, before = Parameter(torch.ones(4)), table.detach().clone()
     opt = LearnedOptimizer([table, other], HorizonRule(), total_steps=20, weight_decay=50.0)
     for _ in range(20):

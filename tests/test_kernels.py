@@ -1,7 +1,5 @@
 """The compiled step against the pure form, which it must equal up to rounding."""
 
-from __future__ import annotations
-
 import math
 import os
 import random
@@ -37,9 +35,7 @@ MOMENTS = ("fast", "slow", "square")
 
 
 def horizon_rule(dtype: torch.dtype = torch.float32, config: int = 0) -> HorizonRule:
-    rule = random_rule("horizon", dtype, config)
-    assert isinstance(rule, HorizonRule)
-    return rule.requires_grad_(False)
+    return random_rule("horizon", dtype, config).requires_grad_(False)
 
 
 def kernel_step_(
@@ -66,6 +62,14 @@ def problem(
     params = [0.1 * torch.randn(shape, generator=generator) for shape in shapes]
     grads = [torch.randn(shape, generator=generator) for shape in shapes]
     return [p.to(dtype) for p in params], [g.to(dtype) for g in grads]
+
+
+def start(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32
+) -> tuple[HorizonRule, list[Tensor], list[Tensor], list[State]]:
+    """A rule, and parameters, gradients and fresh states for :func:`kernel_step_`."""
+    rule, (params, grads) = horizon_rule(), problem(shapes, dtype=dtype)
+    return rule, params, grads, fresh_states(rule, params)
 
 
 def grads_of(
@@ -197,15 +201,13 @@ def test_equals_the_pure_form() -> None:
 @needs_kernel
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
-    rule, results, library = horizon_rule(), [], _library.library()
-    assert library is not None
-    shapes: list[tuple[int, ...]] = [(600, 500), (5,), (3, 90_001)]
+    results, library = [], _library.library()
     try:
         for threads in (1, 2, 7, -2):
             if threads < 0:
                 library.lo_use_openmp(None)  # threads of its own
-            params, grads = problem(shapes, dtype=dtype)
-            states, update = fresh_states(rule, params), torch.zeros(shapes[0])
+            rule, params, grads, states = start([(600, 500), (5,), (3, 90_001)], dtype)
+            update = torch.zeros(600, 500)
             for _ in range(2):
                 numbers = {"total_steps": 30, "weight_decay": 100.0}
                 updates = [update, None, None]
@@ -214,31 +216,24 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
             results.append([*params, update, *(v for state in states for v in state.values())])
     finally:
         _library.share_threads(library)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
 
 
 FORKED = """
 import os, signal, torch
-from test_kernels import fresh_states, horizon_rule, kernel_step_, problem
+from test_kernels import kernel_step_, start
 torch.set_num_threads(2)
-rule = horizon_rule()
-
-def stepped():
-    params, grads = problem([(600_000,)])
-    params[0].share_memory_()
-    return params, grads, fresh_states(rule, params)
-
-ours, childs = stepped(), stepped()
+ours, childs = (start([(600_000,)]) for _ in range(2))
+childs[1][0].share_memory_()
 for _ in range(2):
-    assert kernel_step_(rule, *ours)
-assert kernel_step_(rule, *childs)
+    assert kernel_step_(*ours)
+assert kernel_step_(*childs)
 child = os.fork()
 if not child:
     signal.alarm(20)  # instead of waiting for threads that the fork has left behind
-    os._exit(not kernel_step_(rule, *childs))
+    os._exit(not kernel_step_(*childs))
 assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(ours[0][0], childs[0][0])
+assert torch.equal(ours[1][0], childs[1][0])
 """
 
 
@@ -312,16 +307,20 @@ def one_byte_off(size: int) -> Tensor:
     return torch.frombuffer(bytearray(4 * size + 4), dtype=torch.float32, offset=1, count=size)
 
 
-OF_PARAMETERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "strides": lambda t: torch.ones(12)[::2],
-    "dtype": lambda t: t.double(),
+#: Of the same shape, and of no kernel.
+UNSUITABLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "float64": lambda t: t.double(),
     "integers": lambda t: t.int(),
-    "misaligned": lambda t: one_byte_off(6),
+    "misaligned": lambda t: one_byte_off(t.numel()).view_as(t),
     "subclass": lambda t: t.as_subclass(Subclass),
     "meta": lambda t: t.to("meta"),
-    "zero tensor": lambda t: torch._efficientzerotensor(6),
-    "negative view": lambda t: torch.view_as_complex(torch.ones(6, 2)).conj().imag,
+    "zero tensor": lambda t: torch._efficientzerotensor(t.shape),
+    "negative view": lambda t: torch.view_as_complex(torch.ones(*t.shape, 2)).conj().imag,
     "functional": torch._to_functional_tensor,
+}
+OF_PARAMETERS: dict[str, Callable[[Tensor], Tensor]] = {
+    **UNSUITABLE,
+    "strides": lambda t: torch.ones(12)[::2],
     "size": lambda t: torch.ones(5),
 }
 OF_MOMENTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -349,10 +348,9 @@ SHARED = {
 Call = dict[str, list[Tensor]]
 
 
-def call_of(rule: HorizonRule) -> Call:
+def call_of() -> Call:
     """Columns of a call of two tensors."""
-    params, grads = problem([(6,), (6,)])
-    states = fresh_states(rule, params)
+    _, params, grads, states = start([(6,), (6,)])
     columns = {key: [state[key] for state in states] for key in states[0]}
     updates = [torch.zeros(6), torch.zeros(6)]
     return {"params": params, "grads": grads, "updates": updates, **columns}
@@ -379,12 +377,12 @@ def is_readable(tensor: Tensor) -> bool:
 @pytest.mark.filterwarnings("ignore:The given buffer")
 def test_refuses_tensors_of_other_kinds() -> None:
     rule = horizon_rule()
-    assert takes(rule, call_of(rule))
+    assert takes(rule, call_of())
     changes = [(key, what) for key in ("params", "grads") for what in OF_PARAMETERS.values()]
     changes += [(key, what) for key in MOMENTS for what in OF_MOMENTS.values()]
     changes += [(key, what) for key, each in OTHERS.items() for what in each]
     for place, (key, change) in enumerate(changes):
-        call = call_of(rule)
+        call = call_of()
         call[key][0] = change(call[key][0])
         assert refuses(rule, call), (place, key)
 
@@ -393,24 +391,21 @@ def test_refuses_tensors_of_other_kinds() -> None:
 def test_refuses_memory_that_is_written_and_used_elsewhere() -> None:
     rule = horizon_rule()
     for what, (one, other) in SHARED.items():
-        call = call_of(rule)
+        call = call_of()
         call[other][0] = call[one][0].detach().view(call[other][0].shape)
         assert refuses(rule, call), what
-    twice, overlapping = call_of(rule), call_of(rule)
-    twice["params"][1] = twice["params"][0]
-    assert refuses(rule, twice)
-    twice = call_of(rule)
-    twice["step"][1] = twice["step"][0]
-    assert refuses(rule, twice)
-    memory = torch.zeros(10)
+    for key in ("params", "step"):
+        twice = call_of()
+        twice[key][1] = twice[key][0]
+        assert refuses(rule, twice), key
+    memory, overlapping = torch.zeros(10), call_of()
     overlapping["params"][0], overlapping["grads"][0] = memory[:6], memory[4:]
     assert refuses(rule, overlapping)
 
 
 @needs_kernel
 def test_refuses_networks_and_lengths_of_runs() -> None:
-    params, grads = problem([(6,)])
-    states = fresh_states(horizon_rule(), params)
+    _, params, grads, states = start([(6,)])
     for rule in (horizon_rule(torch.float64), HorizonRule(HorizonConfig(hidden_size=1025))):
         assert not kernel_step_(rule, params, grads, states)
     rule = HorizonRule(HorizonConfig(hidden_size=1024))
@@ -426,9 +421,7 @@ def test_refuses_under_modes_and_transforms() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.overrides import TorchFunctionMode
 
-    rule = horizon_rule()
-    params, grads = problem([(6,)])
-    states = fresh_states(rule, params)
+    rule, params, grads, states = start([(6,)])
     for mode in (FakeTensorMode(), TorchFunctionMode()):
         with mode:
             assert not kernel_step_(rule, params, grads, states)
@@ -467,9 +460,7 @@ def test_parameters_count_the_change() -> None:
 
 @needs_kernel
 def test_denormals_and_rounding_stay_as_they_are() -> None:
-    rule = horizon_rule()
-    params, grads = problem([(600, 1000)])
-    assert kernel_step_(rule, params, grads, fresh_states(rule, params))
+    assert kernel_step_(*start([(600, 1000)]))
     tiny = torch.full((64,), 1e-40)
     assert (tiny * 0.5 > 0).all()
     assert sys.float_info.min / 2 > 0
@@ -545,7 +536,6 @@ def test_builds_without_vectors_pragma_and_clones(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found, why = _library.load(library)
     assert why == f"compiled: {library}"
-    assert found is not None
     assert found.lo_lstm_step(0, None, None, None, 1) != 0  # refused: the pure form steps
 
 

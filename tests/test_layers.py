@@ -15,7 +15,7 @@ LAYERS = (
     ("rules",),
     ("checkpoint", "summary"),
     ("hub", "pretrained"),
-    ("_frozen", "_views"),
+    ("_frozen", "_owners", "_views"),
     ("_diagnostics", "_group_step", "_groups", "_param_states", "_watch", "optimizer", "trainers"),
     ("meta",),
     ("evaluation",),

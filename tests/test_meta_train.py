@@ -65,6 +65,10 @@ def regression(build: Any = network, batches: Any = None, **options: Any) -> Mod
     return ModuleTask(build, loader() if batches is None else batches, F.mse_loss, **options)
 
 
+def short(task: Any, folder: Path, **fields: Any) -> MetaTrained:
+    return meta_train(task, folder=folder, **{**SHORT, **fields})
+
+
 def of_a_generator(generator: Generator) -> tuple[Tensor, Tensor]:
     index = torch.randint(96, (8,), generator=generator)
     return INPUTS[index], TARGETS[index]
@@ -88,7 +92,7 @@ def test_useless_tasks_fail_before_anything_is_written(
     make: Callable[[], ModuleTask], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=rf"task .*{message}"):
-        meta_train([regression(), make()], folder=tmp_path / "run", **SHORT)
+        short([regression(), make()], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -135,8 +139,7 @@ def test_any_loss_of_module_and_batch() -> None:
 
 
 def test_a_network_in_double_precision_trains_in_single(tmp_path: Path) -> None:
-    task = regression(lambda: network().double())
-    trained = meta_train(task, folder=tmp_path, **SHORT)
+    trained = short(regression(lambda: network().double()), tmp_path)
     assert trained.record["data"]["task meta_train:Sequential"].startswith("4 tensors")
     assert all(map(math.isfinite, (line.validation or math.nan for line in trained.history)))
 
@@ -159,7 +162,7 @@ def test_a_recurrent_network_with_tied_weights_trains(tmp_path: Path) -> None:
         DataLoader(TensorDataset(tokens), batch_size=8, shuffle=True),
         loss=lambda m, b: F.cross_entropy(m(b[0])[:, :-1].flatten(0, 1), b[0][:, 1:].flatten()),
     )
-    trained = meta_train(task, folder=tmp_path, tasks_per_meta_step=2, **SHORT)
+    trained = short(task, tmp_path, tasks_per_meta_step=2)
     assert len(task.init(seeded(0))) == 5  # the tied matrix once
     assert 1.0 < trained.record["validation"] / 6 < 2.5  # log(5) a step, or not far from it
 
@@ -168,9 +171,8 @@ def test_a_recurrent_network_with_tied_weights_trains(tmp_path: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    fields = {**SHORT, "runs_per_epoch": 5, "horizon": 20, "truncation": 10, "meta_lr": 0.1}
-    task = regression()
-    trained = meta_train(task, folder=tmp_path / "run", tasks_per_meta_step=4, **fields)
+    task, fields = regression(), {"runs_per_epoch": 5, "horizon": 20, "truncation": 10}
+    trained = short(task, tmp_path / "run", tasks_per_meta_step=4, meta_lr=0.1, **fields)
     recipe = recipe_from_json(trained.record["recipe"])
     before = MetaTrainer(recipe, tmp_path / "untrained", family=FixedTask(task))
     untrained, validation = before.validate(), trained.record["validation"]
@@ -186,7 +188,7 @@ def test_it_learns(tmp_path: Path) -> None:
 def test_users_get_what_was_measured(tmp_path: Path) -> None:
     """A loop with the checkpoint's own settings has the losses of a validation run."""
     task = regression(batches=of_a_generator)
-    trained = meta_train(task, folder=tmp_path, rule="equivariant", **SHORT)
+    trained = short(task, tmp_path, rule="equivariant")
     draws = seeded("user")
     optimizees = Optimizees(trained.rule, [task], [draws])
     measured = [optimizees.advance(trained.rule).item() for _ in range(SHORT["horizon"])]
@@ -207,10 +209,8 @@ def test_after_an_interruption_the_same_bits(
 ) -> None:
     def train(folder: str) -> MetaTrained:
         tasks = {"normalized": regression(normalized), "plain": regression()}
-        fields = {**SHORT, "epochs": 3, "tasks_per_meta_step": 2}
-        return meta_train(
-            tasks, folder=tmp_path / folder, weights={"normalized": 2, "plain": 1}, **fields
-        )
+        fields = {"weights": {"normalized": 2, "plain": 1}, "epochs": 3, "tasks_per_meta_step": 2}
+        return short(tasks, tmp_path / folder, **fields)
 
     whole = train("whole")
     run, calls = Unrolls.train_run, []
@@ -248,17 +248,19 @@ CHANGED: list[dict[str, Any]] = [
 
 
 def test_a_folder_of_other_tasks_is_refused(tmp_path: Path) -> None:
-    fields = {**SHORT, "epochs": 1, "runs_per_epoch": 1}
-    task = {"build": lambda: network(6), "batches": [(INPUTS, TARGETS)]}
-    meta_train(regression(**task), folder=tmp_path, **fields)
-    meta_train(regression(**task), folder=tmp_path, **fields)
+    def train(changed: dict[str, Any], **fields: Any) -> MetaTrained:
+        task = {"build": lambda: network(6), "batches": [(INPUTS, TARGETS)], **changed}
+        return short(regression(**task), tmp_path, epochs=1, runs_per_epoch=1, **fields)
+
+    train({})
+    train({})
     for changed in CHANGED:
         with pytest.raises(
             ValueError, match=r"other conditions \(task .*4 tensors .* then, .* now"
         ):
-            meta_train(regression(**{**task, **changed}), folder=tmp_path, **fields)
+            train(changed)
     with pytest.raises(ValueError, match="a run of another recipe"):
-        meta_train(regression(**task), folder=tmp_path, **{**fields, "horizon": 11})
+        train({}, horizon=11)
     with pytest.raises(
         ValueError, match=r"given to meta_train\(\) as an object: go on from Python"
     ):
@@ -283,27 +285,25 @@ def test_weights_are_the_proportion_of_draws() -> None:
 
 
 def test_registered_tasks_and_own_ones_in_a_mixture(tmp_path: Path) -> None:
-    trained = meta_train(["quadratic", regression(), regression()], folder=tmp_path, **SHORT)
+    trained = short(["quadratic", regression(), regression()], tmp_path)
     assert trained.record["recipe"]["task"] == "meta_train:quadratic+Sequential+Sequential-2"
     shares = {k: v for k, v in trained.record["data"].items() if k.startswith("share")}
     assert set(shares.values()) == {"0.3333"}
-    by_name = meta_train("quadratic", folder=tmp_path / "named", **SHORT)
+    by_name = short("quadratic", tmp_path / "named")
     assert by_name.record["recipe"]["task"] == "quadratic"
     assert by_name.record["data"] == "task family 'quadratic', meta-training split alone"
 
 
 def test_other_tasks_for_the_test_figures(tmp_path: Path) -> None:
     far = regression(batches=[(INPUTS, TARGETS + 10)])
-    near = meta_train(regression(), folder=tmp_path / "near", **SHORT)
-    tested = meta_train(regression(), folder=tmp_path / "far", test_tasks=far, **SHORT)
+    near = short(regression(), tmp_path / "near")
+    tested = short(regression(), tmp_path / "far", test_tasks=far)
     assert tested.rule.fingerprint() == near.rule.fingerprint()
     assert tested.record["test"]["mean"] > 20 * near.record["test"]["mean"]
     assert tested.record["test"]["task"] == tested.record["recipe"]["test_task"]
     assert near.record["recipe"]["test_task"] is None
     with pytest.raises(ValueError, match=r"\(test\)': there are no batches"):
-        meta_train(
-            regression(), folder=tmp_path / "never", test_tasks=regression(batches=[]), **SHORT
-        )
+        short(regression(), tmp_path / "never", test_tasks=regression(batches=[]))
     assert not (tmp_path / "never").exists()
 
 
@@ -337,8 +337,7 @@ RULES.pop(OwnRule.name)  # of this module's tests alone
 
 def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, OwnRule.name, OwnRule)
-    fields = {**SHORT, "rule": OwnConfig(0.02), "meta_lr": 0.3}
-    trained = meta_train(regression(normalized), folder=tmp_path, **fields)
+    trained = short(regression(normalized), tmp_path, rule=OwnConfig(0.02), meta_lr=0.3)
     assert trained.rule.log_lr.exp().item() > 0.04  # 0.02 is far too slow for ten steps
     assert type(load_rule(trained.path)) is OwnRule
 
@@ -356,23 +355,20 @@ def test_fields_of_the_recipe(tmp_path: Path) -> None:
     refused("unknown update rule 'horizn'", rule="horizn")
     with pytest.raises(ValueError, match="must be a Task or a TaskFamily, and is a Linear"):
         meta_train([nn.Linear(1, 1)], folder=tmp_path)  # type: ignore[list-item]
-    first = meta_train(
-        regression(), folder=tmp_path / "a", meta_lr=0.02, rule="equivariant", **SHORT
-    )
+    first = short(regression(), tmp_path / "a", meta_lr=0.02, rule="equivariant")
     recipe = first.record["recipe"]
     assert (recipe["meta_lr"], recipe["meta_lr_final"]) == (0.02, pytest.approx(0.002))
     small = EquivariantConfig(hidden_size=4)
-    second = meta_train(regression(), recipe="quick", folder=tmp_path / "b", rule=small, **SHORT)
-    third = meta_train(regression(), folder=tmp_path / "c", start=str(second.path), **SHORT)
+    second = short(regression(), tmp_path / "b", recipe="quick", rule=small)
+    third = short(regression(), tmp_path / "c", start=str(second.path))
     assert third.rule.config == small
     assert third.record["start"] == second.rule.fingerprint()
 
 
 def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fields = {**SHORT, "progress": True, "tasks_per_meta_step": 2}
-    trained = meta_train(regression(normalized), folder=tmp_path, **fields)
+    trained = short(regression(normalized), tmp_path, progress=True, tasks_per_meta_step=2)
     out, err = capsys.readouterr()
-    plain = meta_train(regression(normalized), folder=tmp_path / "b", against_adamw=False, **SHORT)
+    plain = short(regression(normalized), tmp_path / "b", against_adamw=False)
     assert [m.ratio_to_adamw for m in plain.history] == [None, None]
     note, *_, figures, wrote = err.splitlines()
     assert out == ""

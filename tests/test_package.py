@@ -138,7 +138,6 @@ print(json.dumps([learned_optim.__file__, names["loss"].item(), fingerprints, pr
 def test_core_dependencies_are_enough(installed: Path, tmp_path: Path) -> None:
     """README's snippet, saving and loading; commands name the extra that they need."""
     snippet = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert snippet is not None
     commands = ("list", "show default", "train quick", "evaluate")
     lines = run(installed, tmp_path, "-c", CORE, snippet[1], *commands).splitlines()
     where, loss, fingerprints, printed = json.loads(lines[-1])

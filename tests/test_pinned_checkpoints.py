@@ -7,8 +7,6 @@ amplifies rounding, in which processors differ: tolerances grow with the steps, 
 end early.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Populations: each copy is a training of its own, and the layers are those of torch.nn."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TypeVar
 
@@ -151,7 +151,6 @@ def test_scales_and_jitter_change_gradients_and_not_losses() -> None:
 def test_held_out_examples_are_in_no_batch(family: type[FewExamples | HeldOutTeacher]) -> None:
     """Their loss is that of the task, whatever the units of the parameters."""
     task = find(family, lambda t: t.net.norm == "none")
-    assert task.held_out is not None
     others, targets, _ = task.held_out
     rows = task.pixels if isinstance(task, FewExamples) else task.examples
     count = 512 if isinstance(task, FewExamples) else (len(others) + len(rows)) // 3
@@ -167,8 +166,10 @@ def test_held_out_examples_are_in_no_batch(family: type[FewExamples | HeldOutTea
 # ---- against torch.nn
 
 
-def stack(modules: list[nn.Module], name: str) -> Tensor:
-    return torch.stack([dict(m.named_parameters())[name] for m in modules]).detach()
+def stacked(modules: list[nn.Module], names: Iterable[str]) -> Params:
+    """Parameters of modules side by side, under our names for them, in the same order."""
+    columns = zip(*(module.parameters() for module in modules), strict=True)
+    return {name: torch.stack(each).detach() for name, each in zip(names, columns, strict=True)}
 
 
 @pytest.mark.parametrize("norm", ["none", "layer", "batch"])
@@ -183,15 +184,7 @@ def test_perceptron_is_a_sequence_of_torch_layers(norm: str) -> None:
         return nn.Sequential(*layers, nn.Linear(7, 3))
 
     modules = [module() for _ in range(2)]
-    params = {}
-    for layer in range(3):
-        params[f"weight{layer}"] = stack(modules, f"{3 * layer}.weight")
-        params[f"bias{layer}"] = stack(modules, f"{3 * layer}.bias")
-        if norm != "none" and layer < 2:
-            params[f"gain{layer}"] = stack(modules, f"{3 * layer + 1}.weight")
-            params[f"shift{layer}"] = stack(modules, f"{3 * layer + 1}.bias")
-    assert list(net.init(generator())) == list(params)
-    x = torch.randn(11, 5)
+    params, x = stacked(modules, net.init(generator())), torch.randn(11, 5)
     torch.testing.assert_close(net(params, x), torch.stack([m(x) for m in modules]))
 
 
@@ -206,16 +199,7 @@ def test_transformer_block_is_that_of_torch(post_norm: bool) -> None:
         )
         for _ in range(2)
     ]
-    names = {
-        "qkv": "self_attn.in_proj_weight", "qkv_bias": "self_attn.in_proj_bias",
-        "out": "self_attn.out_proj.weight", "out_bias": "self_attn.out_proj.bias",
-        "up": "linear1.weight", "up_bias": "linear1.bias",
-        "down": "linear2.weight", "down_bias": "linear2.bias",
-        "attention.gain": "norm1.weight", "attention.shift": "norm1.bias",
-        "mlp.gain": "norm2.weight", "mlp.shift": "norm2.bias",
-    }  # fmt: skip
-    params = {f"0.{ours}": stack(modules, theirs) for ours, theirs in names.items()}
-    assert list(task._init_block("0.", generator())) == list(params)
+    params = stacked(modules, task._init_block("0.", generator()))
     x = torch.randn(2, 3, 5, width)
     mask = nn.Transformer.generate_square_subsequent_mask(5)
     expected = [m(x[i], src_mask=mask, is_causal=True) for i, m in enumerate(modules)]
@@ -227,12 +211,7 @@ def test_recurrent_layers_are_those_of_torch(kind: str) -> None:
     task = find(Sequences, lambda t: t.kind == kind)
     cell = {"gru": nn.GRU, "rnn": nn.RNN}[kind]
     modules: list[nn.Module] = [cell(task.width, task.width, batch_first=True) for _ in range(2)]
-    params = {
-        "input": stack(modules, "weight_ih_l0"),
-        "recurrent": stack(modules, "weight_hh_l0"),
-        "input_bias": stack(modules, "bias_ih_l0"),
-        "recurrent_bias": stack(modules, "bias_hh_l0"),
-    }
+    params = stacked(modules, ("input", "recurrent", "input_bias", "recurrent_bias"))
     x = torch.randn(2, 3, task.length, task.width)
     expected = torch.stack([m(x[i])[0] for i, m in enumerate(modules)])
     torch.testing.assert_close(task._recur(params, x), expected)
@@ -241,10 +220,7 @@ def test_recurrent_layers_are_those_of_torch(kind: str) -> None:
 @pytest.mark.usefixtures("images")
 @pytest.mark.parametrize("normalized", [False, True])
 def test_convnet_is_a_sequence_of_torch_layers(normalized: bool) -> None:
-    task = find(
-        ConvNet,
-        lambda t: t.normalized == normalized and t.depth == 2 and not t.residual,
-    )
+    task = find(ConvNet, lambda t: (t.normalized, t.depth, t.residual) == (normalized, 2, False))
     params = copies_of(task, 2)
     images, labels = task.batch(generator(1))
     found = task.losses(params, (images, labels))
@@ -330,10 +306,8 @@ def horizon_weights(rule: UpdateRule, copies: int) -> Tensor:
 def test_held_out_losses_are_those_before_and_after_a_run() -> None:
     rule, task = HorizonRule(), build(HeldOutTeacher, 2)
     losses, held_out = roll(rule, flat(rule).repeat(2, 1), Draw(task, 40, True), seed=1)
-    assert held_out is not None
     assert losses.shape == (40, 2)
     start = {name: value[None] for name, value in task.initial(run_generators(1)[0]).items()}
-    assert task.held_out is not None
     first = task.losses(start, task.held_out)
     assert held_out[0].tolist() == pytest.approx([first.item()] * 2, rel=1e-5)
     assert (held_out[1] < held_out[0]).all()

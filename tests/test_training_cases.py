@@ -106,6 +106,12 @@ def drawn(inputs: Tensor, targets: Tensor, size: int, seed: int) -> Iterator[tup
         yield inputs[index], targets[index]
 
 
+def drawn_digits(count: int, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random batches of the first ``count`` digits."""
+    inputs, targets = digits()
+    return drawn(inputs[:count], targets[:count], size, seed)
+
+
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     with torch.no_grad():
         return (model(inputs).argmax(1) == targets).float().mean().item()
@@ -139,7 +145,7 @@ def trained_transformer(norm_first: bool, make: Make) -> tuple[float, float]:
     inputs, targets = digits()
     torch.manual_seed(0)
     model = RowTransformer(norm_first)
-    losses = fit(model, make, 150, drawn(inputs[:1400], targets[:1400], 32, seed=0))
+    losses = fit(model, make, 150, drawn_digits(1400, 32, seed=0))
     return max(losses), accuracy(model, inputs[1400:], targets[1400:])
 
 
@@ -157,25 +163,20 @@ def test_transformer_from_scratch(norm_first: bool, learned: Make) -> None:
 
 @lru_cache(maxsize=1)
 def trained_perceptron() -> nn.Module:
-    inputs, targets = digits()
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
     )
-    fit(model, adamw, 600, drawn(inputs[:1200], targets[:1200], 64, 1))
+    fit(model, adamw, 600, drawn_digits(1200, 64, seed=1))
     return model
 
 
 def accuracy_lost(model: nn.Module, optimizer: Optimizer, seed: int) -> float:
     """Largest fall of the held-out accuracy in 100 steps on the data of the trained weights."""
-    inputs, targets = digits()
-    start, seen = accuracy(model, inputs[1200:], targets[1200:]), []
-    descend(
-        optimizer,
-        100,
-        supervised(model, drawn(inputs[:1200], targets[:1200], 64, seed)),
-        after_step=lambda: seen.append(accuracy(model, inputs[1200:], targets[1200:])),
-    )
+    held_out = [part[1200:] for part in digits()]
+    start, seen = accuracy(model, *held_out), []
+    loss = supervised(model, drawn_digits(1200, 64, seed))
+    descend(optimizer, 100, loss, lambda: seen.append(accuracy(model, *held_out)))
     return start - min(seen)
 
 
@@ -187,13 +188,12 @@ def test_further_training_keeps_what_is_known(learned: Make) -> None:
 
 def test_thawed_layers_keep_what_is_known(learned: Make) -> None:
     """A new head on a frozen trunk, which then thaws in the same optimizer."""
-    inputs, targets = digits()
     model = copy.deepcopy(trained_perceptron())
     torch.manual_seed(3)
     model[4] = nn.Linear(128, 10)
     optimizer = learned(list(model.parameters()), 200)
     model[:4].requires_grad_(False)
-    descend(optimizer, 100, supervised(model, drawn(inputs[:1200], targets[:1200], 64, seed=4)))
+    descend(optimizer, 100, supervised(model, drawn_digits(1200, 64, seed=4)))
     model.requires_grad_(True)
     assert accuracy_lost(model, optimizer, seed=5) <= 0.03
 
@@ -210,13 +210,12 @@ def test_low_rank_adapters(learned: Make, lr: float) -> None:
         torch.manual_seed(3)
         model, seen = with_adapters(trained_perceptron()), []
 
+        @torch.no_grad()
         def held_out(model: nn.Module = model, seen: list[float] = seen) -> None:
-            with torch.no_grad():
-                seen.append(F.cross_entropy(model(shifted[1200:]), targets[1200:]).item())
+            seen.append(F.cross_entropy(model(shifted[1200:]), targets[1200:]).item())
 
         held_out()
-        batches = drawn(shifted[:100], targets[:100], 32, seed=2)
-        fit(model, make, 100, batches, after_step=held_out)
+        fit(model, make, 100, drawn(shifted[:100], targets[:100], 32, seed=2), after_step=held_out)
         curves[make] = seen
     assert max(curves[scaled]) <= 1.1 * curves[scaled][0]
     assert curves[scaled][-1] <= curves[adamw][-1]
@@ -340,12 +339,10 @@ def test_deep_plain_networks_live(
     build: Callable[[], nn.Module], size: int, steps: int, bound: float, learned: Make
 ) -> None:
     """20 or 24 layers, 12 convolutions: neither of two seeds stays at chance, ln 10 = 2.30."""
-    inputs, targets = digits()
     for seed in range(2):
         torch.manual_seed(seed)
         model = build()
-        batches = drawn(inputs[:1400], targets[:1400], size, seed=seed + 1)
-        losses = fit(model, learned, steps, batches)
+        losses = fit(model, learned, steps, drawn_digits(1400, size, seed + 1))
         assert sum(losses[-10:]) / 10 < bound, seed
 
 
@@ -516,8 +513,7 @@ def test_a_run_resumed_for_longer_goes_on_at_full_rate() -> None:
         return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
     def train(model: nn.Module, optimizer: Optimizer, steps: int) -> float:
-        batches = drawn(inputs[:1400], targets[:1400], 32, seed=1)
-        descend(optimizer, steps, supervised(model, batches))
+        descend(optimizer, steps, supervised(model, drawn_digits(1400, 32, seed=1)))
         with torch.no_grad():
             return F.cross_entropy(model(inputs[:1400]), targets[:1400]).item()
 

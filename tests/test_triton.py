@@ -1,7 +1,5 @@
 """The Triton step: its kernels are interpreted in another process, and compiled for GPUs here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +45,6 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int) -> Any:
 @pytest.mark.parametrize(("capability", "name"), [(80, "float32"), (90, "bfloat16")])
 def test_the_kernels_compile_for_gpus(capability: int, name: str) -> None:
     found, kind = _gpu.loaded()[0], _gpu._triton_type(getattr(torch, name))
-    assert found is not None
     gains = compiled(
         found.gains_kernel,
         {"PARAM_TYPE": kind, "UNITS": 16, "OWN_NETWORKS": 0, "LR_ON_DEVICE": True, "BLOCK": 1024},

@@ -71,9 +71,7 @@ def test_ratio_is_of_the_same_runs(tmp_path: Path) -> None:
     assert "AdamW 40/40" in told
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["ratio_to_adamw"] for line in lines] == [m.ratio_to_adamw for m in trainer.history]
-    best = trainer.best
-    assert best is not None
-    assert trainer.record()["ratio_to_adamw"] == best.ratio_to_adamw
+    assert trainer.record()["ratio_to_adamw"] == trainer.best.ratio_to_adamw
 
 
 def test_runs_of_one_task_share_a_rate(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The Triton kernels in Triton's interpreter; test_triton.py runs this in a process of its own."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import math
@@ -15,9 +13,9 @@ from test_kernels import (
     compare_with_the_pure_form,
     copies,
     draw_case,
-    horizon_rule,
     kernel_step_,
     problem,
+    start,
 )
 
 from benchmarks import gpu
@@ -53,9 +51,7 @@ def test_the_checks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_trial")
 def test_a_rate_on_the_device_is_read_there_and_zero_changes_nothing() -> None:
-    rule = horizon_rule()
-    params, grads = problem([(5, 7)])
-    states = fresh_states(rule, params)
+    rule, params, grads, states = start([(5, 7)])
     assert triton_step_(rule, params, grads, states, lr=torch.tensor(0.0))
     assert torch.equal(params[0], problem([(5, 7)])[0][0])
     assert all(torch.equal(v, fresh_states(rule, params)[0][k]) for k, v in states[0].items())
@@ -68,9 +64,7 @@ def test_a_rate_on_the_device_is_read_there_and_zero_changes_nothing() -> None:
 
 @pytest.mark.usefixtures("no_trial")
 def test_overlapping_memory_other_dtypes_and_sizes_are_refused() -> None:
-    rule = horizon_rule()
-    params, grads = problem([(6,), (6,)])
-    states = fresh_states(rule, params)
+    rule, params, grads, states = start([(6,), (6,)])
     memory = torch.zeros(10)
     for wrong_params, wrong_grads in (
         ([params[0], params[0]], grads),
@@ -86,9 +80,7 @@ def test_overlapping_memory_other_dtypes_and_sizes_are_refused() -> None:
 def test_a_kernel_that_fails_its_trial_is_not_used_and_one_warning_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rule = horizon_rule()
-    params, grads = problem([(5, 7)])
-    states = fresh_states(rule, params)
+    rule, params, grads, states = start([(5, 7)])
     monkeypatch.setattr(_gpu, "_passed", {})
     assert triton_step_(rule, params, grads, states)  # it passes
     launch = _gpu.launch
@@ -109,7 +101,6 @@ def test_a_kernel_that_fails_its_trial_is_not_used_and_one_warning_says_so(
 
 def test_a_row_of_addresses_can_be_written_on_the_device() -> None:
     kernels = _gpu.loaded()[0]
-    assert kernels is not None
     rows = [[0, 2**45 + 16, 1, 2, 3, 4, 5, 6], [7] * 8]
     table = torch.zeros((2, 8), dtype=torch.int64)
     for index, row in enumerate(rows):

@@ -1,7 +1,5 @@
 """Rules and small problems that all tests of the optimizer share."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable

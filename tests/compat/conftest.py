@@ -1,7 +1,5 @@
 """Every rule and every shipped checkpoint as fixtures."""
 
-from __future__ import annotations
-
 import pytest
 
 from learned_optim.rules import UpdateRule

@@ -4,8 +4,6 @@ Repositories are ``{name: {revision: {file: bytes}}}``; a commit's name is a dig
 Every request is recorded as ``"METHOD path"``.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What surrounds a step must not change its bits: every rule, under every mode."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path

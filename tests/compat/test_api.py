@@ -1,7 +1,5 @@
 """The public surface is listed and documented."""
 
-from __future__ import annotations
-
 import inspect
 from importlib.resources import files
 from types import ModuleType

@@ -1,7 +1,5 @@
 """``torch.compile(opt.step)``: one graph, no break, no recompilation, the numbers of eager."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,21 +88,16 @@ def test_tensor_lr_is_one_graph_for_ever(name: str, state_dtype: torch.dtype | N
         assert a["step"].item() == b["step"].item() == moved
 
 
-def test_float_lr_is_two_graphs_at_most() -> None:
-    """The second graph takes the learning rate as an input, and serves all later values."""
-    rule = make_rule("lstm-descending")
-    backend = CountingBackend("eager")
-    compiled, _ = run(rule, backend, 1.0)
-    assert backend.graphs <= 2
-    eager, _ = run(rule, None, 1.0)
-    assert_close(compiled, eager, rtol=2e-5, atol=1e-5)
-
-
-def test_inductor_gives_eagers_numbers() -> None:
-    rule = make_rule("adam")
-    compiled, _ = run(rule, "inductor", torch.tensor(1.0), 10)
-    eager, _ = run(rule, None, torch.tensor(1.0), 10)
-    assert_close(compiled, eager, rtol=2e-5, atol=1e-5)
+@pytest.mark.parametrize(
+    ("name", "compiler", "lr", "graphs"),
+    # The second graph takes the learning rate as an input, and serves all later values.
+    [("lstm-descending", "eager", 1.0, 2), ("adam", "inductor", torch.tensor(1.0), 1)],
+)
+def test_other_compilers(name: str, compiler: str, lr: float | Tensor, graphs: int) -> None:
+    backend, rule = CountingBackend(compiler), make_rule(name)
+    compiled, _ = run(rule, backend, lr)
+    assert backend.graphs <= graphs
+    assert_close(compiled, run(rule, None, lr)[0], rtol=2e-5, atol=1e-5)
 
 
 def test_a_loaded_optimizer_compiles_and_bad_gradients_count_as_zero() -> None:

@@ -3,8 +3,6 @@
 The checks follow upstream's ``OptimizerInfo`` tests; the error inputs are upstream's own.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -13,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -189,18 +194,23 @@ def test_complex_parameters_are_pairs_of_reals(rule: UpdateRule, shape, dtype) -
 # ---- no-ops
 
 
-def test_no_gradients_no_change(rule: UpdateRule) -> None:
+def test_without_a_gradient_no_change_until_there_is_one(rule: UpdateRule) -> None:
     params, x = problem()
     opt = LearnedOptimizer(params, rule, weight_decay=0.1)
     before = [p.detach().clone() for p in params]
     opt.step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     assert not opt.state
+    params[0].requires_grad_(False)
     loss_of(params, x).backward()
-    params[0].grad = None
     opt.step()
     assert torch.equal(params[0], before[0])
     assert not torch.equal(params[1], before[1])
+    assert [*opt.state] == [params[1]]
+    params[0].requires_grad_(True)
+    loss_of(params, x).backward()
+    opt.step()
+    assert not torch.equal(params[0], before[0])
 
 
 def test_zero_gradients_no_change_where_promised(rule: UpdateRule) -> None:
@@ -263,6 +273,28 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
     assert train(model, opt, 3) == train(other, resumed, 3)
     assert torch.equal(flat(model), flat(other))
     assert_close(opt.state_dict()["state"], resumed.state_dict()["state"], **EXACT)
+
+
+def test_a_scheduler_resumes_with_the_optimizer() -> None:
+    def build(seed: int = 0):
+        model = small_net(seed)
+        opt = LearnedOptimizer(model.parameters())
+        warm, falling = LinearLR(opt, 0.1, total_iters=4), LambdaLR(opt, lambda step: 0.9**step)
+        return model, opt, SequentialLR(opt, [warm, falling], milestones=[4])
+
+    def advance(parts, steps: int) -> list[float]:
+        model, opt, scheduler = parts
+        losses = []
+        for _ in range(steps):
+            losses += train(model, opt, 1)
+            scheduler.step()
+        return losses
+
+    whole, first, second = advance(build(), 10), build(), build(seed=1)
+    begun = advance(first, 6)
+    for old, new in zip(first, second, strict=True):
+        new.load_state_dict(old.state_dict())
+    assert begun + advance(second, 4) == whole
 
 
 def test_loading_copies_so_that_two_optimizers_share_nothing(rule: UpdateRule) -> None:

@@ -3,8 +3,6 @@
 Blocks for torchrun run in ``test_distributed.py``, that of the Hub in ``test_hub.py``.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,8 @@ TORCHRUN = [n for n, code in SNIPPETS.items() if code.startswith("# torchrun")]
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", HERE)
-def test_snippet(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("working_folder")
+def test_snippet(name: str) -> None:
     names: dict[str, Any] = {"__name__": "snippet"}
     exec(compile(SHARED + SNIPPETS[name], name, "exec"), names)
     if "losses" not in SNIPPETS[name]:  # shows construction alone

@@ -1,7 +1,5 @@
 """The real huggingface_hub client, in processes of its own, against a local stand-in of the Hub."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

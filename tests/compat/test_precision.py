@@ -1,7 +1,5 @@
 """Parameters in every floating dtype, half-precision state, loss scaling."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import trajectory
@@ -57,6 +55,16 @@ def test_a_chosen_state_dtype_wins_over_the_saved_one() -> None:
         assert half.state[p]["cell"].dtype is torch.bfloat16
         assert torch.equal(half.state[p]["cell"], opt.state[p]["cell"].bfloat16())
     train(model, half, 1)
+
+
+def test_a_model_moved_after_construction_keeps_training() -> None:
+    """``model.double()`` swaps the data under the parameters, as ``model.to(device)`` does."""
+    model = small_net()
+    opt = LearnedOptimizer(model.parameters(), descending_lstm())
+    model.double()
+    losses = train(model, opt, 20)
+    assert losses[-1] < losses[0]
+    assert flat(model).dtype is torch.float64
 
 
 @pytest.mark.parametrize("name", ["default", "default-fast", "mnist"])

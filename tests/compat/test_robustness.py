@@ -1,7 +1,5 @@
 """Bad gradients, and drawn shapes, strides, dtypes, groups and missing gradients."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Tools that reach into ``optimizer.state``: rows cut and appended, entries of wrappers."""
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """``total_steps`` and ``warmup``: group values that rules and the optimizer act on."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
@@ -51,10 +49,15 @@ class Annealed(UpdateRule):
         return None, (-grad * stats[0]).unsqueeze(-1)
 
 
+def optimizer(n: int = 1, rule: UpdateRule | None = None, **settings: Any) -> LearnedOptimizer:
+    """Of ``n`` numbers."""
+    params = [Parameter(torch.zeros(1)) for _ in range(n)]
+    return LearnedOptimizer(params, rule or Annealed(), **settings)
+
+
 def updates(rule: UpdateRule, steps: int, **settings: Any) -> tuple[list[float], LearnedOptimizer]:
     """The updates of a parameter whose gradient is always one."""
-    param = Parameter(torch.zeros(1))
-    opt = LearnedOptimizer([param], rule, **settings)
+    opt = optimizer(rule=rule, **settings)
     return more(opt, steps), opt
 
 
@@ -82,7 +85,7 @@ UNKNOWN = [None, math.inf, -1, torch.tensor(math.inf)]  # as trainers write it
 
 @pytest.mark.parametrize("value", [*NUMBERS, *UNKNOWN], ids=repr)
 def test_whole_numbers_of_any_type(value: object) -> None:
-    opt = LearnedOptimizer([Parameter(torch.ones(1))], Annealed(), total_steps=value)
+    opt = optimizer(total_steps=value)
     total = opt.param_groups[0]["total_steps"]
     assert total is None if any(value is unknown for unknown in UNKNOWN) else total == 100
     assert isinstance(total, (int, type(None)))
@@ -90,10 +93,9 @@ def test_whole_numbers_of_any_type(value: object) -> None:
 
 @pytest.mark.parametrize("bad", [0, -3, 2.5, "100", True, math.nan, torch.ones(2)], ids=repr)
 def test_what_is_no_length(bad: object) -> None:
-    params = [Parameter(torch.ones(1))]
     with pytest.raises(ValueError, match="positive whole number, got"):
-        LearnedOptimizer(params, Annealed(), total_steps=bad)
-    opt = LearnedOptimizer(params, Annealed())
+        optimizer(total_steps=bad)
+    opt = optimizer()
     with pytest.raises(ValueError, match="positive whole number, got"):
         opt.add_param_group({"params": [Parameter(torch.ones(1))], "total_steps": bad})
     more(opt, 1)
@@ -179,7 +181,7 @@ def test_the_length_that_was_told_wins_over_the_saved_one(
     tmp_path: Path,
 ) -> None:
     opt = updates(Annealed(), 2, total_steps=saved)[1]
-    fresh = LearnedOptimizer([Parameter(torch.ones(1))], Annealed(), total_steps=told)
+    fresh = optimizer(total_steps=told)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if distributed:
@@ -196,7 +198,7 @@ def test_the_length_that_was_told_wins_over_the_saved_one(
 
 
 def test_of_two_loaded_states_the_second_counts() -> None:
-    fresh = LearnedOptimizer([Parameter(torch.ones(1))], Annealed())
+    fresh = optimizer()
     for total_steps in (8, 16, None):
         fresh.load_state_dict(updates(Annealed(), 2, total_steps=total_steps)[1].state_dict())
         fresh = copy.deepcopy(fresh)
@@ -209,13 +211,13 @@ def test_of_two_loaded_states_the_second_counts() -> None:
 def test_other_values_of_groups_are_the_saved_ones() -> None:
     """As in torch, where ``lr`` and ``weight_decay`` of the constructor give way."""
     opt = updates(Annealed(), 1, lr=0.5, weight_decay=3.0, warmup=7, total_steps=4)[1]
-    fresh = LearnedOptimizer([Parameter(torch.ones(1))], Annealed(), total_steps=4)
+    fresh = optimizer(total_steps=4)
     fresh.load_state_dict(opt.state_dict())
     (group,) = fresh.param_groups
     assert (group["lr"], group["weight_decay"], group["warmup"]) == (0.5, 3.0, 7)
     saved = opt.state_dict()
     saved["param_groups"][0] = {"params": [0]}  # a tool has left out the rest
-    fresh = LearnedOptimizer([Parameter(torch.ones(1))], Annealed(), total_steps=4)
+    fresh = optimizer(total_steps=4)
     fresh.load_state_dict(saved)
     assert fresh.param_groups[0]["lr"] == 1.0
 
@@ -232,8 +234,8 @@ def test_the_ramp_by_hand() -> None:
 
 
 def test_tensors_that_thaw_later_have_a_ramp_of_their_own() -> None:
-    first, later = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
-    opt = LearnedOptimizer([first, later], SGDRule(SGDConfig(lr=1.0)), warmup=2)
+    opt = optimizer(2, SGDRule(SGDConfig(lr=1.0)), warmup=2)
+    first, later = opt.param_groups[0]["params"]
     for step in range(4):
         step_with(opt, torch.ones(1), torch.ones(1) if step >= 3 else None)
     assert first.item() == pytest.approx(-3.5)
@@ -249,7 +251,7 @@ def test_warmup_is_a_whole_number(value: object) -> None:
 @pytest.mark.parametrize("bad", [-1, 2.5, True, "5", math.inf])
 def test_what_is_no_warmup(bad: object) -> None:
     with pytest.raises(ValueError, match="whole number of 0 or more, got"):
-        LearnedOptimizer([Parameter(torch.ones(1))], SGDRule(), warmup=bad)
+        optimizer(rule=SGDRule(), warmup=bad)
 
 
 def test_weight_decay_is_not_warmed_up() -> None:

@@ -1,7 +1,5 @@
 """Lightning, Accelerate and Hugging Face's Trainer, each for real on a small model."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

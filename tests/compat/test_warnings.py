@@ -1,7 +1,5 @@
 """What the optimizer says of misuse: once, at the user's line, and only where it is true."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ from learned_optim import LearnedOptimizer
 from learned_optim.rules.classical import SGDRule
 
 from .common import descending_lstm, step_with
-from .test_total_steps import Annealed, more
+from .test_total_steps import Annealed, more, optimizer
 
 
 @pytest.fixture
@@ -33,10 +31,6 @@ def issued() -> Iterator[Callable[[], list[str]]]:
             return [str(w.message) for w in caught]
 
         yield messages
-
-
-def optimizer(n: int = 1, **settings: Any) -> LearnedOptimizer:
-    return LearnedOptimizer([Parameter(torch.zeros(1)) for _ in range(n)], Annealed(), **settings)
 
 
 def step(opt: LearnedOptimizer, *grads: float | None) -> None:
@@ -135,7 +129,7 @@ def test_a_resumed_run_knows_where_it_is_and_may_be_extended(issued) -> None:
 def test_past_the_runs_that_a_rule_was_trained_on(issued) -> None:
     rule = Annealed()
     rule.trained_steps = 5
-    opt = LearnedOptimizer([Parameter(torch.zeros(1))], rule)
+    opt = optimizer(rule=rule)
     more(opt, 5)
     assert issued() == []
     more(opt, 5)
@@ -186,12 +180,12 @@ def test_a_rate_that_became_nan_has_its_own_words() -> None:
 def test_values_set_in_mid_run_are_checked() -> None:
     opt = optimizer()
     more(opt, 1)
+    (group,) = opt.param_groups
     for key, bad in (("weight_decay", -1.0), ("warmup", 2.5)):
-        before = opt.param_groups[0][key]
-        opt.param_groups[0][key] = bad
+        before, group[key] = group[key], bad
         with pytest.raises(ValueError, match=key):
             more(opt, 1)
-        opt.param_groups[0][key] = before
+        group[key] = before
 
 
 def test_small_rates_at_construction(issued) -> None:
