@@ -293,8 +293,8 @@ paired.
 
 {tests} small tests that are passed or failed, in up to six difficulties (HeavyBall's suite,
 version {version}; at most {steps:,} steps and {seconds:g} processor seconds each;
-`python -m benchmarks light-bench`). The learned row was measured on a slower processor than the
-others, and seconds are a part of the test.
+`python -m benchmarks light-bench`). All rows were measured on one processor, an AMD EPYC without
+units for bfloat16; seconds are a part of the test.
 
 {lightbench}
 """

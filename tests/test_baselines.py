@@ -89,7 +89,8 @@ def test_nadamw_is_nesterovs_adam_with_decay() -> None:
         assert param.item() == pytest.approx(theta, rel=1e-6)
 
 
-def test_muon_steps_hidden_matrices_and_adamw_the_rest() -> None:
+@pytest.mark.parametrize("has_units", [False, True])  # products in float32, in bfloat16
+def test_muon_steps_hidden_matrices_and_adamw_the_rest(has_units: bool) -> None:
     """Kernels are matrices of one row per output channel; both parts decay by 0.01."""
     matrix, vector, filters, table = (
         torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (6,), (3, 2, 3, 3), (5, 2))
@@ -97,6 +98,7 @@ def test_muon_steps_hidden_matrices_and_adamw_the_rest() -> None:
     setattr(table, OUTER, True)
     everything = [matrix, vector, filters, table]
     optimizer = MuonAdamW(everything, 0.1)
+    optimizer.has_units = has_units
     before = [p.detach().clone() for p in everything]
     for p in everything:
         p.grad = torch.randn_like(p)

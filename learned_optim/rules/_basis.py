@@ -157,13 +157,13 @@ def rounded_product(a: Tensor, b: Tensor) -> Tensor:
     if (
         a.dtype != torch.float32
         or multiplications < FEWEST_ROUNDED
-        or not _multiplies_bfloat16(a.device)
+        or not multiplies_bfloat16(a.device)
     ):
         return a @ b
     return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     # torch before 2.10 does not say what the processor has
@@ -172,7 +172,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 # A constant of torch.compile's graph, as in `kernels/_operator.py`.
-_multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def accumulate_(cov: Tensor, factor: Tensor, ages: Sequence[int]) -> None:

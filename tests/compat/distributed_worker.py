@@ -37,6 +37,7 @@ from .common import MATRICES, SCENARIO_RULES, make_rule, small_batch, small_net,
 
 SETTINGS: dict[str, Any] = {"lr": 0.5, "weight_decay": 1.0}
 FULL = StateDictOptions(full_state_dict=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def local_steps(model: nn.Module, opt: torch.optim.Optimizer, steps: int) -> None:
@@ -205,6 +206,7 @@ def checkpoints(rule: str, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     dcp.save(states(model, opt), checkpoint_id=folder / "two")
     # Counters in a full state dict are the optimizer's own, as with torch.optim.
     full = copy.deepcopy(states(model, opt, options=FULL))
+    flat = copy.deepcopy(states(model, opt, options=FLAT))
     local_steps(model, opt, 6)
     result = {"uninterrupted": whole_params(model), "full": full}
 
@@ -221,12 +223,13 @@ def checkpoints(rule: str, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     local_steps(model, opt, 3)
     result["resharded"] = whole_params(model)
 
-    model, opt = sharded(rule, mesh, seed=3)
-    own = copy.deepcopy(full)  # these calls cut up what they are given
-    set_model_state_dict(model, own["model"], options=FULL)
-    set_optimizer_state_dict(model, opt, own["optimizer"], options=FULL)
-    local_steps(model, opt, 6)
-    result["from_full"] = whole_params(model)
+    # These calls cut up what they are given.
+    for name, saved, options in (("full", copy.deepcopy(full), FULL), ("flat", flat, FLAT)):
+        model, opt = sharded(rule, mesh, seed=3)
+        set_model_state_dict(model, saved["model"], options=options)
+        set_optimizer_state_dict(model, opt, saved["optimizer"], options=options)
+        local_steps(model, opt, 6)
+        result[f"from_{name}"] = whole_params(model)
     return result
 
 
