@@ -93,9 +93,10 @@ Against the better of them on each task: {best_untold}.
 
 ## A larger model
 
-A decoder of 3.2 million parameters on Python's library, 400 steps of 1,024 characters, one seed
-(`python -m benchmarks results gpt`). Groups `larger-*` of the same command hold longer runs of it
-and of four other tasks. They take hours each and were not run.
+A decoder of 3.2 million parameters on Python's library, 400 and 2,000 steps of 1,024 characters,
+one seed (`python -m benchmarks results gpt larger-language`). Muon and SOAP were not run for 2,000
+steps. The other groups `larger-*` and `long` of the same command hold four more tasks and runs of
+20,000 steps. They take hours each and were not run.
 
 {larger}
 
@@ -238,8 +239,8 @@ def draw_field(summary: dict[str, Any], path: Path) -> None:
 
 def results_page() -> str:
     """Returns docs/results.md."""
-    groups = "field", "field-fast", "field-quick", "unknown-length", "gpt"
-    whole, fast, short, untold, larger = (load(RESULTS / f"{group}.json") for group in groups)
+    groups = "field", "field-fast", "field-quick", "unknown-length", "gpt", "larger-language"
+    whole, fast, short, untold, *larger = (load(RESULTS / f"{group}.json") for group in groups)
     name, protocol = learned_name(whole), whole["protocol"]
     rivals = [n for n in (*protocol["tuned"], *protocol["untuned"]) if n != name]
     text = RESULTS_PAGE.format(
@@ -256,7 +257,7 @@ def results_page() -> str:
         best=interval_text(short["overall"][learned_name(short)]["ratio"]),
         untold=rivals_table(untold, untold["protocol"]["tuned"]),
         best_untold=interval_text(untold["overall"][name]["ratio"]),
-        larger=single_runs_table(larger),
+        larger=single_runs_table(*larger),
         tasks=tasks_table(whole),
     )
     if whole["overall"][name]["diverged"]:

@@ -41,7 +41,7 @@ GROUPS = {
     "--baselines adamw nesterov",
     "gpt": f"{LARGER} --tasks char-lm-gpt --steps 400",
     "larger-language": f"{LARGER} --tasks char-lm-gpt --steps 2000 "
-    "--baselines adamw-cosine muon-cosine --lrs 1e-3 3e-3",
+    "--baselines adamw-cosine --lrs 1e-3 3e-3",
     "long": f"{LARGER} --tasks autoencoder tabular-classes heavy-tails --steps 20000 "
     "--baselines adamw-cosine muon-cosine --lrs 1e-3 3e-3",
     "larger-resnet": f"{LARGER} --tasks benchmarks.larger:resnet --steps 3900",
