@@ -123,7 +123,7 @@ class MuonAdamW(Optimizer):
         #: Each hidden parameter as a matrix that shares its memory.
         self.matrices = [(p, p.detach().view(len(p), -1)) for p in hidden]
         self.parts: list[Optimizer] = []
-        self.has_units = not params or multiplies_bfloat16(params[0].device)
+        self.has_units = multiplies_bfloat16(params[0].device)
         if hidden:
             muon: Any = torch.optim.Muon  # older versions of torch have none
             flat = [matrix for _, matrix in self.matrices]

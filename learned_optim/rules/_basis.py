@@ -164,6 +164,7 @@ def rounded_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
+    """True if the device is known to have units that multiply bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     # torch before 2.10 does not say what the processor has
