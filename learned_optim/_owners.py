@@ -18,7 +18,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from learned_optim._ambient import plain_arithmetic
-from learned_optim._views import local, local_grad, real, real_shape, shard_groups, shard_like
+from learned_optim._views import (
+    local,
+    local_grad,
+    real,
+    real_shape,
+    shard_groups,
+    shard_like,
+    shard_of,
+)
 from learned_optim._warn import warn_once
 from learned_optim.rules import StepSettings, UpdateRule
 from learned_optim.rules._basis import matrix_shape
@@ -131,7 +139,7 @@ class Owners:
             state: the owner's, without repeated rows; elsewhere what the rank has of it.
         """
         import torch.distributed as dist
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import Replicate, Shard
 
         cut, owner = self._owners[param]
         source, rank = dist.get_global_rank(cut.group, owner), cut.group.rank()
@@ -147,22 +155,18 @@ class Owners:
                 result[key] = torch.full((1, 1), kind)
                 continue
             shape, dtype = kind
-            mine = own.get(key, torch.empty(0, device=param.device))
-            value = mine.contiguous() if key in own else mine.new_empty(shape, dtype=dtype)
+            if key in own:
+                value = own[key].contiguous()
+            else:
+                value = torch.empty(shape, dtype=dtype, device=param.device)
             dist.broadcast(value, source, group=cut.group)
             if key in per_coordinate:
                 value = shard_like(param, cut.part(value, rank).clone())
             elif key in rule.matrix_state:
                 by_rows: list[Any] = [Replicate() for _ in param.placements]
                 by_rows[cut.mesh_dim] = Shard(0)
-                value = DTensor.from_local(
-                    cut._replace(dim=0).part(value, rank).clone(),
-                    param.device_mesh,
-                    by_rows,
-                    run_check=False,
-                    shape=value.shape,
-                    stride=value.stride(),
-                )
+                part = cut._replace(dim=0).part(value, rank).clone()
+                value = shard_of(shape, part, param.device_mesh, by_rows)
             result[key] = value
         return {**result, **{key: value for key, value in state.items() if key not in keys}}
 

@@ -37,17 +37,16 @@ def shard_groups(param: Any) -> tuple[Any, ...]:
 
 def shard_like(param: Any, value: Tensor) -> Tensor:
     """Per-coordinate state of a shard as a DTensor sharded like ``param``."""
+    shape = torch.Size((*param.shape, *value.shape[param.dim() :]))
+    return shard_of(shape, value, param.device_mesh, param.placements)
+
+
+def shard_of(shape: torch.Size, part: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """A DTensor of this shape, of which the rank has ``part``; nothing is sent."""
     from torch.distributed.tensor import DTensor
 
-    shape = torch.Size((*param.shape, *value.shape[param.dim() :]))
-    return DTensor.from_local(
-        value,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=shape,
-        stride=torch.empty(shape, device="meta").stride(),
-    )
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def real(tensor: Tensor) -> Tensor:
